@@ -1,0 +1,59 @@
+"""Attention of a pass of a few tokens over the hierarchical cache."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels.kv_attention import reference
+from pallas_kernels.layout import Planes
+
+
+def kv_attention(
+    q: jax.Array,
+    keys: Planes | None,
+    values: Planes | None,
+    key_buffer: jax.Array,
+    value_buffer: jax.Array,
+    quantized_length: jax.Array,
+    start: jax.Array,
+    *,
+    view: str,
+    sm_scale: float,
+    strict: bool = False,
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """Attend from S consecutive tokens to the planes and the full-precision buffer.
+
+    The pass's own keys and values are in the buffer already. Slot j of the buffer holds position
+    quantized_length + j; row i of the pass has position start + i and sees positions up to its own
+    (`strict`: up to the one before).
+
+    Args:
+      q: [B, S, H, D] queries after RoPE.
+      keys, values: planes of T/G tiles (`pallas_kernels.layout.Planes`); None: no planes, all
+        tokens are in the buffer (the full-precision view).
+      key_buffer, value_buffer: [B, K, R, D] full-precision tokens.
+      quantized_length: [B] int32, tokens read from the planes; a multiple of G.
+      start: [B] int32, position of the pass's first token.
+      view: `int8` reads both planes, `int4` the upper one alone; `full` goes with no planes.
+      sm_scale: factor on the scores, 1/√D as a rule.
+      strict: leave out the row's own position.
+      backend: `auto`, `mosaic_gpu` or `xla`.
+
+    Returns:
+      [B, S, H, D] float32 output and [B, S, H] float32 log-sum-exp of the scores (−∞ and output 0
+      where a row sees nothing).
+    """
+    del backend  # The XLA form is the only one so far.
+    return reference.kv_attention(
+        q,
+        keys,
+        values,
+        key_buffer,
+        value_buffer,
+        quantized_length,
+        start,
+        view=view,
+        sm_scale=sm_scale,
+        strict=strict,
+    )

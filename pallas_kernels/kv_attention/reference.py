@@ -1,0 +1,188 @@
+"""Attention over the hierarchical cache in XLA, float32, written from the formulas.
+
+    x4 = m̂ + ŝ (u − 1/32)            draft view, upper plane
+    x8 = m̂ + ŝ u + (ŝ/16) l          target view, both planes
+
+The planes are read a few tiles at a time and only as far as the longest sequence reaches; partial
+results are merged with the running maximum and sum (online softmax, arXiv 1805.02867).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.layout import Planes, unpack
+
+CHUNK_TOKENS = 1024
+
+
+def _codes(upper: jax.Array, lower: jax.Array | None) -> jax.Array:
+    """x = m̂ + ŝ · codes, from the planes [..., G/2, D] → float32 [..., G, D]. Exact."""
+    u = unpack(upper).astype(jnp.float32) + 8
+    if lower is None:
+        return u - 1 / 32
+    return u + unpack(lower).astype(jnp.float32) / 16
+
+
+def dequantize_keys(planes: Planes, view: str) -> jax.Array:
+    """Planes of n tiles → float32 [B, K, n·G, D] in `view` int8 or int4."""
+    codes = _codes(planes.upper, planes.lower if view == "int8" else None)
+    scale = planes.scale.astype(jnp.float32)[..., None, :]
+    minimum = planes.minimum.astype(jnp.float32)[..., None, :]
+    x = minimum + scale * codes
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def dequantize_values(planes: Planes, view: str) -> jax.Array:
+    """As `dequantize_keys`; the groups run over the channels of a token."""
+    codes = _codes(planes.upper, planes.lower if view == "int8" else None)
+    head_dim, group_size = codes.shape[-1], codes.shape[-2]
+    width = min(group_size, head_dim)
+
+    def by_channel(numbers: jax.Array) -> jax.Array:  # [..., V, G] → [..., G, D]
+        return jnp.repeat(jnp.swapaxes(numbers, -1, -2), width, -1)[..., :head_dim]
+
+    scale = by_channel(planes.scale.astype(jnp.float32))
+    x = by_channel(planes.minimum.astype(jnp.float32)) + scale * codes
+    return x.reshape(*x.shape[:2], -1, head_dim)
+
+
+class Partial(NamedTuple):
+    """Attention over part of the keys: before division, with what it takes to merge two parts."""
+
+    maximum: jax.Array  # [B, K, R] of the scores
+    total: jax.Array  # [B, K, R] Σ exp(score − maximum)
+    output: jax.Array  # [B, K, R, D] Σ exp(score − maximum) v
+
+
+def _attend(state: Partial, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Partial:
+    """Merge keys and values [B, K, t, D] that `mask` [B, R, t] admits into `state`."""
+    scores = jnp.einsum("bkrd,bktd->bkrt", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None], scores, -jnp.inf)
+    maximum = jnp.maximum(state.maximum, scores.max(-1))
+    # A row that has seen no key yet has maximum −∞; subtracting 0 keeps its weights 0, not NaN.
+    origin = jnp.where(jnp.isfinite(maximum), maximum, 0.0)
+    weights = jnp.exp(scores - origin[..., None])
+    decay = jnp.exp(state.maximum - origin)
+    added = jnp.einsum("bkrt,bktd->bkrd", weights, v, preferred_element_type=jnp.float32)
+    return Partial(
+        maximum,
+        state.total * decay + weights.sum(-1),
+        state.output * decay[..., None] + added,
+    )
+
+
+def _largest_divisor(n: int, at_most: int) -> int:
+    return next(d for d in range(min(n, at_most), 0, -1) if n % d == 0)
+
+
+def kv_attention(
+    q: jax.Array,
+    keys: Planes | None,
+    values: Planes | None,
+    key_buffer: jax.Array,
+    value_buffer: jax.Array,
+    quantized_length: jax.Array,
+    start: jax.Array,
+    *,
+    view: str,
+    sm_scale: float,
+    strict: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.kv_attention.api.kv_attention`."""
+    b, s, h, d = q.shape
+    k = key_buffer.shape[1]
+    rows = (h // k) * s
+    # [B, S, H, D] → [B, K, H/K · S, D]: all rows that read one key-value head.
+    grouped = q.astype(jnp.float32).reshape(b, s, k, h // k, d).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(b, k, rows, d) * sm_scale
+    position = jnp.tile(start[:, None] + jnp.arange(s), (1, h // k))[..., None]  # [B, R, 1]
+    if strict:
+        position = position - 1
+
+    state = Partial(
+        jnp.full((b, k, rows), -jnp.inf, jnp.float32),
+        jnp.zeros((b, k, rows), jnp.float32),
+        jnp.zeros((b, k, rows, d), jnp.float32),
+    )
+
+    if keys is not None and values is not None:
+        n, g = keys.upper.shape[2], 2 * keys.upper.shape[3]
+        step = _largest_divisor(n, max(1, CHUNK_TOKENS // g))
+
+        def tiles(planes: Planes, first: jax.Array) -> Planes:
+            def cut(x: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_slice_in_dim(x, first, step, 2)
+
+            # The draft never touches the lower plane.
+            lower = planes.upper if view == "int4" else planes.lower
+            return Planes(
+                cut(planes.upper), cut(lower), cut(planes.scale), cut(planes.minimum)
+            )
+
+        def over_tiles(i: jax.Array, state: Partial) -> Partial:
+            token = i * step * g + jnp.arange(step * g)
+            mask = jnp.broadcast_to(
+                token < quantized_length[:, None, None], (b, rows, step * g)
+            )
+            return _attend(
+                state,
+                grouped,
+                dequantize_keys(tiles(keys, i * step), view),
+                dequantize_values(tiles(values, i * step), view),
+                mask,
+            )
+
+        state = jax.lax.fori_loop(
+            0, -(-jnp.max(quantized_length) // (step * g)), over_tiles, state
+        )
+
+    length = key_buffer.shape[2]
+    first = quantized_length[:, None, None]
+    if length <= CHUNK_TOKENS:
+        mask = first + jnp.arange(length) <= position
+        state = _attend(
+            state,
+            grouped,
+            key_buffer.astype(jnp.float32),
+            value_buffer.astype(jnp.float32),
+            mask,
+        )
+    else:
+
+        def over_buffer(i: jax.Array, state: Partial) -> Partial:
+            # The last chunk is moved back to end with the buffer; what it repeats is masked.
+            begin = jnp.minimum(i * CHUNK_TOKENS, length - CHUNK_TOKENS)
+
+            def cut(x: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_slice_in_dim(x, begin, CHUNK_TOKENS, 2).astype(jnp.float32)
+
+            slot = begin + jnp.arange(CHUNK_TOKENS)
+            mask = (first + slot <= position) & (slot >= i * CHUNK_TOKENS)
+            return _attend(state, grouped, cut(key_buffer), cut(value_buffer), mask)
+
+        used = jnp.max(start - quantized_length) + s
+        chunks = -(-jnp.minimum(used, length) // CHUNK_TOKENS)
+        state = jax.lax.fori_loop(0, chunks, over_buffer, state)
+
+    total = jnp.where(state.total > 0, state.total, 1.0)
+    log_sum_exp = state.maximum + jnp.log(total)
+
+    def by_token(x: jax.Array) -> jax.Array:  # [B, K, R, ...] → [B, S, H, ...]
+        x = x.reshape(b, k, h // k, s, *x.shape[3:])
+        return jnp.moveaxis(x, 3, 1).reshape(b, s, h, *x.shape[4:])
+
+    return by_token(state.output / total[..., None]), by_token(log_sum_exp)
+
+
+def ideal_bytes(view: str, tokens: int, num_kv_heads: int, head_dim: int, group_size: int) -> int:
+    """Fewest bytes one sequence's pass reads of the planes: codes, scales, minima, each once."""
+    planes = 2 if view == "int8" else 1
+    groups = math.ceil(head_dim / min(group_size, head_dim))
+    codes = 2 * planes * tokens * head_dim // 2
+    numbers = 2 * 2 * (tokens // group_size * head_dim + tokens * groups)
+    return num_kv_heads * (codes + numbers)
