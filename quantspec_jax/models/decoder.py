@@ -1,0 +1,172 @@
+"""One decoder for the Llama family. What differs between families is data in `ModelConfig`.
+
+`Decoder` is the NNX module that owns the parameters with their logical axis names; it is split once,
+where a model is made, and everything after that is functions of plain arrays:
+
+    tokens ─ embed ─┬─ norm ─ q k v ─ RoPE ─ attend(layer i) ─ o ─ + ─ norm ─ SwiGLU ─ + ─┐
+                    └────────────────────── L times ──────────────────────────────────────┘─ norm
+
+`attend` is the caller's: prefill, decoding over a cache and evaluation differ in it alone. Layers are
+unrolled, so that each weight is an argument of its own and is read where it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.int4_matmul.api import int4_matmul
+from pallas_kernels.layout import QuantizedWeight
+from quantspec_jax.config import ModelConfig
+from quantspec_jax.models.parameters import Spec, flatten, nest, parameter_shapes
+from quantspec_jax.models.rope import rope_frequencies, rope_tables, rotate
+
+Params = dict[str, Any]
+# attend(state of layer i, q [B,S,H,D], k [B,S,K,D], v [B,S,K,D]) → (output [B,S,H,D], new state)
+Attend = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+class Decoder(nnx.Module):
+    """The parameters of a decoder, made at random: normal with standard deviation 0.02, norms 1,
+    biases 0 (to load a checkpoint, only the tree matters)."""
+
+    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        tree = nest(
+            {
+                path: nnx.Param(
+                    _initial(path, spec, dtype, rngs), sharding_names=spec.axes, eager_sharding=False
+                )
+                for path, spec in parameter_shapes(config).items()
+            }
+        )
+        for name, node in tree.items():
+            setattr(self, name, _as_module(node))
+
+
+def _initial(path: str, spec: Spec, dtype: Any, rngs: nnx.Rngs) -> jax.Array:
+    if path.endswith("norm"):
+        return jnp.ones(spec.shape, dtype)
+    if path.endswith("bias"):
+        return jnp.zeros(spec.shape, dtype)
+    return 0.02 * jax.random.normal(rngs.params(), spec.shape, dtype)
+
+
+def _as_module(node: Any) -> Any:
+    if isinstance(node, dict):
+        return nnx.Dict({name: _as_module(child) for name, child in node.items()})
+    return node
+
+
+def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+    """Random parameters as a tree of plain arrays."""
+    state = nnx.split(Decoder(config, dtype=dtype, rngs=nnx.Rngs(params=key)))[1]
+    return nest({".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)})
+
+
+def logical_axes(config: ModelConfig) -> Params:
+    """The tree of parameters with a tuple of logical axis names in place of each array."""
+    return nest({path: spec.axes for path, spec in parameter_shapes(config).items()})
+
+
+def check_params(config: ModelConfig, params: Params) -> None:
+    """ValueError unless `params` has exactly the arrays that `config` describes."""
+    given, wanted = flatten(params), parameter_shapes(config)
+    for path in sorted(given.keys() ^ wanted.keys()):
+        state = "missing" if path in wanted else "unknown"
+        raise ValueError(f"params has {state} entry {path}; the config describes {len(wanted)}")
+    for path, spec in wanted.items():
+        if tuple(given[path].shape) != spec.shape:
+            raise ValueError(f"params[{path}] has shape {given[path].shape}; allowed: {spec.shape}")
+
+
+def precision(dtype: Any) -> jax.lax.Precision | None:
+    """float32 models multiply in float32 on every backend (a GPU's default is TF32)."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / √(mean x² + ε) · weight over the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    return (wide * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def linear(x: jax.Array, weights: Params, backend: str) -> jax.Array:
+    """[..., Kin] → [..., N] in x's type; the kernel is an array or a `QuantizedWeight`."""
+    kernel = weights["kernel"]
+    if isinstance(kernel, QuantizedWeight):
+        y = int4_matmul(x, kernel, backend=backend)
+    else:
+        y = jnp.matmul(x, kernel, precision=precision(x.dtype))
+    if "bias" in weights:
+        y = y + weights["bias"].astype(y.dtype)
+    return y.astype(x.dtype)
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    layers: Sequence[Any],
+    attend: Attend,
+    *,
+    rope_length: int,
+    backend: str = "auto",
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Run the decoder's blocks.
+
+    Args:
+      tokens, positions: [B, S] int32.
+      layers: L states, one for each layer, handed to `attend`.
+      attend: attention of one layer; gets q and k after RoPE.
+      rope_length: tokens the generation is allocated for (`rope_frequencies`).
+
+    Returns:
+      [B, S, E] hidden states after the final norm, and the L new states.
+    """
+    b, s = tokens.shape
+    x = params["embedding"][tokens]
+    cos, sin = rope_tables(
+        *rope_frequencies(config.rope, config.head_dim, rope_length), positions
+    )
+
+    def heads(y: jax.Array) -> jax.Array:
+        return y.reshape(b, s, -1, config.head_dim)
+
+    new_layers = []
+    for i, state in enumerate(layers):
+        block = params["layers"][str(i)]
+        h = rms_norm(x, block["attention_norm"], config.rms_norm_eps)
+        q, k, v = (heads(linear(h, block[name], backend)) for name in ("q", "k", "v"))
+        if config.qk_norm:
+            q = rms_norm(q, block["q_norm"], config.rms_norm_eps)
+            k = rms_norm(k, block["k_norm"], config.rms_norm_eps)
+        out, state = attend(state, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        new_layers.append(state)
+        x = x + linear(out.astype(x.dtype).reshape(b, s, -1), block["o"], backend)
+        h = rms_norm(x, block["mlp_norm"], config.rms_norm_eps)
+        gated = jax.nn.silu(linear(h, block["gate"], backend)) * linear(h, block["up"], backend)
+        x = x + linear(gated, block["down"], backend)
+    return rms_norm(x, params["final_norm"], config.rms_norm_eps), tuple(new_layers)
+
+
+def unembed(params: Params, hidden: jax.Array, backend: str = "auto") -> jax.Array:
+    """[..., E] hidden states → [..., N] float32 logits."""
+    if "lm_head" in params and isinstance(params["lm_head"]["kernel"], QuantizedWeight):
+        return int4_matmul(hidden, params["lm_head"]["kernel"], backend=backend)
+    # A tied embedding is [N, E]: contract its second axis, so that nothing is transposed.
+    weight, axis = (
+        (params["lm_head"]["kernel"], 0) if "lm_head" in params else (params["embedding"], 1)
+    )
+    return jax.lax.dot_general(
+        hidden,
+        weight,
+        (((hidden.ndim - 1,), (axis,)), ((), ())),
+        precision=precision(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,102 @@
+"""Rotary position embeddings (arXiv 2104.09864) and the scalings of the Llama family, in float32."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantspec_jax.config import RopeConfig
+
+
+def rope_frequencies(
+    rope: RopeConfig, head_dim: int, length: int
+) -> tuple[np.ndarray, float]:
+    """Inverse frequencies [D/2] float32 and the factor on cos and sin.
+
+    `length`: tokens the generation is allocated for. Dynamic NTK takes its factor from it, one for
+    the whole generation; the other types do not look at it.
+    """
+    half = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    inverse = 1.0 / rope.theta**half
+    attention = 1.0
+    if rope.type == "linear":
+        inverse = inverse / rope.factor
+    elif rope.type == "dynamic":
+        inverse = 1.0 / _ntk_theta(rope, head_dim, length) ** half
+    elif rope.type == "llama3":
+        inverse = _llama3(rope, inverse)
+    elif rope.type == "yarn":
+        inverse, attention = _yarn(rope, head_dim, inverse), _yarn_attention_factor(rope)
+    return inverse.astype(np.float32), attention
+
+
+def _ntk_theta(rope: RopeConfig, head_dim: int, length: int) -> float:
+    """Dynamic NTK: the base grows with the length beyond the context of pre-training."""
+    original = rope.original_max_position or length
+    grown = rope.factor * max(length, original) / original - (rope.factor - 1)
+    return rope.theta * grown ** (head_dim / (head_dim - 2))
+
+
+def _llama3(rope: RopeConfig, inverse: np.ndarray) -> np.ndarray:
+    """Llama 3.1: long wavelengths are slowed down by the factor, short ones stay, between them a
+    linear blend."""
+    original = rope.original_max_position or 0
+    wavelength = 2 * math.pi / inverse
+    rotations = original / wavelength
+    blend = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)
+    return inverse * (blend + (1 - blend) / rope.factor)
+
+
+def _yarn(rope: RopeConfig, head_dim: int, inverse: np.ndarray) -> np.ndarray:
+    """YaRN, arXiv 2309.00071, "NTK-by-parts": dimensions that rotate more than beta_fast times in
+    the original context stay, those that rotate less than beta_slow times are interpolated."""
+    original = rope.original_max_position or 0
+
+    def dimension(rotations: float) -> float:
+        return (
+            head_dim
+            * math.log(original / (rotations * 2 * math.pi))
+            / (2 * math.log(rope.theta))
+        )
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # a ramp of no width would divide by zero
+    ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
+    return inverse * (1 - ramp) + inverse / rope.factor * ramp
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    """YaRN's temperature on the attention, as a factor on cos and sin."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+
+    def mscale(weight: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)
+
+
+def rope_tables(
+    frequencies: np.ndarray, attention: float, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, S, 1, D] float32 at `positions` [B, S]."""
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)
+    angles = jnp.concatenate([angles, angles], -1)[:, :, None]
+    return jnp.cos(angles) * attention, jnp.sin(angles) * attention
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate [B, S, H, D] in the planes (i, i + D/2); computed in float32, returned in x's type."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+    turned = jnp.concatenate([-second, first], -1)
+    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
