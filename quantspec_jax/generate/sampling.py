@@ -1,0 +1,216 @@
+"""From logits to a token: the warped distribution, and draws that depend on position alone.
+
+The order and meaning of the warpers are those of transformers' `generate`:
+
+    repetition penalty on seen tokens → temperature → top-k → top-p → min-p
+
+Top-k and top-p look for one number a row, the smallest logit that stays. It is found by bisection
+over the 32 bits of the logits, which reads the row 32 times and is still an order of magnitude
+faster than sorting a vocabulary on a CPU.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantspec_jax.config import GenerateConfig
+
+
+class Role(enum.IntEnum):
+    """What a draw decides: one of three independent streams that each position has."""
+
+    DRAFT = 0  # the proposal
+    ACCEPT = 1  # whether the proposal is accepted
+    TARGET = 2  # the target's own token: residual, bonus, or autoregressive
+
+
+class Sampling(NamedTuple):
+    """The warpers' parameters, one value a sequence. Arrays: changing them compiles nothing.
+
+    temperature        [B] float32, 0: greedy
+    top_k              [B] int32,   0: off
+    top_p              [B] float32, 1: off
+    min_p              [B] float32, 0: off
+    repetition_penalty [B] float32, 1: off
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+
+
+def sampling_arrays(config: GenerateConfig, batch: int) -> Sampling:
+    """The same parameters for each of `batch` sequences."""
+    largest = np.iinfo(np.int32).max
+
+    def full(value: float, dtype: type) -> jax.Array:
+        return jnp.asarray(np.full(batch, value, dtype))
+
+    return Sampling(
+        full(config.temperature, np.float32),
+        full(min(config.top_k, largest), np.int32),
+        full(config.top_p, np.float32),
+        full(config.min_p, np.float32),
+        full(config.repetition_penalty, np.float32),
+    )
+
+
+def any_sampled(sampling: Sampling) -> jax.Array:
+    """[] bool: whether any sequence draws at all; if none does, only argmax is computed."""
+    return jnp.any(sampling.temperature > 0)
+
+
+def penalize(logits: jax.Array, seen: jax.Array, sampling: Sampling) -> jax.Array:
+    """[B, S, N] logits, those of `seen` tokens made less likely; float32. Penalty 1 is exact."""
+    penalty = sampling.repetition_penalty[:, None, None]
+    x = logits.astype(jnp.float32)
+    return jnp.where(seen, jnp.where(x < 0, x * penalty, x / penalty), x)
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """float32 → uint32 that compare as the numbers do."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(x < 0, ~bits, bits | np.uint32(1 << 31))
+
+
+def _largest(holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> jax.Array:
+    """The largest uint32 of each row for which `holds`, true up to it and false above."""
+
+    def set_bit(i: jax.Array, found: jax.Array) -> jax.Array:
+        candidate = found | (np.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(holds(candidate), candidate, found)
+
+    return jax.lax.fori_loop(0, 32, set_bit, jnp.zeros(shape, jnp.uint32))
+
+
+def _top_k(order: jax.Array, k: jax.Array) -> jax.Array:
+    """[B, S, N] bool: the k largest of each row, and what equals the last of them. k 0: all."""
+    n = order.shape[-1]
+    k = jnp.where(k > 0, jnp.minimum(k, n), n)[:, None]
+    smallest = _largest(
+        lambda key: jnp.sum(order >= key[..., None], -1, dtype=jnp.int32) >= k, order.shape[:-1]
+    )
+    return order >= smallest[..., None]
+
+
+def _top_p(order: jax.Array, weights: jax.Array, top_p: jax.Array) -> jax.Array:
+    """[B, S, N] bool: what is left once the least likely tokens, 1 − top_p of the mass together
+    at most, are removed. Of equal tokens the first go first, as after a stable sort.
+    """
+    budget = (1 - top_p)[:, None] * jnp.sum(weights, -1)
+
+    def mass_below(key: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(order < key[..., None], weights, 0.0), -1)
+
+    smallest = _largest(lambda key: mass_below(key) <= budget, order.shape[:-1])
+    smallest = jnp.minimum(smallest, jnp.max(order, -1))
+    # The mass of what is below fits into the budget, that of all that equals `smallest` does not.
+    equal = order == smallest[..., None]
+    weight = jnp.max(jnp.where(equal, weights, 0.0), -1)
+    room = jnp.maximum(budget - mass_below(smallest), 0.0)
+    removed = jnp.minimum(jnp.floor(room / weight), jnp.sum(equal, -1) - 1.0)
+    rank = jnp.cumsum(equal, -1, dtype=jnp.int32) - 1
+    return (order > smallest[..., None]) | (equal & (rank >= removed[..., None]))
+
+
+def warp(logits: jax.Array, seen: jax.Array, sampling: Sampling) -> jax.Array:
+    """The distribution that tokens are drawn from.
+
+    Args:
+      logits: [B, S, N] float32.
+      seen: [B, S, N] bool, tokens of the prompt and the text before each row.
+      sampling: one value a sequence.
+
+    Returns:
+      [B, S, N] float32 probabilities; at temperature 0, 1 at the (first) largest penalized logit.
+      At least one token of a row survives.
+    """
+    x = penalize(logits, seen, sampling)
+    best = jnp.arange(x.shape[-1]) == jnp.argmax(x, -1)[..., None]
+    temperature = sampling.temperature[:, None, None]
+    # Subtracting first keeps the smallest temperatures from overflowing.
+    x = (x - jnp.max(x, -1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1.0)
+    order, weights = _ordered(x), jnp.exp(x)
+
+    everything = jnp.ones_like(seen)
+    keep = jax.lax.cond(
+        jnp.any(sampling.top_k > 0), lambda: _top_k(order, sampling.top_k), lambda: everything
+    )
+    weights = jnp.where(keep, weights, 0.0)
+    keep = jax.lax.cond(
+        jnp.any(sampling.top_p < 1),
+        lambda: _top_p(order, weights, sampling.top_p),
+        lambda: everything,
+    )
+    # The largest weight is 1 and survives, so min-p compares with the weights themselves.
+    keep &= weights >= sampling.min_p[:, None, None]
+    weights = jnp.where(keep, weights, 0.0)
+    probabilities = weights / jnp.sum(weights, -1, keepdims=True)
+    return jnp.where(temperature > 0, probabilities, best.astype(jnp.float32))
+
+
+def draw_keys(keys: jax.Array, position: jax.Array, role: Role) -> jax.Array:
+    """[B] typed keys of the sequences, [B] positions → [B] keys of one draw each.
+
+    A draw depends on its sequence's key, the position of the token it decides and its role, and on
+    nothing else: not on the batch, and not on how rounds fell. A position is drawn again after a
+    rejection before it. That uses the same numbers twice and is still exact: the first draw's
+    outcome was thrown away before it could influence anything that is kept, because what a round
+    keeps up to a position is decided by draws for positions up to it.
+    """
+
+    def one(key: jax.Array, at: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(key, at), int(role))
+
+    return jax.vmap(one)(keys, position)
+
+
+def draw(probabilities: jax.Array, keys: jax.Array, position: jax.Array, role: Role) -> jax.Array:
+    """[B] int32 tokens from probabilities [B, N], which need not sum to 1 (Gumbel-max)."""
+    tokens = jax.vmap(jax.random.categorical)(
+        draw_keys(keys, position, role), jnp.log(probabilities)
+    )
+    return tokens.astype(jnp.int32)
+
+
+def choose(
+    logits: jax.Array,
+    seen: jax.Array,
+    sampling: Sampling,
+    keys: jax.Array,
+    position: jax.Array,
+    role: Role,
+) -> tuple[jax.Array, jax.Array]:
+    """The token at sequence position `position`: the draft's, or the autoregressive target's.
+
+    Args:
+      logits: [B, N] float32.
+      seen: [B, N] bool, tokens of the prompt and of the text so far.
+      sampling: one value a sequence.
+      keys: [B] typed PRNG keys, one a sequence.
+      position: [B] int32, position of the token that is chosen.
+      role: `Role.DRAFT` or `Role.TARGET`.
+
+    Returns:
+      [B] int32 tokens and the [B, N] float32 probabilities they were drawn from; where every
+      sequence is greedy nothing but argmax is computed and the probabilities are zeros.
+    """
+    logits, seen = logits[:, None], seen[:, None]
+
+    def sampled() -> tuple[jax.Array, jax.Array]:
+        probabilities = warp(logits, seen, sampling)[:, 0]
+        return draw(probabilities, keys, position, role), probabilities
+
+    def greedy() -> tuple[jax.Array, jax.Array]:
+        token = jnp.argmax(penalize(logits, seen, sampling)[:, 0], -1).astype(jnp.int32)
+        return token, jnp.zeros((logits.shape[0], logits.shape[-1]), jnp.float32)
+
+    return jax.lax.cond(any_sampled(sampling), sampled, greedy)
