@@ -115,6 +115,17 @@ class ModelConfig:
         )
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number")
 
+    @property
+    def context_limit(self) -> int:
+        """Longest sequence, in tokens, with the RoPE scaling counted: linear and dynamic scaling
+        extend `max_context`, yarn extends its original context up to at least `max_context`."""
+        if self.rope.type in ("linear", "dynamic"):
+            return int(self.max_context * self.rope.factor)
+        if self.rope.type == "yarn":
+            extended = int((self.rope.original_max_position or 0) * self.rope.factor)
+            return max(self.max_context, extended)
+        return self.max_context
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that `from_dict` reads back."""
         return dataclasses.asdict(self)

@@ -1,0 +1,314 @@
+"""`generate` and `stream`: prompts in, texts and statistics out.
+
+A thin host around `prefill` and `generate_tokens`. The host looks at the state every
+`rounds_per_chunk` rounds: to stream text, to find stop strings, to be interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantspec_jax.cache import cache_bytes
+from quantspec_jax.config import CacheConfig, GenerateConfig, require
+from quantspec_jax.generate.bucket import bucket
+from quantspec_jax.generate.loop import generate_tokens
+from quantspec_jax.generate.prefill import prefill
+from quantspec_jax.generate.sampling import sampling_arrays
+from quantspec_jax.generate.state import DecodeState, Program
+from quantspec_jax.model import Model
+from quantspec_jax.text.detokenize import TextStream
+from quantspec_jax.text.prompts import read_prompts
+
+EOS_SLOTS = 16
+OnText = Callable[[int, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns, one entry a prompt in each list.
+
+    text    the new text, without special tokens, cut before a stop string
+    tokens  the new token ids, EOS included
+    stats   a mapping of statistics; its keys are those of `quantspec generate --json`
+    """
+
+    text: list[str]
+    tokens: list[list[int]]
+    stats: list[dict[str, Any]]
+
+
+_prefill = jax.jit(prefill, static_argnames=("program", "capacity"))
+_generate_tokens = jax.jit(generate_tokens, static_argnames="program", donate_argnames="state")
+_executables: dict[Any, Any] = {}
+
+
+def _compile(function: Any, *args: Any, **static: Any) -> tuple[Any, float]:
+    """The executable for these shapes, and the seconds it took to make (0 when it existed)."""
+    leaves, tree = jax.tree.flatten(args)
+    shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+    key = (id(function), tree, shapes, tuple(sorted(static.items())))
+    if key in _executables:
+        return _executables[key], 0.0
+    begin = time.perf_counter()
+    _executables[key] = function.lower(*args, **static).compile()
+    return _executables[key], time.perf_counter() - begin
+
+
+def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Program, int]:
+    """The program for prompts of at most `longest` tokens, and the length they are padded to.
+
+    Raises:
+      ValueError: the prompt and its new tokens exceed the model's context or `max_length`.
+    """
+    context = model.config.context_limit
+    needed = longest + config.max_new_tokens
+    words = f"prompt ({longest} tokens) + max_new_tokens ({config.max_new_tokens})"
+    require(needed <= context, words, needed, f"at most {context}, the model's context")
+    if config.max_length is None:
+        length = min(context, bucket(bucket(longest) + config.max_new_tokens))
+    else:
+        length = config.max_length
+        require(length <= context, "max_length", length, f"at most {context}, the model's context")
+        require(needed <= length, words, needed, f"at most max_length = {length}")
+    gamma = config.gamma if config.mode == "quantspec" else 0
+    cache = CacheConfig(
+        max_length=length,
+        group_size=config.group_size,
+        view=config.target_view,
+        pass_width=max(gamma + 1, config.pass_width),
+        dtype=model.dtype,
+    )
+    return Program(model.config, cache, gamma, config.backend), min(bucket(longest), length)
+
+
+def sequence_keys(key: jax.Array | None, batch: int) -> jax.Array:
+    """[B] typed keys: `key` itself if it has one a sequence, else folded with each index."""
+    if key is None:
+        key = jax.random.key(0)
+    require(
+        isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key),
+        "key",
+        key,
+        "a typed key, jax.random.key(seed), or an array of one a sequence",
+    )
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    require(key.shape == (batch,), "key shape", key.shape, f"() or ({batch},)")
+    return key
+
+
+def eos_array(ids: Sequence[int]) -> np.ndarray:
+    """End-of-sequence ids, padded with −1 so that their number compiles nothing."""
+    slots = max(EOS_SLOTS, len(ids))
+    return np.array([*ids, *[-1] * (slots - len(ids))], np.int32)
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Seconds by part; compilation is in neither of the other two."""
+
+    compile: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+class _Run:
+    """One call of `generate`: the device's state, and the host's view of it between chunks."""
+
+    def __init__(
+        self, model: Model, prompts: list[list[int]], config: GenerateConfig, key: jax.Array | None
+    ):
+        self.model, self.prompts, self.config = model, prompts, config
+        batch = len(prompts)
+        self.program, padded = program_for(model, config, max(map(len, prompts)))
+        self.eos = () if config.ignore_eos else model.config.eos_ids
+        self.streams = [TextStream(model.tokenizer, config.stop) for _ in prompts]
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.interrupted = False
+        self.clock = _Clock()
+        self.counters = dict.fromkeys(("rounds", "proposed", "accepted"), [0] * batch)
+        self.finished = np.zeros(batch, bool)
+        self.cache_bytes: dict[str, int] = {}
+        self._padded = np.zeros((batch, padded), np.int32)
+        for row, prompt in zip(self._padded, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        self._keys = sequence_keys(key, batch)
+
+    def chunks(self) -> Iterator[list[str]]:
+        """Decode; yield the new text of each sequence after the prefill and after each chunk."""
+        model, config, program = self.model, self.config, self.program
+        batch = len(self.prompts)
+        sampling = sampling_arrays(config, batch)
+        eos = jnp.asarray(eos_array(self.eos))
+        draft_params = model.draft_params if program.gamma else {}
+        rounds = jnp.int32(config.rounds_per_chunk)
+
+        state = self._timed(
+            "prefill",
+            _prefill,
+            model.params,
+            jnp.asarray(self._padded),
+            jnp.asarray([len(p) for p in self.prompts], jnp.int32),
+            sampling,
+            self._keys,
+            eos,
+            jnp.full(batch, config.max_new_tokens, jnp.int32),
+            program=program,
+            capacity=bucket(config.max_new_tokens),
+        )
+        self.cache_bytes = cache_bytes(state.cache, program.cache.max_length)
+        yield self._look(state)
+        while not self.finished.all():
+            state = dataclasses.replace(state, finished=jnp.asarray(self.finished))
+            args = (model.params, draft_params, state, sampling, eos, rounds)
+            state = self._timed("decode", _generate_tokens, *args, program=program)
+            yield self._look(state)
+        for stream in self.streams:
+            stream.finish()
+
+    def _timed(self, part: str, function: Any, *args: Any, **static: Any) -> DecodeState:
+        if function is _prefill:
+            args = (args[0], *args[1:])
+        executable, seconds = _compile(function, *args, **static)
+        self.clock.compile += seconds
+        begin = time.perf_counter()
+        state = jax.block_until_ready(executable(*args))
+        spent = time.perf_counter() - begin
+        setattr(self.clock, part, getattr(self.clock, part) + spent)
+        return state
+
+    def _look(self, state: DecodeState) -> list[str]:
+        """Bring the new tokens to the host; find stop strings."""
+        count, tokens = np.asarray(state.count), np.asarray(state.tokens)
+        self.finished = np.array(state.finished)
+        for name in self.counters:
+            self.counters[name] = np.asarray(getattr(state, name)).tolist()
+        pieces = []
+        for i, stream in enumerate(self.streams):
+            new = tokens[i, len(self.tokens[i]) : count[i]].tolist()
+            if stream.stopped:
+                pieces.append("")
+                continue
+            self.tokens[i] += new
+            piece = stream.push(new)
+            if stream.stopped:
+                self.tokens[i] = self.tokens[i][: stream.kept]
+                self.finished[i] = True
+            elif self.finished[i]:
+                piece += stream.finish()
+            pieces.append(piece)
+        return pieces
+
+    def result(self) -> Generation:
+        """Texts, tokens and statistics of what was produced so far."""
+        for stream in self.streams:
+            stream.finish()
+        return Generation(
+            [stream.text for stream in self.streams],
+            self.tokens,
+            [self._stats(i) for i in range(len(self.prompts))],
+        )
+
+    def _finish_reason(self, i: int) -> str:
+        if self.streams[i].stopped:
+            return "stop"
+        if self.tokens[i] and self.tokens[i][-1] in self.eos:
+            return "eos"
+        if len(self.tokens[i]) >= self.config.max_new_tokens:
+            return "length"
+        return "interrupted"
+
+    def _stats(self, i: int) -> dict[str, Any]:
+        config, clock, batch = self.config, self.clock, len(self.prompts)
+        rounds, proposed, accepted = (self.counters[k][i] for k in self.counters)
+        new = len(self.tokens[i])
+        later = max(new - 1, 0)  # the first token is the prefill's
+        return {
+            "finish_reason": self._finish_reason(i),
+            "mode": config.mode,
+            "kv": config.target_view,
+            "gamma": self.program.gamma or None,
+            "backend": backend_in_use(config.backend),
+            "dtype": self.model.dtype,
+            "prompt_tokens": len(self.prompts[i]),
+            "new_tokens": new,
+            "rounds": rounds,
+            "proposed": proposed,
+            "accepted": accepted,
+            "acceptance_rate": accepted / proposed if proposed else None,
+            "tokens_per_round": later / rounds if rounds else None,
+            "prefill_seconds": clock.prefill,
+            "decode_seconds": clock.decode,
+            "decode_tokens_per_second": later / clock.decode if clock.decode else None,
+            "compile_seconds": clock.compile,
+            "cache_bytes": {name: n // batch for name, n in self.cache_bytes.items()},
+        }
+
+
+def backend_in_use(backend: str) -> str:
+    """Which kernels run under `backend`."""
+    return "xla" if backend == "auto" else backend
+
+
+def _start(
+    model: Model, prompts: Any, config: GenerateConfig | None, key: jax.Array | None
+) -> _Run:
+    ids = read_prompts(prompts, model.tokenizer, model.config.vocab_size)
+    return _Run(model, ids, config or GenerateConfig(), key)
+
+
+def generate(
+    model: Model,
+    prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+    config: GenerateConfig | None = None,
+    key: jax.Array | None = None,
+    *,
+    on_text: OnText | None = None,
+) -> Generation:
+    """Continue prompts.
+
+    Args:
+      model: from `load`.
+      prompts: a text, a list of texts, token ids, or a list of lists of token ids.
+      config: how to decode.
+      key: a typed PRNG key, folded with each sequence's index, or an array of one a sequence.
+        Default `jax.random.key(0)`.
+      on_text: called with (index of the prompt, new text) as text becomes final.
+
+    An interruption (Ctrl-C) ends the decoding; what was produced so far is returned, its
+    `finish_reason` is `interrupted`.
+
+    Raises:
+      ValueError: an argument is wrong, or prompt and new tokens exceed the context.
+      NotImplementedError: the backend cannot do it.
+    """
+    run = _start(model, prompts, config, key)
+    try:
+        for pieces in run.chunks():
+            for i, piece in enumerate(pieces):
+                if on_text is not None and piece:
+                    on_text(i, piece)
+    except KeyboardInterrupt:
+        pass
+    return run.result()
+
+
+def stream(
+    model: Model,
+    prompt: str | Sequence[int],
+    config: GenerateConfig | None = None,
+    key: jax.Array | None = None,
+) -> Iterator[str]:
+    """Continue one prompt; iterate over pieces of text as they become final. Arguments as in
+    `generate`, and checked here, before the first piece is asked for."""
+    run = _start(model, prompt, config, key)
+    require(len(run.prompts) == 1, "prompt", f"{len(run.prompts)} prompts", "one prompt")
+    return (pieces[0] for pieces in run.chunks() if pieces[0])

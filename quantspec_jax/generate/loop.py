@@ -1,0 +1,150 @@
+"""The speculative loop (QuantSpec, arXiv 2502.10424, algorithm 1): draft, verify, accept, flush.
+
+    round, the pending token at position n:
+      draft    γ tokens for n+1 … n+γ         upper plane, 4-bit weights
+      verify   rows n … n+γ at once           both planes, full weights, same slots
+      accept   a ≤ γ' of them and one more    γ' = min(γ, G − 1 − (n mod G)): no pass that counts
+      rollback length = n + 1 + a             crosses a flush boundary
+      flush    where length is a multiple of G: F1 → planes, F2 → F1
+
+With γ = 0 the same loop decodes autoregressively.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from quantspec_jax.cache import flush, rollback
+from quantspec_jax.generate.accept import accept
+from quantspec_jax.generate.draft import Proposals, draft
+from quantspec_jax.generate.sampling import Sampling
+from quantspec_jax.generate.state import DecodeState, Program
+from quantspec_jax.generate.verify import verify
+from quantspec_jax.models.decoder import Params
+
+
+def generate_tokens(
+    params: Params,
+    draft_params: Params,
+    state: DecodeState,
+    sampling: Sampling,
+    eos_ids: jax.Array,
+    max_rounds: jax.Array | int,
+    *,
+    program: Program,
+) -> DecodeState:
+    """Decode until every sequence has finished, or for `max_rounds` rounds; a pure function of
+    arrays that may be called inside another `jax.jit`.
+
+    Args:
+      params, draft_params: parameter trees; `draft_params` may hold `QuantizedWeight` kernels, and
+        is not read where `program.gamma` is 0.
+      state: from `prefill` or an earlier call. Donate it: the cache is updated in place.
+      eos_ids: [E] int32, tokens that end a sequence; −1 as padding.
+      max_rounds: int32, may be traced.
+    """
+
+    def unfinished(carry: tuple[DecodeState, jax.Array]) -> jax.Array:
+        state, rounds = carry
+        return ~jnp.all(state.finished) & (rounds < max_rounds)
+
+    def body(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
+        state, rounds = carry
+        return one_round(params, draft_params, state, sampling, eos_ids, program), rounds + 1
+
+    return jax.lax.while_loop(unfinished, body, (state, jnp.int32(0)))[0]
+
+
+def one_round(
+    params: Params,
+    draft_params: Params,
+    state: DecodeState,
+    sampling: Sampling,
+    eos_ids: jax.Array,
+    program: Program,
+) -> DecodeState:
+    """One draft-verify cycle of every sequence that has not finished."""
+    cache, gamma = state.cache, program.gamma
+    start, flushed = cache.length, cache.quantized_length
+    b = start.shape[0]
+
+    if gamma:
+        proposals, layers = draft(
+            draft_params,
+            program,
+            cache.layers,
+            state.pending,
+            state.seen,
+            start,
+            flushed,
+            sampling,
+            state.keys,
+        )
+    else:
+        nothing = jnp.zeros((b, 0, program.model.vocab_size), jnp.float32)
+        proposals, layers = Proposals(jnp.zeros((b, 0), jnp.int32), nothing), cache.layers
+
+    logits, layers = verify(
+        params, program, layers, state.pending, proposals.tokens, start, flushed
+    )
+    proposed = jnp.minimum(gamma, cache.group_size - 1 - start % cache.group_size)
+    verdict = accept(
+        logits,
+        proposals.probabilities,
+        proposals.tokens,
+        proposed,
+        state.seen,
+        sampling,
+        state.keys,
+        start + 1,
+    )
+
+    active = ~state.finished
+    length = jnp.where(active, start + verdict.accepted + 1, start)
+    cache = rollback(dataclasses.replace(cache, layers=layers), length)
+    cache = flush(cache, program.backend)
+    state = dataclasses.replace(
+        state,
+        cache=cache,
+        rounds=state.rounds + active,
+        proposed=state.proposed + jnp.where(active, proposed, 0),
+        accepted=state.accepted + jnp.where(active, verdict.accepted, 0),
+    )
+    return _emit(state, proposals.tokens, verdict.accepted, verdict.token, eos_ids)
+
+
+def _emit(
+    state: DecodeState,
+    proposals: jax.Array,
+    accepted: jax.Array,
+    token: jax.Array,
+    eos_ids: jax.Array,
+) -> DecodeState:
+    """Write a round's tokens, the accepted proposals and `token`, up to EOS or the limit."""
+    b, gamma = proposals.shape
+    index = jnp.arange(gamma + 1)
+    padded = jnp.concatenate([proposals, token[:, None]], 1)
+    new = jnp.where(index == accepted[:, None], token[:, None], padded)  # [B, γ + 1]
+    is_eos = (new[:, :, None] == eos_ids).any(-1) & (index <= accepted[:, None])
+    number = jnp.where(is_eos.any(-1), jnp.argmax(is_eos, -1), accepted) + 1
+    number = jnp.where(state.finished, 0, jnp.minimum(number, state.limit - state.count))
+
+    offset = jnp.arange(state.tokens.shape[1]) - state.count[:, None]
+    written = (offset >= 0) & (offset < number[:, None])
+    shifted = jnp.take_along_axis(new, jnp.clip(offset, 0, gamma), 1)
+    count = state.count + number
+    kept = index < number[:, None]
+    last = jnp.take_along_axis(new, jnp.maximum(number - 1, 0)[:, None], 1)[:, 0]
+    return dataclasses.replace(
+        state,
+        seen=state.seen.at[jnp.arange(b)[:, None], new].max(kept),
+        pending=jnp.where(state.finished, state.pending, last),
+        tokens=jnp.where(written, shifted, state.tokens),
+        count=count,
+        finished=state.finished
+        | (count >= state.limit)
+        | ((is_eos & kept).any(-1)),
+    )
