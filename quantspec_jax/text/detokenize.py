@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from quantspec_jax.config import require
+
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not (yet) UTF-8
 LONGEST_CHARACTER = 4  # bytes of a character in UTF-8, so tokens at most
 LONG_WINDOW = 64  # ids that wait for the end of a character before another boundary is sought
@@ -111,11 +113,18 @@ class TextStream:
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        allowed = "no stop strings (the model has no tokenizer)"
+        require(tokenizer is not None or not self._stop, "stop", self._stop, allowed)
         self._pieces: list[str] = []
         self._held = ""
         self._complete = 0  # ids whose text was all final at the last look
         self.stopped = False
         self.tokens: list[int] = []
+
+    @property
+    def kept(self) -> int:
+        """Number of `tokens`."""
+        return len(self.tokens)
 
     @property
     def text(self) -> str:
@@ -178,7 +187,9 @@ class TextStream:
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of token ids: special tokens left out, nothing tidied up."""
+    """The text of token ids: special tokens left out, nothing tidied up. No tokenizer: none."""
+    if tokenizer is None:
+        return ""
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -192,6 +203,8 @@ def _overlap(text: str, stop: str) -> int:
 
 def _byte_ids(tokenizer: Any) -> frozenset[int]:
     """Ids of the tokens <0x00> to <0xFF> of a vocabulary with byte fallback."""
+    if tokenizer is None:
+        return frozenset()
     names = [f"<0x{byte:02X}>" for byte in range(256)]
     ids = zip(names, tokenizer.convert_tokens_to_ids(names), strict=True)
     return frozenset(
@@ -201,5 +214,7 @@ def _byte_ids(tokenizer: Any) -> frozenset[int]:
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:
     """Ids of tokens that decoding leaves out."""
+    if tokenizer is None:
+        return frozenset()
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(tokenizer.all_special_ids) | {i for i, token in added if token.special}
