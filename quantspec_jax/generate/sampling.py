@@ -103,7 +103,7 @@ def _top_k(order: jax.Array, k: jax.Array) -> jax.Array:
 
 def _top_p(order: jax.Array, weights: jax.Array, top_p: jax.Array) -> jax.Array:
     """[B, S, N] bool: what is left once the least likely tokens, 1 − top_p of the mass together
-    at most, are removed. Of equal tokens the first go first, as after a stable sort.
+    at most, are removed. Of equal tokens the first stay, as at temperature 0.
     """
     budget = (1 - top_p)[:, None] * jnp.sum(weights, -1)
 
@@ -116,9 +116,9 @@ def _top_p(order: jax.Array, weights: jax.Array, top_p: jax.Array) -> jax.Array:
     equal = order == smallest[..., None]
     weight = jnp.max(jnp.where(equal, weights, 0.0), -1)
     room = jnp.maximum(budget - mass_below(smallest), 0.0)
-    removed = jnp.minimum(jnp.floor(room / weight), jnp.sum(equal, -1) - 1.0)
-    rank = jnp.cumsum(equal, -1, dtype=jnp.int32) - 1
-    return (order > smallest[..., None]) | (equal & (rank >= removed[..., None]))
+    kept = jnp.maximum(jnp.sum(equal, -1) - jnp.floor(room / weight), 1.0)
+    rank = jnp.cumsum(equal, -1, dtype=jnp.int32)
+    return (order > smallest[..., None]) | (equal & (rank <= kept[..., None]))
 
 
 def warp(logits: jax.Array, seen: jax.Array, sampling: Sampling) -> jax.Array:
