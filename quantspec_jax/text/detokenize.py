@@ -59,7 +59,9 @@ class Detokenizer:
 
     def _is_silent(self, token: int) -> bool:
         """Whether decoding leaves it out: special, or an id that only the model has."""
-        return token in self._special_ids or self._tokenizer.convert_ids_to_tokens(token) is None
+        if self._tokenizer is None or token in self._special_ids:
+            return True
+        return self._tokenizer.convert_ids_to_tokens(token) is None
 
     def _decode(self, start: int, end: int) -> str:
         return decode(self._tokenizer, self._ids[start:end])

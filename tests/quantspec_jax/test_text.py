@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import io
+import sys
+
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
+from quantspec_jax.text.chat import chat_ids, chat_text
 from quantspec_jax.text.detokenize import Detokenizer, TextStream, decode
+from quantspec_jax.text.prompts import read_prompts, read_text
 
 MULTILINGUAL = "Größer als 中文, 日本語 🏳️‍🌈 é́ — ｆｕｌｌ, the cat. 😀😀 <0x41> � \n\n  fin"
 
@@ -126,3 +136,108 @@ class TestStopStrings:
         assert stream.finish() == "EN"
         assert not stream.stopped
         assert stream.tokens == ids
+
+
+class TestPrompts:
+    def test_all_forms_of_the_same_prompts_give_the_same_ids(self, byte_level_tokenizer):
+        texts = ["the cat", "中文 😀"]
+        ids = [byte_level_tokenizer(text)["input_ids"] for text in texts]
+        read = functools.partial(read_prompts, tokenizer=byte_level_tokenizer, vocab_size=320)
+        assert read(texts) == read(ids) == read(tuple(map(tuple, ids))) == ids
+        assert read([np.array(ids[0]), ids[1]]) == ids
+        assert read(texts[0]) == read(ids[0]) == read(np.array(ids[0])) == [ids[0]]
+        assert read(jnp.array([ids[0], ids[0]])) == [ids[0]] * 2
+        assert read([np.int32(token) for token in ids[0]]) == [ids[0]]
+
+    def test_special_tokens_are_the_tokenizers_own(self, byte_level_tokenizer):
+        tokenizer = copy.deepcopy(byte_level_tokenizer)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+        (ids,) = read_prompts("the", tokenizer, 320)
+        assert ids == [0, *byte_level_tokenizer("the")["input_ids"]]
+        with pytest.raises(ValueError, match="prompt is ''"):  # though it would have one token
+            read_prompts("", tokenizer, 320)
+
+    @pytest.mark.parametrize(
+        ("prompts", "message"),
+        [
+            ("", "prompt is ''"),
+            ([], r"prompts is \[\]"),
+            ([[]], r"prompt is \[\]"),
+            (["a", ""], "prompt 1 is ''"),
+            ([[1], []], "prompt 1 is"),
+            (None, "None"),
+            (7, "7"),
+            (b"bytes", "bytes"),
+            ({"a": 1}, "dict"),
+            ([True], "True .bool.; allowed: integers"),
+            ([1, 2.0], "2.0 .float.; allowed: integers"),
+            (np.array([1.0]), "1.0 .float."),
+            ([[1, "a"]], "'a'"),
+            ([1, "a"], "prompt 0 is 1"),
+            ([320], "320 .int.; allowed: 0 to 319"),
+            ([[1], [-1]], "prompt 1 is -1"),
+            (np.array([[[1]]]), "integers"),
+            ("\udcff", "not UTF-8"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, byte_level_tokenizer, prompts, message):
+        with pytest.raises(ValueError, match=message):
+            read_prompts(prompts, byte_level_tokenizer, 320)
+
+    def test_a_model_without_a_tokenizer_takes_ids(self):
+        assert read_prompts([1, 2], None, 3) == [[1, 2]]
+        with pytest.raises(ValueError, match="no tokenizer"):
+            read_prompts("text", None, 3)
+        stream = TextStream(None)
+        assert stream.push([1, 2]) == stream.finish() == ""
+        assert stream.tokens == [1, 2]
+
+    def test_file_that_is_not_utf8(self, tmp_path, monkeypatch):
+        path = tmp_path / "latin1.txt"
+        path.write_bytes("größer".encode("latin-1"))
+        with pytest.raises(ValueError, match=r"latin1.txt: not UTF-8 \(byte 0xF6 at offset 2\)"):
+            read_text(str(path))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+        with pytest.raises(ValueError, match="standard input: not UTF-8"):
+            read_text("-")
+
+    def test_files_are_read_as_they_are(self, tmp_path, monkeypatch):
+        path = tmp_path / "prompt.txt"
+        path.write_bytes(MULTILINGUAL.encode() + b"\r\n")
+        assert read_text(str(path)) == MULTILINGUAL + "\r\n"
+        path.write_bytes(b"\xef\xbb\xbfwith a byte order mark")
+        assert read_text(str(path)) == "with a byte order mark"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(MULTILINGUAL.encode())))
+        assert read_text("-") == MULTILINGUAL
+
+
+class TestChat:
+    def test_template_writes_the_special_tokens(self, byte_level_tokenizer):
+        text = chat_text("Hi", byte_level_tokenizer, "Be brief.")
+        assert text == "<|system|>Be brief.</s><|user|>Hi</s><|assistant|>"
+        ids = chat_ids("Hi", byte_level_tokenizer, "Be brief.")
+        assert byte_level_tokenizer.decode(ids) == text
+        assert "system" not in chat_text("Hi", byte_level_tokenizer)
+
+    def test_no_template(self, byte_level_tokenizer):
+        tokenizer = copy.deepcopy(byte_level_tokenizer)
+        tokenizer.chat_template = None
+        for without in (tokenizer, None):
+            with pytest.raises(ValueError, match="no chat template"):
+                chat_ids("Hi", without)
+
+    def test_template_that_takes_no_system_message(self, byte_level_tokenizer):
+        tokenizer = copy.deepcopy(byte_level_tokenizer)
+        tokenizer.chat_template = (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('user first') }}{% endif %}"
+            "{{ messages[0].content }}"
+        )
+        assert chat_text("Hi", tokenizer) == "Hi"
+        with pytest.raises(ValueError, match="roles system, user: user first"):
+            chat_ids("Hi", tokenizer, "Be brief.")
+
+    def test_empty_prompt(self, byte_level_tokenizer):
+        with pytest.raises(ValueError, match="prompt is ''"):
+            chat_ids("", byte_level_tokenizer)

@@ -1,0 +1,108 @@
+"""What `quantspec info` prints: a model's architecture and sizes, from its headers alone."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+
+from quantspec_jax.cache import cache_bytes, create
+from quantspec_jax.config import CacheConfig, DraftConfig, ModelConfig
+from quantspec_jax.draft import bits_per_weight, draft_bytes
+
+CONTEXTS = (2048, 8192, 32768, 131072)
+CACHE_DTYPE = "bfloat16"  # of the tokens in full precision
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def info(source: str) -> dict[str, Any]:
+    """Architecture, parameters, draft and cache sizes of anything that `load` takes."""
+    import convert
+
+    checkpoint = convert.open_source(source)
+    config = checkpoint.config
+    stored = checkpoint.draft_config
+    draft = stored or DraftConfig()
+    return {
+        "source": str(source),
+        "architecture": config.to_dict(),
+        "context_limit": config.context_limit,
+        "stored_as": checkpoint.storage,
+        "dtype": checkpoint.source_dtype,
+        "parameters": checkpoint.parameter_count,
+        "parameter_bytes": checkpoint.parameter_count * BYTES[checkpoint.source_dtype],
+        "draft": draft.describe(),
+        "draft_stored": stored is not None,
+        "draft_bytes": draft_bytes(config, draft),
+        "draft_bits_per_weight": bits_per_weight(config, draft),
+        "cache_dtype": CACHE_DTYPE,
+        "cache": [cache_sizes(config, context) for context in contexts(config)],
+    }
+
+
+def contexts(config: ModelConfig) -> list[int]:
+    """The contexts to report: none beyond the model's own."""
+    return sorted({min(context, config.context_limit) for context in CONTEXTS})
+
+
+def cache_sizes(config: ModelConfig, context: int) -> dict[str, int]:
+    """`cache_bytes` of one sequence of `context` tokens; nothing is allocated."""
+    cache_config = CacheConfig(max_length=context, dtype=CACHE_DTYPE)
+    cache = jax.eval_shape(functools.partial(create, config, cache_config, 1))
+    return {"context": context, **cache_bytes(cache, context)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The same for people."""
+    config = result["architecture"]
+    rope = config["rope"]
+    parts = [
+        ("family", config["family"]),
+        (
+            "layers",
+            f"{config['num_layers']}, hidden {config['hidden_size']}, "
+            f"intermediate {config['intermediate_size']}",
+        ),
+        (
+            "attention",
+            f"{config['num_heads']} heads, {config['num_kv_heads']} key-value heads, "
+            f"head_dim {config['head_dim']}",
+        ),
+        (
+            "vocabulary",
+            f"{config['vocab_size']:,}"
+            f"{', tied embeddings' if config['tie_embeddings'] else ''}, "
+            f"EOS {', '.join(map(str, config['eos_ids'])) or 'none'}",
+        ),
+        ("context", f"{result['context_limit']:,} (RoPE {rope['type']}, theta {rope['theta']:g})"),
+        (
+            "parameters",
+            f"{result['parameters']:,}, {_size(result['parameter_bytes'])} as {result['dtype']}, "
+            f"stored as {result['stored_as']}",
+        ),
+        (
+            "draft",
+            f"{result['draft']}{' (stored)' if result['draft_stored'] else ''}: "
+            f"{_size(result['draft_bytes'])}, {result['draft_bits_per_weight']:.2f} bits a weight",
+        ),
+    ]
+    columns = ("upper", "lower", "scales", "buffer", "total", "bf16_equivalent")
+    head = "".join(name.replace("bf16_equivalent", "bf16 cache").rjust(12) for name in columns)
+    lines = [f"{name:<12}{value}" for name, value in parts]
+    lines.append(f"{'cache of':<12}{head}{'ratio':>8}")
+    for row in result["cache"]:
+        cells = "".join(_size(row[name]).rjust(12) for name in columns)
+        ratio = row["total"] / row["bf16_equivalent"]
+        lines.append(f"{row['context']:<12,}{cells}{ratio:>8.3f}")
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    """Bytes in binary units."""
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
