@@ -24,15 +24,17 @@ def kv_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Attend from S consecutive tokens to the planes and the full-precision buffer.
 
-    The pass's own keys and values are in the buffer already. Slot j of the buffer holds position
-    quantized_length + j; row i of the pass has position start + i and sees positions up to its own
-    (`strict`: up to the one before).
+    The pass's own keys and values are in the buffer already, which is a ring: position p lies in slot
+    p mod R, so slot j holds position q + ((j − q) mod R), q = quantized_length (the full-precision
+    view has q = 0 and R beyond the last position: slot j holds position j). Row i of the pass has
+    position start + i and sees positions up to its own (`strict`: up to the one before); slots whose
+    position is beyond that hold anything.
 
     Args:
       q: [B, S, H, D] queries after RoPE.
       keys, values: planes of T/G tiles (`pallas_kernels.layout.Planes`); None: no planes, all
         tokens are in the buffer (the full-precision view).
-      key_buffer, value_buffer: [B, K, R, D] full-precision tokens.
+      key_buffer, value_buffer: [B, K, R, D] full-precision tokens; R = 2G where there are planes.
       quantized_length: [B] int32, tokens read from the planes; a multiple of G.
       start: [B] int32, position of the pass's first token.
       view: `int8` reads both planes, `int4` the upper one alone; `full` goes with no planes.

@@ -15,22 +15,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.layout import Planes, unpack
+from pallas_kernels.layout import Planes, unpack_keys, unpack_values
 
 CHUNK_TOKENS = 1024
 
 
 def _codes(upper: jax.Array, lower: jax.Array | None) -> jax.Array:
-    """x = m̂ + ŝ · codes, from the planes [..., G/2, D] → float32 [..., G, D]. Exact."""
-    u = unpack(upper).astype(jnp.float32) + 8
+    """x = m̂ + ŝ · codes, from the codes u − 8 and l, int8 → float32. Exact."""
+    u = upper.astype(jnp.float32) + 8
     if lower is None:
         return u - 1 / 32
-    return u + unpack(lower).astype(jnp.float32) / 16
+    return u + lower.astype(jnp.float32) / 16
 
 
 def dequantize_keys(planes: Planes, view: str) -> jax.Array:
     """Planes of n tiles → float32 [B, K, n·G, D] in `view` int8 or int4."""
-    codes = _codes(planes.upper, planes.lower if view == "int8" else None)
+    lower = unpack_keys(planes.lower) if view == "int8" else None
+    codes = _codes(unpack_keys(planes.upper), lower)
     scale = planes.scale.astype(jnp.float32)[..., None, :]
     minimum = planes.minimum.astype(jnp.float32)[..., None, :]
     x = minimum + scale * codes
@@ -39,7 +40,8 @@ def dequantize_keys(planes: Planes, view: str) -> jax.Array:
 
 def dequantize_values(planes: Planes, view: str) -> jax.Array:
     """As `dequantize_keys`; the groups run over the channels of a token."""
-    codes = _codes(planes.upper, planes.lower if view == "int8" else None)
+    lower = unpack_values(planes.lower) if view == "int8" else None
+    codes = _codes(unpack_values(planes.upper), lower)
     head_dim, group_size = codes.shape[-1], codes.shape[-2]
     width = min(group_size, head_dim)
 
@@ -111,7 +113,7 @@ def kv_attention(
     )
 
     if keys is not None and values is not None:
-        n, g = keys.upper.shape[2], 2 * keys.upper.shape[3]
+        n, g = keys.upper.shape[2:4]
         step = _largest_divisor(n, max(1, CHUNK_TOKENS // g))
 
         def tiles(planes: Planes, first: jax.Array) -> Planes:
@@ -142,32 +144,25 @@ def kv_attention(
         )
 
     length = key_buffer.shape[2]
+    width = min(-(-length // 2), CHUNK_TOKENS)
     first = quantized_length[:, None, None]
-    if length <= CHUNK_TOKENS:
-        mask = first + jnp.arange(length) <= position
-        state = _attend(
-            state,
-            grouped,
-            key_buffer.astype(jnp.float32),
-            value_buffer.astype(jnp.float32),
-            mask,
-        )
-    else:
 
-        def over_buffer(i: jax.Array, state: Partial) -> Partial:
-            # The last chunk is moved back to end with the buffer; what it repeats is masked.
-            begin = jnp.minimum(i * CHUNK_TOKENS, length - CHUNK_TOKENS)
+    def over_buffer(i: jax.Array, state: Partial) -> Partial:
+        # The last chunk is moved back to end with the buffer; what it repeats is masked.
+        begin = jnp.minimum(i * width, length - width)
 
-            def cut(x: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_slice_in_dim(x, begin, CHUNK_TOKENS, 2).astype(jnp.float32)
+        def cut(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, begin, width, 2).astype(jnp.float32)
 
-            slot = begin + jnp.arange(CHUNK_TOKENS)
-            mask = (first + slot <= position) & (slot >= i * CHUNK_TOKENS)
-            return _attend(state, grouped, cut(key_buffer), cut(value_buffer), mask)
+        slot = begin + jnp.arange(width)
+        held = first + (slot - first) % length
+        mask = (held <= position) & (slot >= i * width)
+        return _attend(state, grouped, cut(key_buffer), cut(value_buffer), mask)
 
-        used = jnp.max(start - quantized_length) + s
-        chunks = -(-jnp.minimum(used, length) // CHUNK_TOKENS)
-        state = jax.lax.fori_loop(0, chunks, over_buffer, state)
+    # Two chunks at least: XLA's CPU backend would fuse the read of a whole buffer with the append
+    # before it, and copy the buffer.
+    used = length if keys is not None else jnp.minimum(jnp.max(start) + s, length)
+    state = jax.lax.fori_loop(0, -(-used // width), over_buffer, state)
 
     total = jnp.where(state.total > 0, state.total, 1.0)
     log_sum_exp = state.maximum + jnp.log(total)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layout import Planes, pack
+from pallas_kernels.layout import Planes, pack_keys, pack_values
 
 # ŝ/16 has to be a normal float32 number: XLA flushes the others to zero.
 SMALLEST_SCALE = 2.0**-122
@@ -63,7 +63,7 @@ def quantize_keys(keys: jax.Array, group_size: int) -> Planes:
     b, k, t, d = keys.shape
     tiles = keys.reshape(b, k, t // group_size, group_size, d)
     upper, lower, scale, minimum = _quantize(tiles, axis=-2)
-    return Planes(pack(upper), pack(lower), scale[..., 0, :], minimum[..., 0, :])
+    return Planes(pack_keys(upper), pack_keys(lower), scale[..., 0, :], minimum[..., 0, :])
 
 
 def value_groups(head_dim: int, group_size: int) -> tuple[int, int]:
@@ -83,7 +83,7 @@ def quantize_values(values: jax.Array, group_size: int) -> Planes:
 
     def tile(codes: jax.Array) -> jax.Array:
         flat = codes.reshape(b, k, t // group_size, group_size, groups * width)
-        return pack(flat[..., :d])
+        return pack_values(flat[..., :d])
 
     def by_token(numbers: jax.Array) -> jax.Array:
         return jnp.swapaxes(numbers[..., 0], -1, -2)
