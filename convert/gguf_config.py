@@ -1,0 +1,255 @@
+"""Metadata of a GGUF file → ModelConfig; as with config.json, every key is accounted for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.gguf_file import GgufFile
+from convert.tensors import StoredTensor
+from quantspec_jax.config import Family, ModelConfig, RopeConfig, require
+
+# llama.cpp stores Mistral under the architecture "llama": the computation is the same.
+ARCHITECTURES: dict[str, Family] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+# What an architecture's key may hold beside what is read below (None: anything).
+_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
+    "vocab_size": None,
+    "tensor_data_layout": ("Meta AI original pth",),
+    "rope.scaling.finetuned": None,
+    "use_parallel_residual": (False,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.causal": (True,),
+    "attention.scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "pooling_type": (0,),
+}
+_HARMLESS_PREFIXES = ("general.", "tokenizer.", "quantize.", "split.", "GGUF.", "imatrix.")
+
+
+class _Keys:
+    """The keys of one architecture, without its prefix."""
+
+    def __init__(self, file: GgufFile, architecture: str):
+        self.path, self.architecture = file.path, architecture
+        self._metadata = file.metadata
+        self._asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        name = f"{self.architecture}.{key}"
+        self._asked.add(name)
+        return self._metadata.get(name, default)
+
+    def number(self, key: str, default: Any = None) -> Any:
+        value = self.get(key, default)
+        if value is None:
+            raise ValueError(f"{self.path} has no {self.architecture}.{key}")
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]  # one number a layer, all the same
+        self.require(key, isinstance(value, int | float), value, "a number")
+        return value
+
+    def require(self, key: str, condition: bool, given: Any, allowed: str) -> None:
+        require(condition, f"{self.architecture}.{key} in {self.path}", given, allowed)
+
+    def refuse_the_rest(self) -> None:
+        for name, value in self._metadata.items():
+            if name in self._asked or name.startswith(_HARMLESS_PREFIXES):
+                continue
+            key = name.removeprefix(f"{self.architecture}.")
+            if key == name or key not in _NEUTRAL:
+                raise ValueError(
+                    f"{self.path} has {name}, which is not known; it may change the computation, "
+                    "so the model is not loaded"
+                )
+            neutral = _NEUTRAL[key]
+            if neutral is not None:
+                self.require(key, value in neutral, value, ", ".join(map(repr, neutral)))
+
+
+def parse_gguf_config(file: GgufFile) -> ModelConfig:
+    """Raises ValueError, naming the key or tensor, for what the decoder does not do."""
+    architecture = file.metadata.get("general.architecture")
+    require(
+        architecture in ARCHITECTURES,
+        f"general.architecture in {file.path}",
+        architecture,
+        ", ".join(ARCHITECTURES),
+    )
+    keys = _Keys(file, str(architecture))
+    heads = keys.number("attention.head_count")
+    hidden = keys.number("embedding_length")
+    head_dim = keys.number("attention.key_length", hidden // max(heads, 1))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        value = keys.number(key, head_dim)
+        keys.require(key, value == head_dim, value, f"the head dimension, {head_dim}")
+    context = keys.number("context_length")
+    rope, max_context = _parse_rope(keys, context, head_dim)
+    rope = _apply_rope_factors(file, rope, context, head_dim)
+    window = keys.get("attention.sliding_window")
+    if window:
+        keys.require(
+            "attention.sliding_window",
+            window >= max_context,
+            window,
+            f"at least the context of {max_context} tokens",
+        )
+    config = ModelConfig(
+        family=ARCHITECTURES[str(architecture)],
+        vocab_size=_vocab_size(file),
+        hidden_size=hidden,
+        intermediate_size=keys.number("feed_forward_length"),
+        num_layers=keys.number("block_count"),
+        num_heads=heads,
+        num_kv_heads=keys.number("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_context=max_context,
+        rms_norm_eps=_shortest(keys.number("attention.layer_norm_rms_epsilon")),
+        rope=rope,
+        tie_embeddings="output.weight" not in file.tensors,
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        output_bias="blk.0.attn_output.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+        qk_norm=architecture == "qwen3",
+        eos_ids=_eos_ids(file.metadata),
+        bos_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
+    )
+    keys.refuse_the_rest()
+    return config
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is this float32: 1e-05 where the file holds 9.99999974738e-06."""
+    return float(str(np.float32(value)))
+
+
+def _vocab_size(file: GgufFile) -> int:
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ValueError(f"{file.path}: missing tensor token_embd.weight")
+    return embedding.shape[0]
+
+
+def _eos_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """End of sequence, of turn, of message: a model may end its answer with any of them."""
+    names = ("eos_token_id", "eot_token_id", "eom_token_id")
+    ids = [metadata.get(f"tokenizer.ggml.{name}") for name in names]
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+def _parse_rope(keys: _Keys, context: int, head_dim: int) -> tuple[RopeConfig, int]:
+    """`rope.*` → RopeConfig and the longest sequence. llama.cpp knows none, linear and yarn."""
+    theta = _shortest(keys.number("rope.freq_base", 10000.0))
+    kind = keys.get("rope.scaling.type")
+    factor = keys.get("rope.scaling.factor")
+    if factor is None:
+        factor = keys.get("rope.scale_linear")  # files of 2023
+        kind = kind or ("linear" if factor else None)
+    else:
+        keys.get("rope.scale_linear")
+    factor = _shortest(factor) if factor else 1.0
+    original = keys.get("rope.scaling.original_context_length") or context
+    attention_factor = keys.get("rope.scaling.attn_factor")
+    betas = [keys.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")]
+    others = [keys.get(f"rope.scaling.yarn_{name}") for name in ("ext_factor", "log_multiplier")]
+    keys.require("rope.scaling.type", kind in (None, "none", "linear", "yarn"), kind,
+                 "none, linear, yarn")  # fmt: skip
+    if kind in (None, "none") or (kind == "linear" and factor == 1):
+        return RopeConfig(theta=theta), context
+    if kind == "linear":
+        return RopeConfig("linear", theta, factor), int(context * factor)
+    for name, value in zip(("attn_factor",), (attention_factor,), strict=True):
+        # llama.cpp multiplies yarn's own attention factor by it.
+        keys.require(f"rope.scaling.{name}", value in (None, 0.0, 1.0), value, "1.0")
+    for name, value in zip(("ext_factor", "log_multiplier"), others, strict=True):
+        allowed = (None, -1.0, 1.0) if name == "ext_factor" else (None, 0.0)
+        keys.require(f"rope.scaling.yarn_{name}", value in allowed, value, "none")
+    rope = RopeConfig(
+        "yarn",
+        theta,
+        factor,
+        original,
+        beta_fast=_shortest(betas[0]) if betas[0] else 32.0,
+        beta_slow=_shortest(betas[1]) if betas[1] else 1.0,
+    )
+    return rope, max(context, int(original * factor))
+
+
+def _apply_rope_factors(
+    file: GgufFile, rope: RopeConfig, context: int, head_dim: int
+) -> RopeConfig:
+    """llama.cpp stores Llama 3's RoPE scaling as a divisor of each frequency; find its rule."""
+    tensor = file.tensors.get(ROPE_FACTORS)
+    if tensor is None:
+        return rope
+    factors = _read_vector(tensor)
+    if factors.shape != (head_dim // 2,):
+        raise ValueError(
+            f"{file.path}: tensor {ROPE_FACTORS} has shape {list(tensor.shape)}, not "
+            f"[{head_dim // 2}]"
+        )
+    if np.all(factors == 1):
+        return rope
+    found = llama3_from_factors(factors, rope.theta) if rope.type == "default" else None
+    if found is None:
+        raise ValueError(
+            f"{file.path}: the frequency factors in tensor {ROPE_FACTORS} do not follow Llama 3's "
+            "RoPE scaling, the only rule supported"
+        )
+    return found
+
+
+def _read_vector(tensor: StoredTensor) -> np.ndarray:
+    with tensor.file.open("rb") as stream:
+        return tensor.read_rows(stream, 0, 1)[0].astype(np.float64)
+
+
+def llama3_factors(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """[D/2]: what llama3 scaling divides each frequency by."""
+    assert rope.original_max_position is not None
+    wavelength = 2 * math.pi * rope.theta ** (np.arange(0, head_dim, 2) / head_dim)
+    rotations = rope.original_max_position / wavelength
+    span = rope.high_freq_factor - rope.low_freq_factor
+    smooth = np.clip((rotations - rope.low_freq_factor) / span, 0, 1)
+    return 1 / ((1 - smooth) / rope.factor + smooth)
+
+
+def llama3_from_factors(factors: np.ndarray, theta: float) -> RopeConfig | None:
+    """The llama3 scaling whose divisors these are, or None.
+
+    Between its two ends 1/divisor is linear in the number of rotations r within the original
+    context: smooth = (r - low) / (high - low). Scaling context, low and high together changes
+    nothing, so low = 1 fixes the solution; every published model has low = 1.
+    """
+    factor = float(np.max(factors))
+    if not (np.all(np.isfinite(factors)) and np.min(factors) >= 1 and factor > 1):
+        return None
+    head_dim = 2 * len(factors)
+    frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+    smooth = (1 / factors - 1 / factor) / (1 - 1 / factor)
+    inside = (smooth > 1e-4) & (smooth < 1 - 1e-4)
+    candidates = [(8192, 4.0)]
+    if np.count_nonzero(inside) >= 2:
+        slope, intercept = np.polyfit(frequency[inside], smooth[inside], 1)
+        if intercept < 0 < slope:
+            high = 1 - 1 / intercept
+            candidates.insert(0, (round(slope * (high - 1)), round(high, 2)))
+    for original, high in candidates:
+        if original < 1 or high <= 1:
+            continue
+        rope = RopeConfig("llama3", theta, _shortest(factor), original, 1.0, high)
+        if np.allclose(llama3_factors(rope, head_dim), factors, rtol=1e-4, atol=0):
+            return rope
+    return None

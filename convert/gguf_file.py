@@ -1,0 +1,167 @@
+"""The header of a GGUF file (metadata and the list of tensors), every read checked for bounds.
+
+    magic "GGUF", version u32, tensor count u64, metadata count u64
+    metadata   key (string), type u32, value          string: length u64, UTF-8 bytes
+    tensors    name, dimension count u32, dimensions u64 (fastest first), type u32, offset u64
+    padding to `general.alignment`, then the data, to whose start the offsets refer
+
+The gguf package's reader makes an object of each metadata element and believes every count, so a
+damaged file sends it looping; and it takes seconds on a large vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.tensors import FLOATS, QUANTIZED, StoredTensor, stored_bytes
+
+_STRING, _ARRAY, _BOOL = 8, 9, 7
+_SCALARS = {
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1",
+    10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufFile:
+    """Metadata by key (scalars, strings, lists) and tensors by name."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+
+class _Cursor:
+    """A position in the mapped file; reading past the end is an error that names the file."""
+
+    def __init__(self, path: Path, data: mmap.mmap):
+        self.path, self.data, self.position = path, data, 0
+
+    def take(self, count: int) -> bytes:
+        end = self.position + count
+        if end > len(self.data):
+            raise ValueError(f"{self.path} is truncated or corrupt: its header runs past the end")
+        taken = self.data[self.position : end]
+        self.position = end
+        return taken
+
+    def number(self, form: str) -> int:
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def string(self) -> str:
+        try:
+            return self.take(self.number("<Q")).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path} is corrupt: a string is not UTF-8 ({error})") from error
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self.array()
+        if kind not in _SCALARS:
+            raise ValueError(f"{self.path} is corrupt: metadata type {kind} does not exist")
+        return self.scalars(kind, 1)[0]
+
+    def array(self) -> list[Any]:
+        kind, count = self.number("<I"), self.number("<Q")
+        if kind in _SCALARS:
+            return self.scalars(kind, count)
+        # A count that the file cannot hold fails at the first element past the end.
+        return [self.value(kind) for _ in range(count)]
+
+    def scalars(self, kind: int, count: int) -> list[Any]:
+        form = np.dtype(_SCALARS[kind])
+        values = np.frombuffer(self.take(count * form.itemsize), form).tolist()
+        return [bool(v) for v in values] if kind == _BOOL else values
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Reads the header, no tensor. Raises ValueError for a damaged or unsupported file."""
+    size = path.stat().st_size
+    if size < 24:
+        raise ValueError(f"{path} is truncated: {size} bytes are no GGUF file")
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        cursor = _Cursor(path, data)
+        if cursor.take(4) != b"GGUF":
+            raise ValueError(f"{path} is no GGUF file: it does not begin with GGUF")
+        version = cursor.number("<I")
+        if version not in (2, 3):
+            raise ValueError(f"{path} has GGUF version {version}; allowed: 2, 3 (little-endian)")
+        num_tensors, num_keys = cursor.number("<Q"), cursor.number("<Q")
+        metadata = _read_metadata(cursor, num_keys)
+        if metadata.get("split.count", 1) > 1:
+            raise ValueError(
+                f"{path} is part of a split GGUF (split.count = {metadata['split.count']}); "
+                "merge the parts into one file first"
+            )
+        tensors = _read_tensors(cursor, num_tensors, metadata.get("general.alignment", 32), size)
+    return GgufFile(path, metadata, tensors)
+
+
+def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
+    for _ in range(count):
+        key = cursor.string()
+        if key in metadata:
+            raise ValueError(f"{cursor.path} is corrupt: duplicate metadata key {key}")
+        metadata[key] = cursor.value(cursor.number("<I"))
+    return metadata
+
+
+def _read_tensors(
+    cursor: _Cursor, count: int, alignment: Any, size: int
+) -> dict[str, StoredTensor]:
+    path = cursor.path
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"{path} is corrupt: general.alignment is {alignment!r}")
+    entries = []
+    for _ in range(count):
+        name, dimensions = cursor.string(), cursor.number("<I")
+        if not 1 <= dimensions <= 4:
+            raise ValueError(f"{path} is corrupt: tensor {name} has {dimensions} dimensions")
+        shape = struct.unpack(f"<{dimensions}Q", cursor.take(8 * dimensions))[::-1]
+        entries.append((name, shape, cursor.number("<I"), cursor.number("<Q")))
+    base = math.ceil(cursor.position / alignment) * alignment
+    tensors: dict[str, StoredTensor] = {}
+    for name, shape, kind, offset in entries:
+        if name in tensors:
+            raise ValueError(f"{path} is corrupt: duplicate tensor {name}")
+        if offset % alignment:
+            raise ValueError(f"{path} is corrupt: tensor {name} is not aligned")
+        tensors[name] = _tensor(path, name, shape, kind, base + offset)
+    _check_extents(path, list(tensors.values()), size)
+    return tensors
+
+
+def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int) -> StoredTensor:
+    from gguf import GGMLQuantizationType
+
+    known = {member.value: member.name for member in GGMLQuantizationType}
+    kind_name = known.get(kind, f"number {kind}")
+    if kind_name not in FLOATS and kind_name not in QUANTIZED:
+        allowed = ", ".join([*FLOATS, *QUANTIZED])
+        raise ValueError(f"{path}: tensor {name} has type {kind_name}; allowed: {allowed}")
+    num_bytes = stored_bytes(kind_name, shape)
+    if num_bytes is None or num_bytes == 0:
+        raise ValueError(
+            f"{path} is corrupt: tensor {name} of type {kind_name} has shape {list(shape)}"
+        )
+    return StoredTensor(name, kind_name, shape, path, start, num_bytes)
+
+
+def _check_extents(path: Path, tensors: list[StoredTensor], size: int) -> None:
+    end = 0
+    for tensor in sorted(tensors, key=lambda t: t.offset):
+        if tensor.offset < end:
+            raise ValueError(f"{path} is corrupt: tensor {tensor.name} overlaps another")
+        end = tensor.offset + tensor.num_bytes
+    if end > size:
+        raise ValueError(f"{path} is truncated: {size} bytes of {end}")

@@ -1,0 +1,316 @@
+"""What a model can be loaded from: `open_source` and the checkpoints it returns."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from convert import hub, stored
+from convert.gguf_config import parse_gguf_config
+from convert.gguf_file import GgufFile, read_gguf
+from convert.hf_config import parse_hf_config
+from convert.safetensors_file import read_safetensors
+from convert.tensors import StoredTensor
+from convert.weights import Parameter, gguf_parameters, hf_parameters, load_parameters
+from quantspec_jax.config import DraftConfig, ModelConfig, require
+from quantspec_jax.models.parameters import parameter_count
+from quantspec_jax.text.tokenizer import gguf_tokenizer, pretrained_tokenizer
+
+_HF_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILE_SUFFIXES = (
+    ".gguf",
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".json",
+    ".txt",
+    ".msgpack",
+    ".h5",
+)
+
+
+class Checkpoint(ABC):
+    """A model at rest. Opening one reads its configuration and file headers, no weights.
+
+    Attributes:
+      source: what was given to `open_source`.
+      kind: "safetensors", "gguf" or "converted".
+      config: the model's.
+    """
+
+    kind: str
+
+    def __init__(self, source: str, config: ModelConfig):
+        self.source = source
+        self.config = config
+
+    @property
+    def parameter_count(self) -> int:
+        """Elements of all parameters; a tied embedding counts once."""
+        return parameter_count(self.config)
+
+    @property
+    def draft_config(self) -> DraftConfig | None:
+        """Of the draft stored with a converted checkpoint."""
+        return None
+
+    @property
+    @abstractmethod
+    def source_dtype(self) -> str:
+        """The float type that `convert` keeps: "float32", "bfloat16" or "float16"."""
+
+    @property
+    def storage(self) -> str:
+        """How the weights are stored, for people: the source's own types."""
+        return self.source_dtype
+
+    @functools.cached_property
+    def tokenizer(self) -> Any | None:
+        """A transformers tokenizer with its chat template; None where the source has none."""
+        return self._load_tokenizer()
+
+    @abstractmethod
+    def _load_tokenizer(self) -> Any | None: ...
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises ValueError where the tensors do not fit the configuration, by their headers."""
+
+    @abstractmethod
+    def load(self, dtype: str, *, device: Any = None, progress: bool = False) -> dict[str, Any]:
+        """The parameters in `dtype`: the nested tree of `parameter_shapes`, jax arrays."""
+
+    def load_draft(self) -> tuple[DraftConfig, dict[str, Any]] | None:
+        """The stored draft: its configuration and, in the same tree, its quantized kernels."""
+        return None
+
+
+class HuggingFaceCheckpoint(Checkpoint):
+    """A directory with config.json and safetensors, single or sharded.
+
+    `fetch` brings the weights into the directory where it does not hold them yet.
+    """
+
+    kind = "safetensors"
+
+    def __init__(self, source: str, directory: Path, fetch: Callable[[], Path] | None = None):
+        self.directory = directory
+        self._fetch = fetch
+        values = read_json(directory / "config.json")
+        generation = directory / "generation_config.json"
+        self._stated_dtype = values.get("dtype") or values.get("torch_dtype")
+        super().__init__(
+            source,
+            parse_hf_config(
+                values,
+                read_json(generation) if generation.exists() else None,
+                where=str(directory / "config.json"),
+            ),
+        )
+
+    @property
+    def source_dtype(self) -> str:
+        """The type of most elements; the stated one while the weights are not downloaded."""
+        if self._fetch and not _weight_files_exist(self.directory):
+            return self._stated_dtype if self._stated_dtype in _HF_DTYPES.values() else "float32"
+        elements: collections.Counter[str] = collections.Counter()
+        for parameter in self._parameters:
+            elements[_HF_DTYPES[parameter.tensor.kind]] += parameter.spec.size
+        return elements.most_common(1)[0][0]
+
+    @functools.cached_property
+    def _parameters(self) -> list[Parameter]:
+        directory = self._fetch() if self._fetch else self.directory
+        return hf_parameters(self.config, read_hf_tensors(directory))
+
+    def check(self) -> None:
+        _ = self._parameters
+
+    def load(self, dtype: str, *, device: Any = None, progress: bool = False) -> dict[str, Any]:
+        return load_parameters(self._parameters, dtype, device=device, progress=progress)
+
+    def _load_tokenizer(self) -> Any | None:
+        return pretrained_tokenizer(self.directory)
+
+
+class GgufCheckpoint(Checkpoint):
+    """One GGUF file."""
+
+    kind = "gguf"
+
+    def __init__(self, source: str, path: Path):
+        self._file: GgufFile = read_gguf(path)
+        super().__init__(source, parse_gguf_config(self._file))
+
+    @property
+    def source_dtype(self) -> str:
+        return "bfloat16"
+
+    @property
+    def storage(self) -> str:
+        """Tensor types by their share of the elements, the largest first."""
+        elements: collections.Counter[str] = collections.Counter()
+        for parameter in self._parameters:
+            elements[parameter.tensor.kind] += parameter.spec.size
+        return ", ".join(kind for kind, _ in elements.most_common())
+
+    @functools.cached_property
+    def _parameters(self) -> list[Parameter]:
+        return gguf_parameters(self.config, self._file.tensors)
+
+    def check(self) -> None:
+        _ = self._parameters
+
+    def load(self, dtype: str, *, device: Any = None, progress: bool = False) -> dict[str, Any]:
+        return load_parameters(self._parameters, dtype, device=device, progress=progress)
+
+    def _load_tokenizer(self) -> Any | None:
+        return gguf_tokenizer(self._file.metadata)
+
+
+class ConvertedCheckpoint(Checkpoint):
+    """A directory that `convert` wrote."""
+
+    kind = "converted"
+
+    def __init__(self, source: str, directory: Path, values: dict[str, Any]):
+        self.directory = directory
+        self._header = stored.parse_header(values, directory / "config.json")
+        super().__init__(source, self._header.config)
+
+    @property
+    def draft_config(self) -> DraftConfig | None:
+        return self._header.draft
+
+    @property
+    def source_dtype(self) -> str:
+        return self._header.dtype
+
+    def check(self) -> None:
+        stored.check_weights(self.directory, self.config)
+
+    def load(self, dtype: str, *, device: Any = None, progress: bool = False) -> dict[str, Any]:
+        return stored.load_weights(self.directory, self.config, dtype, device)
+
+    def load_draft(self) -> tuple[DraftConfig, dict[str, Any]] | None:
+        if self._header.draft is None:
+            return None
+        return self._header.draft, stored.load_draft(self.directory, self._header)
+
+    def _load_tokenizer(self) -> Any | None:
+        return pretrained_tokenizer(self.directory)
+
+
+def open_source(source: str | Path) -> Checkpoint:
+    """A converted checkpoint, a Hugging Face directory, a .gguf file or a hub id → Checkpoint.
+
+    What exists on disk is opened there. A hub id is `owner/name`; whatever looks like a path, and
+    does not exist, is an error and is not looked for on the hub. Raises ValueError for a source
+    that is missing, damaged or not supported.
+    """
+    source = str(source)
+    require(bool(source.strip()), "source", source, "a path or a hub id")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _open_directory(source, path)
+    if path.exists():
+        return _open_file(source, path)
+    if not looks_like_hub_id(source):
+        raise ValueError(
+            f"source is {source!r}, which does not exist; allowed: a converted checkpoint, a "
+            "Hugging Face directory, a .gguf file, or a hub id (owner/name)"
+        )
+    directory = hub.fetch_small_files(source)
+    return HuggingFaceCheckpoint(source, directory, lambda: hub.fetch_weights(source))
+
+
+def looks_like_hub_id(source: str) -> bool:
+    """`owner/name`, unless it is a file's name or `owner` is a directory here."""
+    return (
+        _HUB_ID.fullmatch(source) is not None
+        and not source.lower().endswith(_FILE_SUFFIXES)
+        and ".." not in source
+        and not Path(source).parent.is_dir()
+    )
+
+
+def _open_directory(source: str, path: Path) -> Checkpoint:
+    config = path / "config.json"
+    if not config.exists():
+        found = sorted(p.name for p in path.glob("*.gguf"))
+        hint = f"; it holds {', '.join(found)}: name the file" if found else ""
+        raise ValueError(f"source is {source!r}, a directory without config.json{hint}")
+    values = read_json(config)
+    if values.get("format") == stored.FORMAT:
+        return ConvertedCheckpoint(source, path, values)
+    return HuggingFaceCheckpoint(source, path)
+
+
+def _open_file(source: str, path: Path) -> Checkpoint:
+    with path.open("rb") as stream:
+        is_gguf = stream.read(4) == b"GGUF"
+    if is_gguf or path.suffix.lower() == ".gguf":
+        return GgufCheckpoint(source, path)
+    raise ValueError(
+        f"source is {source!r}, a file that is not GGUF; allowed files: .gguf (for safetensors "
+        "name the directory)"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; ValueError names the file where it is not one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    require(isinstance(values, dict), str(path), type(values).__name__, "a JSON object")
+    return values
+
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def _weight_files_exist(directory: Path) -> bool:
+    return (directory / _SINGLE).exists() or any(directory.glob("model-*.safetensors"))
+
+
+def read_hf_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """The tensors of a directory by name, from one file or from the shards its index names."""
+    if (directory / _SINGLE).exists():
+        return read_safetensors(directory / _SINGLE)
+    if not (directory / _INDEX).exists():
+        others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        hint = f"; {', '.join(others[:3])}: pickled weights are not read" if others else ""
+        raise ValueError(f"{directory} has neither {_SINGLE} nor {_INDEX}{hint}")
+    return _read_shards(directory)
+
+
+def _read_shards(directory: Path) -> dict[str, StoredTensor]:
+    index = directory / _INDEX
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files")
+    tensors: dict[str, StoredTensor] = {}
+    for name in sorted(set(where.values())):
+        shard = directory / name
+        if Path(name).name != name or not shard.exists():
+            raise ValueError(f"{index} names {name}, which does not exist beside it")
+        for tensor in read_safetensors(shard).values():
+            if tensor.name in tensors:
+                other = tensors[tensor.name].file.name
+                raise ValueError(f"duplicate tensor {tensor.name}: in {other} and {name}")
+            if where.get(tensor.name) != name:
+                raise ValueError(f"{shard} holds {tensor.name}, which {index.name} does not place")
+            tensors[tensor.name] = tensor
+    missing = sorted(set(where) - set(tensors))
+    if missing:
+        raise ValueError(f"missing tensor {missing[0]}: {where[missing[0]]} does not hold it")
+    return tensors

@@ -1,0 +1,277 @@
+"""Tensors of a source → the parameter tree: names, the check that each is used once, streaming."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from convert.tensors import FLOATS, QUANTIZED, StoredTensor
+from quantspec_jax.config import ModelConfig, require
+from quantspec_jax.models.parameters import Spec, nest, parameter_shapes
+
+DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+# Elements decoded at a time. Decoding a block of quantized rows takes a few float32 copies of it;
+# transposing is fastest on few rows.
+_CHUNK = 1 << 20
+
+_HF_LAYER = {
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    **{name: f"self_attn.{name}_proj" for name in "qkvo"},
+    **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+_HF_TOP = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head"}
+_HF_IGNORED = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq")
+
+_GGUF_LAYER = {
+    "attention_norm": "attn_norm",
+    "mlp_norm": "ffn_norm",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    **{name: f"attn_{name}" for name in "qkv"},
+    "o": "attn_output",
+    **{name: f"ffn_{name}" for name in ("gate", "up", "down")},
+}
+_GGUF_TOP = {"embedding": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
+_GGUF_IGNORED = re.compile(r"rope_freqs\.weight")  # read with the metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter and the tensor it comes from.
+
+    `interleaved_heads`: number of heads whose rows llama.cpp stored in interleaved order, or 0.
+    """
+
+    path: str
+    spec: Spec
+    tensor: StoredTensor
+    interleaved_heads: int = 0
+
+    @property
+    def transposed(self) -> bool:
+        """Kernels are [out, in] in files, [in, out] here."""
+        return self.path.endswith(".kernel")
+
+
+def hf_name(path: str) -> str:
+    """Dotted path of a parameter → the tensor's name in a Hugging Face checkpoint."""
+    return _name(path, _HF_TOP, _HF_LAYER, "model.layers")
+
+
+def gguf_name(path: str) -> str:
+    """Dotted path of a parameter → the tensor's name in a GGUF file."""
+    return _name(path, _GGUF_TOP, _GGUF_LAYER, "blk")
+
+
+def _name(path: str, top: Mapping[str, str], layer: Mapping[str, str], layers: str) -> str:
+    suffix = ".bias" if path.endswith(".bias") else ".weight"
+    path = path.removesuffix(".bias").removesuffix(".kernel")
+    if not path.startswith("layers."):
+        return top[path] + suffix
+    _, index, name = path.split(".")
+    return f"{layers}.{index}.{layer[name]}{suffix}"
+
+
+def hf_parameters(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> list[Parameter]:
+    """Pairs the model's parameters with the tensors of a Hugging Face checkpoint."""
+    ignored = {name for name in tensors if _HF_IGNORED.fullmatch(name)}
+    if config.tie_embeddings:
+        ignored |= {"lm_head.weight"} & _check_tied(tensors)
+    return _pair(config, tensors, hf_name, ignored)
+
+
+def _check_tied(tensors: Mapping[str, StoredTensor]) -> set[str]:
+    """A tied checkpoint may store the embedding twice, if both are the same."""
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if head is None or embedding is None:
+        return set(tensors)
+    same = (head.kind, head.shape) == (embedding.kind, embedding.shape)
+    with embedding.file.open("rb") as one, head.file.open("rb") as other:
+        one.seek(embedding.offset)
+        other.seek(head.offset)
+        left = embedding.num_bytes if same else 0
+        while left and same:
+            count = min(left, 1 << 24)
+            same = one.read(count) == other.read(count)
+            left -= count
+    if not same:
+        raise ValueError(
+            f"{head.file}: tie_word_embeddings is true, but tensor lm_head.weight differs from "
+            "model.embed_tokens.weight"
+        )
+    return set(tensors)
+
+
+def gguf_parameters(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> list[Parameter]:
+    """Pairs the model's parameters with the tensors of a GGUF file."""
+    ignored = {name for name in tensors if _GGUF_IGNORED.fullmatch(name)}
+    parameters = _pair(config, tensors, gguf_name, ignored)
+    if config.family != "llama":
+        return parameters
+    heads = {"q": config.num_heads, "k": config.num_kv_heads}
+
+    def interleaved(parameter: Parameter) -> Parameter:
+        layer = parameter.path.split(".")[2:3]
+        return dataclasses.replace(parameter, interleaved_heads=heads.get(*layer, 0))
+
+    return [interleaved(p) if p.path.startswith("layers.") else p for p in parameters]
+
+
+def _pair(
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    name_of: Callable[[str], str],
+    ignored: set[str],
+) -> list[Parameter]:
+    """Every parameter has its tensor, of its shape, and every tensor its parameter; or ValueError.
+
+    Names are one to one, so each tensor is used exactly once.
+    """
+    specs = {name_of(path): (path, spec) for path, spec in parameter_shapes(config).items()}
+    problems = []
+    if missing := [name for name in specs if name not in tensors]:
+        problems.append(f"missing {_listed(missing)}")
+    if unknown := [name for name in tensors if name not in specs and name not in ignored]:
+        problems.append(f"unknown {_listed(unknown)}")
+    parameters = []
+    for name, (path, spec) in specs.items():
+        if name not in tensors:
+            continue
+        shape = spec.shape[::-1] if path.endswith(".kernel") else spec.shape
+        if tensors[name].kind not in (*FLOATS, *QUANTIZED):
+            problems.append(f"{name} has dtype {tensors[name].kind} (allowed: {', '.join(FLOATS)})")
+        elif tensors[name].shape != shape:
+            problems.append(
+                f"misshapen {name} {list(tensors[name].shape)} (expected {list(shape)})"
+            )
+        parameters.append(Parameter(path, spec, tensors[name]))
+    if problems:
+        raise ValueError(f"tensors do not fit the model: {_listed(problems, 4, '; ')}")
+    return parameters
+
+
+def _listed(items: list[str], most: int = 5, separator: str = ", ") -> str:
+    rest = f"{separator}and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(items[:most]) + rest
+
+
+def load_parameters(
+    parameters: Iterable[Parameter],
+    dtype: str,
+    *,
+    device: jax.Device | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Streams each tensor to the device: the nested tree of `parameter_shapes`, in `dtype`.
+
+    On the host there is never more than one tensor that is not yet part of the result.
+    """
+    require(dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
+    parameters = list(parameters)
+    device = device or jax.devices()[0]
+    flat = {}
+    with contextlib.ExitStack() as stack:
+        files = _Files(stack)
+        bar = tqdm(
+            total=sum(p.tensor.num_bytes for p in parameters),
+            desc="reading",
+            unit="B",
+            unit_scale=True,
+            disable=not progress,
+        )
+        stack.enter_context(bar)
+        for parameter in parameters:
+            array = read_parameter(parameter, files[parameter.tensor.file], DTYPES[dtype])
+            # On the CPU the array takes over the aligned buffer; elsewhere wait until it is copied.
+            flat[parameter.path] = jax.device_put(array, device)
+            if device.platform != "cpu":
+                flat[parameter.path].block_until_ready()
+            bar.update(parameter.tensor.num_bytes)
+    return nest(flat)
+
+
+class _Files(dict[Path, BinaryIO]):
+    """Open files by path, closed with the stack."""
+
+    def __init__(self, stack: contextlib.ExitStack):
+        self._stack = stack
+
+    def __missing__(self, path: Path) -> BinaryIO:
+        self[path] = self._stack.enter_context(path.open("rb"))
+        return self[path]
+
+
+def read_parameter(parameter: Parameter, stream: BinaryIO, dtype: np.dtype) -> np.ndarray:
+    """One parameter as an array of its spec's shape, decoded chunk by chunk."""
+    spec, tensor = parameter.spec, parameter.tensor
+    array = _aligned_empty(spec.shape, dtype)
+    rows, columns = tensor.matrix_shape
+    target = array.T if parameter.transposed else array.reshape(rows, columns)
+    heads = parameter.interleaved_heads
+    is_vector = len(tensor.shape) == 1
+    step = max(1, _CHUNK // columns)
+    if heads and not is_vector:
+        head_rows = rows // heads
+        step = max(step // head_rows, 1) * head_rows  # whole heads
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        chunk = tensor.read_rows(stream, start, stop)
+        if heads and is_vector:
+            chunk = _deinterleave(chunk.reshape(-1, 1), heads).reshape(1, -1)
+        elif heads:
+            chunk = _deinterleave(chunk, (stop - start) // head_rows)
+        target[start:stop] = _cast(chunk, dtype, tensor)
+    return array
+
+
+def _deinterleave(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp rotates neighbouring rows (2i, 2i+1) of a head; here i goes with i + D/2."""
+    pairs = rows.reshape(heads, -1, 2, rows.shape[-1])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _cast(chunk: np.ndarray, dtype: np.dtype, tensor: StoredTensor) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = chunk.astype(dtype, copy=False)
+    if not _all_finite(cast):
+        what = "a NaN or infinite value"
+        if _all_finite(chunk):
+            what = f"a value too large for {dtype.name}"
+        raise ValueError(f"{tensor.file}: tensor {tensor.name} has {what}")
+    return cast
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    """Whether no exponent is all ones: integer work, several times faster than isfinite in bf16."""
+    unsigned, exponent = {
+        np.dtype(np.float32): (np.uint32, 0x7F800000),
+        np.dtype(np.float16): (np.uint16, 0x7C00),
+        np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
+    }[values.dtype]
+    bits = np.ascontiguousarray(values).view(unsigned) & unsigned(exponent)
+    return bits.size == 0 or int(bits.max()) < exponent
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised, on a 64-byte boundary: jax takes such a buffer over on the CPU, uncopied."""
+    count = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(count + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + count].view(dtype).reshape(shape)

@@ -1,0 +1,222 @@
+"""`convert`: a source → a converted checkpoint that appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from convert import stored
+from convert.sources import Checkpoint, HuggingFaceCheckpoint, open_source, read_json
+from convert.weights import DTYPES
+from quantspec_jax.config import DraftConfig, require
+
+
+def convert(
+    source: str | Path,
+    out_dir: str | Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    draft: DraftConfig | None = None,
+    draft_text: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Writes `source` (anything `open_source` takes) as a checkpoint that `qs.load` opens fast.
+
+    Args:
+      source: what to convert.
+      out_dir: the directory to make. It is written under another name beside it and renamed at the
+        end, so that an error, a full disk or Ctrl-C leaves nothing.
+      dtype: float32, bfloat16 or float16; None keeps the source's (GGUF: bfloat16).
+      overwrite: replace `out_dir` if it is a converted checkpoint or empty.
+      draft: store a draft's quantized weights too.
+      draft_text: text to calibrate a draft on, for methods that need one.
+      progress: a progress bar on standard error.
+
+    Returns:
+      The path of `out_dir`.
+    """
+    out = Path(out_dir).expanduser()
+    _check_target(out, overwrite)
+    require(dtype is None or dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
+    _check_draft(draft, draft_text)
+    checkpoint = open_source(source)
+    with _partial_directory(out) as partial, _disk_errors(out):
+        checkpoint.check()
+        dtype = dtype or checkpoint.source_dtype
+        _check_space(partial, checkpoint, dtype, draft)
+        _write_tokenizer(checkpoint, partial)
+        _write_weights(checkpoint, partial, dtype, draft, progress)
+        _move_into_place(partial, out)
+    return out
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ValueError(f"out_dir is {str(out)!r}, which exists and is no directory")
+    if not out.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"out_dir is {str(out)!r}, which exists; allowed: a new directory, or "
+                         "overwrite a converted checkpoint with --overwrite")  # fmt: skip
+    config = out / "config.json"
+    ours = config.exists() and read_json(config).get("format") == stored.FORMAT
+    if not ours and any(out.iterdir()):
+        raise ValueError(
+            f"out_dir is {str(out)!r}, which is neither empty nor a converted checkpoint: it is "
+            "not overwritten"
+        )
+
+
+def _check_draft(draft: DraftConfig | None, draft_text: str | None) -> None:
+    if draft is not None and draft.method == "gptq":
+        raise NotImplementedError("draft method gptq is not implemented; allowed: rtn")
+    if draft is not None and draft.bits is None:
+        raise ValueError("draft bits is None (the full weights): there is nothing to store")
+    if draft_text is not None:
+        raise ValueError(
+            "draft_text is given, but the draft needs no text (method gptq alone does)"
+        )
+
+
+@contextlib.contextmanager
+def _partial_directory(out: Path) -> Iterator[Path]:
+    """A hidden directory beside `out`, gone at the end unless it was renamed."""
+    made = [p for p in (out.parent, *out.parent.parents) if not p.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        _remove_empty(made)
+        if error.errno == errno.ENOSPC:
+            raise
+        raise ValueError(
+            f"out_dir is {str(out)!r}, where nothing can be written: {error.strerror}"
+        ) from error
+    try:
+        yield partial
+    finally:
+        _remove(partial)
+        _remove_empty(made)
+
+
+def _remove(directory: Path) -> None:
+    """Writers that an interrupt left running may add files meanwhile: try for a while."""
+    for _ in range(50):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.1)
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """The parents that were made for `out`, innermost first, where nothing came to lie in them."""
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """A full disk, however the writer reports it, becomes OSError(ENOSPC)."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        words = ("No space left on device", "RESOURCE_EXHAUSTED: Error writing")
+        if full or any(word in str(error) for word in words):
+            raise _no_space(out, "nothing was left behind") from error
+        raise
+
+
+def _no_space(out: Path, detail: str) -> OSError:
+    return OSError(errno.ENOSPC, f"no space left on the disk of {str(out)!r}; {detail}")
+
+
+def _check_space(
+    partial: Path, checkpoint: Checkpoint, dtype: str, draft: DraftConfig | None
+) -> None:
+    needed = checkpoint.parameter_count * DTYPES[dtype].itemsize
+    if draft is not None:
+        needed += stored.draft_bytes(checkpoint.config, draft)
+    free = shutil.disk_usage(partial).free
+    if free < needed:
+        raise _no_space(
+            partial.parent, f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+        )
+
+
+def _write_tokenizer(checkpoint: Checkpoint, partial: Path) -> None:
+    if isinstance(checkpoint, HuggingFaceCheckpoint):
+        generation = checkpoint.directory / "generation_config.json"
+        if generation.exists():
+            shutil.copyfile(generation, partial / generation.name)
+    if checkpoint.tokenizer is not None:
+        checkpoint.tokenizer.save_pretrained(partial)
+
+
+def _write_weights(
+    checkpoint: Checkpoint, partial: Path, dtype: str, draft: DraftConfig | None, progress: bool
+) -> None:
+    cpu = jax.local_devices(backend="cpu")[0]
+    with jax.default_device(cpu):
+        params = checkpoint.load(dtype, device=cpu, progress=progress)
+        kernels: tuple[str, ...] = ()
+        if draft is not None:
+            tree = _quantize(params, draft)
+            kernels = stored.draft_kernels(tree)
+            stored.save_tree(partial / "draft", stored.draft_to_arrays(tree))
+            del tree
+        stored.save_tree(partial / "weights", params)
+    header = stored.Header(checkpoint.config, dtype, draft, kernels)
+    text = json.dumps(header.to_dict(), indent=2, ensure_ascii=False)
+    (partial / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _quantize(params: dict[str, Any], draft: DraftConfig) -> dict[str, Any]:
+    from quantspec_jax.draft import quantize_params
+
+    return quantize_params(params, draft)
+
+
+def _move_into_place(partial: Path, out: Path) -> None:
+    """A rename; an old checkpoint steps aside first, and comes back should the rename fail."""
+    partial.chmod(0o777 & ~_umask())
+    _sync(partial)
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    _remove(old)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(directory: Path) -> None:
+    """The files are on the disk before the name says so."""
+    for path in [directory, *directory.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
