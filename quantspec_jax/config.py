@@ -151,8 +151,7 @@ class CacheConfig:
       group_size: G, tokens a quantization group of the keys spans; also the size of each half
         of the full-precision buffer.
       view: what the target reads: `int8` both planes, `int4` the upper plane, `full` no planes.
-      pass_width: S, the widest pass that will be appended. So many slots past `max_length` or
-        the buffer take rows of a pass that turn out not to count.
+      pass_width: S, the widest pass that will be appended.
       dtype: of the full-precision tokens.
     """
 
@@ -190,10 +189,10 @@ class CacheConfig:
 
     @property
     def buffer_length(self) -> int:
-        """Slots of the full-precision buffer, slack for one pass included."""
+        """R, slots of the full-precision buffer: F1 and F2, or every token and a pass beyond."""
         if self.view == "full":
             return self.max_length + self.pass_width
-        return 2 * self.group_size + self.pass_width
+        return 2 * self.group_size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,14 @@
 Each token of a sequence is in one of two places, by its position alone. With `length` = n cached
 tokens and q = `quantized_length` = G·max(0, ⌊n/G⌋ − 1):
 
-    position   0 ........................ q ......... q + G ....... n
-               │ planes, two 4-bit codes  │ buffer F1 │ buffer F2   │ slack
-               │ a value: int8 or int4    │ full, older│ being filled│ rows that do not count
+    position   0 ........................ q ......... q + G ....... n ... q + 2G
+               │ planes, two 4-bit codes  │ buffer F1 │ buffer F2         │
+               │ a value: int8 or int4    │ full, older│ being filled     │
 
-When F2 is full it becomes F1, and the old F1 is quantized into the planes (`flush`): planes are
-written once and never change. A rejection is a shorter `length`. Draft and verify write the same
-slots, verify last.
+The buffer is a ring of 2G slots, position p in slot p mod 2G. When F2 is full, F1 is quantized into
+the planes (`flush`) and its slots are the new F2: planes are written once and never change, and
+nothing is moved. A rejection is a shorter `length`. Draft and verify write the same slots, verify
+last.
 
 The `full` view has no planes: its buffer holds every token, and `quantized_length` stays 0.
 """
@@ -41,7 +42,8 @@ class LayerCache:
     """One layer's keys (after RoPE) and values.
 
     keys, values              planes of T/G tiles, or None in the full view
-    key_buffer, value_buffer  [B, K, R, D] full precision; slot j holds position q + j
+    key_buffer, value_buffer  [B, K, R, D] full precision, position p in slot p mod R; R = 2G,
+                              or beyond the longest sequence in the full view
     """
 
     keys: Planes | None
@@ -122,14 +124,14 @@ def from_prompt(
 
         return Planes(*map(place, tiles))
 
+    # Slot j of the ring holds position q + ((j − q) mod 2G), nothing (0) where that is not below n.
+    slot = jnp.arange(2 * g)
+    position = flushed[:, None] + (slot - flushed[:, None]) % (2 * g)  # [B, 2G]
+    filled = (position < length[:, None])[:, None, :, None]
+    position = jnp.minimum(position, p - 1)[:, None, :, None]
+
     def buffer(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, config.buffer_length), (0, 0)))
-        rows = [
-            jax.lax.dynamic_slice_in_dim(x[i : i + 1], flushed[i], config.buffer_length, 2)
-            for i in range(b)
-        ]
-        filled = jnp.arange(config.buffer_length) < (length - flushed)[:, None]
-        return jnp.where(filled[:, None, :, None], jnp.concatenate(rows), 0)
+        return jnp.where(filled, jnp.take_along_axis(x, position, 2), 0) if p else _fit(x, 2 * g)
 
     return LayerCache(
         planes(keys, quantize_keys), planes(values, quantize_values), buffer(keys), buffer(values)
@@ -142,21 +144,33 @@ def _fit(x: jax.Array, size: int) -> jax.Array:
     return jnp.pad(x, [(0, size - n if axis == 2 else 0) for axis, n in enumerate(x.shape)])
 
 
-def append(layer: LayerCache, keys: jax.Array, values: jax.Array, slot: jax.Array) -> LayerCache:
-    """Write a pass's keys and values [B, K, S, D] to the buffer at `slot` [B] (position − q).
+def append(layer: LayerCache, keys: jax.Array, values: jax.Array, start: jax.Array) -> LayerCache:
+    """Write a pass's keys and values [B, K, S, D] for positions start [B] … start + S − 1.
 
-    One `dynamic_update_slice` a sequence: in place, where a scatter would not be.
+    Rows beyond the end of the half of the ring that `start` lies in do not count (no pass that
+    counts crosses a flush boundary) and are dropped: their slots still hold F1.
     """
-    key_buffer, value_buffer = layer.key_buffer, layer.value_buffer
-    for i in range(keys.shape[0]):
-        at = (i, 0, slot[i], 0)
-        key_buffer = jax.lax.dynamic_update_slice(
-            key_buffer, keys[i : i + 1].astype(key_buffer.dtype), at
-        )
-        value_buffer = jax.lax.dynamic_update_slice(
-            value_buffer, values[i : i + 1].astype(value_buffer.dtype), at
-        )
-    return dataclasses.replace(layer, key_buffer=key_buffer, value_buffer=value_buffer)
+    rows, slots = keys.shape[2], layer.key_buffer.shape[2]
+    half = slots if layer.keys is None else slots // 2
+    slot = start % slots
+    # The last window of S slots inside the half that reaches `slot`; what precedes it is kept.
+    first = jnp.minimum(slot, (slot // half + 1) * half - rows)
+    skip = slot - first
+
+    def write(buffer: jax.Array, new: jax.Array) -> jax.Array:
+        for i in range(new.shape[0]):
+            at = (i, 0, first[i], 0)
+            old = jax.lax.dynamic_slice(buffer, at, (1, *new.shape[1:]))
+            moved = jnp.roll(new[i : i + 1].astype(buffer.dtype), skip[i], 2)
+            kept = jnp.arange(rows)[:, None] < skip[i]
+            buffer = jax.lax.dynamic_update_slice(buffer, jnp.where(kept, old, moved), at)
+        return buffer
+
+    return dataclasses.replace(
+        layer,
+        key_buffer=write(layer.key_buffer, keys),
+        value_buffer=write(layer.value_buffer, values),
+    )
 
 
 def rollback(cache: HierarchicalKVCache, length: jax.Array) -> HierarchicalKVCache:
@@ -164,18 +178,19 @@ def rollback(cache: HierarchicalKVCache, length: jax.Array) -> HierarchicalKVCac
     return dataclasses.replace(cache, length=length)
 
 
+def flush_due(cache: HierarchicalKVCache) -> jax.Array:
+    """[B] bool: F2 is full. Never true in the full view."""
+    full = cache.length - cache.quantized_length >= 2 * cache.group_size
+    return full & (cache.layers[0].keys is not None)
+
+
 def flush(cache: HierarchicalKVCache, backend: str = "auto") -> HierarchicalKVCache:
-    """Quantize F1 of every sequence whose F2 is full, and make F2 its F1."""
+    """Quantize F1 of every sequence whose F2 is full; its slots are the next F2. Others stay."""
     if cache.layers[0].keys is None:
         return cache
     g = cache.group_size
-    due = cache.length - cache.quantized_length >= 2 * g
-
-    def run(layers: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
-        tile = cache.quantized_length // g
-        return tuple(_flush_layer(layer, due, tile, g, backend) for layer in layers)
-
-    layers = jax.lax.cond(jnp.any(due), run, lambda layers: layers, cache.layers)
+    due, tile = flush_due(cache), cache.quantized_length // g
+    layers = tuple(_flush_layer(layer, due, tile, g, backend) for layer in cache.layers)
     moved = cache.quantized_length + jnp.where(due, g, 0)
     return dataclasses.replace(cache, layers=layers, quantized_length=moved)
 
@@ -183,30 +198,21 @@ def flush(cache: HierarchicalKVCache, backend: str = "auto") -> HierarchicalKVCa
 def _flush_layer(
     layer: LayerCache, due: jax.Array, tile: jax.Array, group_size: int, backend: str
 ) -> LayerCache:
-    def write(planes: Planes, buffer: jax.Array, quantize: Any) -> Planes:
-        return Planes(
-            *(
-                _write_tile(leaf, new, due, tile)
-                for leaf, new in zip(
-                    planes, quantize(buffer[:, :, :group_size], group_size, backend=backend),
-                    strict=True,
-                )
-            )
-        )
+    slot = tile % 2 * group_size  # of F1, [B]
 
-    def shift(buffer: jax.Array) -> jax.Array:
-        older = buffer[:, :, :group_size]
-        newer = buffer[:, :, group_size : 2 * group_size]
-        kept = jnp.where(due[:, None, None, None], newer, older)
-        return jax.lax.dynamic_update_slice(buffer, kept, (0, 0, 0, 0))
+    def write(planes: Planes | None, buffer: jax.Array, quantize: Any) -> Planes:
+        assert planes is not None
+        older = [
+            jax.lax.dynamic_slice_in_dim(buffer[i : i + 1], slot[i], group_size, 2)
+            for i in range(buffer.shape[0])
+        ]
+        new = quantize(jnp.concatenate(older), group_size, backend=backend)
+        return Planes(*(_write_tile(*leaves, due, tile) for leaves in zip(planes, new, strict=True)))
 
-    assert layer.keys is not None
-    assert layer.values is not None
-    return LayerCache(
-        write(layer.keys, layer.key_buffer, quantize_keys),
-        write(layer.values, layer.value_buffer, quantize_values),
-        shift(layer.key_buffer),
-        shift(layer.value_buffer),
+    return dataclasses.replace(
+        layer,
+        keys=write(layer.keys, layer.key_buffer, quantize_keys),
+        values=write(layer.values, layer.value_buffer, quantize_values),
     )
 
 
@@ -214,6 +220,10 @@ def _write_tile(
     leaf: jax.Array, new: jax.Array, due: jax.Array, tile: jax.Array
 ) -> jax.Array:
     """Write `new` [B, K, 1, ...] as tile number `tile` [B] of each sequence that is due."""
+    if leaf.dtype == jnp.bfloat16:  # as integers: XLA's CPU backend would convert the whole array
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint16)
+        bits = _write_tile(bits, jax.lax.bitcast_convert_type(new, jnp.uint16), due, tile)
+        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
     for i in range(leaf.shape[0]):
         at = (i, 0, tile[i], *[0] * (leaf.ndim - 3))
         old = jax.lax.dynamic_slice(leaf, at, (1, *new.shape[1:]))

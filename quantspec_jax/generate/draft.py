@@ -35,16 +35,20 @@ def draft(
     """Propose γ tokens after the pending one at position `start` [B].
 
     Each step appends the draft's own keys and values to the buffers; the verification writes the
-    same slots again.
+    same slots again. Steps past the end of the buffer's half do not count (`one_round`): they repeat
+    its last position.
     """
     rows = jnp.arange(pending.shape[0])
+    g = program.cache.group_size
+    last = (start // g + 1) * g - 1
 
     def step(carry, i):
         layers, token, seen = carry
+        position = jnp.minimum(start + i, last)
         logits, layers = cache_pass(
-            params, program, layers, token[:, None], start + i, quantized_length, "int4"
+            params, program, layers, token[:, None], position, quantized_length, "int4"
         )
-        token, probabilities = choose(logits[:, 0], seen, sampling, keys, start + i + 1, Role.DRAFT)
+        token, probabilities = choose(logits[:, 0], seen, sampling, keys, position + 1, Role.DRAFT)
         return (layers, token, seen.at[rows, token].set(True)), (token, probabilities)
 
     (layers, _, _), (tokens, probabilities) = jax.lax.scan(

@@ -17,7 +17,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from quantspec_jax.cache import flush, rollback
+from quantspec_jax.cache import flush, flush_due, rollback
 from quantspec_jax.generate.accept import accept
 from quantspec_jax.generate.draft import Proposals, draft
 from quantspec_jax.generate.sampling import Sampling
@@ -47,15 +47,27 @@ def generate_tokens(
       max_rounds: int32, may be traced.
     """
 
-    def unfinished(carry: tuple[DecodeState, jax.Array]) -> jax.Array:
+    Carry = tuple[DecodeState, jax.Array]
+
+    def unfinished(carry: Carry) -> jax.Array:
         state, rounds = carry
         return ~jnp.all(state.finished) & (rounds < max_rounds)
 
-    def body(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
+    def no_flush_due(carry: Carry) -> jax.Array:
+        return unfinished(carry) & ~jnp.any(flush_due(carry[0].cache))
+
+    def body(carry: Carry) -> Carry:
         state, rounds = carry
         return one_round(params, draft_params, state, sampling, eos_ids, program), rounds + 1
 
-    return jax.lax.while_loop(unfinished, body, (state, jnp.int32(0)))[0]
+    # Rounds until a flush is due, the flush, and again. A branch around the flush in each round
+    # would make XLA copy the buffers.
+    def until_flush(carry: Carry) -> Carry:
+        state, rounds = jax.lax.while_loop(no_flush_due, body, carry)
+        cache = flush(state.cache, program.backend)
+        return dataclasses.replace(state, cache=cache), rounds
+
+    return jax.lax.while_loop(unfinished, until_flush, (state, jnp.int32(0)))[0]
 
 
 def one_round(
@@ -105,7 +117,6 @@ def one_round(
     active = ~state.finished
     length = jnp.where(active, start + verdict.accepted + 1, start)
     cache = rollback(dataclasses.replace(cache, layers=layers), length)
-    cache = flush(cache, program.backend)
     state = dataclasses.replace(
         state,
         cache=cache,

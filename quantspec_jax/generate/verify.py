@@ -37,7 +37,7 @@ def cache_pass(
     def attend(
         layer: LayerCache, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, Any]:
-        layer = append(layer, k.swapaxes(1, 2), v.swapaxes(1, 2), start - quantized_length)
+        layer = append(layer, k.swapaxes(1, 2), v.swapaxes(1, 2), start)
         out, _ = kv_attention(
             q,
             layer.keys,
