@@ -13,24 +13,25 @@ from quantspec_jax.config import FAMILIES, ROPE_TYPES, ModelConfig, RopeConfig, 
 
 # Bookkeeping, training, and generation defaults that older versions wrote beside the model's own
 # keys: none of them changes a logit.
-HARMLESS = frozenset(
-    """
-    _name_or_path architectures model_type transformers_version torch_dtype dtype name_or_path
-    auto_map_tokenizer tokenizer_class transformers.js_config unsloth_fixed unsloth_version
-    use_cache initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop
-    pad_token_id sep_token_id decoder_start_token_id unk_token_id mask_token_id
-    max_window_layers is_llama_config _attn_implementation _attn_implementation_autoset
-    attn_implementation _flash_attn_2_enabled use_flash_attention_2 gradient_checkpointing
-    return_dict output_hidden_states output_attentions torchscript use_bfloat16 is_decoder
-    chunk_size_feed_forward id2label label2id problem_type task_specific_params prefix
-    tie_encoder_decoder return_dict_in_generate output_scores num_return_sequences
-    finetuning_task max_length min_length do_sample early_stopping num_beams num_beam_groups
-    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
-    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids begin_suppress_tokens
-    suppress_tokens forced_bos_token_id forced_eos_token_id remove_invalid_values
-    exponential_decay_length_penalty max_sequence_length model_max_length num_labels
-    """.split()
-)
+HARMLESS = {
+    "_name_or_path", "architectures", "model_type", "transformers_version", "torch_dtype",
+    "dtype", "name_or_path", "tokenizer_class", "transformers.js_config", "unsloth_fixed",
+    "unsloth_version", "use_cache", "initializer_range", "attention_dropout", "hidden_dropout",
+    "resid_pdrop", "embd_pdrop", "attn_pdrop", "pad_token_id", "sep_token_id",
+    "decoder_start_token_id", "unk_token_id", "mask_token_id", "max_window_layers",
+    "is_llama_config", "_attn_implementation", "_attn_implementation_autoset",
+    "attn_implementation", "_flash_attn_2_enabled", "use_flash_attention_2",
+    "gradient_checkpointing", "return_dict", "output_hidden_states", "output_attentions",
+    "torchscript", "use_bfloat16", "is_decoder", "chunk_size_feed_forward", "id2label",
+    "label2id", "problem_type", "task_specific_params", "prefix", "tie_encoder_decoder",
+    "return_dict_in_generate", "output_scores", "num_return_sequences", "finetuning_task",
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "begin_suppress_tokens", "suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
+    "remove_invalid_values", "exponential_decay_length_penalty", "max_sequence_length",
+    "model_max_length", "num_labels",
+}  # fmt: skip
 
 # Keys that would change the computation: only these values, or null, are what the decoder does.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -50,13 +51,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "compression_config": (),
 }
 
-_ROPE_KEYS = frozenset(
-    """
-    rope_type type rope_theta factor original_max_position_embeddings attention_factor beta_fast
-    beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor partial_rotary_factor
-    finetuned
-    """.split()
-)
+_ROPE_KEYS = {
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings",
+    "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
+    "low_freq_factor", "high_freq_factor", "partial_rotary_factor", "finetuned",
+}  # fmt: skip
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
@@ -127,7 +126,7 @@ def parse_hf_config(
 
     Raises ValueError, naming the key, for what the decoder does not do.
     """
-    family = values.get("model_type")
+    family: Any = values.get("model_type")
     require(family in FAMILIES, f"model_type in {where}", family, ", ".join(FAMILIES))
     keys = _Keys(values, _DEFAULTS[family], where)
     heads = keys.number("num_attention_heads")

@@ -106,7 +106,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._fetch = fetch
         values = read_json(directory / "config.json")
         generation = directory / "generation_config.json"
-        self._stated_dtype = values.get("dtype") or values.get("torch_dtype")
+        stated: Any = values.get("dtype") or values.get("torch_dtype")
+        self._stated_dtype: str = stated if stated in _HF_DTYPES.values() else "float32"
         super().__init__(
             source,
             parse_hf_config(
@@ -120,7 +121,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     def source_dtype(self) -> str:
         """The type of most elements; the stated one while the weights are not downloaded."""
         if self._fetch and not _weight_files_exist(self.directory):
-            return self._stated_dtype if self._stated_dtype in _HF_DTYPES.values() else "float32"
+            return self._stated_dtype
         elements: collections.Counter[str] = collections.Counter()
         for parameter in self._parameters:
             elements[_HF_DTYPES[parameter.tensor.kind]] += parameter.spec.size
@@ -195,7 +196,7 @@ class ConvertedCheckpoint(Checkpoint):
         return self._header.dtype
 
     def check(self) -> None:
-        stored.check_weights(self.directory, self.config)
+        stored.check_weights(self.directory, self._header)
 
     def load(self, dtype: str, *, device: Any = None, progress: bool = False) -> dict[str, Any]:
         return stored.load_weights(self.directory, self.config, dtype, device)

@@ -8,9 +8,15 @@ tokenizer.json …   the tokenizer, and generation_config.json where the source 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import importlib.metadata
+import io
+import json
 import logging
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +26,7 @@ import jax.numpy as jnp
 from convert.weights import DTYPES
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
 from quantspec_jax.config import DraftConfig, ModelConfig, require
+from quantspec_jax.draft import quantize_params
 from quantspec_jax.models.parameters import flatten, nest, parameter_shapes
 
 FORMAT = "quantspec"
@@ -31,19 +38,15 @@ _CHUNK_BYTES = 64 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What config.json says. `draft_kernels`: dotted paths of the quantized kernels."""
+    """What config.json says."""
 
     config: ModelConfig
     dtype: str
     draft: DraftConfig | None = None
-    draft_kernels: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready. `model_type` and `transformers_version` let transformers' AutoTokenizer
         open the directory."""
-        draft = None
-        if self.draft is not None:
-            draft = {**dataclasses.asdict(self.draft), "kernels": list(self.draft_kernels)}
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -51,7 +54,7 @@ class Header:
             "model_type": self.config.family,
             "transformers_version": importlib.metadata.version("transformers"),
             "dtype": self.dtype,
-            "draft": draft,
+            "draft": dataclasses.asdict(self.draft) if self.draft else None,
             "model": self.config.to_dict(),
         }
 
@@ -62,12 +65,7 @@ def parse_header(values: dict[str, Any], where: Path) -> Header:
     try:
         config = ModelConfig.from_dict(values["model"])
         dtype = values["dtype"]
-        stored_draft = values["draft"]
-        draft, kernels = None, ()
-        if stored_draft is not None:
-            fields = {field.name for field in dataclasses.fields(DraftConfig)}
-            draft = DraftConfig(**{k: v for k, v in stored_draft.items() if k in fields})
-            kernels = tuple(stored_draft["kernels"])
+        draft = None if values["draft"] is None else DraftConfig(**values["draft"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is damaged: {type(error).__name__} {error}") from error
     require(dtype in DTYPES, f"dtype in {where}", dtype, ", ".join(DTYPES))
@@ -79,7 +77,7 @@ def parse_header(values: dict[str, Any], where: Path) -> Header:
             version,
             f"{LAYOUT_VERSION} (the stored draft has another packing: convert the source again)",
         )
-    return Header(config, dtype, draft, kernels)
+    return Header(config, dtype, draft)
 
 
 def save_tree(directory: Path, tree: dict[str, Any]) -> None:
@@ -95,17 +93,34 @@ def _restore_tree(directory: Path, tree: dict[str, Any]) -> dict[str, Any]:
     """Reads one Orbax checkpoint into the shapes, dtypes and shardings of `tree`."""
     import orbax.checkpoint as ocp
 
+    _check_files(directory, tree)
     restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
-    if not directory.is_dir():
-        raise ValueError(f"{directory} does not exist: the checkpoint is damaged")
     try:
         with _quiet(), _checkpointer(tree) as checkpointer:
             return checkpointer.restore(
                 directory, args=ocp.args.PyTreeRestore(item=tree, restore_args=restore_args)
             )
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(f"{directory} is damaged: {reason[:300]}") from error
+    except Exception as error:  # Orbax raises plain Exception, too
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"{directory} is damaged: {reason[:200]}") from error
+
+
+def _check_files(directory: Path, tree: dict[str, Any]) -> None:
+    """Each array is there, of its shape, and its files, uncompressed, are as large as they must be.
+
+    Orbax would find out too, but in the middle of reading.
+    """
+    for path, leaf in flatten(tree).items():
+        try:
+            stored = json.loads((directory / path / "zarr.json").read_text())
+            shape, item_bytes = tuple(stored["shape"]), jnp.dtype(stored["data_type"]).itemsize
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{directory} is damaged: {path} is missing") from error
+        files = [f for f in (directory / path / "c").rglob("*") if f.is_file()]
+        complete = sum(f.stat().st_size for f in files) >= leaf.size * item_bytes
+        if shape != leaf.shape or not complete:
+            what = f"has shape {list(shape)}" if shape != leaf.shape else "is cut off"
+            raise ValueError(f"{directory} is damaged: {path} {what}")
 
 
 def _checkpointer(tree: dict[str, Any]) -> Any:
@@ -126,26 +141,30 @@ def _checkpointer(tree: dict[str, Any]) -> Any:
     )
 
 
-class _quiet:
-    """Hides Orbax's warnings about its own internals."""
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides Orbax's warnings about its own internals.
 
-    def __enter__(self) -> None:
-        self._level = logging.getLogger("absl").level
-        logging.getLogger("absl").setLevel(logging.ERROR)
+    When one array fails, Orbax leaves the others' operations running without their event loop, and
+    each prints a traceback as it ends: wait for them, and let the one error speak.
+    """
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except BaseException:
+        with contextlib.redirect_stderr(io.StringIO()):
+            time.sleep(0.5)
+            gc.collect()
+        raise
+    finally:
+        logger.setLevel(level)
 
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("absl").setLevel(self._level)
 
-
-def check_weights(directory: Path, config: ModelConfig) -> None:
-    """Raises ValueError where a parameter's array is not there."""
-    missing = [path for path in parameter_shapes(config) if not _is_stored(directory, path)]
-    if missing:
-        raise ValueError(f"{directory / 'weights'} is damaged: missing {', '.join(missing[:5])}")
-
-
-def _is_stored(directory: Path, path: str) -> bool:
-    return (directory / "weights" / path / "zarr.json").exists()
+def check_weights(directory: Path, header: Header) -> None:
+    """Raises ValueError where a parameter's array is missing or not whole."""
+    _check_files(directory / "weights", _weight_shapes(header.config, header.dtype))
 
 
 def load_weights(
@@ -153,81 +172,52 @@ def load_weights(
 ) -> dict[str, Any]:
     """The parameters in `dtype`."""
     require(dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
-    check_weights(directory, config)
+    return _restore_tree(directory / "weights", _on(device, _weight_shapes(config, dtype)))
+
+
+def _weight_shapes(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    shapes = parameter_shapes(config)
+    return nest({path: jax.ShapeDtypeStruct(s.shape, DTYPES[dtype]) for path, s in shapes.items()})
+
+
+def _on(device: jax.Device | None, shapes: dict[str, Any]) -> dict[str, Any]:
     sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
-    shapes = {
-        path: jax.ShapeDtypeStruct(spec.shape, DTYPES[dtype], sharding=sharding)
-        for path, spec in parameter_shapes(config).items()
-    }
-    return _restore_tree(directory / "weights", nest(shapes))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+    )
 
 
-def draft_to_arrays(draft_tree: dict[str, Any]) -> dict[str, Any]:
-    """The quantized kernels of a draft tree as a tree of arrays: {packed, scale, minimum?}."""
-    flat = {}
-    for path, leaf in flatten(draft_tree).items():
-        if isinstance(leaf, QuantizedWeight):
-            flat[path] = {k: v for k, v in leaf._asdict().items() if v is not None}
-    return nest(flat)
-
-
-def draft_kernels(draft_tree: dict[str, Any]) -> tuple[str, ...]:
-    """Dotted paths of a draft tree's quantized kernels."""
-    flat = flatten(draft_tree)
-    return tuple(path for path, leaf in flat.items() if isinstance(leaf, QuantizedWeight))
-
-
-def _quantized_shapes(
-    shape: tuple[int, ...], draft: DraftConfig, sharding: jax.sharding.Sharding
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of a kernel [Kin, N], packed as QuantizedWeight says."""
-    groups = -(-shape[0] // draft.group_size)
-    numbers = (groups, shape[1])
-    shapes = {
-        "packed": jax.ShapeDtypeStruct(
-            (groups, draft.group_size // 2, shape[1]), jnp.uint8, sharding=sharding
-        ),
-        "scale": jax.ShapeDtypeStruct(numbers, jnp.bfloat16, sharding=sharding),
-    }
-    if not draft.symmetric:
-        shapes["minimum"] = jax.ShapeDtypeStruct(numbers, jnp.bfloat16, sharding=sharding)
-    return shapes
-
-
-def draft_bytes(config: ModelConfig, draft: DraftConfig) -> int:
-    """Bytes of the quantized kernels."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    names = ("gate", "up", "down") if draft.layers == "mlp" else None
-    total = 0
-    for path, spec in parameter_shapes(config).items():
-        parts = path.split(".")
-        if parts[0] != "layers" or parts[-1] != "kernel" or (names and parts[2] not in names):
-            continue
-        arrays = _quantized_shapes(spec.shape, draft, sharding).values()
-        total += sum(array.size * array.dtype.itemsize for array in arrays)
-    return total
+def save_draft(directory: Path, tree: dict[str, Any]) -> None:
+    """Writes a draft's own entries of the tree (`quantize_params`)."""
+    save_tree(directory / "draft", _as_dicts(tree))
 
 
 def load_draft(directory: Path, header: Header, device: jax.Device | None = None) -> dict[str, Any]:
-    """The stored draft: the parameter tree's quantized kernels alone."""
-    assert header.draft is not None
-    specs = parameter_shapes(header.config)
-    unknown = [path for path in header.draft_kernels if path not in specs]
-    if unknown:
-        raise ValueError(f"{directory / 'config.json'} is damaged: unknown kernel {unknown[0]}")
-    sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
-    shapes = {
-        path: _quantized_shapes(specs[path].shape, header.draft, sharding)
-        for path in header.draft_kernels
-    }
-    restored = flatten(_restore_tree(directory / "draft", nest(shapes)))
+    """The stored draft, as `quantize_params` returned it."""
+    draft = header.draft
+    assert draft is not None
+    shapes = jax.eval_shape(
+        lambda params: quantize_params(params, draft), _weight_shapes(header.config, header.dtype)
+    )
+    restored = _restore_tree(directory / "draft", _on(device, _as_dicts(shapes)))
+    flat = flatten(restored)
     return nest(
         {
             path: QuantizedWeight(
-                restored[f"{path}.packed"],
-                restored[f"{path}.scale"],
-                restored.get(f"{path}.minimum"),
+                flat[f"{path}.packed"], flat[f"{path}.scale"], flat.get(f"{path}.minimum")
             )
-            for path in header.draft_kernels
+            for path in flatten(shapes)
+        }
+    )
+
+
+def _as_dicts(tree: dict[str, Any]) -> dict[str, Any]:
+    """Each QuantizedWeight as {packed, scale, minimum}, or without minimum where it is None."""
+    return nest(
+        {
+            f"{path}.{name}": array
+            for path, weight in flatten(tree).items()
+            for name, array in weight._asdict().items()
+            if array is not None
         }
     )

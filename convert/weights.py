@@ -128,10 +128,10 @@ def gguf_parameters(config: ModelConfig, tensors: Mapping[str, StoredTensor]) ->
     heads = {"q": config.num_heads, "k": config.num_kv_heads}
 
     def interleaved(parameter: Parameter) -> Parameter:
-        layer = parameter.path.split(".")[2:3]
-        return dataclasses.replace(parameter, interleaved_heads=heads.get(*layer, 0))
+        name = parameter.path.split(".")[-2:][0]  # "q" of layers.0.q.kernel
+        return dataclasses.replace(parameter, interleaved_heads=heads.get(name, 0))
 
-    return [interleaved(p) if p.path.startswith("layers.") else p for p in parameters]
+    return [interleaved(parameter) for parameter in parameters]
 
 
 def _pair(

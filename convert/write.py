@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -19,6 +18,7 @@ from convert import stored
 from convert.sources import Checkpoint, HuggingFaceCheckpoint, open_source, read_json
 from convert.weights import DTYPES
 from quantspec_jax.config import DraftConfig, require
+from quantspec_jax.draft import draft_bytes, quantize_params
 
 
 def convert(
@@ -51,13 +51,14 @@ def convert(
     require(dtype is None or dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
     _check_draft(draft, draft_text)
     checkpoint = open_source(source)
-    with _partial_directory(out) as partial, _disk_errors(out):
+    with _partial_directory(out) as partial:
         checkpoint.check()
         dtype = dtype or checkpoint.source_dtype
         _check_space(partial, checkpoint, dtype, draft)
-        _write_tokenizer(checkpoint, partial)
-        _write_weights(checkpoint, partial, dtype, draft, progress)
-        _move_into_place(partial, out)
+        with _disk_errors(out):
+            _write_tokenizer(checkpoint, partial)
+            _write_weights(checkpoint, partial, dtype, draft, progress)
+            _move_into_place(partial, out)
     return out
 
 
@@ -84,9 +85,7 @@ def _check_draft(draft: DraftConfig | None, draft_text: str | None) -> None:
     if draft is not None and draft.bits is None:
         raise ValueError("draft bits is None (the full weights): there is nothing to store")
     if draft_text is not None:
-        raise ValueError(
-            "draft_text is given, but the draft needs no text (method gptq alone does)"
-        )
+        raise ValueError("draft_text is given, which only draft method gptq reads")
 
 
 @contextlib.contextmanager
@@ -148,7 +147,7 @@ def _check_space(
 ) -> None:
     needed = checkpoint.parameter_count * DTYPES[dtype].itemsize
     if draft is not None:
-        needed += stored.draft_bytes(checkpoint.config, draft)
+        needed += draft_bytes(checkpoint.config, draft)
     free = shutil.disk_usage(partial).free
     if free < needed:
         raise _no_space(
@@ -171,22 +170,12 @@ def _write_weights(
     cpu = jax.local_devices(backend="cpu")[0]
     with jax.default_device(cpu):
         params = checkpoint.load(dtype, device=cpu, progress=progress)
-        kernels: tuple[str, ...] = ()
         if draft is not None:
-            tree = _quantize(params, draft)
-            kernels = stored.draft_kernels(tree)
-            stored.save_tree(partial / "draft", stored.draft_to_arrays(tree))
-            del tree
+            stored.save_draft(partial, quantize_params(params, draft))
         stored.save_tree(partial / "weights", params)
-    header = stored.Header(checkpoint.config, dtype, draft, kernels)
+    header = stored.Header(checkpoint.config, dtype, draft)
     text = json.dumps(header.to_dict(), indent=2, ensure_ascii=False)
     (partial / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _quantize(params: dict[str, Any], draft: DraftConfig) -> dict[str, Any]:
-    from quantspec_jax.draft import quantize_params
-
-    return quantize_params(params, draft)
 
 
 def _move_into_place(partial: Path, out: Path) -> None:
