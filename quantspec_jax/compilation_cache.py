@@ -29,8 +29,9 @@ def enable() -> Path | None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir:
-        return Path(jax.config.jax_compilation_cache_dir)
+    given = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if given:
+        return Path(given)
     path = directory()
     if path is None or not _writable(path):
         return None

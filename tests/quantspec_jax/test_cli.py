@@ -1,0 +1,367 @@
+"""The command line: results on standard output, one line an error, exit statuses."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import sys
+from dataclasses import replace
+
+import jax
+import pytest
+
+import convert
+from quantspec_jax import cli, compilation_cache
+from quantspec_jax.cache import create
+from quantspec_jax.config import CacheConfig
+from quantspec_jax.text.chat import chat_ids
+from quantspec_jax.text.detokenize import decode
+
+STATISTICS = {
+    "finish_reason",
+    "mode",
+    "kv",
+    "gamma",
+    "backend",
+    "dtype",
+    "prompt_tokens",
+    "new_tokens",
+    "rounds",
+    "proposed",
+    "accepted",
+    "acceptance_rate",
+    "tokens_per_round",
+    "prefill_seconds",
+    "decode_seconds",
+    "decode_tokens_per_second",
+    "compile_seconds",
+    "cache_bytes",
+}
+CACHE_PARTS = {"upper", "lower", "scales", "buffer", "total", "bf16_equivalent"}
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    monkeypatch.setenv("QUANTSPEC_CACHE_DIR", "")
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; returns (status, standard output, standard error)."""
+
+    def run(*argv):
+        status = cli.main([str(a) for a in argv])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def run_json(run):
+    """Run a command with --json, which prints exactly one object."""
+
+    def run_json(*argv):
+        status, out, _ = run(*argv, "--json")
+        assert status == 0
+        assert out.count("\n") == 1
+        return json.loads(out)
+
+    return run_json
+
+
+def prompt(text="the cat"):
+    return ["--prompt", text]
+
+
+NEEDED = ["generate", "--model", "nowhere", *prompt()]
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            ([], "required: COMMAND"),
+            (["sing"], "invalid choice: 'sing'"),
+            (["generate"], "--model"),
+            (["generate", "--model", "m"], "--prompt --prompt-file is required"),
+            ([*NEEDED, "--prompt-file", "f"], "not allowed with argument --prompt"),
+            ([*NEEDED, "--frobnicate"], "--frobnicate"),
+            ([*NEEDED, "--max-new", "3"], "--max-new"),  # no abbreviations
+            ([*NEEDED, "--gamma", "x"], "--gamma: invalid int value: 'x'"),
+            ([*NEEDED, "--gamma", "0"], "gamma is 0"),
+            ([*NEEDED, "--gamma", "128"], "gamma is 128"),
+            ([*NEEDED, "--max-new-tokens", "0"], "max_new_tokens is 0"),
+            ([*NEEDED, "--temperature", "-1"], "temperature is -1.0"),
+            ([*NEEDED, "--temperature", "nan"], "temperature is nan"),
+            ([*NEEDED, "--top-p", "0"], "top_p is 0.0"),
+            ([*NEEDED, "--top-p", "1.5"], "top_p is 1.5"),
+            ([*NEEDED, "--top-k", "-1"], "top_k is -1"),
+            ([*NEEDED, "--min-p", "2"], "min_p is 2.0"),
+            ([*NEEDED, "--repetition-penalty", "0"], "repetition_penalty is 0.0"),
+            ([*NEEDED, "--seed", "-1"], "--seed: -1 is not from 0"),
+            ([*NEEDED, "--stop", ""], "stop is"),
+            ([*NEEDED, "--dtype", "int3"], "--dtype"),
+            ([*NEEDED, "--backend", "cuda"], "--backend"),
+            ([*NEEDED, "--kv", "full"], "kv is 'full'; allowed: int8 in mode quantspec"),
+            ([*NEEDED, "--kv", "int4"], "kv is 'int4'"),
+            ([*NEEDED, "--pass-width", "5"], "--pass-width cannot go with --mode quantspec"),
+            ([*NEEDED, "--mode", "autoregressive", "--gamma", "4"], "--gamma cannot go with"),
+            (
+                [*NEEDED, "--mode", "autoregressive", "--draft-bits", "4", "--draft-symmetric"],
+                "--draft-bits, --draft-symmetric cannot go with --mode autoregressive",
+            ),
+            ([*NEEDED, "--draft-bits", "3"], "--draft-bits"),
+            ([*NEEDED, "--draft-bits", "none", "--draft-group", "32"], "--draft-group cannot go"),
+            ([*NEEDED, "--draft-group", "7"], "draft group_size is 7"),
+            ([*NEEDED, "--system", "S"], "--system needs --chat"),
+            (["generate", "--model", "m", "--prompt", ""], "prompt is ''"),
+            (["generate", "--model", "m", "--prompt-file", "gone.txt"], "gone.txt: No such file"),
+            (["generate", "--model", "m", "--prompt-file", "."], ".: Is a directory"),
+            (NEEDED, "nowhere"),
+            (["info", "nowhere"], "nowhere"),
+            (["convert", "nowhere", "out"], "nowhere"),
+            (["convert", "nowhere", "out", "--draft-group", "32"], "--draft-group cannot go with"),
+            (["convert", "nowhere", "out", "--draft", "gptq"], "--draft-text is None"),
+            (["eval", "speed", "--model", "m"], "invalid choice: 'speed'"),
+            (
+                ["eval", "perplexity", "--model", "m", "--text", "gone.txt", "--context", "64"],
+                "gone.txt: No such file",
+            ),
+            (
+                ["eval", "perplexity", "--model", "m", "--text", "t", "--context", "0"],
+                "--context is 0",
+            ),
+            (["bench"], "required: BENCH"),
+        ],
+    )
+    def test_what_the_caller_got_wrong(self, run, tmp_path, monkeypatch, argv, message):
+        monkeypatch.chdir(tmp_path)
+        status, out, err = run(*argv)
+        assert status == 2
+        assert out == ""
+        assert err.startswith("quantspec: error: ")
+        assert err.count("\n") == 1
+        assert message in err
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("error", "status", "message"),
+        [
+            (RuntimeError("first\nsecond"), 1, "RuntimeError: first second"),
+            (NotImplementedError("float64 on this backend"), 1, "float64 on this backend"),
+            (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+            (ValueError("x is 1; allowed: 2"), 2, "x is 1; allowed: 2"),
+            (PermissionError(errno.EACCES, "Permission denied", "a/b"), 2, "a/b: Permission"),
+            (KeyError("weight"), 1, "KeyError: 'weight'"),
+            (KeyboardInterrupt(), 130, "interrupted"),
+        ],
+    )
+    def test_statuses(self, run, monkeypatch, error, status, message):
+        def fail(source):
+            raise error
+
+        monkeypatch.setattr(convert, "open_source", fail)
+        got, out, err = run("info", "somewhere")
+        assert (got, out) == (status, "")
+        assert err.count("\n") == 1
+        assert message in err
+
+    def test_traceback_only_with_debug(self, run):
+        _, _, err = run("info", "nowhere")
+        assert "Traceback" not in err
+        status, _, err = run("info", "nowhere", "--debug")
+        assert status == 2
+        assert err.startswith("Traceback")
+
+    def test_a_prompt_file_that_is_not_utf8(self, run, tmp_path):
+        path = tmp_path / "latin1.txt"
+        path.write_bytes("größer".encode("latin-1"))
+        status, _, err = run("generate", "--model", "m", "--prompt-file", path)
+        assert status == 2
+        assert f"{path}: not UTF-8 (byte 0xF6 at offset 2)" in err
+
+    def test_a_prompt_that_does_not_fit_the_context(self, run, tiny_llama_dir):
+        status, _, err = run(
+            "generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 4000
+        )
+        assert status == 2
+        assert "2048" in err.splitlines()[-1]
+
+    def test_chat_without_a_template(self, run, make_tiny_llama, tmp_path):
+        model = make_tiny_llama(tmp_path, chat=False)
+        status, _, err = run("generate", "--model", model, *prompt(), "--chat")
+        assert status == 2
+        assert "no chat template" in err
+
+
+class TestGenerate:
+    def test_json(self, run_json, tiny_llama_dir):
+        result = run_json(
+            "generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24, "--ignore-eos"
+        )
+        assert set(result) == STATISTICS | {"text", "tokens"}
+        assert set(result["cache_bytes"]) == CACHE_PARTS
+        tokenizer = convert.open_source(str(tiny_llama_dir)).tokenizer
+        assert result["text"] == decode(tokenizer, result["tokens"])
+        assert result["prompt_tokens"] == len(tokenizer("the cat")["input_ids"])
+        assert len(result["tokens"]) == result["new_tokens"] == 24
+        assert result["finish_reason"] == "length"
+        assert (result["mode"], result["kv"], result["gamma"]) == ("quantspec", "int8", 4)
+        assert result["acceptance_rate"] == result["accepted"] / result["proposed"]
+
+    def test_several_prompts(self, run_json, tiny_llama_dir):
+        common = ["generate", "--model", tiny_llama_dir, "--max-new-tokens", 24, "--ignore-eos"]
+        result = run_json(*common, *prompt("the cat"), *prompt("中文"))
+        assert set(result) == {"outputs"}
+        assert [set(output) for output in result["outputs"]] == [
+            STATISTICS | {"text", "tokens"}
+        ] * 2
+
+    def test_text_is_streamed_and_statistics_are_one_line(self, run, run_json, tiny_llama_dir):
+        argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24]
+        expected = run_json(*argv)["text"]
+        status, out, err = run(*argv)
+        assert (status, out) == (0, expected + "\n")
+        statistics = err.splitlines()[-1]
+        for word in ("tokens/s", "acceptance", "tokens a round", "bytes", "of bf16"):
+            assert word in statistics
+        assert "backend xla" in err
+
+    def test_prompt_from_file_or_standard_input(
+        self, run_json, tiny_llama_dir, tmp_path, monkeypatch
+    ):
+        argv = ["generate", "--model", tiny_llama_dir, "--max-new-tokens", 24]
+        expected = run_json(*argv, *prompt("größer\n"))["tokens"]
+        path = tmp_path / "prompt.txt"
+        path.write_text("größer\n", "utf-8")
+        assert run_json(*argv, "--prompt-file", path)["tokens"] == expected
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
+        assert run_json(*argv, "--prompt-file", "-")["tokens"] == expected
+
+    def test_chat(self, run_json, tiny_llama_dir):
+        result = run_json(
+            "generate", "--model", tiny_llama_dir, *prompt("Hi"), "--chat", "--system", "Be brief.",
+            "--max-new-tokens", 24,
+        )  # fmt: skip
+        tokenizer = convert.open_source(str(tiny_llama_dir)).tokenizer
+        assert result["prompt_tokens"] == len(chat_ids("Hi", tokenizer, "Be brief."))
+
+    def test_stop_strings_end_the_text_before_them(self, run_json, tiny_llama_dir):
+        argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24]
+        full = run_json(*argv)
+        stop = full["text"][3:5]
+        result = run_json(*argv, "--stop", "not in the text", stop, "--stop", "neither")
+        assert result["finish_reason"] == "stop"
+        assert result["text"] == full["text"][: full["text"].index(stop)]
+        assert result["tokens"] == full["tokens"][: len(result["tokens"])]
+
+    def test_options_reach_the_decoding(self, run_json, tiny_llama_dir):
+        argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24]
+        argv += ["--ignore-eos", "--temperature", 0.9, "--top-k", 20]
+        first, again, other = (run_json(*argv, "--seed", seed)["tokens"] for seed in (1, 1, 2))
+        assert first == again != other
+
+        sampled = run_json(*argv, "--gamma", 2, "--draft-bits", "none", "--dtype", "bfloat16")
+        assert (sampled["gamma"], sampled["dtype"]) == (2, "bfloat16")
+
+    def test_autoregressive(self, run_json, tiny_llama_dir):
+        argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24]
+        result = run_json(*argv, "--ignore-eos", "--mode", "autoregressive")
+        assert result["kv"] == "full"
+        assert result["acceptance_rate"] is None
+        assert len(result["tokens"]) == 24
+
+    def test_interruption_keeps_what_was_produced(self, run, run_json, tiny_llama_dir, monkeypatch):
+        argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24]
+        full = run_json(*argv)["text"]
+        configure, written = cli.generate_config, []
+
+        def write(text):
+            written.append(text)
+            if len(written) == 1:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(
+            cli, "generate_config", lambda args: replace(configure(args), rounds_per_chunk=1)
+        )
+        monkeypatch.setattr(cli, "_write", write)
+        status, _, err = run(*argv)
+        assert status == 0
+        assert "(interrupted)" in err.splitlines()[-1]
+        assert "Traceback" not in err
+        text = "".join(written)
+        assert text.endswith("\n")
+        assert 0 < len(text) - 1 < len(full)
+        assert full.startswith(text[:-1])
+
+
+class TestInfo:
+    def test_sizes_without_loading_weights(self, run_json, run, tiny_llama_dir, monkeypatch):
+        from safetensors.numpy import load_file
+
+        tensors = load_file(tiny_llama_dir / "model.safetensors").values()
+        checkpoint = type(convert.open_source(str(tiny_llama_dir)))
+        monkeypatch.delattr(checkpoint, "load")
+        result = run_json("info", tiny_llama_dir)
+        assert result["parameters"] == sum(tensor.size for tensor in tensors)
+        assert result["parameter_bytes"] == sum(tensor.nbytes for tensor in tensors)
+        assert result["architecture"]["num_layers"] == 2
+        assert [row["context"] for row in result["cache"]] == [2048]
+        (cache,) = result["cache"]
+        assert cache["upper"] == cache["lower"] == 2 * 2 * 2048 * 2 * 16 // 2
+        assert cache["bf16_equivalent"] == 2 * 2 * 2048 * 2 * 16 * 2
+        assert 4 < result["draft_bits_per_weight"] < 5
+
+        status, out, _ = run("info", tiny_llama_dir)
+        assert status == 0
+        assert f"{result['parameters']:,}" in out
+
+    def test_the_cache_takes_what_is_said(self, run_json, tiny_llama_dir):
+        (said,) = run_json("info", tiny_llama_dir)["cache"]
+        config = convert.open_source(str(tiny_llama_dir)).config
+        cache = create(config, CacheConfig(max_length=2048, dtype="bfloat16"), 1)
+        assert said["total"] == sum(array.nbytes for array in jax.tree.leaves(cache))
+
+
+class TestVersion:
+    def test_names_what_matters_in_a_bug_report(self, run):
+        status, out, _ = run("--version")
+        assert status == 0
+        names = [line.split()[0] for line in out.splitlines()]
+        assert names[0] == "quantspec-jax"
+        assert {"jax", "jaxlib", "flax", "transformers", "python", "platform", "device"} <= set(
+            names
+        )
+
+    def test_help(self, run):
+        status, out, err = run("generate", "--help")
+        assert (status, err) == (0, "")
+        assert "--max-new-tokens" in out
+
+
+class TestCompilationCache:
+    @pytest.fixture(autouse=True)
+    def restore(self):
+        names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+        before = {name: getattr(jax.config, name) for name in names}
+        yield
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+    def test_directory(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("QUANTSPEC_CACHE_DIR", str(tmp_path / "a" / "b"))
+        assert compilation_cache.enable() == tmp_path / "a" / "b"
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a" / "b")
+        monkeypatch.delenv("QUANTSPEC_CACHE_DIR")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert compilation_cache.directory() == tmp_path / "quantspec-jax" / "xla"
+
+    def test_off_where_it_cannot_be_written(self, monkeypatch, tmp_path):
+        (tmp_path / "file").touch()
+        for path in ("", str(tmp_path / "file" / "below"), os.devnull):
+            monkeypatch.setenv("QUANTSPEC_CACHE_DIR", path)
+            assert compilation_cache.enable() is None
+            assert not jax.config.jax_compilation_cache_dir
