@@ -36,6 +36,13 @@ _NEUTRAL: dict[str, tuple[Any, ...] | None] = {
     "final_logit_softcapping": (0.0,),
     "pooling_type": (0,),
 }
+# Settings of yarn beyond Hugging Face's; llama.cpp multiplies its attention factor by attn_factor.
+_YARN_NEUTRAL = {
+    "attn_factor": (1.0, 0.0),
+    "yarn_attn_factor": (1.0, 0.0),
+    "yarn_ext_factor": (1.0, -1.0),
+    "yarn_log_multiplier": (0.0,),
+}
 _HARMLESS_PREFIXES = ("general.", "tokenizer.", "quantize.", "split.", "GGUF.", "imatrix.")
 
 
@@ -97,7 +104,7 @@ def parse_gguf_config(file: GgufFile) -> ModelConfig:
         keys.require(key, value == head_dim, value, f"the head dimension, {head_dim}")
     context = keys.number("context_length")
     rope, max_context = _parse_rope(keys, context, head_dim)
-    rope = _apply_rope_factors(file, rope, context, head_dim)
+    rope = _apply_rope_factors(file, rope, head_dim)
     window = keys.get("attention.sliding_window")
     if window:
         keys.require(
@@ -153,43 +160,35 @@ def _parse_rope(keys: _Keys, context: int, head_dim: int) -> tuple[RopeConfig, i
     """`rope.*` → RopeConfig and the longest sequence. llama.cpp knows none, linear and yarn."""
     theta = _shortest(keys.number("rope.freq_base", 10000.0))
     kind = keys.get("rope.scaling.type")
-    factor = keys.get("rope.scaling.factor")
-    if factor is None:
-        factor = keys.get("rope.scale_linear")  # files of 2023
-        kind = kind or ("linear" if factor else None)
-    else:
-        keys.get("rope.scale_linear")
+    old_factor = keys.get("rope.scale_linear")  # files of 2023, which have no type
+    factor = keys.get("rope.scaling.factor") or old_factor
+    if kind is None and factor:
+        kind = "linear"
     factor = _shortest(factor) if factor else 1.0
     original = keys.get("rope.scaling.original_context_length") or context
-    attention_factor = keys.get("rope.scaling.attn_factor")
-    betas = [keys.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")]
-    others = [keys.get(f"rope.scaling.yarn_{name}") for name in ("ext_factor", "log_multiplier")]
-    keys.require("rope.scaling.type", kind in (None, "none", "linear", "yarn"), kind,
-                 "none, linear, yarn")  # fmt: skip
+    settings = {name: keys.get(f"rope.scaling.{name}") for name in _YARN_NEUTRAL}
+    fast, slow = (keys.get(f"rope.scaling.yarn_beta_{name}") for name in ("fast", "slow"))
+    known = kind in (None, "none", "linear", "yarn")
+    keys.require("rope.scaling.type", known, kind, "none, linear, yarn")
     if kind in (None, "none") or (kind == "linear" and factor == 1):
         return RopeConfig(theta=theta), context
     if kind == "linear":
         return RopeConfig("linear", theta, factor), int(context * factor)
-    for name, value in zip(("attn_factor",), (attention_factor,), strict=True):
-        # llama.cpp multiplies yarn's own attention factor by it.
-        keys.require(f"rope.scaling.{name}", value in (None, 0.0, 1.0), value, "1.0")
-    for name, value in zip(("ext_factor", "log_multiplier"), others, strict=True):
-        allowed = (None, -1.0, 1.0) if name == "ext_factor" else (None, 0.0)
-        keys.require(f"rope.scaling.yarn_{name}", value in allowed, value, "none")
+    for name, value in settings.items():
+        allowed = _YARN_NEUTRAL[name]
+        keys.require(f"rope.scaling.{name}", value in (None, *allowed), value, str(allowed[0]))
     rope = RopeConfig(
         "yarn",
         theta,
         factor,
         original,
-        beta_fast=_shortest(betas[0]) if betas[0] else 32.0,
-        beta_slow=_shortest(betas[1]) if betas[1] else 1.0,
+        beta_fast=_shortest(fast or 32),
+        beta_slow=_shortest(slow or 1),
     )
     return rope, max(context, int(original * factor))
 
 
-def _apply_rope_factors(
-    file: GgufFile, rope: RopeConfig, context: int, head_dim: int
-) -> RopeConfig:
+def _apply_rope_factors(file: GgufFile, rope: RopeConfig, head_dim: int) -> RopeConfig:
     """llama.cpp stores Llama 3's RoPE scaling as a divisor of each frequency; find its rule."""
     tensor = file.tensors.get(ROPE_FACTORS)
     if tensor is None:
@@ -200,7 +199,7 @@ def _apply_rope_factors(
             f"{file.path}: tensor {ROPE_FACTORS} has shape {list(tensor.shape)}, not "
             f"[{head_dim // 2}]"
         )
-    if np.all(factors == 1):
+    if np.allclose(factors, 1, rtol=0, atol=1e-6):
         return rope
     found = llama3_from_factors(factors, rope.theta) if rope.type == "default" else None
     if found is None:
@@ -233,8 +232,8 @@ def llama3_from_factors(factors: np.ndarray, theta: float) -> RopeConfig | None:
     context: smooth = (r - low) / (high - low). Scaling context, low and high together changes
     nothing, so low = 1 fixes the solution; every published model has low = 1.
     """
-    factor = float(np.max(factors))
-    if not (np.all(np.isfinite(factors)) and np.min(factors) >= 1 and factor > 1):
+    factor = float(f"{np.max(factors):.6g}")
+    if not (np.all(np.isfinite(factors)) and np.min(factors) > 1 - 1e-5 and factor > 1):
         return None
     head_dim = 2 * len(factors)
     frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
@@ -249,7 +248,7 @@ def llama3_from_factors(factors: np.ndarray, theta: float) -> RopeConfig | None:
     for original, high in candidates:
         if original < 1 or high <= 1:
             continue
-        rope = RopeConfig("llama3", theta, _shortest(factor), original, 1.0, high)
+        rope = RopeConfig("llama3", theta, factor, original, 1.0, high)
         if np.allclose(llama3_factors(rope, head_dim), factors, rtol=1e-4, atol=0):
             return rope
     return None
