@@ -23,6 +23,7 @@ import numpy as np
 from convert.tensors import FLOATS, QUANTIZED, StoredTensor, stored_bytes
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
+_MOST_ELEMENTS = 1 << 22  # of a vocabulary or a list of merges
 _SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1",
     10: "<u8", 11: "<i8", 12: "<f8",
@@ -72,10 +73,17 @@ class _Cursor:
 
     def array(self) -> list[Any]:
         kind, count = self.number("<I"), self.number("<Q")
-        if kind in _SCALARS:
-            return self.scalars(kind, count)
-        # A count that the file cannot hold fails at the first element past the end.
-        return [self.value(kind) for _ in range(count)]
+        self.check_count(count)
+        if kind == _STRING:
+            return [self.string() for _ in range(count)]
+        if kind not in _SCALARS:
+            raise ValueError(f"{self.path} is corrupt: an array has element type {kind}")
+        return self.scalars(kind, count)
+
+    def check_count(self, count: int) -> None:
+        """A damaged count must not send a reader through gigabytes of weights."""
+        if count > _MOST_ELEMENTS:
+            raise ValueError(f"{self.path} is corrupt: it claims a list of {count} elements")
 
     def scalars(self, kind: int, count: int) -> list[Any]:
         form = np.dtype(_SCALARS[kind])
@@ -96,6 +104,8 @@ def read_gguf(path: Path) -> GgufFile:
         if version not in (2, 3):
             raise ValueError(f"{path} has GGUF version {version}; allowed: 2, 3 (little-endian)")
         num_tensors, num_keys = cursor.number("<Q"), cursor.number("<Q")
+        for count in (num_tensors, num_keys):
+            cursor.check_count(count)
         metadata = _read_metadata(cursor, num_keys)
         if metadata.get("split.count", 1) > 1:
             raise ValueError(

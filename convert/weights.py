@@ -144,6 +144,10 @@ def _pair(
 
     Names are one to one, so each tensor is used exactly once.
     """
+    if config.num_layers > len(tensors):  # a damaged number would make for millions of names
+        raise ValueError(
+            f"tensors do not fit the model: {len(tensors)} tensors for {config.num_layers} layers"
+        )
     specs = {name_of(path): (path, spec) for path, spec in parameter_shapes(config).items()}
     problems = []
     if missing := [name for name in specs if name not in tensors]:
