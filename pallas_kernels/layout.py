@@ -47,6 +47,11 @@ def unpack(packed: jax.Array) -> jax.Array:
     return _unpair(packed, -2)
 
 
+def unsigned_halves(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Codes + 8 (0..15) of the first and of the second half of each group, uint8."""
+    return packed & 0xF, packed >> 4
+
+
 def pack_keys(codes: jax.Array) -> jax.Array:
     """[..., G, D] int8 codes in −8..7 → [..., G, D/2] uint8."""
     return _pair(codes, -1)
