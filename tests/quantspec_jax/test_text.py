@@ -37,22 +37,22 @@ lengths = st.lists(st.integers(1, 7), min_size=1, max_size=5)
 class TestDetokenizer:
     @settings(max_examples=300, deadline=None)
     @given(data=st.data(), cuts=lengths)
-    def test_any_ids_in_any_split_give_the_text_of_all(self, tiny_tokenizer, data, cuts):
+    def test_any_ids_in_any_split_give_the_text_of_all(self, any_tokenizer, data, cuts):
         """Ids at random: broken characters, special tokens in between, leading spaces."""
-        last = len(tiny_tokenizer) + 3  # models have ids that their tokenizers do not know
+        last = len(any_tokenizer) + 3  # models have ids that their tokenizers do not know
         ids = data.draw(st.lists(st.integers(0, last), max_size=60))
-        stream = Detokenizer(tiny_tokenizer)
+        stream = Detokenizer(any_tokenizer)
         pieces = [stream.push(piece) for piece in splits(ids, cuts)]
-        assert "".join(pieces) + stream.finish() == decode(tiny_tokenizer, ids)
+        assert "".join(pieces) + stream.finish() == decode(any_tokenizer, ids)
 
     @settings(max_examples=200, deadline=None)
     @given(text=st.text(max_size=80), cuts=lengths)
-    def test_text_comes_back_in_whole_characters(self, tiny_tokenizer, text, cuts):
-        ids = tiny_tokenizer(text)["input_ids"]
-        stream = Detokenizer(tiny_tokenizer)
+    def test_text_comes_back_in_whole_characters(self, any_tokenizer, text, cuts):
+        ids = any_tokenizer(text)["input_ids"]
+        stream = Detokenizer(any_tokenizer)
         pieces = [stream.push(piece) for piece in splits(ids, cuts)] + [stream.finish()]
-        assert "".join(pieces) == decode(tiny_tokenizer, ids)
-        if "�" not in decode(tiny_tokenizer, ids):
+        assert "".join(pieces) == decode(any_tokenizer, ids)
+        if "�" not in decode(any_tokenizer, ids):
             assert not any("�" in piece for piece in pieces)
 
     def test_text_is_not_held_back_without_need(self, byte_level_tokenizer):
@@ -63,9 +63,10 @@ class TestDetokenizer:
             assert stream._boundary == count
 
     @pytest.mark.parametrize(("text", "times"), [("words and 😀 ", 8), ("😀", 50), ("�", 50)])
-    def test_work_grows_linearly(self, tiny_tokenizer, text, times):
+    def test_work_grows_linearly(self, any_tokenizer, text, times):
         """Each id is decoded a few times, even where no character ever ends."""
-        ids = tiny_tokenizer(text)["input_ids"][:-1] * 2000
+        ids = any_tokenizer(text)["input_ids"]
+        ids = (ids[:-1] or ids) * 2000  # the last character stays incomplete
         decoded = 0
 
         class Counting(Detokenizer):
@@ -74,9 +75,9 @@ class TestDetokenizer:
                 decoded += end - start
                 return super()._decode(start, end)
 
-        stream = Counting(tiny_tokenizer)
+        stream = Counting(any_tokenizer)
         text = "".join(stream.push(ids[i : i + 5]) for i in range(0, len(ids), 5))
-        assert text + stream.finish() == decode(tiny_tokenizer, ids)
+        assert text + stream.finish() == decode(any_tokenizer, ids)
         assert decoded < times * len(ids)
 
 
@@ -97,13 +98,13 @@ class TestStopStrings:
         cuts=lengths,
     )
     def test_any_split_stops_at_the_first_complete_stop_string(
-        self, tiny_tokenizer, text, stop, cuts
+        self, any_tokenizer, text, stop, cuts
     ):
-        ids = tiny_tokenizer(text)["input_ids"]
-        full = decode(tiny_tokenizer, ids)
+        ids = any_tokenizer(text)["input_ids"]
+        full = decode(any_tokenizer, ids)
         expected = reference_stop(full, stop)
 
-        stream = TextStream(tiny_tokenizer, stop)
+        stream = TextStream(any_tokenizer, stop)
         pieces = [stream.push(piece) for piece in splits(ids, cuts)] + [stream.finish()]
 
         assert "".join(pieces) == stream.text == expected
@@ -112,9 +113,9 @@ class TestStopStrings:
         if not stream.stopped:
             assert stream.tokens == ids
         else:  # with the last token kept the stop string is complete, and without it it is not
-            kept = decode(tiny_tokenizer, stream.tokens)
+            kept = decode(any_tokenizer, stream.tokens)
             assert any(kept.startswith(expected + s) for s in stop)
-            before = decode(tiny_tokenizer, stream.tokens[:-1])
+            before = decode(any_tokenizer, stream.tokens[:-1])
             assert not any(before.startswith(expected + s) for s in stop)
 
     def test_holds_back_only_what_may_become_a_stop_string(self, byte_level_tokenizer):
