@@ -3,9 +3,12 @@
     m̂ = min x rounded down to bf16      ŝ = (max x − m̂)/15 rounded up to bf16
     u = clip(⌊(x − m̂)/ŝ + 17/32⌋, 0, 15)       l = clip(round((x − m̂ − ŝ u)/(ŝ/16)), −8, 7)
 
-Every product below is exact in float32 (ŝ has 8 significant bits, u has 4), so the codes do not
-depend on how a compiler fuses it. |x − x8| ≤ ŝ/32 up to float32 rounding, for |x| ≤ 2¹²⁶; float32
-numbers below 2⁻¹²⁶ count as zero, as XLA's arithmetic has it.
+Both codes are the digits of one number: round((x − m̂)/(ŝ/16)) = 16 u + l. Each operation below is
+one correctly rounded float32 operation, so what comes out does not depend on how a compiler
+arranges them, and a kernel that rounds its quotients correctly gets the same bits.
+
+|x − x8| ≤ ŝ/32 and |x − x4| ≤ ŝ/2 up to float32 rounding, 2⁻²²·max|x|, for |x| ≤ 2¹²⁶; numbers
+below 2⁻¹²⁶ count as zero, as XLA's arithmetic has it.
 """
 
 from __future__ import annotations
@@ -39,23 +42,45 @@ def round_up_to_bf16(x: jax.Array) -> jax.Array:
     return _high_half(_bits(x) + np.uint32(0xFFFF))
 
 
-def _quantize(x: jax.Array, axis: int, valid: jax.Array | None = None):
-    """Codes (u, l) of x's shape, and (ŝ, m̂) with `axis` of length 1. One group along `axis`."""
-    x = x.astype(jnp.float32)
+def _divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
+    """x/y, correctly rounded, for finite x.
+
+    A quotient by a number that XLA sees to be broadcast becomes a product with its rounded
+    reciprocal on the CPU, one unit off in every fourth case. The sum hides that.
+    """
+    return x / (y + 0 * x)
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    """x as float32. Rounding it again, to the digits that it has, keeps XLA from leaving out the
+    rounding to x's type that was just before: the codes are those of the numbers that are stored.
+    """
+    if x.dtype == jnp.float32:
+        return x
+    kind = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x.astype(jnp.float32), kind.nexp, kind.nmant)
+
+
+def _quantize(
+    x: jax.Array, axis: int, valid: np.ndarray | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Codes (u − 8, l) of x's shape, and (ŝ, m̂) with `axis` of length 1: a group along `axis`."""
+    x = _float32(x)
     in_group = True if valid is None else valid
     low = jnp.min(x, axis, keepdims=True, initial=jnp.inf, where=in_group)
     high = jnp.max(x, axis, keepdims=True, initial=-jnp.inf, where=in_group)
     minimum = round_down_to_bf16(low)
     m = minimum.astype(jnp.float32)
     span = high - m
-    scale = round_up_to_bf16(jnp.where(span > 0, jnp.maximum(span / 15, SMALLEST_SCALE), 0.0))
-    s = scale.astype(jnp.float32)
-    step = jnp.where(s > 0, s, 1.0)
-    u = jnp.clip(jnp.floor((x - m) / step + 17 / 32), 0, 15)
-    lower = jnp.clip(jnp.round((x - m - s * u) / (step / 16)), -8, 7)
-    lower = jnp.where(s > 0, lower, 0.0)
-    u = jnp.where(s > 0, u, 0.0)
-    return u.astype(jnp.int8) - 8, lower.astype(jnp.int8), scale, minimum
+    smallest = jnp.maximum(_divide(span, 15), SMALLEST_SCALE)
+    scale = round_up_to_bf16(jnp.where(span > 0, smallest, 0.0))
+    # Where ŝ is 0 so is x − m̂: any divisor gives code 0.
+    s = jnp.where(span > 0, scale.astype(jnp.float32), 1.0)
+    # x ≥ low; saying so keeps x − m̂ from being contracted with a product that x may be.
+    offset = jnp.maximum(x, low) - m
+    code = jnp.clip(jnp.round(_divide(offset, s / 16)), 0, 240).astype(jnp.uint8) + 8
+    upper, lower = (code >> 4).astype(jnp.int8) - 8, (code & 15).astype(jnp.int8) - 8
+    return upper, lower, scale, minimum
 
 
 def quantize_keys(keys: jax.Array, group_size: int) -> Planes:
