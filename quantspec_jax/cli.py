@@ -8,6 +8,7 @@ they are needed, so that --help and wrong arguments answer at once.
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import importlib
@@ -16,6 +17,7 @@ import os
 import pkgutil
 import platform
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is not for our users
+    unraisable, sys.unraisablehook = sys.unraisablehook, _keep_interruption
     try:
         args = make_parser(argv).parse_args(argv)
         result = _run(args)
@@ -71,6 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in argv:
             traceback.print_exc()
         return _fail(describe(error), 2 if isinstance(error, CALLER_ERRORS) else 1)
+    finally:
+        sys.unraisablehook = unraisable
+
+
+def _keep_interruption(unraisable: Any) -> None:
+    """Send Ctrl-C again where it came during garbage collection, which would lose it."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _run(args: argparse.Namespace) -> Any:
@@ -93,7 +106,7 @@ def describe(error: Exception) -> str:
     """One line for any error."""
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    elif isinstance(error, ValueError | NotImplementedError) and str(error):
+    elif isinstance(error, ValueError | NotImplementedError | OSError) and str(error):
         text = str(error)
     else:
         text = f"{type(error).__name__}: {error}"
@@ -447,7 +460,11 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     tokens = encode(text, model.tokenizer, "text")
     have = f"{len(tokens)} tokens after --skip-characters"
     require(len(tokens) >= args.context, args.text, have, f"{args.context} (--context) or more")
-    result = getattr(evaluate, args.measure)(model, tokens[: args.context], progress=True)
+    tokens = tokens[: args.context]
+    if args.measure == "perplexity":
+        result = evaluate.perplexity(model, tokens, context=args.context, progress=True)
+    else:
+        result = evaluate.acceptance(model, tokens, progress=True)
     if not args.json:
         _show(result)
     return result

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 
 import jax
@@ -168,6 +169,19 @@ class TestErrors:
         assert (got, out) == (status, "")
         assert err.count("\n") == 1
         assert message in err
+
+    def test_an_interruption_during_garbage_collection_is_not_lost(self, run, monkeypatch):
+        class Interrupted:
+            def __del__(self):
+                raise KeyboardInterrupt
+
+        def work(source):
+            Interrupted()
+            time.sleep(10)
+
+        monkeypatch.setattr(convert, "open_source", work)
+        status, _, err = run("info", "somewhere")
+        assert (status, err) == (130, "quantspec: error: interrupted\n")
 
     def test_traceback_only_with_debug(self, run):
         _, _, err = run("info", "nowhere")
