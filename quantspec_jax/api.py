@@ -175,8 +175,6 @@ class _Run:
             stream.finish()
 
     def _timed(self, part: str, function: Any, *args: Any, **static: Any) -> DecodeState:
-        if function is _prefill:
-            args = (args[0], *args[1:])
         executable, seconds = _compile(function, *args, **static)
         self.clock.compile += seconds
         begin = time.perf_counter()

@@ -87,7 +87,8 @@ def accept(
 
     Args:
       target_logits: [B, γ+1, N] float32; row i is the target's after proposals 0..i−1.
-      draft_probabilities: [B, γ, N] float32, what `choose` returned with each proposal.
+      draft_probabilities: [B, γ, N] float32, what `choose` returned with each proposal. γ may be 0:
+        then the token is drawn from the target alone.
       proposals: [B, γ] int32.
       proposed: [B] int32, 0..γ: only the first so many proposals count.
       seen: [B, N] bool, tokens of the prompt and of the text before the first proposal.
@@ -103,14 +104,17 @@ def accept(
 
     def sampled() -> Verdict:
         p = warp(target_logits, _seen_by_row(seen, proposals), sampling)
-        q = draft_probabilities
+        # No draft stands at the row after the last proposal: there all of p is residual.
+        q = jnp.pad(draft_probabilities, ((0, 0), (0, 1), (0, 0)))
         at = position[:, None] + jnp.arange(gamma)
         accept_keys = jax.vmap(lambda t: draw_keys(keys, t, Role.ACCEPT), 1, 1)(at)
         u = jax.vmap(jax.vmap(jax.random.uniform))(accept_keys)
-        accepted = _leading(_accepts(u, _at(p[:, :gamma], proposals), _at(q, proposals)), proposed)
-        p_next, q_next = _row(p, accepted), _row(q, jnp.minimum(accepted, gamma - 1))
+        accepted = _leading(
+            _accepts(u, _at(p[:, :gamma], proposals), _at(q[:, :gamma], proposals)), proposed
+        )
         rejected = (accepted < proposed)[:, None]
-        weights = jnp.where(rejected, _residual(p_next, q_next), p_next)
+        p_next, q_next = _row(p, accepted), jnp.where(rejected, _row(q, accepted), 0.0)
+        weights = _residual(p_next, q_next)
         return Verdict(accepted, draw(weights, keys, position + accepted, Role.TARGET))
 
     def greedy() -> Verdict:

@@ -16,13 +16,14 @@ from quantspec_jax.models.decoder import Params, forward, unembed
 
 def prefill(
     params: Params,
-    program: Program,
     prompts: jax.Array,
     lengths: jax.Array,
     sampling: Sampling,
     keys: jax.Array,
     eos_ids: jax.Array,
     limit: jax.Array,
+    *,
+    program: Program,
     capacity: int,
 ) -> DecodeState:
     """Run the prompts in full precision, fill the cache layer by layer and choose the first token.
