@@ -64,7 +64,9 @@ class Model:
         require(np.issubdtype(tokens.dtype, np.integer), "tokens dtype", tokens.dtype, "integers")
         inside = (tokens >= 0) & (tokens < self.config.vocab_size)
         require(
-            bool(inside.all()), "tokens", tokens[~inside][:3].tolist(),
+            bool(inside.all()),
+            "tokens",
+            tokens[~inside][:3].tolist(),
             f"ids from 0 to {self.config.vocab_size - 1}",
         )
         return full_logits(self.params, jnp.asarray(tokens, jnp.int32), self.config)

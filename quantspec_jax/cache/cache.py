@@ -207,7 +207,9 @@ def _flush_layer(
             for i in range(buffer.shape[0])
         ]
         new = quantize(jnp.concatenate(older), group_size, backend=backend)
-        return Planes(*(_write_tile(*leaves, due, tile) for leaves in zip(planes, new, strict=True)))
+        return Planes(
+            *(_write_tile(*leaves, due, tile) for leaves in zip(planes, new, strict=True))
+        )
 
     return dataclasses.replace(
         layer,
@@ -216,16 +218,14 @@ def _flush_layer(
     )
 
 
-def _write_tile(
-    leaf: jax.Array, new: jax.Array, due: jax.Array, tile: jax.Array
-) -> jax.Array:
+def _write_tile(leaf: jax.Array, new: jax.Array, due: jax.Array, tile: jax.Array) -> jax.Array:
     """Write `new` [B, K, 1, ...] as tile number `tile` [B] of each sequence that is due."""
     if leaf.dtype == jnp.bfloat16:  # as integers: XLA's CPU backend would convert the whole array
         bits = jax.lax.bitcast_convert_type(leaf, jnp.uint16)
         bits = _write_tile(bits, jax.lax.bitcast_convert_type(new, jnp.uint16), due, tile)
         return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
     for i in range(leaf.shape[0]):
-        at = (i, 0, tile[i], *[0] * (leaf.ndim - 3))
+        at: tuple[Any, ...] = (i, 0, tile[i], *[0] * (leaf.ndim - 3))
         old = jax.lax.dynamic_slice(leaf, at, (1, *new.shape[1:]))
         leaf = jax.lax.dynamic_update_slice(leaf, jnp.where(due[i], new[i : i + 1], old), at)
     return leaf

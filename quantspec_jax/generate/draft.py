@@ -35,8 +35,8 @@ def draft(
     """Propose γ tokens after the pending one at position `start` [B].
 
     Each step appends the draft's own keys and values to the buffers; the verification writes the
-    same slots again. Steps past the end of the buffer's half do not count (`one_round`): they repeat
-    its last position.
+    same slots again. Steps past the end of the buffer's half do not count (`one_round`): they
+    repeat its last position.
     """
     rows = jnp.arange(pending.shape[0])
     g = program.cache.group_size

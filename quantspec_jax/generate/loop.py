@@ -155,7 +155,5 @@ def _emit(
         pending=jnp.where(state.finished, state.pending, last),
         tokens=jnp.where(written, shifted, state.tokens),
         count=count,
-        finished=state.finished
-        | (count >= state.limit)
-        | ((is_eos & kept).any(-1)),
+        finished=state.finished | (count >= state.limit) | ((is_eos & kept).any(-1)),
     )

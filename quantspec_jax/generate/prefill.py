@@ -36,9 +36,7 @@ def prefill(
     b, p = prompts.shape
     config = program.model
 
-    def attend(
-        _: None, q: jax.Array, k: jax.Array, v: jax.Array
-    ) -> tuple[jax.Array, LayerCache]:
+    def attend(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerCache]:
         out = causal_attention(q, k, v, config.head_dim**-0.5)
         layer = from_prompt(
             k.swapaxes(1, 2), v.swapaxes(1, 2), lengths, program.cache, program.backend

@@ -1,13 +1,13 @@
 """One decoder for the Llama family. What differs between families is data in `ModelConfig`.
 
-`Decoder` is the NNX module that owns the parameters with their logical axis names; it is split once,
-where a model is made, and everything after that is functions of plain arrays:
+`Decoder` is the NNX module that owns the parameters with their logical axis names; it is split
+once, where a model is made, and everything after that is functions of plain arrays:
 
     tokens ─ embed ─┬─ norm ─ q k v ─ RoPE ─ attend(layer i) ─ o ─ + ─ norm ─ SwiGLU ─ + ─┐
                     └────────────────────── L times ──────────────────────────────────────┘─ norm
 
-`attend` is the caller's: prefill, decoding over a cache and evaluation differ in it alone. Layers are
-unrolled, so that each weight is an argument of its own and is read where it lies.
+`attend` is the caller's: prefill, decoding over a cache and evaluation differ in it alone. Layers
+are unrolled, so that each weight is an argument of its own and is read where it lies.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Decoder(nnx.Module):
         tree = nest(
             {
                 path: nnx.Param(
-                    _initial(path, spec, dtype, rngs), sharding_names=spec.axes, eager_sharding=False
+                    _initial(path, spec, dtype, rngs),
+                    sharding_names=spec.axes,
+                    eager_sharding=False,
                 )
                 for path, spec in parameter_shapes(config).items()
             }
@@ -131,9 +133,7 @@ def forward(
     """
     b, s = tokens.shape
     x = params["embedding"][tokens]
-    cos, sin = rope_tables(
-        *rope_frequencies(config.rope, config.head_dim, rope_length), positions
-    )
+    cos, sin = rope_tables(*rope_frequencies(config.rope, config.head_dim, rope_length), positions)
 
     def heads(y: jax.Array) -> jax.Array:
         return y.reshape(b, s, -1, config.head_dim)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (arXiv 2104.09864) and the scalings of the Llama family, in float32."""
+"""Rotary position embeddings (arXiv 2104.09864) and their scalings, in float32."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import numpy as np
 from quantspec_jax.config import RopeConfig
 
 
-def rope_frequencies(
-    rope: RopeConfig, head_dim: int, length: int
-) -> tuple[np.ndarray, float]:
+def rope_frequencies(rope: RopeConfig, head_dim: int, length: int) -> tuple[np.ndarray, float]:
     """Inverse frequencies [D/2] float32 and the factor on cos and sin.
 
     `length`: tokens the generation is allocated for. Dynamic NTK takes its factor from it, one for
@@ -58,9 +56,7 @@ def _yarn(rope: RopeConfig, head_dim: int, inverse: np.ndarray) -> np.ndarray:
 
     def dimension(rotations: float) -> float:
         return (
-            head_dim
-            * math.log(original / (rotations * 2 * math.pi))
-            / (2 * math.log(rope.theta))
+            head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
         )
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
