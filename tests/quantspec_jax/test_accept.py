@@ -19,6 +19,7 @@ from quantspec_jax.generate.sampling import Role, Sampling, choose, draw, sampli
 N = 24
 GAMMA = 4
 START = 3  # the prompt is this one, pending token
+DRAWS = 25_000
 POSITIONS = 3  # whose joint distribution is compared
 CONFIGS = {
     "temperature": GenerateConfig(temperature=0.7),
@@ -44,27 +45,19 @@ def tables() -> tuple[np.ndarray, np.ndarray]:
 def one_round(tokens, length, seen, sampling: Sampling, keys, proposed):
     """Draft γ tokens and judge the first `proposed`; tokens [B, P] filled up to `length` [B]."""
     target, draft = (jnp.asarray(x) for x in tables())
-    b = tokens.shape[0]
-    sequence = jnp.arange(b)
-    last, drafted_seen = tokens[sequence, length - 1], seen
-    proposals, probabilities, context = [], [], [last]
-    for i in range(GAMMA):
-        last, q = choose(draft[last], drafted_seen, sampling, keys, length + i, Role.DRAFT)
-        drafted_seen = drafted_seen.at[sequence, last].set(True)
-        proposals.append(last)
-        probabilities.append(q)
-        context.append(last)
-    proposals = jnp.stack(proposals, 1)
-    verdict = rule.accept(
-        target[jnp.stack(context, 1)],
-        jnp.stack(probabilities, 1),
-        proposals,
-        proposed,
-        seen,
-        sampling,
-        keys,
-        length,
-    )
+    sequence = jnp.arange(tokens.shape[0])
+
+    def step(carry, i):
+        last, seen = carry
+        token, q = choose(draft[last], seen, sampling, keys, length + i, Role.DRAFT)
+        return (token, seen.at[sequence, token].set(True)), (token, q)
+
+    last = tokens[sequence, length - 1]
+    _, (proposals, q) = jax.lax.scan(step, (last, seen), jnp.arange(GAMMA))
+    proposals, q = proposals.swapaxes(0, 1), q.swapaxes(0, 1)
+    context = jnp.concatenate([last[:, None], proposals], 1)
+    verdict = rule.accept(target[context], q, proposals, proposed, seen, sampling, keys, length)
+
     new = jnp.concatenate([proposals, proposals[:, :1]], 1)
     row = jnp.arange(GAMMA + 1)
     new = jnp.where(row == verdict.accepted[:, None], verdict.token[:, None], new)
@@ -81,28 +74,40 @@ class Simulation(NamedTuple):
     acceptance: float
 
 
-def simulate(config: GenerateConfig, draws: int, limit: int = GAMMA) -> Simulation:
-    """Rounds until POSITIONS tokens stand, `draws` times; positions divisible by `limit` + 1 end
-    a round, as the flush does.
+def rounds(keys: jax.Array, sampling: Sampling, limit: int) -> tuple[jax.Array, jax.Array]:
+    """Rounds until POSITIONS tokens stand, and the first round's acceptance; positions divisible
+    by `limit` + 1 end a round, as the flush does.
     """
+    draws = len(keys)
+    tokens = jnp.full((draws, 1 + POSITIONS), START, jnp.int32)
+    length = jnp.ones(draws, jnp.int32)
+    seen = jnp.zeros((draws, N), bool).at[:, START].set(True)
 
-    @jax.jit
-    def run(keys, sampling):
-        tokens = jnp.full((draws, 1 + POSITIONS), START)
-        length = jnp.ones(draws, jnp.int32)
-        seen = jnp.zeros((draws, N), bool).at[:, START].set(True)
-        first = None
-        for _ in range(POSITIONS):  # a round gives at least one token
-            proposed = jnp.minimum(GAMMA, limit - length % (limit + 1))
-            tokens, length, seen, accepted = one_round(
-                tokens, length, seen, sampling, keys, proposed
-            )
-            first = (accepted.sum() / proposed.sum()) if first is None else first
-        return tokens, first
+    def step(state, _):
+        tokens, length, seen = state
+        proposed = jnp.minimum(GAMMA, limit - length % (limit + 1))
+        *state, accepted = one_round(tokens, length, seen, sampling, keys, proposed)
+        return tuple(state), accepted.sum() / proposed.sum()
 
-    keys = jax.random.split(jax.random.key(11), draws)
-    tokens, acceptance = run(keys, sampling_arrays(config, draws))
+    # A round gives at least one token.
+    state, acceptance = jax.lax.scan(step, (tokens, length, seen), length=POSITIONS)
+    return state[0], acceptance[0]
+
+
+compiled_rounds = jax.jit(rounds, static_argnums=2)
+
+
+def simulate(
+    config: GenerateConfig, limit: int = GAMMA, rounds: Callable = compiled_rounds
+) -> Simulation:
+    keys = jax.random.split(jax.random.key(11), DRAWS)
+    tokens, acceptance = rounds(keys, sampling_arrays(config, DRAWS), limit)
     return Simulation(np.asarray(tokens)[:, 1:], float(acceptance))
+
+
+def broken_rounds(keys: jax.Array, sampling: Sampling, limit: int) -> tuple[jax.Array, jax.Array]:
+    """`rounds`, compiled anew for a rule that a test has just replaced."""
+    return jax.jit(lambda *arguments: rounds(*arguments, limit))(keys, sampling)
 
 
 def next_distribution(prefixes: np.ndarray, config: GenerateConfig) -> np.ndarray:
@@ -149,19 +154,16 @@ def p_value(tokens: np.ndarray, joint: np.ndarray) -> float:
     return float(scipy.stats.chi2.sf(statistic, len(counts) - 1))
 
 
-DRAWS = 25_000
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rounds_follow_the_target_distribution(name: str) -> None:
-    simulation = simulate(CONFIGS[name], DRAWS)
+    simulation = simulate(CONFIGS[name])
     assert 0.3 < simulation.acceptance < 0.8
     assert p_value(simulation.tokens, exact(CONFIGS[name])) > 0.01
 
 
 def test_rounds_cut_short_follow_the_target_distribution() -> None:
     config = CONFIGS["all"]
-    assert p_value(simulate(config, DRAWS, limit=2).tokens, exact(config)) > 0.01
+    assert p_value(simulate(config, limit=2).tokens, exact(config)) > 0.01
 
 
 def _residual_is_p(p, q):
@@ -186,7 +188,7 @@ def test_a_broken_rule_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) ->
     part, broken = BROKEN[name]
     monkeypatch.setattr(rule, part, broken)
     config = CONFIGS["temperature"]
-    assert p_value(simulate(config, DRAWS).tokens, exact(config)) < 1e-6
+    assert p_value(simulate(config, rounds=broken_rounds).tokens, exact(config)) < 1e-6
 
 
 def test_forgetting_the_tokens_of_the_round_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +197,7 @@ def test_forgetting_the_tokens_of_the_round_is_noticed(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(rule, "_seen_by_row", seen_before_the_round)
     config = CONFIGS["penalty"]
-    assert p_value(simulate(config, DRAWS).tokens, exact(config)) < 1e-6
+    assert p_value(simulate(config, rounds=broken_rounds).tokens, exact(config)) < 1e-6
 
 
 jitted_accept = jax.jit(rule.accept)
@@ -309,6 +311,30 @@ def test_what_was_not_proposed_changes_nothing() -> None:
         one, two = round_.judge(sampling), other.judge(sampling)
         assert np.array_equal(one.accepted, two.accepted)
         assert np.array_equal(one.token, two.token)
+
+
+def test_without_proposals_the_token_is_the_target_s_own() -> None:
+    """With γ 0 (autoregressive decoding) a token is drawn as `choose` draws it."""
+    b = 12
+    round_ = random_round(b)
+    for config in (GenerateConfig(repetition_penalty=1.3), CONFIGS["all"]):
+        sampling = sampling_arrays(config, b)
+        verdict = round_._replace(
+            target_logits=round_.target_logits[:, :1],
+            draft_probabilities=round_.draft_probabilities[:, :0],
+            proposals=round_.proposals[:, :0],
+            proposed=jnp.zeros(b, jnp.int32),
+        ).judge(sampling)
+        token, _ = jax.jit(choose, static_argnums=5)(
+            round_.target_logits[:, 0],
+            round_.seen,
+            sampling,
+            round_.keys,
+            round_.position,
+            Role.TARGET,
+        )
+        assert not np.any(verdict.accepted)
+        assert np.array_equal(verdict.token, token)
 
 
 def test_nothing_left_of_the_residual_falls_back_to_the_target() -> None:
