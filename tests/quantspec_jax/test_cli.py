@@ -177,7 +177,8 @@ class TestErrors:
 
         def work(source):
             Interrupted()
-            time.sleep(10)
+            for _ in range(1000):
+                time.sleep(0.01)
 
         monkeypatch.setattr(convert, "open_source", work)
         status, _, err = run("info", "somewhere")
