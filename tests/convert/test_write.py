@@ -1,0 +1,447 @@
+"""Writing a converted checkpoint: whole or not at all, within memory, and the same when read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import convert
+from convert import stored, write
+from convert.hf_config import parse_hf_config
+from convert.weights import hf_name
+from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
+from quantspec_jax.config import DraftConfig
+from quantspec_jax.draft import quantize_params
+from quantspec_jax.models.parameters import flatten, parameter_shapes
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def assert_equal_trees(one, other) -> None:
+    one, other = flatten(one), flatten(other)
+    assert set(one) == set(other)
+    for path in one:
+        for a, b in zip(jax.tree.leaves(one[path]), jax.tree.leaves(other[path]), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=path)
+
+
+# The round trip.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_round_trip(dtype, llama_dir, tmp_path):
+    out = convert.convert(llama_dir, tmp_path / "out", dtype=dtype, progress=False)
+    source, opened = convert.open_source(llama_dir), convert.open_source(out)
+    assert (opened.kind, opened.source_dtype) == ("converted", dtype)
+    assert opened.config == source.config
+    assert opened.load_draft() is None
+    assert opened.draft_config is None
+    for load_dtype in {dtype, "bfloat16"}:
+        expected = source.load(dtype)
+        expected = jax.tree.map(lambda a, d=load_dtype: a.astype(d), expected)
+        assert_equal_trees(opened.load(load_dtype), expected)
+    header = json.loads((out / "config.json").read_text())
+    assert (header["format"], header["version"], header["dtype"]) == ("quantspec", 1, dtype)
+    assert header["layout_version"] == LAYOUT_VERSION
+
+
+def test_the_source_type_is_kept_and_gguf_becomes_bfloat16(llama_model, llama_dir, tools, tmp_path):
+    gguf = tools.write_gguf(llama_model, tmp_path / "model.gguf")
+    for source, dtype in ((llama_dir, "float32"), (gguf, "bfloat16")):
+        out = convert.convert(source, tmp_path / dtype, progress=False)
+        assert convert.open_source(out).source_dtype == dtype
+
+
+def test_a_converted_checkpoint_converts_again(llama_dir, tmp_path):
+    one = convert.convert(llama_dir, tmp_path / "one", progress=False)
+    two = convert.convert(one, tmp_path / "two", dtype="bfloat16", progress=False)
+    direct = convert.convert(llama_dir, tmp_path / "direct", dtype="bfloat16", progress=False)
+    assert_equal_trees(
+        convert.open_source(two).load("bfloat16"), convert.open_source(direct).load("bfloat16")
+    )
+
+
+def test_eos_ids_of_generation_config_are_kept(llama_dir, tmp_path):
+    shutil.copytree(llama_dir, tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    out = convert.convert(tmp_path / "hf", tmp_path / "out", progress=False)
+    assert convert.open_source(out).config.eos_ids == (7, 9, 1)
+    assert (out / "generation_config.json").exists()
+
+
+def test_one_array_may_lie_in_several_files(llama_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "_CHUNK_BYTES", 10_000)
+    out = convert.convert(llama_dir, tmp_path / "out", progress=False)
+    assert len(list((out / "weights" / "embedding" / "c").rglob("*"))) > 10
+    assert_equal_trees(
+        convert.open_source(out).load("float32"), convert.open_source(llama_dir).load("float32")
+    )
+
+
+# The draft.
+
+
+@pytest.mark.parametrize(
+    "draft",
+    [
+        DraftConfig(),
+        DraftConfig(group_size=128, symmetric=True),
+        DraftConfig(group_size=96, layers="mlp"),
+    ],
+)
+def test_a_draft_is_stored_as_it_is_made(draft, llama_dir, tmp_path):
+    """Only its quantized kernels: the rest is shared with the full weights."""
+    out = convert.convert(llama_dir, tmp_path / "out", draft=draft, progress=False)
+    opened = convert.open_source(out)
+    assert opened.draft_config == draft
+    config, tree = opened.load_draft()
+    assert config == draft
+    expected = quantize_params(opened.load("float32"), draft)
+    assert_equal_trees(tree, expected)
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    assert all(isinstance(leaf, QuantizedWeight) for leaf in flatten(tree).values())
+
+
+def test_a_draft_of_another_packing_is_refused(llama_dir, tmp_path):
+    out = convert.convert(llama_dir, tmp_path / "out", draft=DraftConfig(), progress=False)
+    header = json.loads((out / "config.json").read_text()) | {"layout_version": 999}
+    (out / "config.json").write_text(json.dumps(header))
+    with pytest.raises(ValueError, match=r"layout_version in .* is 999.*convert the source again"):
+        convert.open_source(out)
+
+
+# Arguments.
+
+
+def test_wrong_arguments_are_refused_before_any_work(llama_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "open_source", lambda *_: pytest.fail("worked"))
+    out = tmp_path / "out"
+    cases = [
+        ({"dtype": "int8"}, ValueError, "dtype is 'int8'"),
+        ({"draft": DraftConfig(method="gptq")}, NotImplementedError, "gptq"),
+        ({"draft": DraftConfig(bits=None)}, ValueError, "draft bits is None"),
+        ({"draft_text": "book.txt"}, ValueError, "draft_text"),
+    ]
+    for kwargs, error, words in cases:
+        with pytest.raises(error, match=words):
+            convert.convert(llama_dir, out, progress=False, **kwargs)
+    assert list(tmp_path.iterdir()) == []
+
+
+# The output directory.
+
+
+def test_an_existing_directory_is_left_alone(llama_dir, tmp_path):
+    out = convert.convert(llama_dir, tmp_path / "out", progress=False)
+    before = contents(out)
+    with pytest.raises(ValueError, match=r"out_dir is .*, which exists"):
+        convert.convert(llama_dir, out, dtype="bfloat16", progress=False)
+    assert contents(out) == before
+    convert.convert(llama_dir, out, dtype="bfloat16", overwrite=True, progress=False)
+    assert convert.open_source(out).source_dtype == "bfloat16"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_replaces_nothing_but_checkpoints_and_empty_directories(llama_dir, tmp_path):
+    precious = tmp_path / "thesis"
+    precious.mkdir()
+    (precious / "chapter.txt").write_text("x")
+    file = tmp_path / "file"
+    file.write_text("x")
+    hugging_face = tmp_path / "hf"
+    shutil.copytree(llama_dir, hugging_face)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "elsewhere")
+    for target in (precious, file, hugging_face, link):
+        with pytest.raises(ValueError, match="out_dir is"):
+            convert.convert(llama_dir, target, overwrite=True, progress=False)
+    assert contents(precious) == {"chapter.txt": b"x"}
+    assert contents(hugging_face) == contents(llama_dir)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    convert.convert(llama_dir, empty, overwrite=True, progress=False)
+    assert convert.open_source(empty).kind == "converted"
+
+
+def test_parents_are_made_and_removed_again_after_an_error(llama_dir, tmp_path, monkeypatch):
+    deep = tmp_path / "a" / "b" / "out"
+    monkeypatch.setattr(stored, "save_tree", lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
+    with pytest.raises(RuntimeError, match="no"):
+        convert.convert(llama_dir, deep, progress=False)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    assert convert.convert(llama_dir, deep, progress=False) == deep
+
+
+def test_the_directory_has_ordinary_permissions(llama_dir, tmp_path):
+    out = convert.convert(llama_dir, tmp_path / "out", progress=False)
+    (tmp_path / "plain").mkdir()
+    assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_place_where_nothing_can_be_written(llama_dir, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"out_dir is .*, where nothing can be written"):
+        convert.convert(llama_dir, tmp_path / "file" / "out", progress=False)
+    with pytest.raises(ValueError, match=r"out_dir is .*, where nothing can be written"):
+        convert.convert(llama_dir, "/proc/quantspec-test", progress=False)
+
+
+def test_a_source_that_fails_leaves_an_old_checkpoint_as_it_was(llama_dir, tmp_path):
+    out = convert.convert(llama_dir, tmp_path / "out", progress=False)
+    before = contents(out)
+    shutil.copytree(llama_dir, tmp_path / "hf")
+    weights = tmp_path / "hf" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="truncated"):
+        convert.convert(tmp_path / "hf", out, overwrite=True, progress=False)
+    assert contents(out) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_a_failing_last_rename_brings_the_old_checkpoint_back(llama_dir, tmp_path, monkeypatch):
+    out = convert.convert(llama_dir, tmp_path / "out", progress=False)
+    before = contents(out)
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.suffix == ".partial":
+            raise OSError(errno.EIO, "broken")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="broken"):
+        convert.convert(llama_dir, out, overwrite=True, progress=False)
+    assert contents(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+# A full disk.
+
+
+def test_too_little_space_is_an_error_before_any_work(llama_dir, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(stored, "save_tree", lambda *_: pytest.fail("worked"))
+    with pytest.raises(OSError, match=r"no space left .* GB are needed") as caught:
+        convert.convert(llama_dir, tmp_path / "out", progress=False)
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB; the test model takes 6."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        yield None
+        return
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_while_writing(small_disk, llama_dir, tmp_path, monkeypatch, capfd):
+    """Where the space was there at the start: one error, nothing left, no other output."""
+    monkeypatch.setattr(write, "_check_space", lambda *_: None)
+    if small_disk is None:  # mounting is not allowed: the writer's own error, as Orbax passes it on
+        small_disk = tmp_path
+
+        def full(*_):
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+
+        monkeypatch.setattr(stored, "save_tree", full)
+    before = sorted(p.name for p in small_disk.iterdir())
+    with pytest.raises(OSError, match="no space left on the disk") as caught:
+        convert.convert(llama_dir, small_disk / "out", progress=False)
+    assert caught.value.errno == errno.ENOSPC
+    assert sorted(p.name for p in small_disk.iterdir()) == before
+    assert capfd.readouterr().err == ""
+
+
+# Interruption.
+
+SLOW = """
+import sys, time
+import convert
+from convert import stored
+save = stored.save_tree
+def slow(*arguments):
+    print("writing", flush=True)
+    save(*arguments)
+    time.sleep(60)
+stored.save_tree = slow
+try:
+    convert.convert(sys.argv[1], sys.argv[2], progress=False)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_an_interrupt_leaves_nothing(llama_dir, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(llama_dir), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    assert [p.suffix for p in tmp_path.iterdir()] == [".partial"]
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+# A damaged checkpoint.
+
+
+@pytest.fixture
+def converted(llama_dir, tmp_path):
+    return convert.convert(llama_dir, tmp_path / "out", draft=DraftConfig(), progress=False)
+
+
+def test_damage_is_found_before_anything_is_read(converted):
+    opened = convert.open_source(converted)
+    kernel = converted / "weights" / "layers.1.up.kernel"
+    (chunk,) = (p for p in (kernel / "c").rglob("*") if p.is_file())
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"weights is damaged: layers.1.up.kernel is cut off"):
+        opened.load("float32")
+    with pytest.raises(ValueError, match=r"cut off"):
+        opened.check()
+    chunk.write_bytes(whole)
+    opened.load("float32")
+    shutil.rmtree(converted / "draft" / "layers.0.q.kernel.scale")
+    with pytest.raises(ValueError, match=r"draft is damaged: layers.0.q.kernel.scale is missing"):
+        opened.load_draft()
+    shutil.rmtree(kernel)
+    with pytest.raises(ValueError, match=r"layers.1.up.kernel is missing"):
+        opened.load("float32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"version": 2}, "version in .* is 2"),
+        ({"dtype": "int8"}, "dtype in .* is 'int8'"),
+        ({"model": {}}, "is damaged"),
+        ({"model": None}, "is damaged"),
+        ({"draft": {"bits": 3}}, "draft bits is 3"),
+        ({"draft": {"colour": 1}}, "is damaged"),
+    ],
+)
+def test_a_damaged_config_is_named(changes, words, converted):
+    path = converted / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=words):
+        convert.open_source(converted)
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(converted):
+    path = converted / "config.json"
+    header = json.loads(path.read_text())
+    header["model"]["intermediate_size"] += 1
+    path.write_text(json.dumps(header))
+    with pytest.raises(ValueError, match=r"layers.0.\w+.kernel has shape \[512, 256\]"):
+        convert.open_source(converted).load("float32")
+
+
+# Progress and memory.
+
+
+def test_progress_goes_to_standard_error(llama_dir, tmp_path, capfd):
+    convert.convert(llama_dir, tmp_path / "loud")
+    loud = capfd.readouterr()
+    assert "reading: 100%" in loud.err
+    assert loud.out == ""
+    convert.convert(llama_dir, tmp_path / "silent", progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+# VmHWM rather than getrusage: the latter begins at the parent's peak.
+MEASURE = """
+import sys
+from convert import convert
+out = convert(sys.argv[1], sys.argv[2], progress=False)
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(int(status["VmHWM"].split()[0]) * 1024)
+"""
+
+
+def write_model_of_zeros(directory: Path, config: dict) -> Path:
+    """A Hugging Face directory in bfloat16, written a tensor at a time."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    specs = parameter_shapes(parse_hf_config(config))
+    entries, end = {}, 0
+    for path, spec in specs.items():
+        shape = spec.shape[::-1] if path.endswith(".kernel") else spec.shape
+        entries[hf_name(path)] = {
+            "dtype": "BF16",
+            "shape": shape,
+            "data_offsets": (end, end := end + 2 * spec.size),
+        }
+    header = json.dumps(entries).encode()
+    with (directory / "model.safetensors").open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for spec in specs.values():
+            stream.write(bytes(2 * spec.size))
+    return directory
+
+
+def peak_bytes(source: Path, out: Path) -> int:
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(source), str(out)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(result.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory(tmp_path):
+    """At most the converted size and 2 GiB; and, far more strictly, no second copy of the weights:
+    beyond what a tiny model takes, half of the size (what is being written)."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": 320,
+        "hidden_size": 1024,
+        "intermediate_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+    }
+    tiny = write_model_of_zeros(tmp_path / "tiny", config)
+    base = peak_bytes(tiny, tmp_path / "tiny-out")
+    config |= {"vocab_size": 100_000, "intermediate_size": 14336, "num_hidden_layers": 4}
+    large = write_model_of_zeros(tmp_path / "large", config)
+    peak = peak_bytes(large, tmp_path / "large-out")
+    size = 2 * convert.open_source(tmp_path / "large-out").parameter_count
+    assert size > 700e6
+    print(base, peak, size)
+    assert peak <= size + 2 * 2**30
+    assert peak - base <= 1.5 * size
