@@ -66,7 +66,8 @@ def pack_values(codes: jax.Array) -> jax.Array:
     """[..., G, D] int8 codes in −8..7 → [..., D, G/2] uint8 (bytes in the order of the table)."""
     *lead, g, d = codes.shape
     width = math.gcd(g, 32)
-    # Transposed as bytes: fused with the quantization before it, XLA's CPU code is ten times slower.
+    # Transposed as bytes: fused with the quantization before it, XLA's CPU code is ten times
+    # slower.
     runs = jax.lax.optimization_barrier(_pair(codes.reshape(*lead, g // width, width, d), -2))
     return jnp.swapaxes(runs, -1, -2).reshape(*lead, d, g // 2)
 

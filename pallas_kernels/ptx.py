@@ -62,6 +62,9 @@ class V:
     def __floordiv__(self, other):
         return self._arith(other, arith.divui)
 
+    def __truediv__(self, other):
+        return self._arith(other, None, arith.divf)
+
     def __mod__(self, other):
         return self._arith(other, arith.remui)
 
@@ -277,6 +280,16 @@ def any_lane(condition: V) -> V:
 def transpose_8x8(x: V) -> V:
     """An 8×8 matrix of 16-bit numbers, a row per four lanes, transposed across the warp."""
     return asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", ["i32"], [x], effects=True)[0]
+
+
+def load_matrices_transposed(where: V) -> list[V]:
+    """Four 8×8 matrices of 16-bit numbers, transposed; lane i gives the address of row i."""
+    return asm(
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];",
+        ["i32"] * 4,
+        [where],
+        effects=True,
+    )
 
 
 def mma(kind: str, a: Sequence[V], b: Sequence[V], c: Sequence[V]) -> list[V]:

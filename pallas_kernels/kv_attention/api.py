@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 
+from pallas_kernels import dispatch
 from pallas_kernels.kv_attention import reference
 from pallas_kernels.layout import Planes
 
@@ -24,11 +25,11 @@ def kv_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Attend from S consecutive tokens to the planes and the full-precision buffer.
 
-    The pass's own keys and values are in the buffer already, which is a ring: position p lies in slot
-    p mod R, so slot j holds position q + ((j − q) mod R), q = quantized_length (the full-precision
-    view has q = 0 and R beyond the last position: slot j holds position j). Row i of the pass has
-    position start + i and sees positions up to its own (`strict`: up to the one before); slots whose
-    position is beyond that hold anything.
+    The pass's own keys and values are in the buffer already, which is a ring: position p lies in
+    slot p mod R, so slot j holds position q + ((j − q) mod R), q = quantized_length (the
+    full-precision view has q = 0 and R beyond the last position: slot j holds position j). Row i of
+    the pass has position start + i and sees positions up to its own (`strict`: up to the one
+    before); slots whose position is beyond that hold anything.
 
     Args:
       q: [B, S, H, D] queries after RoPE.
@@ -46,7 +47,28 @@ def kv_attention(
       [B, S, H, D] float32 output and [B, S, H] float32 log-sum-exp of the scores (−∞ and output 0
       where a row sees nothing).
     """
-    del backend  # The XLA form is the only one so far.
+    if _mosaic_gpu(q, keys, key_buffer, view, sm_scale, strict, backend):
+        from pallas_kernels.kv_attention import configs, mosaic_gpu
+
+        shape = mosaic_gpu.shape_of(
+            q, keys, key_buffer, view=view, sm_scale=sm_scale, strict=strict
+        )
+        config = configs.choose(shape)
+        assert config is not None
+        return mosaic_gpu.kv_attention(
+            q,
+            keys,
+            values,
+            key_buffer,
+            value_buffer,
+            quantized_length,
+            start,
+            view=view,
+            sm_scale=sm_scale,
+            strict=strict,
+            config=config,
+            blocks=dispatch.multiprocessors(),
+        )
     return reference.kv_attention(
         q,
         keys,
@@ -59,3 +81,24 @@ def kv_attention(
         sm_scale=sm_scale,
         strict=strict,
     )
+
+
+def _mosaic_gpu(
+    q: jax.Array,
+    keys: Planes | None,
+    key_buffer: jax.Array,
+    view: str,
+    sm_scale: float,
+    strict: bool,
+    backend: str,
+) -> bool:
+    """Whether the Pallas kernel takes the call. CUDA code is imported only where it can."""
+    if backend == "xla" or dispatch.device() is None:
+        return dispatch.use_mosaic_gpu(backend, "kv_attention", None)
+    from pallas_kernels.kv_attention import configs, mosaic_gpu
+
+    shape = mosaic_gpu.shape_of(q, keys, key_buffer, view=view, sm_scale=sm_scale, strict=strict)
+    reason = mosaic_gpu.unsupported(shape, (q.dtype, key_buffer.dtype))
+    if reason is None and configs.choose(shape) is None:
+        reason = "no configuration fits the shape into shared memory"
+    return dispatch.use_mosaic_gpu(backend, "kv_attention", reason)

@@ -122,15 +122,11 @@ def kv_attention(
 
             # The draft never touches the lower plane.
             lower = planes.upper if view == "int4" else planes.lower
-            return Planes(
-                cut(planes.upper), cut(lower), cut(planes.scale), cut(planes.minimum)
-            )
+            return Planes(cut(planes.upper), cut(lower), cut(planes.scale), cut(planes.minimum))
 
         def over_tiles(i: jax.Array, state: Partial) -> Partial:
             token = i * step * g + jnp.arange(step * g)
-            mask = jnp.broadcast_to(
-                token < quantized_length[:, None, None], (b, rows, step * g)
-            )
+            mask = jnp.broadcast_to(token < quantized_length[:, None, None], (b, rows, step * g))
             return _attend(
                 state,
                 grouped,
@@ -139,9 +135,7 @@ def kv_attention(
                 mask,
             )
 
-        state = jax.lax.fori_loop(
-            0, -(-jnp.max(quantized_length) // (step * g)), over_tiles, state
-        )
+        state = jax.lax.fori_loop(0, -(-jnp.max(quantized_length) // (step * g)), over_tiles, state)
 
     length = key_buffer.shape[2]
     width = min(-(-length // 2), CHUNK_TOKENS)

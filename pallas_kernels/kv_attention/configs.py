@@ -1,0 +1,47 @@
+"""Configurations of the attention kernel: measured ones by device and shape, and a rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from pallas_kernels import dispatch, tuned
+from pallas_kernels.kv_attention.mosaic_gpu import Config, Plan, Shape
+
+KERNEL = "kv_attention"
+
+
+def key(shape: Shape) -> str:
+    """What a measured configuration is filed under."""
+    return (
+        f"view={shape.view} kv_heads={shape.kv_heads} rows={shape.rows} "
+        f"head_dim={shape.head_dim} group_size={shape.group_size}"
+    )
+
+
+def candidates(shape: Shape) -> Iterator[Config]:
+    """Configurations that the kernel can run on the shape, best guess first."""
+    wide = shape.rows > 8 and shape.head_dim <= 128
+    for column_blocks in (2, 1) if wide else (1,):
+        # 12 warps leave 168 registers a thread; two blocks of rows or a wide head need more.
+        few = column_blocks == 2 or shape.head_dim > 128
+        for warpgroups in (2, 3, 4) if few else (3, 2, 4):
+            for token_warps in (1,) if shape.view == "full" else (2, 4, 1):
+                if shape.view != "full" and shape.group_size % (32 * token_warps):
+                    continue
+                one = Config(warpgroups, token_warps, column_blocks, 1)
+                plan = Plan(shape, one, 1)
+                if plan.team_warps > 4 * warpgroups or 4 * warpgroups % plan.team_warps:
+                    continue
+                room = dispatch.SHARED_BYTES - 4096
+                stages = min(room // (plan.teams * plan.stage_bytes), 8)
+                if stages >= 2:
+                    yield dataclasses.replace(one, stages=stages)
+
+
+def choose(shape: Shape) -> Config | None:
+    """The measured configuration, else the first that fits; None where none does."""
+    found = tuned.find(dispatch.device_name(), KERNEL, key(shape))
+    if found is not None:
+        return Config(**found)
+    return next(candidates(shape), None)

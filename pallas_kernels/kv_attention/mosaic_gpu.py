@@ -1,0 +1,1062 @@
+"""Attention over the hierarchical cache on Hopper and later, as a Pallas Mosaic GPU kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch, ptx
+from pallas_kernels.layout import Planes
+from pallas_kernels.ptx import V, f32, i32
+
+LOG2E = math.log2(math.e)
+# Running reference of the scores, in base 2, before any token: low, but finite.
+NOTHING = -1e30
+# A probability times its value scale is a float16: the reference moves when one passes LARGEST,
+# and moves to 2⁸ above the largest, so that small ones keep their bits.
+LARGEST = 2.0**15
+HEADROOM = 8.0
+SMALLEST_SCALE = 2.0**-40
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the work is laid on the chip.
+
+    warpgroups     of 128 threads a block; one block a multiprocessor
+    token_warps    warps that share a tile, each with its part of the tokens
+    column_blocks  of 8 query rows that a warp multiplies with what it has converted
+    stages         tiles a team of warps has in shared memory, read or in flight
+    """
+
+    warpgroups: int
+    token_warps: int
+    column_blocks: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the kernel is specialized to. R = rows: query tokens × query heads of a group."""
+
+    batch: int
+    kv_heads: int
+    group: int
+    tokens: int
+    head_dim: int
+    group_size: int
+    tiles: int
+    buffer_length: int
+    view: str
+    strict: bool
+    sm_scale: float
+
+    @property
+    def rows(self) -> int:
+        return self.group * self.tokens
+
+    @property
+    def value_width(self) -> int:
+        return min(self.group_size, self.head_dim)
+
+    @property
+    def value_groups(self) -> int:
+        return -(-self.head_dim // self.value_width)
+
+    @property
+    def planes(self) -> int:
+        return {"full": 0, "int4": 1, "int8": 2}[self.view]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Byte offsets and counts that follow from a shape and a configuration."""
+
+    shape: Shape
+    config: Config
+    blocks: int
+
+    @property
+    def column_groups(self) -> int:
+        """Warps that share a tile, each with other query rows (some may have none)."""
+        needed = -(-self.shape.rows // (8 * self.config.column_blocks))
+        warps = 4 * self.config.warpgroups // self.config.token_warps
+        return next((n for n in range(needed, warps + 1) if warps % n == 0), needed)
+
+    @property
+    def team_warps(self) -> int:
+        return self.config.token_warps * self.column_groups
+
+    @property
+    def teams(self) -> int:
+        """Teams a block."""
+        return 4 * self.config.warpgroups // self.team_warps
+
+    @property
+    def row_warps(self) -> int:
+        """Warps of a team that read full-precision tokens, 16 each, from a stage of tile size."""
+        share = 16 * 2 * 2 * self.shape.head_dim
+        fitting = max(1, min(self.config.token_warps, sum(self.sections) // share))
+        return 1 << (fitting.bit_length() - 1)
+
+    @property
+    def unit_rows(self) -> int:
+        """Full-precision tokens that take the place of a tile in the pipeline."""
+        return 16 * (self.row_warps if self.shape.planes else self.config.token_warps)
+
+    @property
+    def code_bytes(self) -> int:
+        return self.shape.group_size * self.shape.head_dim // 2
+
+    @property
+    def sections(self) -> list[int]:
+        """Bytes of a tile's parts: keys upper, lower, scale, minimum, then those of the values."""
+        s = self.shape
+        codes = [self.code_bytes] * s.planes
+        key_numbers = [2 * s.head_dim] * 2
+        value_numbers = [2 * s.value_groups * s.group_size] * 2
+        return [*codes, *key_numbers, *codes, *value_numbers] if s.planes else []
+
+    @property
+    def stage_bytes(self) -> int:
+        full_precision = 2 * self.unit_rows * 2 * self.shape.head_dim
+        return -(-max(sum(self.sections), full_precision) // 128) * 128
+
+    @property
+    def barrier_bytes(self) -> int:
+        return -(-2 * 8 * self.teams * self.config.stages // 128) * 128
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.barrier_bytes + self.teams * self.config.stages * self.stage_bytes
+
+    @property
+    def partials(self) -> int:
+        """Partial results: one a warp of a team and key-value head that the team touches."""
+        slots = self.blocks * self.teams + self.shape.batch * self.shape.kv_heads
+        return slots * self.config.token_warps
+
+
+def _units(plan: Plan, quantized: V, start: V) -> tuple[V, V, V]:
+    """(tiles, units, buffer tokens) of a sequence: its tiles, then its full-precision units."""
+    s = plan.shape
+    tiles = quantized // s.group_size if s.planes else i32(0)
+    used = ptx.minimum(start - quantized + s.tokens, s.buffer_length)
+    used = ptx.at_least(used, 0)
+    rows = ptx.at_least(ptx.ceil_div(used, plan.unit_rows), 1)
+    return tiles, tiles + rows, used
+
+
+def _share(total: V, parts: int, index: V) -> V:
+    """First unit of part `index` when `total` units are dealt evenly."""
+    return index * (total // parts) + ptx.minimum(index, total % parts)
+
+
+def _part_of(total: V, parts: int, unit: V) -> V:
+    """The part that holds `unit`: the inverse of `_share`."""
+    per, extra = total // parts, total % parts
+    larger = extra * (per + 1)
+    late = extra + (unit - larger) // ptx.at_least(per, 1)
+    return ptx.select(unit < larger, unit // (per + 1), late)
+
+
+class _Lengths:
+    """The sequences' lengths in global memory."""
+
+    def __init__(self, plan: Plan, quantized: V, start: V):
+        self.plan, self.quantized, self.start = plan, quantized, start
+
+    def units(self, b: V) -> tuple[V, V, V]:
+        offset = b.to_i64() * 4
+        (quantized,) = ptx.load(self.quantized + offset)
+        (start,) = ptx.load(self.start + offset)
+        return _units(self.plan, quantized, start)
+
+    def total(self) -> V:
+        """Units of all sequences and key-value heads."""
+        s = self.plan.shape
+        if s.batch == 1:
+            return self.units(i32(0))[1] * s.kv_heads
+        (out,) = ptx.loop(
+            i32(0),
+            i32(s.batch),
+            [i32(0)],
+            lambda b, carry: [carry[0] + self.units(b)[1] * s.kv_heads],
+        )
+        return out
+
+    def locate(self, unit: V) -> tuple[V, V, V]:
+        """(b, k, unit within the key-value head) of a unit in the order b, k, unit."""
+        s = self.plan.shape
+
+        def find(b: V, carry: list[V]) -> Sequence[V]:
+            before, found, first, units = carry
+            mine = self.units(b)[1]
+            inside = before <= unit
+            return [
+                before + mine * s.kv_heads,
+                ptx.select(inside, b, found),
+                ptx.select(inside, before, first),
+                ptx.select(inside, mine, units),
+            ]
+
+        zero = i32(0)
+        if s.batch == 1:
+            found, first, units = zero, zero, self.units(zero)[1]
+        else:
+            _, found, first, units = ptx.loop(zero, i32(s.batch), [zero, zero, zero, i32(1)], find)
+        rest = unit - first
+        return found, rest // units, rest % units
+
+
+class _Operands:
+    """Addresses of the kernel's operands and results, in the order they are passed."""
+
+    def __init__(self, plan: Plan, addresses: Sequence[V]):
+        names = ["quantized_length", "start", "q", "key_buffer", "value_buffer"]
+        for part in ("keys", "values") if plan.shape.planes else ():
+            names += [f"{part}.upper", f"{part}.lower"][: plan.shape.planes]
+            names += [f"{part}.scale", f"{part}.minimum"]
+        names += ["output", "statistics"]
+        self.by_name = dict(zip(names, addresses, strict=True))
+        self.tile_parts = [self.by_name[n] for n in names if "." in n]
+
+    def __getitem__(self, name: str) -> V:
+        return self.by_name[name]
+
+
+def _row_offset(shape: Shape, b: V, k: V, row: V) -> V:
+    """Index of row (head of the group, token) of key-value head k in [B, S, H], as i64."""
+    head = k * shape.group + row // shape.tokens
+    token = b * shape.tokens + row % shape.tokens
+    return (token * (shape.kv_heads * shape.group) + head).to_i64()
+
+
+class _Pipeline:
+    """A team's ring of stages in shared memory, filled by the copy engine.
+
+    The team's first lane keeps `stages − 1` units ahead: before the team reads unit i, it waits
+    until all warps have left the stage of unit i − 1 and orders unit i + stages − 1 into it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        operands: _Operands,
+        lengths: _Lengths,
+        *,
+        shared: V,
+        team: V,
+        leader: V,
+    ):
+        self.plan, self.operands, self.lengths, self.leader = plan, operands, lengths, leader
+        stages = plan.config.stages
+        self.barriers = shared + team * (16 * stages)
+        self.ring = shared + plan.barrier_bytes + team * (stages * plan.stage_bytes)
+
+    def full(self, stage: V) -> V:
+        return self.barriers + stage * 16
+
+    def empty(self, stage: V) -> V:
+        return self.barriers + stage * 16 + 8
+
+    def data(self, stage: V) -> V:
+        return self.ring + stage * self.plan.stage_bytes
+
+    def next(self, stage: V, phase: V) -> tuple[V, V]:
+        last = stage.equals(self.plan.config.stages - 1)
+        return ptx.select(last, i32(0), stage + 1), ptx.select(last, phase ^ 1, phase)
+
+    def start(self, b: V, k: V, unit: V, end: V, first: V) -> list[V]:
+        """State of the producer: next unit's place, units left, and the stage that it goes to."""
+        tiles, units, _ = self.lengths.units(b)
+        return [b, k, unit, tiles, units, end - first, i32(0), i32(0)]
+
+    def produce(self, state: list[V]) -> list[V]:
+        """Order the next unit, if one is left."""
+        b, k, unit, tiles, units, left, stage, phase = state
+        s = self.plan.shape
+
+        def issue() -> None:
+            ptx.barrier_wait(self.empty(stage), phase ^ 1)
+            target, barrier = self.data(stage), self.full(stage)
+            if s.planes:
+                ptx.choose(
+                    unit < tiles,
+                    lambda: self._copy_tile(target, barrier, b, k, unit),
+                    lambda: self._copy_rows(target, barrier, b, k, tiles, unit - tiles),
+                    [],
+                )
+            else:
+                self._copy_rows(target, barrier, b, k, tiles, unit)
+
+        ptx.when(V(ptx.arith.andi(self.leader.value, (left > 0).value)), issue)
+
+        following = unit + 1
+
+        def next_head() -> Sequence[V]:
+            wrap = (k + 1).equals(s.kv_heads)
+            new_b = ptx.minimum(ptx.select(wrap, b + 1, b), s.batch - 1)
+            new_tiles, new_units, _ = self.lengths.units(new_b)
+            return [new_b, ptx.select(wrap, i32(0), k + 1), i32(0), new_tiles, new_units]
+
+        b, k, unit, tiles, units = ptx.choose(
+            following.equals(units),
+            next_head,
+            lambda: [b, k, following, tiles, units],
+            [b, k, unit, tiles, units],
+        )
+        stage, phase = self.next(stage, phase)
+        return [b, k, unit, tiles, units, left - 1, stage, phase]
+
+    def _copy_tile(self, target: V, barrier: V, b: V, k: V, tile: V) -> list[V]:
+        s, sections = self.plan.shape, self.plan.sections
+        ptx.barrier_expect(barrier, i32(sum(sections)))
+        index = ((b * s.kv_heads + k) * s.tiles + tile).to_i64()
+        offset = 0
+        for source, size in zip(self.operands.tile_parts, sections, strict=True):
+            ptx.bulk_copy(target + offset, source + index * size, i32(size), barrier)
+            offset += size
+        return []
+
+    def _copy_rows(self, target: V, barrier: V, b: V, k: V, tiles: V, unit: V) -> list[V]:
+        s, rows = self.plan.shape, self.plan.unit_rows
+        # The buffer is a ring: position p in slot p mod R. A unit does not wrap around, since its
+        # rows divide R, or there are no tiles and R is beyond every position.
+        first = (tiles * s.group_size + unit * rows) % s.buffer_length
+        size = ptx.minimum(i32(s.buffer_length) - first, rows) * (2 * s.head_dim)
+        ptx.barrier_expect(barrier, size * 2)
+        head = (b * s.kv_heads + k).to_i64() * (s.buffer_length * 2 * s.head_dim)
+        source = head + first.to_i64() * (2 * s.head_dim)
+        values = target + rows * 2 * s.head_dim
+        ptx.bulk_copy(target, self.operands["key_buffer"] + source, size, barrier)
+        ptx.bulk_copy(values, self.operands["value_buffer"] + source, size, barrier)
+        return []
+
+
+class _Rows:
+    """A warp's query rows of one key-value head, as matrix operands.
+
+    Lane 4 g + q holds, of row g of each block of 8, channels [D/8 · q, D/8 · (q+1)) of either half
+    of the head: `low` and `high`, words of two bf16.
+    """
+
+    def __init__(self, plan: Plan, operands: _Operands, b: V, k: V, first_row: V, lane: V):
+        s = plan.shape
+        g, q = lane >> 2, lane & 3
+        self.low: list[list[V]] = []
+        self.high: list[list[V]] = []
+        words = s.head_dim // 16
+        for n in range(plan.config.column_blocks):
+            row = first_row + 8 * n + g
+            valid = row < s.rows
+            safe = ptx.select(valid, row, i32(0))
+            offset = _row_offset(s, b, k, safe) * (2 * s.head_dim)
+            here = operands["q"] + offset + (q * (s.head_dim // 4)).to_i64()
+            for half, out in ((0, self.low), (s.head_dim, self.high)):
+                loaded = ptx.load_wide(here + half, words)
+                out.append([ptx.select(valid, w, i32(0)) for w in loaded])
+
+
+class _State:
+    """What a warp accumulates for its rows (columns of the products).
+
+    In lane 4 g + q, for columns 2q and 2q+1 of block n: `origin` the running reference of the
+    scores (negative, base 2), `total` Σ p and `offset` Σ p m̂ over the tokens of this lane, and
+    `sums`[n][m] the product's registers: channels 16 m + g and + 8, in units of 2^−unit.
+    """
+
+    def __init__(self, plan: Plan, values: Sequence[V] | None = None):
+        s, blocks = plan.shape, plan.config.column_blocks
+        self.blocks, self.groups, self.channels = blocks, s.value_groups, s.head_dim // 16
+        self.width = s.value_width // 16
+        count = blocks * (2 + 2 + 2 * self.groups + 4 * self.channels)
+        if values is None:
+            origin = [f32(-NOTHING)] * (2 * blocks)
+            values = origin + [f32(0.0)] * (count - 2 * blocks)
+        rest = iter(values)
+
+        def take(n: int) -> list[V]:
+            return [next(rest) for _ in range(n)]
+
+        self.origin = [take(2) for _ in range(blocks)]
+        self.total = [take(2) for _ in range(blocks)]
+        self.offset = [[take(2) for _ in range(self.groups)] for _ in range(blocks)]
+        self.sums = [[take(4) for _ in range(self.channels)] for _ in range(blocks)]
+
+    def flat(self) -> list[V]:
+        out: list[V] = []
+        for pairs in (self.origin, self.total):
+            out += [v for pair in pairs for v in pair]
+        for groups in (self.offset, self.sums):
+            out += [v for block in groups for pair in block for v in pair]
+        return out
+
+    def rescale(self, origin: list[list[V]]) -> None:
+        """Move to a new reference."""
+        for n in range(self.blocks):
+            factor = [ptx.exp2(origin[n][i] - self.origin[n][i]) for i in range(2)]
+            self.origin[n] = origin[n]
+            self.total[n] = [self.total[n][i] * factor[i] for i in range(2)]
+            self.offset[n] = [[v[i] * factor[i] for i in range(2)] for v in self.offset[n]]
+            self.sums[n] = [[c[i] * factor[i % 2] for i in range(4)] for c in self.sums[n]]
+
+
+def _softmax(
+    plan: Plan, state: _State, scores: list[list[list[V]]], alpha: float, scales: list[list[V]]
+) -> tuple[list[list[list[V]]], list[list[list[list[V]]]]]:
+    """Probabilities of scores[block][half][4], and their products with scales[group][half · 2 + y].
+
+    The reference of the running softmax moves only where a product would leave float16's range:
+    rarely, so that the sums are rarely rescaled.
+    """
+    blocks, halves = len(scores), len(scores[0])
+
+    def weigh() -> tuple[Any, Any]:
+        p = [
+            [
+                [ptx.exp2(ptx.fma(c[i], f32(alpha), state.origin[n][i % 2])) for i in range(4)]
+                for c in scores[n]
+            ]
+            for n in range(blocks)
+        ]
+        scaled = (
+            [
+                [
+                    [[x[i] * group[2 * h + i // 2] for i in range(4)] for h, x in enumerate(p[n])]
+                    for group in scales
+                ]
+                for n in range(blocks)
+            ]
+            if scales
+            else []
+        )
+        return p, scaled
+
+    def flatten(p: Any, scaled: Any) -> list[V]:
+        out = [x for block in p for half in block for x in half]
+        return out + [x for block in scaled for group in block for half in group for x in half]
+
+    p, scaled = weigh()
+    checked = flatten(p, scaled)[blocks * halves * 4 :] if scales else flatten(p, scaled)
+    largest = checked[0]
+    for x in checked[1:]:
+        largest = ptx.asm("max.NaN.f32 $0, $1, $2;", ["f32"], [largest, x])[0]
+    fits = largest <= LARGEST
+    overflow = ptx.any_lane(ptx.select(fits, i32(0), 1).equals(1))
+    fast = flatten(p, scaled)
+
+    def move() -> Sequence[V]:
+        new = _State(plan, state.flat())
+        origin: list[list[V]] = []
+        for n in range(blocks):
+            pair = []
+            for i in range(2):
+                top = f32(NOTHING)
+                for h in range(halves):
+                    for y in range(2):
+                        x = scores[n][h][2 * y + i] * f32(alpha)
+                        if scales:
+                            scale = scales[0][2 * h + y]
+                            for other in scales[1:]:
+                                scale = ptx.maximum(scale, other[2 * h + y])
+                            x = x + ptx.log2(ptx.maximum(scale, f32(SMALLEST_SCALE)))
+                        top = ptx.maximum(top, x)
+                for distance in (4, 8, 16):
+                    top = ptx.maximum(top, ptx.shuffle_xor(top, distance))
+                # The origin is stored negated.
+                candidate = f32(HEADROOM) - top
+                pair.append(
+                    ptx.asm("min.f32 $0, $1, $2;", ["f32"], [candidate, state.origin[n][i]])[0]
+                )
+            origin.append(pair)
+        new.rescale(origin)
+        saved, state.origin = state.origin, origin
+        again = flatten(*weigh())
+        state.origin = saved
+        return [*new.flat(), *again]
+
+    out = ptx.choose(overflow, move, lambda: [*state.flat(), *fast], [*state.flat(), *fast])
+    count = len(state.flat())
+    state.__init__(plan, out[:count])  # type: ignore[misc]
+    rest = iter(out[count:])
+    p = [[[next(rest) for _ in range(4)] for _ in range(halves)] for _ in range(blocks)]
+    scaled = (
+        [
+            [[[next(rest) for _ in range(4)] for _ in range(halves)] for _ in scales]
+            for _ in range(blocks)
+        ]
+        if scales
+        else []
+    )
+    for n in range(blocks):
+        for i in range(2):
+            for h in range(halves):
+                for y in range(2):
+                    state.total[n][i] = state.total[n][i] + p[n][h][2 * y + i]
+    return p, scaled
+
+
+class _Tile:
+    """Computation of a warp on its tokens of a tile of codes in shared memory.
+
+    Codes enter the products as float16 subnormals: the bits of code c, in bits 0–3 or 4–7 of a
+    half word, read as float16, are c·2⁻²⁴ or 16 c·2⁻²⁴, exactly, and matrix instructions take them
+    at full speed. Products with the second kind carry a factor 1/16 on the other side; with both
+    planes a byte 16 u + l + 8 takes their place, and none is needed.
+    """
+
+    def __init__(self, plan: Plan, rows: _Rows, lane: V):
+        self.plan, self.rows, self.lane = plan, rows, lane
+        self.g, self.q = lane >> 2, lane & 3
+        s = plan.shape
+        self.both = s.planes == 2
+        # Exponent of the sums' unit, and of what a half step is in the draft and target views.
+        self.unit = 2.0**-20 if self.both else 2.0**-24
+        self.half = 0.5 if self.both else 1 / 32
+        self.high_factor = 1.0 if self.both else 1 / 16
+        self.words = s.head_dim // 32
+        sections = plan.sections
+        starts = [sum(sections[:i]) for i in range(len(sections))]
+        parts = len(sections) // 2
+        self.key_at, self.value_at = starts[:parts], starts[parts:]
+
+    def queries(self, tile: V) -> tuple[Any, list[list[V]]]:
+        """Key scales folded into the queries: (operands[block][step], initial scores[block])."""
+        s = self.plan.shape
+        here = tile + self.q * (s.head_dim // 4)
+        *_, scale_at, minimum_at = self.key_at
+        scale, minimum = (
+            [ptx.load_wide(here + at + half, 2 * self.words) for half in (0, s.head_dim)]
+            for at in (scale_at, minimum_at)
+        )
+        operands, initial = [], []
+        for low, high in zip(self.rows.low, self.rows.high, strict=True):
+            steps = []
+            for i in range(self.words):
+                for part in (ptx.low_bf16, ptx.high_bf16):
+                    pair = []
+                    for x, numbers, factor in (
+                        (low, scale[0], 1.0),
+                        (high, scale[1], self.high_factor),
+                    ):
+                        two = []
+                        for w in (2 * i, 2 * i + 1):
+                            value = part(x[w])
+                            if factor != 1.0:
+                                value = value * factor
+                            two.append(value * part(numbers[w]))
+                        pair.append(ptx.pack_f16(*two))
+                    steps.append(pair)
+            total = [f32(0.0)] * 4
+            for x, numbers in ((low, minimum[0]), (high, minimum[1])):
+                for w in range(0, 2 * self.words, 2):
+                    a = [numbers[w], numbers[w], numbers[w + 1], numbers[w + 1]]
+                    total = ptx.mma("bf16", a, [x[w], x[w + 1]], total)
+            constants = {0.5: 0xB800B800, 1 / 32: 0xA800A800}  # −1/2 and −1/32 twice
+            first = i32(constants[self.half])
+            second = first if self.both else i32(constants[0.5])
+            for pair in steps:
+                total = ptx.mma("f16", [first, first, second, second], pair, total)
+            operands.append(steps)
+            initial.append([x * self.unit for x in total])
+        return operands, initial
+
+    def fragments(self, upper: list[V], lower: list[V] | None) -> list[list[V]]:
+        """Matrix operands of two steps from one word of each of rows g and g + 8."""
+        if lower is None:
+            steps = []
+            for shift in (0, 8):
+                x = [w >> shift if shift else w for w in upper]
+                steps.append([w & 0x000F000F for w in x] + [w & 0x00F000F0 for w in x])
+            return steps
+        low = [ptx.merge_bits(u << 4, w, 0xF0F0F0F0) for u, w in zip(upper, lower, strict=True)]
+        high = [ptx.merge_bits(u, w >> 4, 0xF0F0F0F0) for u, w in zip(upper, lower, strict=True)]
+        both = [*low, *high]
+        zero = i32(0)
+        return [
+            [w & 0x00FF00FF for w in both],
+            [ptx.permute_bytes(w, zero, 0x4341) for w in both],
+        ]
+
+    def scores(self, tile: V, first: V, operands: Any, initial: Any) -> list[list[list[V]]]:
+        """Of 32 tokens from `first` on: [block][half of the tokens][4], in units."""
+        s = self.plan.shape
+        blocks = self.plan.config.column_blocks
+        stride = s.head_dim // 2
+        out: list[list[list[V]]] = [[] for _ in range(blocks)]
+        for half in range(2):
+            row = (first + 16 * half + self.g * 2) * stride + self.q * (4 * self.words)
+            loaded = [
+                [ptx.load_wide(tile + at + row + y * stride, self.words) for y in range(2)]
+                for at in self.key_at[: s.planes]
+            ]
+            sums = [list(x) for x in initial]
+            for i in range(self.words):
+                upper = [x[i] for x in loaded[0]]
+                lower = [x[i] for x in loaded[1]] if self.both else None
+                for step, a in enumerate(self.fragments(upper, lower)):
+                    for n in range(blocks):
+                        sums[n] = ptx.mma("f16", a, operands[n][2 * i + step], sums[n])
+            for n in range(blocks):
+                out[n].append(sums[n])
+        return out
+
+    def accumulate(self, state: _State, tile: V, first: V, operands: Any, initial: Any) -> None:
+        """Attend to 32 tokens from `first` on."""
+        s = self.plan.shape
+        blocks = self.plan.config.column_blocks
+        scores = self.scores(tile, first, operands, initial)
+        *_, scale_at, minimum_at = self.value_at
+        scales: list[list[V]] = []
+        minima: list[list[V]] = []
+        for v in range(s.value_groups):
+            at = tile + (first + self.g * 2) * 2 + v * 2 * s.group_size
+            group_scale, group_minimum = [], []
+            for half in range(2):
+                (scale,) = ptx.load(at + scale_at + 32 * half)
+                (minimum,) = ptx.load(at + minimum_at + 32 * half)
+                for part in (ptx.low_bf16, ptx.high_bf16):
+                    exact = part(scale)
+                    group_minimum.append(ptx.fma(exact, f32(-self.half), part(minimum)))
+                    factor = self.high_factor if half else 1.0
+                    group_scale.append(exact * factor if factor != 1.0 else exact)
+            scales.append(group_scale)
+            minima.append(group_minimum)
+        alpha = s.sm_scale * LOG2E / self.unit
+        p, scaled = _softmax(self.plan, state, scores, alpha, scales)
+        for n in range(blocks):
+            for v in range(s.value_groups):
+                for h in range(2):
+                    for j in range(4):
+                        state.offset[n][v][j % 2] = ptx.fma(
+                            p[n][h][j], minima[v][2 * h + j // 2], state.offset[n][v][j % 2]
+                        )
+        weights = [
+            [
+                [
+                    [
+                        ptx.transpose_8x8(ptx.pack_f16(half[2 * y], half[2 * y + 1]))
+                        for half in group
+                    ]
+                    for y in range(2)
+                ]
+                for group in scaled[n]
+            ]
+            for n in range(blocks)
+        ]
+        run = (first // 32) * (16 * s.head_dim) + self.lane * 4
+        for m in range(s.head_dim // 16):
+            loaded = [
+                [ptx.load(tile + at + run + 256 * m + 128 * y)[0] for y in range(2)]
+                for at in self.value_at[: s.planes]
+            ]
+            lower = loaded[1] if self.both else None
+            for step, a in enumerate(self.fragments(loaded[0], lower)):
+                for n in range(blocks):
+                    b = weights[n][16 * m // s.value_width][step]
+                    state.sums[n][m] = ptx.mma("f16", a, b, state.sums[n][m])
+
+
+class _FullPrecision:
+    """Computation of a warp on 16 full-precision tokens in shared memory."""
+
+    def __init__(self, plan: Plan, rows: _Rows, lane: V, unit: float):
+        self.plan, self.rows, self.lane, self.unit = plan, rows, lane, unit
+        self.g, self.q = lane >> 2, lane & 3
+
+    def accumulate(
+        self, state: _State, keys: V, values: V, slot: V, used: V, visible: list[list[V]]
+    ) -> None:
+        """Attend to the tokens of slots slot … slot + 15; `keys`, `values` their rows.
+
+        Column i of block n sees slots up to visible[n][i]; slots from `used` on hold anything.
+        """
+        s = self.plan.shape
+        blocks = self.plan.config.column_blocks
+        stride = 2 * s.head_dim
+        words = s.head_dim // 16
+        here = keys + self.g * stride + self.q * (s.head_dim // 4)
+        scores = [[f32(0.0)] * 4 for _ in range(blocks)]
+        for half, x in ((0, self.rows.low), (s.head_dim, self.rows.high)):
+            two = [ptx.load_wide(here + half + 8 * stride * y, words) for y in range(2)]
+            for w in range(0, words, 2):
+                a = [two[0][w], two[1][w], two[0][w + 1], two[1][w + 1]]
+                for n in range(blocks):
+                    scores[n] = ptx.mma("bf16", a, [x[n][w], x[n][w + 1]], scores[n])
+        for n in range(blocks):
+            for j in range(4):
+                token = slot + self.g + 8 * (j // 2)
+                scores[n][j] = ptx.select(token <= visible[n][j % 2], scores[n][j], f32(-math.inf))
+        p, _ = _softmax(self.plan, state, [[x] for x in scores], s.sm_scale * LOG2E, [])
+        weights = []
+        for n in range(blocks):
+            parts: list[list[V]] = [[], []]
+            for y in range(2):
+                two = [p[n][0][2 * y + i] * self.unit for i in range(2)]
+                coarse = ptx.pack_bf16(*two)
+                rest = [two[0] - ptx.low_bf16(coarse), two[1] - ptx.high_bf16(coarse)]
+                parts[0].append(ptx.transpose_8x8(coarse))
+                parts[1].append(ptx.transpose_8x8(ptx.pack_bf16(*rest)))
+            weights.append(parts)
+        masks = []
+        for y in range(2):
+            token = slot + self.q * 2 + 8 * y
+            low = ptx.select(token < used, i32(0x0000FFFF), 0)
+            high = ptx.select(token + 1 < used, i32(0xFFFF0000), 0)
+            masks.append(low | high)
+        # Row of this lane in the four 8×8 matrices that a load takes: tokens 0–7 and 8–15 of two
+        # neighbouring runs of 8 channels.
+        row = (self.lane & 7) + ((self.lane >> 4) & 1) * 8
+        where = values + row * stride + ((self.lane >> 3) & 1) * 16
+        for m in range(s.head_dim // 16):
+            a = ptx.load_matrices_transposed(where + 32 * m)
+            a = [x & masks[i // 2] for i, x in enumerate(a)]
+            for n in range(blocks):
+                for part in weights[n]:
+                    state.sums[n][m] = ptx.mma("bf16", a, part, state.sums[n][m])
+
+
+def _attention_body(plan: Plan):
+    s, c = plan.shape, plan.config
+
+    def body(addresses: Sequence[V], shared: V) -> None:
+        operands = _Operands(plan, addresses)
+        lengths = _Lengths(plan, operands["quantized_length"], operands["start"])
+        thread = ptx.special("tid.x")
+        lane = thread & 31
+        warp = ptx.uniform(thread >> 5)
+        team, in_team = warp // plan.team_warps, warp % plan.team_warps
+        token_warp, columns = in_team % c.token_warps, in_team // c.token_warps
+        first_row = columns * (8 * c.column_blocks)
+        q = lane & 3
+
+        def initialize() -> None:
+            for i in range(plan.teams * c.stages):
+                ptx.barrier_init(shared + 16 * i, 1)
+                ptx.barrier_init(shared + 16 * i + 8, plan.team_warps)
+            ptx.fence_barrier_init()
+
+        ptx.when(thread.equals(0), initialize)
+        ptx.sync_threads(i32(0), 128 * c.warpgroups)
+
+        total = lengths.total()
+        everyone = plan.blocks * plan.teams
+        me = ptx.special("ctaid.x") * plan.teams + team
+        begin, end = _share(total, everyone, me), _share(total, everyone, me + 1)
+
+        def work() -> None:
+            first = lengths.locate(begin)
+            last = lengths.locate(end - 1)
+            leader = (in_team * 32 + lane).equals(0)
+            pipeline = _Pipeline(plan, operands, lengths, shared=shared, team=team, leader=leader)
+            producer = pipeline.start(*first, end, begin)
+            for _ in range(c.stages - 1):
+                producer = pipeline.produce(producer)
+
+            def head(bk: V, carry: list[V]) -> list[V]:
+                left, skip, stage, phase, *producer = carry
+                b, k = bk // s.kv_heads, bk % s.kv_heads
+                tiles, units, used = lengths.units(b)
+                (quantized,) = ptx.load(operands["quantized_length"] + b.to_i64() * 4)
+                (start,) = ptx.load(operands["start"] + b.to_i64() * 4)
+                stop = ptx.minimum(units, skip + left)
+                rows = _Rows(plan, operands, b, k, first_row, lane)
+                visible = []
+                for n in range(c.column_blocks):
+                    row = [first_row + 8 * n + q * 2 + i for i in range(2)]
+                    reach = start - quantized - int(s.strict)
+                    visible.append([reach + r % s.tokens for r in row])
+                tile = _Tile(plan, rows, lane) if s.planes else None
+                unit = tile.unit if tile else 1.0
+                exact = _FullPrecision(plan, rows, lane, unit)
+                count = len(_State(plan).flat())
+
+                def step(carry: list[V], compute: Any) -> list[V]:
+                    stage, phase, *rest = carry
+                    producer = pipeline.produce(rest[:8])
+                    state = _State(plan, rest[8:])
+                    ptx.barrier_wait(pipeline.full(stage), phase)
+                    compute(state, pipeline.data(stage))
+                    ptx.sync_warp()
+                    ptx.when(lane.equals(0), lambda: ptx.barrier_arrive(pipeline.empty(stage)))
+                    stage, phase = pipeline.next(stage, phase)
+                    return [stage, phase, *producer, *state.flat()]
+
+                def tile_step(_: V, carry: list[V]) -> list[V]:
+                    def compute(state: _State, data: V) -> None:
+                        assert tile is not None
+                        queries, initial = tile.queries(data)
+                        share = s.group_size // c.token_warps
+                        for j in range(0, share, 32):
+                            tile.accumulate(state, data, token_warp * share + j, queries, initial)
+
+                    return step(carry, compute)
+
+                def exact_step(i: V, carry: list[V]) -> list[V]:
+                    def compute(state: _State, data: V) -> None:
+                        active = token_warp < plan.unit_rows // 16
+                        mine = ptx.select(active, token_warp * 16, 0)
+                        keys = data + mine * (2 * s.head_dim)
+                        values = keys + plan.unit_rows * 2 * s.head_dim
+                        slot = (i - tiles) * plan.unit_rows + mine
+                        slot = ptx.select(active, slot, 1 << 30)
+                        exact.accumulate(state, keys, values, slot, used, visible)
+
+                    return step(carry, compute)
+
+                flow = [stage, phase, *producer, *_State(plan).flat()]
+                if tile:
+                    flow = ptx.loop(skip, ptx.minimum(stop, tiles), flow, tile_step)
+                flow = ptx.loop(ptx.at_least(skip, tiles), stop, flow, exact_step)
+                stage, phase, *rest = flow
+                state = _State(plan, rest[8:])
+                assert len(state.flat()) == count
+                slot = (me + bk) * c.token_warps + token_warp
+                _write_partial(plan, operands, state, slot, first_row, lane, unit)
+                return [left - (stop - skip), i32(0), stage, phase, *rest[:8]]
+
+            b0, k0, u0 = first
+            b1, k1, _ = last
+            zero = i32(0)
+            ptx.loop(
+                b0 * s.kv_heads + k0,
+                b1 * s.kv_heads + k1 + 1,
+                [end - begin, u0, zero, zero, *producer],
+                head,
+            )
+
+        ptx.when(begin < end, work)
+
+    return body
+
+
+def _write_partial(
+    plan: Plan, operands: _Operands, state: _State, slot: V, first_row: V, lane: V, unit: float
+) -> None:
+    """Σ p v in [slots, R, D] and (reference, Σ p) in [slots, R, 2], before any division."""
+    s = plan.shape
+    g, q = lane >> 2, lane & 3
+    base = slot.to_i64() * s.rows
+    for n in range(plan.config.column_blocks):
+        for i in range(2):
+            row = first_row + 8 * n + q * 2 + i
+
+            def sum_lanes(x: V) -> V:
+                for distance in (4, 8, 16):
+                    x = x + ptx.shuffle_xor(x, distance)
+                return x
+
+            total = sum_lanes(state.total[n][i])
+            offsets = [sum_lanes(v[i]) for v in state.offset[n]]
+
+            def write(n: int = n, i: int = i, row: V = row, total: V = total, offsets=offsets):
+                index = base + row.to_i64()
+                ptx.when(
+                    g.equals(0),
+                    lambda: ptx.store(
+                        operands["statistics"] + index * 8,
+                        [f32(0.0) - state.origin[n][i], total],
+                    ),
+                )
+                at = operands["output"] + index * (4 * s.head_dim) + (g * 4).to_i64()
+                for m in range(s.head_dim // 16):
+                    for y in range(2):
+                        offset = offsets[(16 * m) // s.value_width]
+                        x = ptx.fma(state.sums[n][m][2 * y + i], f32(1 / unit), offset)
+                        ptx.store(at + 64 * m + 32 * y, [x])
+
+            ptx.when(row < s.rows, write)
+
+
+MERGE_WARPGROUPS = 2
+MERGE_AT_ONCE = 8
+
+
+def _merge_body(plan: Plan):
+    """Partial results of a query row → its output and log-sum-exp. One block a row."""
+    s, c = plan.shape, plan.config
+    warps = 4 * MERGE_WARPGROUPS
+    channels = s.head_dim // 32
+
+    def body(addresses: Sequence[V], shared: V) -> None:
+        quantized, start, partial, statistics, output, log_sum_exp = addresses
+        lengths = _Lengths(plan, quantized, start)
+        thread = ptx.special("tid.x")
+        lane = thread & 31
+        warp = ptx.uniform(thread >> 5)
+        block = ptx.special("ctaid.x")
+        row, bk = block % s.rows, block // s.rows
+        b, k = bk // s.kv_heads, bk % s.kv_heads
+
+        total = lengths.total()
+        before = i32(0)
+        if s.batch > 1:
+            (before,) = ptx.loop(
+                i32(0),
+                b,
+                [before],
+                lambda i, carry: [carry[0] + lengths.units(i)[1] * s.kv_heads],
+            )
+        units = lengths.units(b)[1]
+        first_unit = before + k * units
+        everyone = plan.blocks * plan.teams
+        first = (_part_of(total, everyone, first_unit) + bk) * c.token_warps
+        last = (_part_of(total, everyone, first_unit + units - 1) + bk + 1) * c.token_warps
+
+        def statistic(slot: V) -> list[V]:
+            index = slot.to_i64() * s.rows + row.to_i64()
+            return ptx.load(statistics + index * 8, 2, "f32")
+
+        def find_top(slot: V, carry: list[V]) -> list[V]:
+            return [ptx.maximum(carry[0], statistic(slot)[0])]
+
+        (top,) = ptx.loop(first + lane, last, [f32(NOTHING)], find_top, step=32)
+        for distance in (1, 2, 4, 8, 16):
+            top = ptx.maximum(top, ptx.shuffle_xor(top, distance))
+
+        def add(slot: V, carry: list[V]) -> list[V]:
+            sums = list(carry)
+            loaded = []
+            for i in range(MERGE_AT_ONCE):
+                here = slot + warps * i
+                valid = here < last
+                safe = ptx.select(valid, here, slot)
+                index = safe.to_i64() * s.rows + row.to_i64()
+                at = partial + index * (4 * s.head_dim) + (lane * (4 * channels)).to_i64()
+                loaded.append((valid, statistic(safe), ptx.load_wide(at, channels)))
+            for valid, (reference, weight), values in loaded:
+                factor = ptx.select(valid, ptx.exp2(reference - top), f32(0.0))
+                sums[0] = ptx.fma(factor, weight, sums[0])
+                for j in range(channels):
+                    sums[1 + j] = ptx.fma(factor, values[j].as_float(), sums[1 + j])
+            return sums
+
+        sums = ptx.loop(
+            first + warp, last, [f32(0.0)] * (1 + channels), add, step=warps * MERGE_AT_ONCE
+        )
+        at = shared + warp * (128 * (1 + channels)) + lane * 4
+        for j, x in enumerate(sums):
+            ptx.store(at + 128 * j, [x])
+        ptx.sync_threads(i32(0), 32 * warps)
+
+        def finish() -> None:
+            final = []
+            for j in range(1 + channels):
+                x = f32(0.0)
+                for w in range(warps):
+                    at = shared + lane * 4 + 128 * (w * (1 + channels) + j)
+                    x = x + ptx.load(at, 1, "f32")[0]
+                final.append(x)
+            weight, *values = final
+            some = weight > 0.0
+            inverse = ptx.select(some, f32(1.0) / weight, f32(0.0))
+            index = _row_offset(s, b, k, row)
+            at = output + index * (4 * s.head_dim) + (lane * (4 * channels)).to_i64()
+            results = [x * inverse for x in values]
+            step = next(n for n in (4, 2, 1) if channels % n == 0)
+            for j in range(0, channels, step):
+                ptx.store(at + 4 * j, results[j : j + step])
+            found = (top + ptx.log2(weight)) * math.log(2)
+            ptx.when(
+                lane.equals(0),
+                lambda: ptx.store(
+                    log_sum_exp + index * 4, [ptx.select(some, found, f32(-math.inf))]
+                ),
+            )
+
+        ptx.when(warp.equals(0), finish)
+
+    return body
+
+
+def shape_of(
+    q: jax.Array,
+    keys: Planes | None,
+    key_buffer: jax.Array,
+    *,
+    view: str,
+    sm_scale: float,
+    strict: bool,
+) -> Shape:
+    """The shape that a call specializes the kernel to."""
+    b, tokens, h, d = q.shape
+    return Shape(
+        batch=b,
+        kv_heads=key_buffer.shape[1],
+        group=h // key_buffer.shape[1],
+        tokens=tokens,
+        head_dim=d,
+        group_size=keys.upper.shape[3] if keys is not None else 128,
+        tiles=keys.upper.shape[2] if keys is not None else 0,
+        buffer_length=key_buffer.shape[2],
+        view=view if keys is not None else "full",
+        strict=strict,
+        sm_scale=float(sm_scale),
+    )
+
+
+def unsupported(shape: Shape, dtypes: Sequence[Any]) -> str | None:
+    """Why the kernel cannot do a call, or None."""
+    if any(d != jnp.bfloat16 for d in dtypes):
+        return "queries and buffer have to be bfloat16"
+    if shape.head_dim % 32 or shape.head_dim > 256:
+        return f"head_dim is {shape.head_dim}; it takes multiples of 32 up to 256"
+    if shape.planes and (shape.group_size % 32 or shape.buffer_length % 64):
+        return f"group_size is {shape.group_size}; it takes multiples of 32"
+    if shape.rows > 256:
+        return f"a key-value head has {shape.rows} query rows; it takes up to 256"
+    return None
+
+
+def kv_attention(
+    q: jax.Array,
+    keys: Planes | None,
+    values: Planes | None,
+    key_buffer: jax.Array,
+    value_buffer: jax.Array,
+    quantized_length: jax.Array,
+    start: jax.Array,
+    *,
+    view: str,
+    sm_scale: float,
+    strict: bool,
+    config: Config,
+    blocks: int = dispatch.DEFAULT_MULTIPROCESSORS,
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.kv_attention.api.kv_attention`; bf16 queries and buffer."""
+    shape = shape_of(q, keys, key_buffer, view=view, sm_scale=sm_scale, strict=strict)
+    plan = Plan(shape, config, blocks)
+    operands = [quantized_length, start, q, key_buffer, value_buffer]
+    for part in (keys, values):
+        if part is not None:
+            operands += [part.upper, part.lower][: shape.planes]
+            operands += [part.scale, part.minimum]
+    partial, statistics = ptx.kernel(
+        _attention_body(plan),
+        [
+            jax.ShapeDtypeStruct((plan.partials, shape.rows, shape.head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((plan.partials, shape.rows, 2), jnp.float32),
+        ],
+        name=f"kv_attention_{shape.view}",
+        blocks=blocks,
+        warpgroups=config.warpgroups,
+        shared_bytes=plan.shared_bytes,
+    )(*operands)
+    merge = ptx.kernel(
+        _merge_body(plan),
+        [
+            jax.ShapeDtypeStruct(q.shape, jnp.float32),
+            jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
+        ],
+        name="kv_attention_merge",
+        blocks=shape.batch * shape.kv_heads * shape.rows,
+        warpgroups=MERGE_WARPGROUPS,
+        shared_bytes=4 * MERGE_WARPGROUPS * 128 * (1 + shape.head_dim // 32),
+    )
+    return merge(quantized_length, start, partial, statistics)

@@ -1,0 +1,36 @@
+"""Measured configurations: one JSON file a device, kernel → shape → configuration."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from typing import Any
+
+FOLDER = pathlib.Path(__file__).parent / "configs"
+
+
+def path(device: str) -> pathlib.Path:
+    """The device's file."""
+    return FOLDER / (device.lower().replace(" ", "-") + ".json")
+
+
+@functools.cache
+def _load(device: str) -> dict[str, Any]:
+    file = path(device)
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def find(device: str, kernel: str, key: str) -> dict[str, int] | None:
+    """The configuration measured best, or None."""
+    return _load(device).get(kernel, {}).get(key)
+
+
+def save(device: str, kernel: str, found: dict[str, dict[str, int]]) -> None:
+    """Add configurations to the device's file."""
+    file = path(device)
+    known = dict(_load(device))
+    known[kernel] = {**known.get(kernel, {}), **found}
+    FOLDER.mkdir(exist_ok=True)
+    file.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    _load.cache_clear()
