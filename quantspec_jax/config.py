@@ -71,7 +71,8 @@ class ModelConfig:
     """One decoder for the Llama family: what differs between families is data here.
 
     Letters as elsewhere: L num_layers, H num_heads, K num_kv_heads, D head_dim, N vocab_size.
-    `max_context` is the longest sequence, in tokens, that the checkpoint says it handles.
+    `max_context` is the longest sequence, in tokens, that the checkpoint says it handles, with the
+    RoPE scaling counted.
     """
 
     family: Family
@@ -117,13 +118,7 @@ class ModelConfig:
 
     @property
     def context_limit(self) -> int:
-        """Longest sequence, in tokens, with the RoPE scaling counted: linear and dynamic scaling
-        extend `max_context`, yarn extends its original context up to at least `max_context`."""
-        if self.rope.type in ("linear", "dynamic"):
-            return int(self.max_context * self.rope.factor)
-        if self.rope.type == "yarn":
-            extended = int((self.rope.original_max_position or 0) * self.rope.factor)
-            return max(self.max_context, extended)
+        """Longest sequence, in tokens, that may be asked for: `max_context`."""
         return self.max_context
 
     def to_dict(self) -> dict[str, Any]:
@@ -277,11 +272,12 @@ class GenerateConfig:
         require(self.mode in MODES, "mode", self.mode, ", ".join(MODES))
         require(self.kv in (None, *VIEWS), "kv", self.kv, ", ".join(VIEWS))
         if self.mode == "quantspec":
+            require(self.kv in (None, "int8"), "kv", self.kv, "int8 in mode quantspec (its target)")
             require(
-                self.kv in (None, "int8"), "kv", self.kv, "int8 in mode quantspec (its target)"
-            )
-            require(
-                self.pass_width == 1, "pass_width", self.pass_width, "1 in mode quantspec (γ+1 rows)"
+                self.pass_width == 1,
+                "pass_width",
+                self.pass_width,
+                "1 in mode quantspec (γ+1 rows)",
             )
         numbers = {
             "temperature": (lambda v: v >= 0, "a number ≥ 0 (0 is greedy)"),
@@ -296,9 +292,7 @@ class GenerateConfig:
         require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer ≥ 0")
         require(self.backend in BACKENDS, "backend", self.backend, ", ".join(BACKENDS))
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        require(
-            all(isinstance(s, str) and s for s in stop), "stop", self.stop, "non-empty strings"
-        )
+        require(all(isinstance(s, str) and s for s in stop), "stop", self.stop, "non-empty strings")
         object.__setattr__(self, "stop", stop)
 
     @property

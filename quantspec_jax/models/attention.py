@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from quantspec_jax.models.decoder import precision
+
 QUERY_BLOCK = 256
 KEY_BLOCK = 512
 
@@ -21,6 +23,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, sm_scale: float) 
     block = min(QUERY_BLOCK, s)
     wide = min(KEY_BLOCK, s)
     blocks = -(-s // block)
+    exact = precision(q.dtype)  # of the products
     padded = -(-max(blocks * block, s) // wide) * wide
 
     def by_head(x: jax.Array, length: int) -> jax.Array:  # [B, S, N, D] → [B, N, length, D]
@@ -39,13 +42,13 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, sm_scale: float) 
             maximum, total, output = state
             key = jax.lax.dynamic_slice_in_dim(keys, j * wide, wide, 2)
             value = jax.lax.dynamic_slice_in_dim(values, j * wide, wide, 2)
-            scores = jnp.einsum("bkrd,bktd->bkrt", rows, key)
+            scores = jnp.einsum("bkrd,bktd->bkrt", rows, key, precision=exact)
             scores = jnp.where(j * wide + jnp.arange(wide) <= position, scores, -jnp.inf)
             # Key 0 is visible to every query, so from the first block on the maximum is finite.
             higher = jnp.maximum(maximum, scores.max(-1))
             weights = jnp.exp(scores - higher[..., None])
             decay = jnp.exp(maximum - higher)
-            added = jnp.einsum("bkrt,bktd->bkrd", weights, value)
+            added = jnp.einsum("bkrt,bktd->bkrd", weights, value, precision=exact)
             return (
                 higher,
                 total * decay + weights.sum(-1),

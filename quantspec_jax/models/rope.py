@@ -17,47 +17,54 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, length: int) -> tuple[np.n
     `length`: tokens the generation is allocated for. Dynamic NTK takes its factor from it, one for
     the whole generation; the other types do not look at it.
     """
-    half = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-    inverse = 1.0 / rope.theta**half
-    attention = 1.0
+    if rope.type == "dynamic":
+        return 1 / _periods(_ntk_theta(rope, head_dim, length), head_dim), 1.0
+    periods = _periods(rope.theta, head_dim)
     if rope.type == "linear":
-        inverse = inverse / rope.factor
-    elif rope.type == "dynamic":
-        inverse = 1.0 / _ntk_theta(rope, head_dim, length) ** half
-    elif rope.type == "llama3":
-        inverse = _llama3(rope, inverse)
-    elif rope.type == "yarn":
-        inverse, attention = _yarn(rope, head_dim, inverse), _yarn_attention_factor(rope)
-    return inverse.astype(np.float32), attention
+        return 1 / periods / np.float32(rope.factor), 1.0
+    if rope.type == "llama3":
+        return _llama3(rope, 1 / periods), 1.0
+    if rope.type == "yarn":
+        return _yarn(rope, periods), _yarn_attention_factor(rope)
+    return 1 / periods, 1.0
+
+
+def _periods(theta: float, head_dim: int) -> np.ndarray:
+    """θ^(2i/D), [D/2] float32: tokens per radian, in the roundings with which models are trained.
+
+    A unit in the last place matters: at position 131,072 it turns the first planes by up to 0.008
+    radians. So exponent and power are rounded to float32, as in transformers.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return (theta ** exponent.astype(np.float64)).astype(np.float32)
 
 
 def _ntk_theta(rope: RopeConfig, head_dim: int, length: int) -> float:
     """Dynamic NTK: the base grows with the length beyond the context of pre-training."""
     original = rope.original_max_position or length
     grown = rope.factor * max(length, original) / original - (rope.factor - 1)
-    return rope.theta * grown ** (head_dim / (head_dim - 2))
+    return float(np.float32(rope.theta * grown ** (head_dim / (head_dim - 2))))
 
 
 def _llama3(rope: RopeConfig, inverse: np.ndarray) -> np.ndarray:
     """Llama 3.1: long wavelengths are slowed down by the factor, short ones stay, between them a
     linear blend."""
     original = rope.original_max_position or 0
-    wavelength = 2 * math.pi / inverse
+    wavelength = np.float32(2 * math.pi) / inverse
     rotations = original / wavelength
     blend = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = np.clip(blend, 0.0, 1.0)
-    return inverse * (blend + (1 - blend) / rope.factor)
+    blend = np.clip(blend, 0, 1)
+    return (1 - blend) * inverse / np.float32(rope.factor) + blend * inverse
 
 
-def _yarn(rope: RopeConfig, head_dim: int, inverse: np.ndarray) -> np.ndarray:
+def _yarn(rope: RopeConfig, periods: np.ndarray) -> np.ndarray:
     """YaRN, arXiv 2309.00071, "NTK-by-parts": dimensions that rotate more than beta_fast times in
     the original context stay, those that rotate less than beta_slow times are interpolated."""
-    original = rope.original_max_position or 0
+    original, head_dim = rope.original_max_position or 0, 2 * len(periods)
 
     def dimension(rotations: float) -> float:
-        return (
-            head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
-        )
+        full_turns = math.log(original / (rotations * 2 * math.pi))
+        return head_dim * full_turns / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:
@@ -65,8 +72,8 @@ def _yarn(rope: RopeConfig, head_dim: int, inverse: np.ndarray) -> np.ndarray:
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
         high += 0.001  # a ramp of no width would divide by zero
-    ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
-    return inverse * (1 - ramp) + inverse / rope.factor * ramp
+    stays = 1 - np.clip((np.arange(len(periods), dtype=np.float32) - low) / (high - low), 0, 1)
+    return 1 / (np.float32(rope.factor) * periods) * (1 - stays) + 1 / periods * stays
 
 
 def _yarn_attention_factor(rope: RopeConfig) -> float:
