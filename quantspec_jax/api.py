@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.dispatch import use_mosaic_gpu
 from quantspec_jax.cache import cache_bytes
 from quantspec_jax.config import CacheConfig, GenerateConfig, require
 from quantspec_jax.generate.bucket import bucket
@@ -127,11 +128,11 @@ class _Run:
     ):
         self.model, self.prompts, self.config = model, prompts, config
         batch = len(prompts)
+        self.backend = backend_in_use(config.backend)
         self.program, padded = program_for(model, config, max(map(len, prompts)))
         self.eos = () if config.ignore_eos else model.config.eos_ids
         self.streams = [TextStream(model.tokenizer, config.stop) for _ in prompts]
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.interrupted = False
+        self.taken = [0] * batch  # new tokens of the device's state that the streams have
         self.clock = _Clock()
         self.counters = dict.fromkeys(("rounds", "proposed", "accepted"), [0] * batch)
         self.finished = np.zeros(batch, bool)
@@ -190,14 +191,10 @@ class _Run:
             self.counters[name] = np.asarray(getattr(state, name)).tolist()
         pieces = []
         for i, stream in enumerate(self.streams):
-            new = tokens[i, len(self.tokens[i]) : count[i]].tolist()
-            if stream.stopped:
-                pieces.append("")
-                continue
-            self.tokens[i] += new
+            new = tokens[i, self.taken[i] : count[i]].tolist()
+            self.taken[i] = int(count[i])
             piece = stream.push(new)
             if stream.stopped:
-                self.tokens[i] = self.tokens[i][: stream.kept]
                 self.finished[i] = True
             elif self.finished[i]:
                 piece += stream.finish()
@@ -210,30 +207,31 @@ class _Run:
             stream.finish()
         return Generation(
             [stream.text for stream in self.streams],
-            self.tokens,
+            [stream.tokens for stream in self.streams],
             [self._stats(i) for i in range(len(self.prompts))],
         )
 
     def _finish_reason(self, i: int) -> str:
+        tokens = self.streams[i].tokens
         if self.streams[i].stopped:
             return "stop"
-        if self.tokens[i] and self.tokens[i][-1] in self.eos:
+        if tokens and tokens[-1] in self.eos:
             return "eos"
-        if len(self.tokens[i]) >= self.config.max_new_tokens:
+        if len(tokens) >= self.config.max_new_tokens:
             return "length"
         return "interrupted"
 
     def _stats(self, i: int) -> dict[str, Any]:
         config, clock, batch = self.config, self.clock, len(self.prompts)
         rounds, proposed, accepted = (self.counters[k][i] for k in self.counters)
-        new = len(self.tokens[i])
+        new = len(self.streams[i].tokens)
         later = max(new - 1, 0)  # the first token is the prefill's
         return {
             "finish_reason": self._finish_reason(i),
             "mode": config.mode,
             "kv": config.target_view,
             "gamma": self.program.gamma or None,
-            "backend": backend_in_use(config.backend),
+            "backend": self.backend,
             "dtype": self.model.dtype,
             "prompt_tokens": len(self.prompts[i]),
             "new_tokens": new,
@@ -251,8 +249,12 @@ class _Run:
 
 
 def backend_in_use(backend: str) -> str:
-    """Which kernels run under `backend`."""
-    return "xla" if backend == "auto" else backend
+    """Which kernels run under `backend`.
+
+    Raises:
+      NotImplementedError: `mosaic_gpu` without a device that can run it.
+    """
+    return "mosaic_gpu" if use_mosaic_gpu(backend, "generate", None) else "xla"
 
 
 def _start(

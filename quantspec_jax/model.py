@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quantspec_jax import compilation_cache
 from quantspec_jax.config import DraftConfig, ModelConfig, require
 from quantspec_jax.draft import merge, quantize_params
 from quantspec_jax.models.attention import causal_attention
@@ -107,11 +108,14 @@ def load(source: str, dtype: str | None = None, draft: DraftConfig | None = None
       draft: how to quantize the draft's weights. None: the draft stored with the checkpoint, else
         `DraftConfig()`. `DraftConfig(bits=None)` drafts with the full weights.
 
+    Turns JAX's persistent compilation cache on (`quantspec_jax.compilation_cache`).
+
     Raises:
       ValueError: the source or an argument is wrong; says which.
     """
     dtype = dtype or default_dtype()
     require(dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
+    compilation_cache.enable()
     import convert  # the one import against the direction of the packages, with the CLI's
 
     checkpoint = convert.open_source(str(source))

@@ -39,7 +39,7 @@ class Decoder(nnx.Module):
             {
                 path: nnx.Param(
                     _initial(path, spec, dtype, rngs),
-                    sharding_names=spec.axes,
+                    out_sharding=spec.axes,
                     eager_sharding=False,
                 )
                 for path, spec in parameter_shapes(config).items()

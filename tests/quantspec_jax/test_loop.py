@@ -1,0 +1,373 @@
+"""The speculative loop: lossless, each sequence on its own, nothing copied, compiled once."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import (
+    VOCABULARY,
+    G,
+    decode,
+    new_tokens,
+    program,
+    prompts,
+    start,
+    tiny_model,
+)
+
+from quantspec_jax.config import GenerateConfig
+from quantspec_jax.draft import merge, quantize_params
+from quantspec_jax.generate.loop import generate_tokens, one_round
+from quantspec_jax.generate.sampling import sampling_arrays
+from quantspec_jax.generate.verify import cache_pass
+
+LENGTHS = [67, 50, 96]  # all beyond 3 G, none a multiple of it but the last
+NEW = 90  # five flushes
+
+
+def run(gamma, width=None, lengths=LENGTHS, view="int8", new=NEW, seed=0, **options):
+    p = program(gamma, view, width)
+    return decode(p, start(p, prompts(lengths, seed), lengths, new, **options), **options)
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 4, 8])
+def test_greedy_tokens_are_those_of_autoregressive_decoding(gamma):
+    speculative = run(gamma)
+    alone = run(0, width=gamma + 1)
+    assert new_tokens(speculative) == new_tokens(alone)
+    accepted, proposed = np.asarray(speculative.accepted), np.asarray(speculative.proposed)
+    assert (accepted < proposed).all(), "a draft that is never wrong tests nothing"
+    assert (accepted > 0).all()
+    assert (np.asarray(speculative.rounds) < np.asarray(alone.rounds)).all()
+
+
+def test_only_proposals_inside_the_half_of_the_buffer_count():
+    gamma = 8
+    p = program(gamma)
+    state = start(p, prompts(LENGTHS), LENGTHS, 250)
+    for _ in range(20):
+        before = state
+        state = decode(p, state, max_rounds=1)
+        n = np.asarray(before.cache.length)
+        counted = np.asarray(state.proposed) - np.asarray(before.proposed)
+        assert (counted == np.minimum(gamma, G - 1 - n % G)).all()
+        crossed = np.asarray(state.cache.length) // G - n // G
+        assert (crossed <= 1).all()
+
+
+@pytest.mark.parametrize("gamma", [0, 4])
+def test_a_sequence_decodes_in_a_batch_as_it_does_alone(gamma):
+    rows = prompts(LENGTHS)
+    together = new_tokens(run(gamma))
+    for i, length in enumerate(LENGTHS):
+        p = program(gamma)
+        alone = decode(p, start(p, rows[i : i + 1], [length], NEW))
+        assert new_tokens(alone)[0] == together[i]
+
+
+def test_sampled_draws_depend_on_a_sequences_own_key_alone():
+    config = GenerateConfig(temperature=0.9, top_p=0.95)
+    keys = jax.random.split(jax.random.key(3), 3)
+    rows = prompts(LENGTHS)
+    p = program(4)
+    state = start(p, rows, LENGTHS, NEW, sampling_arrays(config, 3), keys)
+    together = new_tokens(decode(p, state, sampling=sampling_arrays(config, 3)))
+    for i, length in enumerate(LENGTHS):
+        one = sampling_arrays(config, 1)
+        state = start(p, rows[i : i + 1], [length], NEW, one, keys[i : i + 1])
+        assert new_tokens(decode(p, state, sampling=one))[0] == together[i]
+
+
+def test_chunks_of_rounds_give_what_one_call_gives():
+    p = program(4)
+    whole = decode(p, start(p, prompts(LENGTHS), LENGTHS, NEW))
+    state = start(p, prompts(LENGTHS), LENGTHS, NEW)
+    for _ in range(200):
+        state = decode(p, state, max_rounds=7)
+    assert new_tokens(state) == new_tokens(whole)
+    for name in ("rounds", "proposed", "accepted"):
+        np.testing.assert_array_equal(getattr(state, name), getattr(whole, name))
+
+
+def test_a_sequence_stops_at_its_eos_and_the_others_go_on():
+    free = new_tokens(run(4))
+    eos = free[0][20]
+    stopped = run(4, eos=(VOCABULARY + 5, eos))
+    for with_eos, without in zip(new_tokens(stopped), free, strict=True):
+        end = without.index(eos) + 1 if eos in without else NEW
+        assert with_eos == without[:end]
+    assert np.asarray(stopped.finished).all()
+
+
+def test_max_new_tokens_is_exact():
+    for new in (1, 2, 7):
+        assert [len(t) for t in new_tokens(run(4, new=new))] == [new] * 3
+
+
+def test_padding_of_prompts_changes_nothing():
+    p = program(4)
+    rows = prompts(LENGTHS)
+    padded = np.concatenate([rows, prompts([64, 64, 64], seed=5)[:, :64]], 1)
+    other = rows.copy()
+    for i, length in enumerate(LENGTHS):
+        other[i, length:] = 1
+    tokens = [new_tokens(decode(p, start(p, x, LENGTHS, NEW))) for x in (rows, padded, other)]
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_the_lower_plane_is_the_targets_alone():
+    """Random codes in the lower plane leave every draft logit as it is, bit for bit, and change the
+    target's: the draft reads the upper plane, the target both."""
+    p = program(4)
+    state = start(p, prompts(LENGTHS), LENGTHS, NEW)
+    state = decode(p, state, max_rounds=6)
+    assert (np.asarray(state.cache.quantized_length) >= 2 * G).all()
+
+    def scramble(planes):
+        bits = jax.random.bits(jax.random.key(1), planes.lower.shape, jnp.uint8)
+        return planes._replace(lower=bits)
+
+    scrambled = tuple(
+        dataclasses.replace(x, keys=scramble(x.keys), values=scramble(x.values))
+        for x in state.cache.layers
+    )
+    _, params, draft_params = tiny_model()
+
+    def run_pass(layers, view, weights):
+        cache = state.cache
+        return jax.jit(
+            lambda layers: cache_pass(
+                weights,
+                p,
+                layers,
+                state.pending[:, None],
+                cache.length,
+                cache.quantized_length,
+                view,
+            )[0]
+        )(layers)
+
+    draft = [run_pass(x, "int4", draft_params) for x in (state.cache.layers, scrambled)]
+    target = [run_pass(x, "int8", params) for x in (state.cache.layers, scrambled)]
+    np.testing.assert_array_equal(*draft)
+    assert (np.abs(target[0] - target[1]).max(-1) > 1e-3).all()
+
+
+def test_planes_never_change_once_written():
+    p = program(4)
+    state = start(p, prompts(LENGTHS), LENGTHS, NEW)
+    rejected = False
+    for _ in range(25):
+        before, state = state, decode(p, state, max_rounds=1)
+        rejected |= bool(
+            np.any(state.accepted - before.accepted < state.proposed - before.proposed)
+        )
+        for old, new in zip(before.cache.layers, state.cache.layers, strict=True):
+            for i, quantized in enumerate(np.asarray(before.cache.quantized_length)):
+                for a, b in zip((*old.keys, *old.values), (*new.keys, *new.values), strict=True):
+                    tiles = quantized // G
+                    np.testing.assert_array_equal(a[i, :, :tiles], b[i, :, :tiles])
+    assert rejected
+
+
+def test_what_is_exact_depends_on_the_position_alone():
+    """However the rounds went, the cache at a given length is the same, bit for bit."""
+    target = 140
+    states = {}
+    for gamma, width in ((0, 5), (2, 5), (4, 5)):
+        p = program(gamma, width=width)
+        state = start(p, prompts(LENGTHS), LENGTHS, 200)
+        while int(state.cache.length.min()) < target:
+            state = decode(p, state, max_rounds=1)
+        states[gamma] = state
+    reference = states[0].cache
+    for state in states.values():
+        cache = state.cache
+        expected = G * np.maximum(0, np.asarray(cache.length) // G - 1)
+        np.testing.assert_array_equal(cache.quantized_length, expected)
+        for ours, theirs in zip(cache.layers, reference.layers, strict=True):
+            for i in range(len(LENGTHS)):
+                tiles = (target // G - 1) * 1
+                for a, b in zip(
+                    (*ours.keys, *ours.values), (*theirs.keys, *theirs.values), strict=True
+                ):
+                    np.testing.assert_array_equal(a[i, :, :tiles], b[i, :, :tiles])
+
+
+def hlo_of_the_loop(gamma: int, view: str, batch: int) -> tuple[str, int, dict]:
+    """The compiled loop's text, its temporary bytes, and the shapes of the cache's arrays."""
+    p = program(gamma, view, max_length=2048)
+    config, params, draft_params = tiny_model()
+    lengths = [64] * batch
+    state = jax.eval_shape(lambda: start(p, prompts(lengths), lengths, NEW))
+    step = jax.jit(generate_tokens, static_argnames="program", donate_argnames="state")
+    compiled = step.lower(
+        params,
+        draft_params if gamma else {},
+        state,
+        sampling_arrays(GenerateConfig(), batch),
+        jnp.full(2, -1),
+        jnp.int32(5),
+        program=p,
+    ).compile()
+    return compiled.as_text(), compiled.memory_analysis(), state
+
+
+@pytest.mark.parametrize(
+    ("gamma", "view", "batch"), [(4, "int8", 1), (4, "int8", 3), (0, "full", 2)]
+)
+def test_the_compiled_loop_copies_no_plane_and_no_buffer(gamma, view, batch):
+    text, memory, state = hlo_of_the_loop(gamma, view, batch)
+    names = {"uint8": "u8", "float32": "f32", "bfloat16": "bf16"}
+    layer = state.cache.layers[0]
+    big = [layer.key_buffer]
+    if layer.keys is not None:
+        big += [layer.keys.upper, layer.values.upper]
+    shapes = {f"{names[str(x.dtype)]}[{','.join(map(str, x.shape))}]" for x in big}
+    copied = {
+        shape for shape in re.findall(r"= (\w+\[[\d,]+\])\S* copy\(", text) if shape in shapes
+    }
+    assert not copied
+    cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache.layers))
+    assert memory.alias_size_in_bytes >= cache_bytes, "the cache is updated where it lies"
+
+
+def test_packed_weights_enter_the_loop_packed_and_are_not_unpacked_before_it():
+    text, memory, _ = hlo_of_the_loop(4, "int8", 1)
+    _, _, draft_params = tiny_model()
+    packed = draft_params["layers"]["0"]["gate"]["kernel"].packed
+    shape = f"u8[{','.join(map(str, packed.shape))}]"
+    loops = [line for line in text.splitlines() if " while(" in line]
+    assert any(shape in line for line in loops)
+    groups, half, n = packed.shape
+    unpacked = f"f32[{groups},{2 * half},{n}]"
+    assert not any(unpacked in line for line in loops)
+
+
+def test_nothing_is_compiled_for_other_values():
+    """Other prompts of a bucket, other keys, temperatures, limits and EOS ids: the same program."""
+    p = program(4)
+    compiled = jax.jit(generate_tokens, static_argnames="program")
+    _, params, draft_params = tiny_model()
+    for i, (temperature, top_p) in enumerate([(0.0, 1.0), (0.7, 0.9), (1.3, 0.5)]):
+        sampling = sampling_arrays(GenerateConfig(temperature=temperature, top_p=top_p), 3)
+        lengths = [70 + i, 50 - i, 81]
+        state = start(p, prompts(lengths, i), lengths, 5 + i, sampling)
+        eos = jnp.asarray([i, -1])
+        compiled(params, draft_params, state, sampling, eos, jnp.int32(i), program=p)
+    assert compiled._cache_size() == 1
+
+
+def test_generate_tokens_can_be_called_inside_another_jit():
+    p = program(4)
+    _, params, draft_params = tiny_model()
+
+    @jax.jit
+    def mine(state):
+        sampling = sampling_arrays(GenerateConfig(), 3)
+        state = generate_tokens(
+            params, draft_params, state, sampling, jnp.full(1, -1), 1000, program=p
+        )
+        return state.tokens, state.count
+
+    tokens, count = mine(start(p, prompts(LENGTHS), LENGTHS, NEW))
+    assert [t[:c].tolist() for t, c in zip(tokens, count, strict=True)] == new_tokens(run(4))
+
+
+def test_a_draft_with_the_full_weights_is_rejected_only_for_its_cache():
+    _, params, _ = tiny_model()
+    full = run(4, draft=params)
+    assert new_tokens(full) == new_tokens(run(0, width=5))
+    assert (np.asarray(full.accepted) > np.asarray(run(4).accepted)).all()
+
+
+@pytest.mark.parametrize("gamma", [2, 4])
+def test_a_round_of_sampling_follows_the_target(gamma):
+    """Joint distribution of three new positions over many keys, against ancestral sampling from the
+    target's own logits at temperature 0.8 with top-k 4: chi-square."""
+    scipy = pytest.importorskip("scipy.stats")
+    config, params, draft_params = tiny_model()
+    vocabulary, draws = 6, 20_000
+    small = dataclasses.replace(config, vocab_size=vocabulary)
+    cut = {**params, "embedding": params["embedding"][:vocabulary]}
+    cut["lm_head"] = {"kernel": 0.35 * params["lm_head"]["kernel"][:, :vocabulary]}
+    own = {k: v for k, v in draft_params.items() if k == "layers"}
+    draft = merge({**cut, "layers": params["layers"]}, own)
+    p = dataclasses.replace(program(gamma), model=small)
+    generate = GenerateConfig(temperature=0.8, top_k=4)
+    length = 3 * G + 5
+    rows = np.random.default_rng(2).integers(0, vocabulary, (1, 4 * G)).astype(np.int32)
+    one = sampling_arrays(generate, 1)
+    state = start(p, rows, [length], 200, one, params=cut)
+
+    def draw(key):
+        # The pending token stays what it is: only the round's own draws differ.
+        fresh = dataclasses.replace(state, keys=key[None])
+        first = one_round(cut, draft, fresh, one, jnp.full(1, -1), p)
+        second = one_round(cut, draft, first, one, jnp.full(1, -1), p)
+        third = one_round(cut, draft, second, one, jnp.full(1, -1), p)
+        return third.tokens[0, 1:4], first.accepted[0], first.proposed[0]
+
+    keys = jax.random.split(jax.random.key(11), draws)
+    tokens, accepted, proposed = jax.jit(lambda k: jax.lax.map(draw, k, batch_size=500))(keys)
+    rate = accepted.sum() / proposed.sum()
+    assert 0.3 < rate < 0.97
+
+    def target_logits(state, fed):
+        fed = jnp.asarray(fed, jnp.int32)[None]
+        return cache_pass(
+            cut,
+            p,
+            state.cache.layers,
+            fed,
+            state.cache.length,
+            state.cache.quantized_length,
+            "int8",
+        )[0][0]
+
+    pending = int(state.pending[0])
+    counts = np.zeros((vocabulary,) * 3)
+    np.add.at(counts, tuple(np.asarray(tokens).T), 1)
+    expected = np.zeros_like(counts)
+    step = jax.jit(target_logits)
+
+    def warped(logits):
+        logits = np.asarray(logits, np.float64) / 0.8
+        kept = logits >= np.sort(logits)[-4]
+        weights = np.where(kept, np.exp(logits - logits.max()), 0)
+        return weights / weights.sum()
+
+    for a in range(vocabulary):
+        for b in range(vocabulary):
+            rows_ = step(state, [pending, a, b])
+            pa, pb, pc = warped(rows_[0]), warped(rows_[1]), warped(rows_[2])
+            expected[a, b] = draws * pa[a] * pb[b] * pc
+    assert counts[expected == 0].sum() == 0
+    likely = expected > 5
+    observed = np.append(counts[likely], counts[~likely].sum())
+    wanted = np.append(expected[likely], expected[~likely].sum())
+    if wanted[-1] == 0:
+        observed, wanted = observed[:-1], wanted[:-1]
+    assert scipy.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 0.01
+
+
+def test_quantize_params_leaves_embedding_and_lm_head_alone():
+    config, params, _ = tiny_model()
+    from quantspec_jax.config import DraftConfig
+
+    own = quantize_params(params, DraftConfig(group_size=32, layers="mlp"))
+    assert set(own) == {"layers"}
+    assert set(own["layers"]["0"]) == {"gate", "up", "down"}
+    tree = merge(params, own)
+    assert tree["embedding"] is params["embedding"]
+    assert tree["layers"]["1"]["q"]["kernel"] is params["layers"]["1"]["q"]["kernel"]
+    assert config.num_layers == len(own["layers"])

@@ -1,0 +1,117 @@
+"""A tiny random model and a way to run the pure functions on it, for tests of cache and loop."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantspec_jax.config import (
+    CacheConfig,
+    DraftConfig,
+    GenerateConfig,
+    ModelConfig,
+)
+from quantspec_jax.draft import merge, quantize_params
+from quantspec_jax.generate.loop import generate_tokens
+from quantspec_jax.generate.prefill import prefill
+from quantspec_jax.generate.sampling import sampling_arrays
+from quantspec_jax.generate.state import DecodeState, Program
+from quantspec_jax.models.decoder import init_params
+
+VOCABULARY = 97
+G = 16
+
+
+@functools.cache
+def tiny_model(seed: int = 0, head_dim: int = 16):
+    """(config, params, draft params): two layers, grouped queries, weights large enough that the
+    draft is often wrong."""
+    config = ModelConfig("llama", VOCABULARY, 32, 64, 2, 4, 2, head_dim, 4096)
+    params = init_params(config, jax.random.key(seed))
+    params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
+    own = quantize_params(params, DraftConfig(group_size=32, symmetric=True))
+    return config, params, merge(params, own)
+
+
+def prompts(lengths, seed: int = 0) -> np.ndarray:
+    """Random prompts, padded to a multiple of G with random ids too: padding must not matter."""
+    longest = -(-max(lengths) // G) * G
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, VOCABULARY, (len(lengths), longest))
+    return rows.astype(np.int32)
+
+
+def program(gamma: int, view: str = "int8", width: int | None = None, max_length: int = 512):
+    """A program for the tiny model, group size G."""
+    config, _, _ = tiny_model()
+    return Program(config, CacheConfig(max_length, G, view, width or gamma + 1), gamma)
+
+
+@functools.partial(jax.jit, static_argnames=("program", "capacity"))
+def _prefill(params, *args, program, capacity):
+    return prefill(params, *args, program=program, capacity=capacity)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _decode(*args, program):
+    return generate_tokens(*args, program=program)
+
+
+def start(
+    program: Program,
+    rows: np.ndarray,
+    lengths,
+    new: int,
+    sampling=None,
+    keys=None,
+    eos=(),
+    params=None,
+) -> DecodeState:
+    """The state after the prefill."""
+    batch = len(lengths)
+    if keys is None:
+        keys = jax.random.split(jax.random.key(7), batch)
+    return _prefill(
+        tiny_model()[1] if params is None else params,
+        jnp.asarray(rows),
+        jnp.asarray(lengths, jnp.int32),
+        sampling or sampling_arrays(GenerateConfig(), batch),
+        keys,
+        jnp.asarray([*eos, -1], jnp.int32),
+        jnp.full(batch, new, jnp.int32),
+        program=program,
+        capacity=256,
+    )
+
+
+def decode(
+    program: Program,
+    state: DecodeState,
+    max_rounds=10_000,
+    sampling=None,
+    eos=(),
+    params=None,
+    draft=None,
+):
+    """Run the loop."""
+    _, target, draft_params = tiny_model()
+    return _decode(
+        target if params is None else params,
+        draft_params if draft is None else draft,
+        state,
+        sampling or sampling_arrays(GenerateConfig(), len(state.count)),
+        jnp.asarray([*eos, -1], jnp.int32),
+        jnp.int32(max_rounds),
+        program=program,
+    )
+
+
+def new_tokens(state: DecodeState) -> list[list[int]]:
+    """The new tokens of each sequence."""
+    return [
+        row[:count].tolist()
+        for row, count in zip(np.asarray(state.tokens), np.asarray(state.count), strict=True)
+    ]
