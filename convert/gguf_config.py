@@ -126,7 +126,7 @@ def parse_gguf_config(file: GgufFile) -> ModelConfig:
         rms_norm_eps=_shortest(keys.number("attention.layer_norm_rms_epsilon")),
         rope=rope,
         tie_embeddings="output.weight" not in file.tensors,
-        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        qkv_bias=architecture == "qwen2" or "blk.0.attn_q.bias" in file.tensors,
         output_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         qk_norm=architecture == "qwen3",

@@ -174,7 +174,10 @@ def _eos_ids(of_config: Any, generation: Mapping[str, Any]) -> tuple[int, ...]:
 
     def ids(value: Any) -> list[int]:
         value = value if isinstance(value, list | tuple) else [value]
-        return [v for v in value if v is not None]
+        value = [v for v in value if v is not None]
+        whole = all(type(v) is int and v >= 0 for v in value)
+        require(whole, "eos_token_id", value, "token ids")
+        return value
 
     return tuple(dict.fromkeys(ids(generation.get("eos_token_id")) + ids(of_config)))
 

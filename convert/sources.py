@@ -20,7 +20,7 @@ from convert.tensors import StoredTensor
 from convert.weights import Parameter, gguf_parameters, hf_parameters, load_parameters
 from quantspec_jax.config import DraftConfig, ModelConfig, require
 from quantspec_jax.models.parameters import parameter_count
-from quantspec_jax.text.tokenizer import gguf_tokenizer, pretrained_tokenizer
+from quantspec_jax.text.tokenizer import gguf_tokenizer, pretrained_tokenizer, saved_tokenizer
 
 _HF_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -207,7 +207,7 @@ class ConvertedCheckpoint(Checkpoint):
         return self._header.draft, stored.load_draft(self.directory, self._header)
 
     def _load_tokenizer(self) -> Any | None:
-        return pretrained_tokenizer(self.directory)
+        return saved_tokenizer(self.directory)
 
 
 def open_source(source: str | Path) -> Checkpoint:

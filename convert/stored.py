@@ -8,6 +8,7 @@ tokenizer.json …   the tokenizer, and generation_config.json where the source 
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import gc
@@ -15,6 +16,7 @@ import importlib.metadata
 import io
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,8 +87,24 @@ def save_tree(directory: Path, tree: dict[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-    with _quiet(), _checkpointer(tree) as checkpointer:
-        checkpointer.save(directory, args=ocp.args.PyTreeSave(tree, save_args=save_args))
+
+    def save() -> None:
+        with _checkpointer(tree) as checkpointer:
+            checkpointer.save(directory, args=ocp.args.PyTreeSave(tree, save_args=save_args))
+
+    # Ctrl-C must not strike inside Orbax, whose writers would go on without it: it strikes here,
+    # and taking their files away ends them.
+    with _quiet(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        saved = pool.submit(save)
+        try:
+            saved.result()
+        except KeyboardInterrupt:
+            with contextlib.redirect_stderr(io.StringIO()):
+                while not saved.done():
+                    for path in directory.parent.glob(f"{directory.name}*"):
+                        shutil.rmtree(path, ignore_errors=True)
+                    concurrent.futures.wait([saved], timeout=0.1)
+            raise
 
 
 def _restore_tree(directory: Path, tree: dict[str, Any]) -> dict[str, Any]:

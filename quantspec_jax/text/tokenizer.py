@@ -46,13 +46,26 @@ SPLITS: dict[str, str | None] = {
 
 
 def pretrained_tokenizer(directory: Path) -> Any | None:
-    """The tokenizer in a directory of Hugging Face files; None where there is none."""
-    if not any((directory / name).exists() for name in _FILES):
-        return None
+    """The tokenizer in a directory of Hugging Face files, in the class that transformers chooses
+    for the model; None where there is none."""
     from transformers import AutoTokenizer
 
+    return _from_files(AutoTokenizer, directory)
+
+
+def saved_tokenizer(directory: Path) -> Any | None:
+    """The tokenizer that `save_pretrained` wrote into a directory, exactly as it was: a class
+    chosen by the model's type would put its own rules in place of tokenizer.json's."""
+    from transformers import PreTrainedTokenizerFast
+
+    return _from_files(PreTrainedTokenizerFast, directory)
+
+
+def _from_files(tokenizer_class: Any, directory: Path) -> Any | None:
+    if not any((directory / name).exists() for name in _FILES):
+        return None
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        return tokenizer_class.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # of many kinds, for damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"the tokenizer in {directory} cannot be read: {reason}") from error

@@ -293,3 +293,5 @@ def test_eos_ids_are_the_union_generation_config_first():
     assert parse_hf_config(config, {"eos_token_id": [7, 2]}).eos_ids == (7, 2, 5)
     assert parse_hf_config(config | {"eos_token_id": None}, {"eos_token_id": 9}).eos_ids == (9,)
     assert parse_hf_config(config | {"eos_token_id": None}).eos_ids == ()
+    with pytest.raises(ValueError, match="eos_token_id is"):
+        parse_hf_config(config, {"eos_token_id": "</s>"})

@@ -255,6 +255,7 @@ def test_gguf_tensors_that_do_not_fit_are_named(tools, tmp_path):
     weights = tools.gguf_weights(model)
     cases = {
         r"missing blk.1.ffn_up.weight": {k: w for k, w in weights.items() if "1.ffn_up" not in k},
+        r"missing blk.0.attn_q.bias": {k: w for k, w in weights.items() if "bias" not in k},
         r"unknown blk.0.ffn_up_exps.weight": weights
         | {"blk.0.ffn_up_exps.weight": weights["blk.0.ffn_up.weight"]},
         r"misshapen blk.0.attn_v.weight": weights

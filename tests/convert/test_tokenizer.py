@@ -83,9 +83,7 @@ def test_smollm2_special_tokens_and_template_equal_transformers(smollm2, smollm2
 
 
 def test_the_converted_checkpoint_keeps_the_tokenizer(smollm2, smollm2_gguf, tmp_path):
-    smollm2.save_pretrained(tmp_path)
-    out = tmp_path / "out"
-    convert.convert(smollm2_gguf, out, progress=False)
+    out = convert.convert(smollm2_gguf, tmp_path / "out", progress=False)
     reopened = convert.open_source(out).tokenizer
     assert_same_ids(reopened, smollm2, random_strings(300))
     assert reopened.special_tokens_map == smollm2.special_tokens_map
@@ -143,6 +141,8 @@ def test_byte_level_kinds_equal_transformers(pre, byte_level_tokenizer, tools, t
     # Where a file has no <|endoftext|>, transformers adds one, with an id past the vocabulary.
     strings = [text for text in random_strings(200) if "<|endoftext|>" not in text]
     assert_same_ids(ours, theirs, strings)
+    out = convert.convert(path, tmp_path / "out", progress=False)
+    assert_same_ids(convert.open_source(out).tokenizer, ours, strings)
     starts_with_bos = ours("a")["input_ids"][0] == model.config.bos_token_id
     assert starts_with_bos == (pre == "llama-bpe")
 
@@ -244,12 +244,13 @@ def test_no_tokenizer_is_none(llama_dir, tmp_path):
     assert convert.open_source(out).tokenizer is None
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("kind", ["byte_level_tokenizer", "sentencepiece_tokenizer"])
-def test_huggingface_files_are_read_by_transformers(kind, request, llama_dir, tmp_path):
-    """From the directory and from its conversion."""
+def test_huggingface_files_are_read_by_transformers(kind, family, request, tools, tmp_path, capfd):
+    """From the directory, in the class that belongs to the model, and from its conversion."""
     tokenizer = request.getfixturevalue(kind)
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((llama_dir / name).read_bytes())
+    tools.write_hf(tools.make_model(family), tmp_path)
+    capfd.readouterr()
     tokenizer.save_pretrained(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     out = convert.convert(tmp_path, tmp_path / "out", progress=False)
@@ -258,6 +259,7 @@ def test_huggingface_files_are_read_by_transformers(kind, request, llama_dir, tm
         assert_same_ids(ours, theirs, random_strings(50))
         assert ours.chat_template == theirs.chat_template
         assert ours.eos_token_id == theirs.eos_token_id
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_damaged_tokenizer_is_named(byte_level_tokenizer, llama_dir, tmp_path):

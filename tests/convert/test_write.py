@@ -263,6 +263,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads
 def test_a_disk_that_fills_up_while_writing(small_disk, llama_dir, tmp_path, monkeypatch, capfd):
     """Where the space was there at the start: one error, nothing left, no other output."""
     monkeypatch.setattr(write, "_check_space", lambda *_: None)
