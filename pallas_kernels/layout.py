@@ -80,6 +80,19 @@ def unpack_values(packed: jax.Array) -> jax.Array:
     return jnp.swapaxes(_unpair(runs, -1), -1, -2).reshape(*lead, 2 * half, d)
 
 
+def key_halves(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Codes + 8 (0..15) of channels below D/2 and from D/2 on, each uint8 [..., G, D/2]."""
+    return unsigned_halves(packed)
+
+
+def value_halves(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Codes + 8 (0..15), each uint8 [..., G/W, D, W/2]: of each run of W tokens, the first half and
+    the second."""
+    *lead, d, half = packed.shape
+    width = math.gcd(2 * half, 32)
+    return unsigned_halves(packed.reshape(*lead, 2 * half // width, d, width // 2))
+
+
 class Planes(NamedTuple):
     """Keys or values of one layer in two 4-bit planes (QuantSpec, arXiv 2502.10424, section 4.2).
 

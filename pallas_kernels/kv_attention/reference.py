@@ -10,14 +10,23 @@ results are merged with the running maximum and sum (online softmax, arXiv 1805.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.layout import Planes, unpack_keys, unpack_values
+from pallas_kernels.layout import (
+    Planes,
+    key_halves,
+    unpack_keys,
+    unpack_values,
+    value_halves,
+)
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 1024  # of the full-precision view
+TILES_AT_ONCE = 2
+Weigh = Callable[[jax.Array], jax.Array]
 
 
 def _codes(upper: jax.Array, lower: jax.Array | None) -> jax.Array:
@@ -61,21 +70,74 @@ class Partial(NamedTuple):
     output: jax.Array  # [B, K, R, D] Σ exp(score − maximum) v
 
 
-def _attend(state: Partial, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Partial:
-    """Merge keys and values [B, K, t, D] that `mask` [B, R, t] admits into `state`."""
-    scores = jnp.einsum("bkrd,bktd->bkrt", q, k, preferred_element_type=jnp.float32)
+def _einsum(equation: str, *operands: jax.Array) -> jax.Array:
+    """In float32 on every backend (a GPU's default is TF32)."""
+    return jnp.einsum(equation, *operands, precision=jax.lax.Precision.HIGHEST)
+
+
+def _merge(state: Partial, scores: jax.Array, mask: jax.Array, weigh: Weigh) -> Partial:
+    """Merge tokens with scores [B, K, R, t], where `mask` [B, R, t] admits them, into `state`.
+    `weigh`: weights [B, K, R, t] → [B, K, R, D], the weighted sum of the tokens' values."""
     scores = jnp.where(mask[:, None], scores, -jnp.inf)
     maximum = jnp.maximum(state.maximum, scores.max(-1))
     # A row that has seen no key yet has maximum −∞; subtracting 0 keeps its weights 0, not NaN.
     origin = jnp.where(jnp.isfinite(maximum), maximum, 0.0)
     weights = jnp.exp(scores - origin[..., None])
     decay = jnp.exp(state.maximum - origin)
-    added = jnp.einsum("bkrt,bktd->bkrd", weights, v, preferred_element_type=jnp.float32)
     return Partial(
         maximum,
         state.total * decay + weights.sum(-1),
-        state.output * decay[..., None] + added,
+        state.output * decay[..., None] + weigh(weights),
     )
+
+
+def _digits(upper: jax.Array, lower: jax.Array | None) -> jax.Array:
+    """(x − m̂)/ŝ in float32 from unsigned codes u and l + 8. Exact."""
+    if lower is None:
+        return upper.astype(jnp.float32) - 1 / 32
+    return upper.astype(jnp.float32) + (lower.astype(jnp.float32) - 8) / 16
+
+
+def _halves(planes: Planes, view: str, split: Callable) -> tuple[jax.Array, jax.Array]:
+    """Both halves of a tile that share bytes, as `split` gives them, converted to float32. Never
+    joined: joining costs more than the products with them."""
+    if view == "int4":  # the draft never touches the lower plane
+        low, high = split(planes.upper)
+        return _digits(low, None), _digits(high, None)
+    return tuple(map(_digits, split(planes.upper), split(planes.lower)))  # type: ignore[return-value]
+
+
+def _key_scores(q: jax.Array, keys: Planes, view: str) -> jax.Array:
+    """[B, K, R, D] queries, n tiles → scores [B, K, R, n·G]: (q ŝ)·codes + q·m̂, a tile at a time,
+    with the scales of a tile's channels folded into the query."""
+    b, k, rows, d = q.shape
+    scaled = q[:, :, None] * keys.scale.astype(jnp.float32)[..., None, :]  # [B, K, n, R, D]
+    low, high = _halves(keys, view, key_halves)
+    scores = _einsum("bknrd,bkngd->bkrng", scaled[..., : d // 2], low)
+    scores += _einsum("bknrd,bkngd->bkrng", scaled[..., d // 2 :], high)
+    scores += _einsum("bkrd,bknd->bkrn", q, keys.minimum.astype(jnp.float32))[..., None]
+    return scores.reshape(b, k, rows, -1)
+
+
+def _weigh_values(weights: jax.Array, values: Planes, view: str) -> jax.Array:
+    """[B, K, R, n·G] weights, n tiles → [B, K, R, D]: Σ (w ŝ) codes + Σ w m̂, with a token's scale
+    folded into its weight."""
+    b, k, n, groups, g = values.scale.shape
+    rows = weights.shape[2]
+    low, high = _halves(values, view, value_halves)  # [B, K, n, runs, D, W/2]
+    runs, d, half = low.shape[3:]
+    width = min(g, d)
+    by_tile = weights.reshape(b, k, rows, n, g)
+    parts = []
+    for i in range(groups):
+        scaled = by_tile * values.scale[:, :, None, :, i].astype(jnp.float32)
+        scaled = scaled.reshape(b, k, rows, n, runs, 2, half)
+        channels = slice(i * width, (i + 1) * width)
+        part = _einsum("bkrnie,bknide->bkrd", scaled[..., 0, :], low[..., channels, :])
+        part += _einsum("bkrnie,bknide->bkrd", scaled[..., 1, :], high[..., channels, :])
+        minimum = values.minimum[:, :, :, i].astype(jnp.float32)
+        parts.append(part + _einsum("bkrng,bkng->bkr", by_tile, minimum)[..., None])
+    return jnp.concatenate(parts, -1)
 
 
 def _largest_divisor(n: int, at_most: int) -> int:
@@ -114,26 +176,16 @@ def kv_attention(
 
     if keys is not None and values is not None:
         n, g = keys.upper.shape[2:4]
-        step = _largest_divisor(n, max(1, CHUNK_TOKENS // g))
+        step = _largest_divisor(n, TILES_AT_ONCE)
 
-        def tiles(planes: Planes, first: jax.Array) -> Planes:
-            def cut(x: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_slice_in_dim(x, first, step, 2)
-
-            # The draft never touches the lower plane.
-            lower = planes.upper if view == "int4" else planes.lower
-            return Planes(cut(planes.upper), cut(lower), cut(planes.scale), cut(planes.minimum))
+        def tiles(planes: Planes, i: jax.Array) -> Planes:
+            return Planes(*(jax.lax.dynamic_slice_in_dim(x, i * step, step, 2) for x in planes))
 
         def over_tiles(i: jax.Array, state: Partial) -> Partial:
             token = i * step * g + jnp.arange(step * g)
             mask = jnp.broadcast_to(token < quantized_length[:, None, None], (b, rows, step * g))
-            return _attend(
-                state,
-                grouped,
-                dequantize_keys(tiles(keys, i * step), view),
-                dequantize_values(tiles(values, i * step), view),
-                mask,
-            )
+            scores = _key_scores(grouped, tiles(keys, i), view)
+            return _merge(state, scores, mask, lambda w: _weigh_values(w, tiles(values, i), view))
 
         state = jax.lax.fori_loop(0, -(-jnp.max(quantized_length) // (step * g)), over_tiles, state)
 
@@ -151,7 +203,9 @@ def kv_attention(
         slot = begin + jnp.arange(width)
         held = first + (slot - first) % length
         mask = (held <= position) & (slot >= i * width)
-        return _attend(state, grouped, cut(key_buffer), cut(value_buffer), mask)
+        scores = _einsum("bkrd,bktd->bkrt", grouped, cut(key_buffer))
+        value = cut(value_buffer)
+        return _merge(state, scores, mask, lambda w: _einsum("bkrt,bktd->bkrd", w, value))
 
     # Two chunks at least: XLA's CPU backend would fuse the read of a whole buffer with the append
     # before it, and copy the buffer.
