@@ -1,0 +1,103 @@
+"""Decoding on the CPU beside transformers' `generate` (torch): same weights, dtype and prompts.
+
+    python benchmarks/cpu_decode.py --model FILE.gguf --text TEXT --output benchmarks/NAME.json
+
+Decode speed is that of the tokens after the first; the prefill's time is that of the first token.
+Compilation is not counted on either side (transformers has none), and each figure is the median of
+the repetitions, which alternate between the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+import quantspec_jax as qs
+from quantspec_jax.bench import record
+
+CONFIGS = {
+    "autoregressive, kv full": {"mode": "autoregressive", "kv": "full"},
+    "autoregressive, kv int8": {"mode": "autoregressive", "kv": "int8"},
+    "quantspec, gamma 4": {"mode": "quantspec", "gamma": 4},
+}
+
+
+def ours(model: qs.Model, prompt: list[int], new: int, options: dict) -> tuple[float, float, float]:
+    """(prefill seconds, decode tokens a second, acceptance)."""
+    config = qs.GenerateConfig(
+        max_new_tokens=new, ignore_eos=True, rounds_per_chunk=1024, **options
+    )
+    stats = qs.generate(model, [prompt], config).stats[0]
+    rate = stats["acceptance_rate"]
+    return stats["prefill_seconds"], stats["decode_tokens_per_second"], rate
+
+
+def theirs(model, prompt: list[int], new: int) -> tuple[float, float, None]:
+    """The same of transformers' greedy `generate`."""
+    ids = torch.tensor([prompt])
+    seconds = []
+    for number in (1, new):
+        begin = time.perf_counter()
+        with torch.no_grad():
+            model.generate(
+                ids, max_new_tokens=number, min_new_tokens=number, do_sample=False, use_cache=True
+            )
+        seconds.append(time.perf_counter() - begin)
+    return seconds[0], (new - 1) / (seconds[1] - seconds[0]), None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="a GGUF file")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[512, 4000])
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeat", type=int, default=3)
+    args = parser.parse_args()
+
+    model = qs.load(args.model, dtype="float32")
+    path = Path(args.model)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    text = Path(args.text).read_text(encoding="utf-8")[20_000:60_000]
+    ids = model.tokenizer(text)["input_ids"]
+    rows, new = [], args.new_tokens
+    for length in args.prompt_tokens:
+        prompt = ids[:length]
+        runs = {"transformers": functools.partial(theirs, peer, prompt, new)}
+        for name, options in CONFIGS.items():
+            runs[name] = functools.partial(ours, model, prompt, new, options)
+        for run in runs.values():
+            run()  # compiles, warms up
+        results = {name: [] for name in runs}
+        for _ in range(args.repeat):
+            for name, run in runs.items():
+                results[name].append(run())
+        for name, result in results.items():
+            prefill, decode, rate = zip(*result, strict=True)
+            row = {
+                "prompt_tokens": length,
+                "new_tokens": new,
+                "what": name,
+                "prefill_seconds": statistics.median(prefill),
+                "decode_tokens_per_second": statistics.median(decode),
+                "acceptance_rate": rate[0],
+            }
+            rows.append(row)
+            print(row, file=sys.stderr, flush=True)
+    command = "python benchmarks/cpu_decode.py --model M.gguf --text TEXT --output FILE"
+    record.write(args.output, command, rows, model=path.stem, dtype="float32")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

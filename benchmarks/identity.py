@@ -1,0 +1,182 @@
+"""Greedy QuantSpec against autoregressive decoding with the same int8 view, in float32.
+
+    python benchmarks/identity.py --model M --text A.txt --text B.txt --output benchmarks/NAME.json
+
+For every γ, 8 prompts alone and in ragged batches of 4: the tokens have to be identical to those of
+autoregressive decoding with passes of the same shape (γ + 1 rows, same batch), where XLA's
+arithmetic is the same. Against passes of one row a sequence may first differ at a numerical tie;
+such places are listed with the gap between the two best logits and with how far the logits of the
+two runs lie apart there. Finished cells are kept: the command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import quantspec_jax as qs
+from quantspec_jax.api import program_for
+from quantspec_jax.bench import record
+from quantspec_jax.generate.sampling import sampling_arrays
+from quantspec_jax.generate.verify import verify
+
+LENGTHS = (1000, 1200, 1500, 1800, 2200, 2700, 3300, 4000)
+SKIP = 20_000  # characters
+NO_EOS = jnp.full(1, -1, jnp.int32)
+
+
+def prompts(model: qs.Model, texts: list[str]) -> list[list[int]]:
+    """Eight prompts, taken in turn from the texts, each from another place."""
+    assert model.tokenizer is not None
+    found = []
+    for i, length in enumerate(LENGTHS):
+        text = Path(texts[i % len(texts)]).read_text(encoding="utf-8")
+        begin = SKIP + 30_000 * (i // len(texts))
+        ids = model.tokenizer(text[begin : begin + 8 * length])["input_ids"]
+        found.append(ids[:length])
+    return found
+
+
+def config(gamma: int, new: int, speculative: bool, max_length: int) -> qs.GenerateConfig:
+    """The two sides of a comparison; the passes of both have γ + 1 rows."""
+    common = {"max_new_tokens": new, "ignore_eos": True, "max_length": max_length}
+    if speculative:
+        return qs.GenerateConfig(gamma=gamma, rounds_per_chunk=64, **common)
+    return qs.GenerateConfig(
+        mode="autoregressive", kv="int8", pass_width=gamma + 1, rounds_per_chunk=64, **common
+    )
+
+
+def logits_after(
+    model: qs.Model, prompt: list[int], made: int, settings: qs.GenerateConfig
+) -> tuple[list[int], np.ndarray]:
+    """Decode `made` tokens autoregressively; they, and the logits of the next one."""
+    program, padded = program_for(model, settings, len(prompt))
+    row = np.zeros((1, padded), np.int32)
+    row[0, : len(prompt)] = prompt
+    sampling = sampling_arrays(settings, 1)
+    limit = jnp.full(1, made + 1, jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 1)
+    length = jnp.full(1, len(prompt), jnp.int32)
+    state = jax.jit(qs.prefill, static_argnames=("program", "capacity"))(
+        model.params,
+        row,
+        length,
+        sampling,
+        keys,
+        NO_EOS,
+        limit,
+        program=program,
+        capacity=1024,
+    )
+    state = jax.jit(qs.generate_tokens, static_argnames="program")(
+        model.params, {}, state, sampling, NO_EOS, made - 1, program=program
+    )
+    nothing = jnp.zeros((1, 0), jnp.int32)
+    logits, _ = jax.jit(verify, static_argnames="program")(
+        model.params,
+        program=program,
+        layers=state.cache.layers,
+        pending=state.pending,
+        proposals=nothing,
+        start=state.cache.length,
+        quantized_length=state.cache.quantized_length,
+    )
+    return np.asarray(state.tokens)[0, :made].tolist(), np.asarray(logits)[0, 0]
+
+
+def tie(model, prompt, ours, theirs, settings, narrow) -> dict | None:
+    """Where two runs first differ, how close the two best logits are there, and how far the runs'
+    logits lie apart."""
+    differing = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
+    if not differing:
+        return None
+    at = differing[0]
+    if at == 0:
+        return {"position": 0, "gap": None, "noise": None}
+    (_, wide_logits), (_, narrow_logits) = (
+        logits_after(model, prompt, at, s) for s in (settings, narrow)
+    )
+    best = np.sort(narrow_logits)[-2:]
+    return {
+        "position": at,
+        "gap": float(best[1] - best[0]),
+        "noise": float(np.abs(wide_logits - narrow_logits).max()),
+    }
+
+
+def compare(model, inputs, gamma, new, max_length) -> dict:
+    """One cell: both sides on the same prompts."""
+    begin = time.perf_counter()
+    ours = qs.generate(model, inputs, config(gamma, new, True, max_length))
+    theirs = qs.generate(model, inputs, config(gamma, new, False, max_length))
+    proposed = sum(s["proposed"] for s in ours.stats)
+    group = config(gamma, new, True, max_length).group_size
+    row = {
+        "gamma": gamma,
+        "batch": len(inputs),
+        "prompt_tokens": [len(p) for p in inputs],
+        "new_tokens": new,
+        "flushes": [(len(p) + new - 1) // group - len(p) // group for p in inputs],
+        "identical": ours.tokens == theirs.tokens,
+        "acceptance_rate": sum(s["accepted"] for s in ours.stats) / proposed,
+        "tokens_per_round": float(np.mean([s["tokens_per_round"] for s in ours.stats])),
+        "seconds": time.perf_counter() - begin,
+    }
+    return row | {"tokens": ours.tokens}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", action="append", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--gamma", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6, 7, 8])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--new-tokens", type=int, default=600)
+    parser.add_argument("--prompts", type=int, nargs="+", default=list(range(len(LENGTHS))))
+    args = parser.parse_args()
+
+    model = qs.load(args.model, dtype="float32")
+    every = prompts(model, args.text)
+    max_length = 6144
+    done = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
+    rows = done["rows"]
+    finished = {(r["gamma"], tuple(r["prompt_tokens"])) for r in rows}
+    narrow = config(0, args.new_tokens, False, max_length)
+    alone: dict[int, list[int]] = {}
+    for gamma in args.gamma:
+        for batch in args.batch:
+            for first in range(0, len(args.prompts), batch):
+                chosen = args.prompts[first : first + batch]
+                inputs = [every[i] for i in chosen]
+                if (gamma, tuple(map(len, inputs))) in finished:
+                    continue
+                row = compare(model, inputs, gamma, args.new_tokens, max_length)
+                tokens = row.pop("tokens")
+                row["differs_from_one_row"] = []
+                for i, ours in zip(chosen, tokens, strict=True):
+                    if i not in alone:
+                        alone[i] = qs.generate(model, [every[i]], narrow).tokens[0]
+                    settings = config(gamma, args.new_tokens, False, max_length)
+                    found = tie(model, every[i], ours, alone[i], settings, narrow)
+                    if found:
+                        row["differs_from_one_row"].append(
+                            {"prompt_tokens": len(every[i]), **found}
+                        )
+                rows.append(row)
+                print(json.dumps(row), file=sys.stderr, flush=True)
+                command = "python benchmarks/identity.py --model M --text A --text B --output FILE"
+                record.write(args.output, command, rows, model=Path(args.model).stem)
+    return 0 if all(row["identical"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

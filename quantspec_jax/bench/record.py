@@ -1,0 +1,64 @@
+"""Recorded runs: one JSON a run, with what it takes to judge and to repeat it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "torch")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name() -> str:
+    """The default device: a GPU's name, or the CPU's model and the cores this process may use."""
+    if jax.default_backend() != "cpu":
+        return jax.devices()[0].device_kind
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model}, {cores} cores"
+
+
+def write(path: Path, command: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write a recorded run, whole or not at all.
+
+    Args:
+      path: `benchmarks/<what>-<device>-<date>.json`.
+      command: what to type to repeat it.
+      rows: the results.
+      more: further keys beside `what`, `command`, `versions`, `device`, `date` and `rows`.
+    """
+    what = path.stem
+    record = {
+        "what": what,
+        "command": command,
+        "versions": versions(),
+        "device": device_name(),
+        "date": datetime.date.today().isoformat(),
+        **more,
+        "rows": rows,
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    partial.replace(path)
