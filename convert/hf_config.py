@@ -183,22 +183,21 @@ def _eos_ids(of_config: Any, generation: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _check_sliding_window(keys: _Keys, config: ModelConfig, where: str) -> None:
-    """A window that the context can outgrow is refused; qwen's is off unless it is switched on."""
+    """A window that the context can outgrow is refused, where a layer has it."""
     window = keys.get("sliding_window", None)
-    layer_types = keys.get("layer_types", None)
-    if layer_types is not None:
-        other = sorted({str(kind) for kind in layer_types} - {"full_attention"})
-        if config.family not in ("qwen2", "qwen3"):
-            other = []  # transformers does not read the key there: sliding_window alone decides
-        full = not other
-    else:
-        # qwen: the first max_window_layers layers attend to everything.
-        full = keys.get("max_window_layers", 28) >= config.num_layers
+    kinds = {str(kind) for kind in keys.get("layer_types", None) or ()}
+    first_layers = keys.get("max_window_layers", 28)  # which, in qwen, have no window
     if config.family in ("qwen2", "qwen3"):
-        window = window if keys.flag("use_sliding_window") and not full else None
-    elif config.family == "llama":
+        on = keys.flag("use_sliding_window")
+        windowed = on and (
+            "sliding_attention" in kinds if kinds else first_layers < config.num_layers
+        )
+    else:
         keys.flag("use_sliding_window")
-    if window is not None:
+        windowed = True  # layer_types or not
+    allowed = {"full_attention"} | ({"sliding_attention"} if window is not None else set())
+    require(kinds <= allowed, f"layer_types in {where}", sorted(kinds), "full_attention")
+    if windowed and window is not None:
         require(
             window >= config.max_context,
             f"sliding_window in {where}",

@@ -202,8 +202,8 @@ def _umask() -> int:
 
 
 def _sync(directory: Path) -> None:
-    """The files are on the disk before the name says so."""
-    for path in [directory, *directory.rglob("*")]:
+    """The files beside the arrays are on the disk before the name says so; Orbax syncs its own."""
+    for path in [*directory.iterdir(), directory]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -223,6 +223,8 @@ def test_rope_settings_that_are_not_done_are_refused_by_name(scaling, words):
         ("a_key_of_the_future", 0),
         ("auto_map", {"AutoModelForCausalLM": "modeling_x.X"}),
         ("sliding_window", 1024),
+        ("layer_types", ["full_attention", "linear_attention"]),
+        ("layer_types", ["full_attention", "sliding_attention"]),
         ("tie_word_embeddings", "yes"),
         ("hidden_size", "64"),
         ("num_attention_heads", None),
