@@ -33,25 +33,25 @@ def _periods(theta: float, head_dim: int) -> np.ndarray:
     """θ^(2i/D), [D/2] float32: tokens per radian, in the roundings with which models are trained.
 
     A unit in the last place matters: at position 131,072 it turns the first planes by up to 0.008
-    radians. So exponent and power are rounded to float32, as in transformers.
+    radians. So θ, exponent and power are rounded to float32, as in transformers.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    return (theta ** exponent.astype(np.float64)).astype(np.float32)
+    return (float(np.float32(theta)) ** exponent.astype(np.float64)).astype(np.float32)
 
 
 def _ntk_theta(rope: RopeConfig, head_dim: int, length: int) -> float:
     """Dynamic NTK: the base grows with the length beyond the context of pre-training."""
     original = rope.original_max_position or length
     grown = rope.factor * max(length, original) / original - (rope.factor - 1)
-    return float(np.float32(rope.theta * grown ** (head_dim / (head_dim - 2))))
+    return rope.theta * grown ** (head_dim / (head_dim - 2))
 
 
 def _llama3(rope: RopeConfig, inverse: np.ndarray) -> np.ndarray:
     """Llama 3.1: long wavelengths are slowed down by the factor, short ones stay, between them a
     linear blend."""
     original = rope.original_max_position or 0
-    wavelength = np.float32(2 * math.pi) / inverse
-    rotations = original / wavelength
+    wavelength = 1 / inverse * np.float32(2 * math.pi)
+    rotations = 1 / wavelength * np.float32(original)
     blend = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = np.clip(blend, 0, 1)
     return (1 - blend) * inverse / np.float32(rope.factor) + blend * inverse
