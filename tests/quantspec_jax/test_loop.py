@@ -24,7 +24,7 @@ from tiny import (
     tiny_model,
 )
 
-from quantspec_jax.config import GenerateConfig
+from quantspec_jax.config import DraftConfig, GenerateConfig
 from quantspec_jax.draft import merge, quantize_params
 from quantspec_jax.generate.loop import generate_tokens, one_round
 from quantspec_jax.generate.sampling import sampling_arrays
@@ -36,7 +36,8 @@ NEW = 90  # five flushes
 
 def run(gamma, width=None, lengths=LENGTHS, view="int8", new=NEW, seed=0, **options):
     p = program(gamma, view, width)
-    return decode(p, start(p, prompts(lengths, seed), lengths, new, **options), **options)
+    given = {k: v for k, v in options.items() if k != "draft"}
+    return decode(p, start(p, prompts(lengths, seed), lengths, new, **given), **options)
 
 
 @pytest.mark.parametrize("gamma", [1, 3, 4, 8])
@@ -206,7 +207,7 @@ def test_what_is_exact_depends_on_the_position_alone():
 def hlo_of_the_loop(gamma: int, view: str, batch: int) -> tuple[str, int, dict]:
     """The compiled loop's text, its temporary bytes, and the shapes of the cache's arrays."""
     p = program(gamma, view, max_length=2048)
-    config, params, draft_params = tiny_model()
+    _, params, draft_params = tiny_model()
     lengths = [64] * batch
     state = jax.eval_shape(lambda: start(p, prompts(lengths), lengths, NEW))
     step = jax.jit(generate_tokens, static_argnames="program", donate_argnames="state")
@@ -241,16 +242,15 @@ def test_the_compiled_loop_copies_no_plane_and_no_buffer(gamma, view, batch):
     assert memory.alias_size_in_bytes >= cache_bytes, "the cache is updated where it lies"
 
 
-def test_packed_weights_enter_the_loop_packed_and_are_not_unpacked_before_it():
-    text, memory, _ = hlo_of_the_loop(4, "int8", 1)
+def test_the_draft_unpacks_no_more_than_a_group_at_a_time():
+    """XLA moves what is constant out of a loop: unpacked weights would be carried through it."""
+    text, _, _ = hlo_of_the_loop(4, "int8", 1)
     _, _, draft_params = tiny_model()
-    packed = draft_params["layers"]["0"]["gate"]["kernel"].packed
-    shape = f"u8[{','.join(map(str, packed.shape))}]"
-    loops = [line for line in text.splitlines() if " while(" in line]
-    assert any(shape in line for line in loops)
-    groups, half, n = packed.shape
-    unpacked = f"f32[{groups},{2 * half},{n}]"
-    assert not any(unpacked in line for line in loops)
+    for name in ("q", "gate", "down"):
+        groups, half, n = draft_params["layers"]["0"][name]["kernel"].packed.shape
+        assert f"u8[{groups},{half},{n}]" in text
+        assert f"f32[{groups},{2 * half},{n}]" not in text
+        assert f"s8[{groups},{2 * half},{n}]" not in text
 
 
 def test_nothing_is_compiled_for_other_values():
@@ -295,13 +295,17 @@ def test_a_round_of_sampling_follows_the_target(gamma):
     """Joint distribution of three new positions over many keys, against ancestral sampling from the
     target's own logits at temperature 0.8 with top-k 4: chi-square."""
     scipy = pytest.importorskip("scipy.stats")
-    config, params, draft_params = tiny_model()
+    config, params, _ = tiny_model()
     vocabulary, draws = 6, 20_000
     small = dataclasses.replace(config, vocab_size=vocabulary)
     cut = {**params, "embedding": params["embedding"][:vocabulary]}
-    cut["lm_head"] = {"kernel": 0.35 * params["lm_head"]["kernel"][:, :vocabulary]}
-    own = {k: v for k, v in draft_params.items() if k == "layers"}
-    draft = merge({**cut, "layers": params["layers"]}, own)
+    cut["lm_head"] = {"kernel": params["lm_head"]["kernel"][:, :vocabulary]}
+    noise = iter(jax.random.split(jax.random.key(5), 100))
+    noisy = jax.tree.map(
+        lambda x: x + 0.3 * x.std() * jax.random.normal(next(noise), x.shape) if x.ndim > 1 else x,
+        cut,
+    )
+    draft = merge(cut, quantize_params(noisy, DraftConfig(group_size=32)))
     p = dataclasses.replace(program(gamma), model=small)
     generate = GenerateConfig(temperature=0.8, top_k=4)
     length = 3 * G + 5
@@ -320,7 +324,7 @@ def test_a_round_of_sampling_follows_the_target(gamma):
     keys = jax.random.split(jax.random.key(11), draws)
     tokens, accepted, proposed = jax.jit(lambda k: jax.lax.map(draw, k, batch_size=500))(keys)
     rate = accepted.sum() / proposed.sum()
-    assert 0.3 < rate < 0.97
+    assert 0.3 < rate < 0.8
 
     def target_logits(state, fed):
         fed = jnp.asarray(fed, jnp.int32)[None]
@@ -362,8 +366,6 @@ def test_a_round_of_sampling_follows_the_target(gamma):
 
 def test_quantize_params_leaves_embedding_and_lm_head_alone():
     config, params, _ = tiny_model()
-    from quantspec_jax.config import DraftConfig
-
     own = quantize_params(params, DraftConfig(group_size=32, layers="mlp"))
     assert set(own) == {"layers"}
     assert set(own["layers"]["0"]) == {"gate", "up", "down"}
