@@ -345,6 +345,30 @@ def test_attention_of_large_scores_is_finite():
     assert np.abs(actual).max() <= np.abs(v).max() * (1 + 1e-6)
 
 
+def test_prefill_does_not_see_padding():
+    """Prompts of different lengths in one batch: whatever the padding, every array is the same."""
+    lengths = jnp.asarray([1, 130, 300], jnp.int32)
+    params = init_params(TINY, jax.random.key(0))
+    program = Program(TINY, CacheConfig(512, 16), gamma=4)
+    padding = np.arange(320) >= np.asarray(lengths)[:, None]
+    tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, (3, 3, 320))
+    keys = jax.random.split(jax.random.key(1), 3)
+    eos, limit = jnp.full(16, -1), jnp.full(3, 8)
+    run = jax.jit(prefill, static_argnames=("program", "capacity"))
+
+    def state(filling: np.ndarray) -> list[np.ndarray]:
+        prompts = jnp.asarray(np.where(padding, filling, tokens[0]), jnp.int32)
+        sampling = sampling_arrays(GenerateConfig(temperature=1.0, repetition_penalty=1.3), 3)
+        result = run(
+            params, prompts, lengths, sampling, keys, eos, limit, program=program, capacity=8
+        )
+        result = dataclasses.replace(result, keys=jax.random.key_data(result.keys))
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(result)]
+
+    for one, two in zip(state(tokens[1]), state(tokens[2]), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
 def temporary_bytes(function: Any, *shapes: Any) -> int:
     return jax.jit(function).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
