@@ -1,0 +1,183 @@
+"""`generate` and `stream`: what the host does around the loop."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import quantspec_jax as qs
+from quantspec_jax.generate.bucket import bucket
+from quantspec_jax.models.decoder import init_params
+
+
+@pytest.fixture(scope="module")
+def model(byte_level_tokenizer):
+    config = qs.ModelConfig("llama", 320, 32, 64, 2, 4, 2, 16, 1024)
+    params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
+    return qs.Model(config, params, byte_level_tokenizer, qs.DraftConfig(group_size=32))
+
+
+FAST = {"max_new_tokens": 40, "group_size": 16}
+
+
+def test_statistics_add_up(model):
+    prompts = [[5, 6, 7] * 20, [9, 8] * 35]
+    out = qs.generate(model, prompts, qs.GenerateConfig(**FAST))
+    for tokens, text, stats in zip(out.tokens, out.text, out.stats, strict=True):
+        assert text == model.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert stats["new_tokens"] == len(tokens) == 40
+        assert stats["finish_reason"] == "length"
+        assert stats["rounds"] <= 39 <= stats["rounds"] + stats["accepted"]
+        assert stats["acceptance_rate"] == stats["accepted"] / stats["proposed"]
+        assert stats["tokens_per_round"] == 39 / stats["rounds"]
+        assert stats["decode_tokens_per_second"] == pytest.approx(39 / stats["decode_seconds"])
+        parts = stats["cache_bytes"]
+        assert parts["total"] == sum(parts[k] for k in ("upper", "lower", "scales", "buffer"))
+    assert [s["prompt_tokens"] for s in out.stats] == [60, 70]
+
+
+def test_streaming_gives_the_text_in_pieces(model):
+    config = qs.GenerateConfig(**FAST, rounds_per_chunk=2)
+    whole = qs.generate(model, "The cache", config)
+    heard: list[str] = []
+    qs.generate(model, "The cache", config, on_text=lambda i, piece: heard.append(piece))
+    assert "".join(heard) == "".join(qs.stream(model, "The cache", config)) == whole.text[0]
+    assert len(heard) > 3
+
+
+def test_a_stop_string_cuts_text_and_tokens(model):
+    free = qs.generate(model, [[5, 6, 7] * 20], qs.GenerateConfig(**FAST))
+    stop = free.text[0][10:13]
+    out = qs.generate(model, [[5, 6, 7] * 20], qs.GenerateConfig(**FAST, stop=(stop,)))
+    assert out.stats[0]["finish_reason"] == "stop"
+    assert out.text[0] == free.text[0][: free.text[0].index(stop)]
+    assert out.tokens[0] == free.tokens[0][: len(out.tokens[0])]
+    assert stop in model.tokenizer.decode(out.tokens[0])
+
+
+def test_an_interruption_returns_what_there_is(model):
+    config = qs.GenerateConfig(**FAST, rounds_per_chunk=1)
+    whole = qs.generate(model, [[1, 2, 3]], config)
+
+    def interrupt(index, piece, heard=[]):  # noqa: B006
+        heard.append(piece)
+        if len(heard) == 3:
+            raise KeyboardInterrupt
+
+    out = qs.generate(model, [[1, 2, 3]], config, on_text=interrupt)
+    assert out.stats[0]["finish_reason"] == "interrupted"
+    assert 0 < len(out.tokens[0]) < 40
+    assert out.tokens[0] == whole.tokens[0][: len(out.tokens[0])]
+
+
+def test_the_same_key_gives_the_same_tokens_and_sequences_have_their_own(model):
+    config = qs.GenerateConfig(**FAST, temperature=1.0)
+    prompt = [5, 6, 7] * 20
+    key = jax.random.key(3)
+    pair = qs.generate(model, [prompt, prompt], config, key)
+    again = qs.generate(model, [prompt, prompt], config, key)
+    assert pair.tokens == again.tokens
+    assert pair.tokens[0] != pair.tokens[1]
+    keys = jax.random.split(key, 2)
+    both = qs.generate(model, [prompt, prompt], config, keys)
+    alone = qs.generate(model, [prompt], config, keys[1:])
+    assert alone.tokens[0] == both.tokens[1]
+
+
+def test_one_compilation_serves_a_bucket(model):
+    """Prompts of the bucket, seeds, temperature, filters, penalty, EOS: nothing is compiled."""
+    prompt = list(range(1, 130))
+    qs.generate(model, [prompt], qs.GenerateConfig(max_new_tokens=9))
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
+    )
+    try:
+        for i, options in enumerate(
+            [
+                {},
+                {"temperature": 0.7},
+                {"temperature": 1.1, "top_p": 0.8, "top_k": 7, "min_p": 0.02},
+                {"repetition_penalty": 1.3},
+                {"ignore_eos": True},
+            ]
+        ):
+            config = qs.GenerateConfig(max_new_tokens=9 + i, **options)
+            out = qs.generate(model, [[*prompt[: 140 + 9 * i], i]], config, jax.random.key(i))
+            assert out.stats[0]["compile_seconds"] == 0
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not compiled
+
+
+@pytest.mark.parametrize("length", [1, 128, 129, 192, 193, 1000, 4000, 131072])
+def test_buckets_hold_their_lengths_and_waste_at_most_half(length):
+    size = bucket(length)
+    assert length <= size <= max(128, 1.5 * length)
+    assert bucket(size) == size
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "words"),
+    [
+        ([[]], {}, "prompt"),
+        ("", {}, "prompt"),
+        ([[1, 320]], {}, "320"),
+        ([[1, -1]], {}, "-1"),
+        ([[1] * 1000], {"max_new_tokens": 25}, "1024"),
+        ([[1] * 100], {"max_new_tokens": 40, "max_length": 128}, "max_length = 128"),
+        ([[1]], {"max_length": 4096}, "1024"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(model, prompts, options, words):
+    with pytest.raises(ValueError, match=words):
+        qs.generate(model, prompts, qs.GenerateConfig(**options))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"gamma": 0},
+        {"gamma": 128},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"min_p": 2.0},
+        {"repetition_penalty": 0.0},
+        {"max_new_tokens": 0},
+        {"mode": "fast"},
+        {"kv": "full"},
+        {"pass_width": 4},
+        {"backend": "triton"},
+        {"stop": ("",)},
+    ],
+)
+def test_wrong_settings_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} is .*; allowed: "):
+        qs.GenerateConfig(**wrong)
+
+
+def test_a_key_that_is_none_is_refused(model):
+    with pytest.raises(ValueError, match="key"):
+        qs.generate(model, [[1]], qs.GenerateConfig(**FAST), np.zeros(2, np.uint32))
+    with pytest.raises(ValueError, match="key shape"):
+        qs.generate(model, [[1]], qs.GenerateConfig(**FAST), jax.random.split(jax.random.key(0), 3))
+
+
+def test_the_named_backend_is_never_replaced(model):
+    if jax.default_backend() == "gpu":
+        pytest.skip("the backend exists here")
+    with pytest.raises(NotImplementedError, match="mosaic_gpu"):
+        qs.generate(model, [[1]], qs.GenerateConfig(**FAST, backend="mosaic_gpu"))
+
+
+def test_logits_refuse_ids_outside_the_vocabulary(model):
+    with pytest.raises(ValueError, match="tokens"):
+        model.logits([[0, 320]])
+    assert model.logits([[0, 319]]).shape == (1, 2, 320)
