@@ -24,8 +24,10 @@ def quantized_layers(config: DraftConfig) -> tuple[str, ...]:
 def quantize_weight(kernel: jax.Array, group_size: int, symmetric: bool) -> QuantizedWeight:
     """[Kin, N] → 4-bit groups of `group_size` input channels, rounded to nearest.
 
-    Scale and minimum are rounded to bf16 first and the codes computed against what is stored. Where
-    `group_size` does not divide Kin the last group is shorter, and filled up with unused codes.
+    Symmetric: the weight of the largest magnitude is code −8, whatever its sign, so the scale may be
+    negative; all sixteen codes are used. Scale and minimum are rounded to bf16 first and the codes
+    computed against what is stored. Where `group_size` does not divide Kin the last group is
+    shorter, and filled up with unused codes.
     """
     kin, n = kernel.shape
     groups = -(-kin // group_size)
@@ -33,7 +35,8 @@ def quantize_weight(kernel: jax.Array, group_size: int, symmetric: bool) -> Quan
     w = jnp.pad(kernel.astype(jnp.float32), ((0, groups * group_size - kin), (0, 0)))
     w = w.reshape(groups, group_size, n)
     if symmetric:
-        scale = (jnp.max(jnp.abs(w), 1) / 7).astype(jnp.bfloat16)
+        low, high = jnp.min(w, 1), jnp.max(w, 1)
+        scale = (jnp.where(high > -low, high, low) / -8).astype(jnp.bfloat16)
         codes = jnp.round(w / _nonzero(scale)[:, None])
         return QuantizedWeight(_pack(codes), scale, None)
     low = jnp.min(w, 1, initial=jnp.inf, where=rows < kin)
@@ -45,7 +48,7 @@ def quantize_weight(kernel: jax.Array, group_size: int, symmetric: bool) -> Quan
 
 
 def _nonzero(scale: jax.Array) -> jax.Array:
-    return jnp.where(scale > 0, scale, 1).astype(jnp.float32)
+    return jnp.where(scale != 0, scale, 1).astype(jnp.float32)
 
 
 def _pack(codes: jax.Array) -> jax.Array:

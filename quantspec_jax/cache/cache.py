@@ -78,8 +78,12 @@ def create(model: ModelConfig, config: CacheConfig, batch: int) -> HierarchicalK
     nothing = jnp.zeros(shape, config.dtype)
     empty = jnp.zeros(batch, jnp.int32)
     layer = partial(from_prompt, nothing, nothing, empty, config)
+    # Two arrays of zeros, not one twice: the caller may donate the cache.
     return HierarchicalKVCache(
-        tuple(layer() for _ in range(model.num_layers)), empty, empty, config.group_size
+        tuple(layer() for _ in range(model.num_layers)),
+        empty,
+        jnp.zeros_like(empty),
+        config.group_size,
     )
 
 

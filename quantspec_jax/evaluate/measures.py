@@ -1,0 +1,115 @@
+"""Perplexity of each view of the cache, and acceptance of the draft (`quantspec eval`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from quantspec_jax.config import VIEWS, Backend, require
+from quantspec_jax.draft import bits_per_weight
+from quantspec_jax.evaluate.walk import compare, score
+from quantspec_jax.model import Model
+from quantspec_jax.text.prompts import read_prompts
+
+SHORTEST = 8
+
+
+def perplexity(
+    model: Model,
+    tokens: str | Sequence[int],
+    *,
+    context: int | None = None,
+    group_size: int = 128,
+    progress: bool = False,
+    backend: Backend = "auto",
+) -> dict[str, Any]:
+    """Perplexity of a text, and how often the top token is the full-precision cache's, by view.
+
+    Args:
+      tokens: a text or its token ids.
+      context: how many of the tokens to read; None: all. Positions from context/4 on are counted.
+      group_size: G of the cache.
+      progress: show a bar on standard error for each view.
+
+    Returns:
+      perplexity {full, int8, int4}, same_top_token {int8, int4} as shares of the counted tokens,
+      and tokens, how many were counted.
+
+    Raises:
+      ValueError: an argument is wrong, or the text is shorter or the model's context less.
+    """
+    ids = _read(model, tokens, context)
+    counted = slice(len(ids) // 4, len(ids) - 1)
+    scores = {
+        view: score(model, ids, view, group_size=group_size, backend=backend, progress=progress)
+        for view in VIEWS
+    }
+
+    def mean(x: np.ndarray) -> float:
+        return float(x[counted].mean(dtype=np.float64))
+
+    return {
+        "perplexity": {view: float(np.exp(-mean(scores[view].log_prob))) for view in VIEWS},
+        "same_top_token": {
+            view: mean(scores[view].top == scores["full"].top) for view in VIEWS if view != "full"
+        },
+        "tokens": counted.stop - counted.start,
+    }
+
+
+def acceptance(
+    model: Model,
+    tokens: str | Sequence[int],
+    *,
+    context: int | None = None,
+    first: int | None = None,
+    group_size: int = 128,
+    progress: bool = False,
+    backend: Backend = "auto",
+) -> dict[str, Any]:
+    """The chance that a round's first proposal is accepted, over the positions of a text.
+
+    Args:
+      tokens: a text or its token ids.
+      context: how many of the tokens to read; None: all.
+      first: the first position that counts; None: context/4.
+      group_size: G of the cache.
+      progress: show a bar on standard error.
+
+    Returns:
+      greedy_acceptance: share of the positions where draft and target have the same top token.
+      sampled_acceptance: mean of Σ min(p, q) at temperature 1, p the target's distribution and q
+        the draft's.
+      positions: how many were counted; draft: what the draft is; draft_bits_per_weight: of the
+        linear layers of its blocks, scales and minima counted, layers left alone counted at 16.
+
+    Raises:
+      ValueError: an argument is wrong, or the text is shorter or the model's context less.
+    """
+    ids = _read(model, tokens, context)
+    first = len(ids) // 4 if first is None else first
+    require(0 <= first < len(ids), "first", first, f"a position from 0 to {len(ids) - 1}")
+    seen = compare(model, ids, group_size=group_size, backend=backend, progress=progress)
+    same = (seen.top == seen.draft_top)[first:]
+    return {
+        "greedy_acceptance": float(same.mean()),
+        "sampled_acceptance": float(seen.overlap[first:].mean(dtype=np.float64)),
+        "positions": len(same),
+        "draft": model.draft.describe(),
+        "draft_bits_per_weight": bits_per_weight(model.config, model.draft),
+    }
+
+
+def _read(model: Model, tokens: str | Sequence[int], context: int | None) -> list[int]:
+    """The first `context` token ids, checked."""
+    texts = read_prompts(tokens, model.tokenizer, model.config.vocab_size)
+    require(len(texts) == 1, "tokens", f"{len(texts)} texts", "one text")
+    (ids,) = texts
+    context = len(ids) if context is None else context
+    limit = model.config.context_limit
+    allowed = f"{SHORTEST} to {limit} tokens, the model's context"
+    require(SHORTEST <= context <= limit, "context", context, allowed)
+    require(len(ids) >= context, "tokens", f"{len(ids)} tokens", f"{context} (context) or more")
+    return ids[:context]

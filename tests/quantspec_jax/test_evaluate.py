@@ -1,0 +1,195 @@
+"""Evaluation sees at each position what decoding would: the walk by blocks against real steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quantspec_jax import DraftConfig, Model, ModelConfig, Program, evaluate
+from quantspec_jax.cache import create, flush
+from quantspec_jax.config import CacheConfig
+from quantspec_jax.draft import bits_per_weight
+from quantspec_jax.evaluate.walk import compare, score, with_own
+from quantspec_jax.generate.verify import cache_pass
+from quantspec_jax.models.decoder import init_params
+
+G = 8
+LENGTH = 5 * G + 3  # four flushes, and a block that the text does not fill
+VOCABULARY = 97
+# Sums in another order, and codes that they flip; a wrong mask or flush is far above (below).
+NOISE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights, large enough that attention and the codes matter."""
+    config = ModelConfig("llama", VOCABULARY, 32, 64, 2, 4, 2, 16, max_context=64)
+    params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
+    return Model(config, params, draft=DraftConfig(group_size=16))
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return np.random.default_rng(0).integers(0, VOCABULARY, LENGTH).tolist()
+
+
+@functools.partial(jax.jit, static_argnames=("program", "view"))
+def one_token(params, cache, token, program, view):
+    """A decoding step of one row; logits [N] and the layers."""
+    logits, layers = cache_pass(
+        params, program, cache.layers, token, cache.length, cache.quantized_length, view
+    )
+    return logits[0, 0], layers
+
+
+def decode(model, ids, view, group_size=G, draft_params=None):
+    """One token at a time: logits of the target [T, N], and of a draft step at each position."""
+    config = CacheConfig(len(ids), group_size, view, pass_width=1)
+    program = Program(model.config, config, 0)
+    cache = create(model.config, config, 1)
+    target, drafted = [], []
+    for token in jnp.asarray(ids, jnp.int32).reshape(-1, 1, 1):
+        if draft_params is not None:
+            # As in a round: the draft writes its slot, and the target writes it again.
+            logits, layers = one_token(draft_params, cache, token, program, "int4")
+            cache = dataclasses.replace(cache, layers=layers)
+            drafted.append(logits)
+        logits, layers = one_token(model.params, cache, token, program, view)
+        target.append(logits)
+        cache = flush(dataclasses.replace(cache, layers=layers, length=cache.length + 1))
+    return np.stack(target), np.stack(drafted) if drafted else None
+
+
+def log_softmax(logits):
+    return np.asarray(jax.nn.log_softmax(logits))
+
+
+def following(logits, ids):
+    """Log-probability of each next token."""
+    return log_softmax(logits)[np.arange(len(ids) - 1), ids[1:]]
+
+
+@pytest.mark.parametrize("view", ["full", "int8", "int4"])
+def test_scores_are_those_of_decoding_one_token_at_a_time(model, ids, view):
+    logits, _ = decode(model, ids, view)
+    scores = score(model, ids, view, group_size=G)
+    np.testing.assert_allclose(scores.log_prob[:-1], following(logits, ids), atol=NOISE)
+    np.testing.assert_array_equal(scores.top, logits.argmax(-1))
+
+
+def test_scores_depend_on_where_flushes_are(model, ids):
+    """What the test above would see of a position that read too much or too little as planes."""
+    scores = score(model, ids, "int4", group_size=G)
+    others = following(decode(model, ids, "int4", 2 * G)[0], ids)
+    difference = np.abs(scores.log_prob[:-1] - others)
+    assert difference[: 2 * G].max() < NOISE  # both read no planes there
+    assert np.median(difference[2 * G :]) > 10 * NOISE
+
+
+def test_full_scores_are_the_models_logits(model, ids):
+    logits = model.logits([ids])[0]
+    scores = score(model, ids, "full", group_size=G)
+    np.testing.assert_allclose(scores.log_prob[:-1], following(logits, ids), atol=NOISE)
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_comparison_is_that_of_real_draft_steps(model, ids, bits):
+    model = Model(model.config, model.params, draft=DraftConfig(bits=bits, group_size=16))
+    target, drafted = decode(model, ids, "int8", draft_params=model.draft_params)
+    overlap = np.minimum(np.exp(log_softmax(target)), np.exp(log_softmax(drafted))).sum(-1)
+    seen = compare(model, ids, group_size=G)
+    np.testing.assert_array_equal(seen.top, target.argmax(-1))
+    np.testing.assert_array_equal(seen.draft_top, drafted.argmax(-1))
+    np.testing.assert_allclose(seen.overlap, overlap, atol=NOISE)
+
+
+def test_own_token_joins_the_softmax():
+    """softmax over the tokens before and the own one = the merge by log-sum-exp; first rows too."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    q = jax.random.normal(keys[0], (1, 5, 4, 8))
+    k, v = (jax.random.normal(key, (1, 5, 2, 8)) for key in keys[1:])
+    wide_k, wide_v = (np.repeat(x, 2, 2) for x in (k, v))
+    scores = np.einsum("bshd,bthd->bhst", q, wide_k) * 0.3
+    before = np.where(np.tri(5, k=-1, dtype=bool), scores, -np.inf)
+    log_sum_exp = np.logaddexp.reduce(before, -1)
+    weights = np.exp(before - np.where(np.isfinite(log_sum_exp), log_sum_exp, 0)[..., None])
+    past = np.einsum("bhst,bthd->bshd", weights, wide_v)
+    out = with_own(past, log_sum_exp.swapaxes(1, 2), q, k, v, 0.3)
+    causal = jax.nn.softmax(jnp.where(np.tri(5, dtype=bool), scores, -jnp.inf), -1)
+    wanted = np.einsum("bhst,bthd->bshd", causal, wide_v)
+    np.testing.assert_allclose(out, wanted, atol=1e-5)
+
+
+def test_perplexity_counts_from_a_quarter_on(model, ids):
+    result = evaluate.perplexity(model, [*ids, 1, 2, 3], context=LENGTH, group_size=G)
+    counted = slice(LENGTH // 4, LENGTH - 1)
+    assert result["tokens"] == counted.stop - counted.start
+    tops = {}
+    for view, value in result["perplexity"].items():
+        logits, _ = decode(model, ids, view)
+        tops[view] = logits.argmax(-1)[counted]
+        wanted = math.exp(-following(logits, ids)[counted].mean())
+        assert value == pytest.approx(wanted, rel=NOISE)
+    same = {view: (tops[view] == tops["full"]).mean() for view in ("int8", "int4")}
+    assert result["same_top_token"] == pytest.approx(same)
+
+
+@pytest.mark.parametrize("first", [None, 0, LENGTH - 1])
+def test_acceptance_counts_from_first_on(model, ids, first):
+    result = evaluate.acceptance(model, ids, first=first, group_size=G)
+    begin = LENGTH // 4 if first is None else first
+    seen = compare(model, ids, group_size=G)
+    assert result == {
+        "greedy_acceptance": pytest.approx((seen.top == seen.draft_top)[begin:].mean()),
+        "sampled_acceptance": pytest.approx(seen.overlap[begin:].mean()),
+        "positions": LENGTH - begin,
+        "draft": model.draft.describe(),
+        "draft_bits_per_weight": bits_per_weight(model.config, model.draft),
+    }
+
+
+def test_the_target_accepts_itself(model, ids):
+    """Full weights before anything is in the planes: the draft is the target."""
+    model = Model(model.config, model.params, draft=DraftConfig(bits=None))
+    result = evaluate.acceptance(model, ids[: 2 * G], group_size=G)
+    assert result["greedy_acceptance"] == 1
+    assert result["sampled_acceptance"] == pytest.approx(1, abs=1e-5)
+
+
+def test_progress_goes_to_standard_error(model, ids, capsys):
+    evaluate.acceptance(model, ids, group_size=G, progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"{LENGTH}/{LENGTH}" in captured.err
+    evaluate.acceptance(model, ids, group_size=G)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "words"),
+    [
+        ([1] * 20, {"context": 21}, "tokens is '20 tokens'; allowed: 21"),
+        ([1] * 70, {}, "context is 70; allowed: 8 to 64"),
+        ([1] * 20, {"context": 7}, "context is 7; allowed: 8 to 64"),
+        ([1] * 20 + [VOCABULARY], {}, "0 to 96"),
+        ([[1] * 20] * 2, {}, "one text"),
+        ([], {}, "prompts is"),
+        ([1] * 20, {"group_size": 12}, "group_size is 12; allowed: a multiple of 8"),
+    ],
+)
+def test_wrong_arguments_are_named(model, tokens, options, words):
+    for measure in (evaluate.perplexity, evaluate.acceptance):
+        with pytest.raises(ValueError, match=words):
+            measure(model, tokens, **options)
+
+
+def test_first_beyond_the_text_is_named(model, ids):
+    with pytest.raises(ValueError, match=f"first is {LENGTH}; allowed: a position from 0"):
+        evaluate.acceptance(model, ids, first=LENGTH)
