@@ -177,6 +177,11 @@ def select(condition: V, yes: V, no: V | int | float) -> V:
     return V(arith.select(condition.value, yes.value, yes.like(no).value))
 
 
+def both(a: V, b: V) -> V:
+    """Two conditions."""
+    return V(arith.andi(a.value, b.value))
+
+
 def fma(a: V, b: V, c: V) -> V:
     return asm("fma.rn.f32 $0, $1, $2, $3;", ["f32"], [a, b, c])[0]
 
@@ -258,11 +263,14 @@ def uniform(x: V) -> V:
     return asm("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", ["i32"], [x], effects=True)[0]
 
 
+def shuffle_xor_bits(x: V, distance: int) -> V:
+    """The word of lane ^ distance."""
+    return asm(f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;", ["i32"], [x], effects=True)[0]
+
+
 def shuffle_xor(x: V, distance: int) -> V:
-    bits = asm(
-        f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;", ["i32"], [x.bits()], effects=True
-    )[0]
-    return bits.as_float()
+    """The float of lane ^ distance."""
+    return shuffle_xor_bits(x.bits(), distance).as_float()
 
 
 def any_lane(condition: V) -> V:
@@ -373,6 +381,16 @@ def store(where: V, values: Sequence[V]) -> None:
     llvm.store(vector, _pointer(where), alignment=4 * len(values))
 
 
+def store_half(where: V, value: V) -> None:
+    """The low 16 bits of a word, to global memory."""
+    asm(
+        "{ .reg .b16 half; cvt.u16.u32 half, $1; st.global.b16 [$0], half; }",
+        [],
+        [where, value],
+        effects=True,
+    )
+
+
 def barrier_init(barrier: V, arrivals: int) -> None:
     asm(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", [], [barrier], effects=True)
 
@@ -418,6 +436,21 @@ def bulk_copy(target: V, source: V, num_bytes: V, barrier: V) -> None:
         [target, source, num_bytes, barrier],
         effects=True,
     )
+
+
+def copy_async(target: V, source: V, size: V) -> None:
+    """16 bytes from global to shared memory, by this thread: the first `size`, then zeros."""
+    asm("cp.async.cg.shared.global [$0], [$1], 16, $2;", [], [target, source, size], effects=True)
+
+
+def copy_async_commit() -> None:
+    """Close the group of copies ordered since the last one."""
+    asm("cp.async.commit_group;", [], [], effects=True)
+
+
+def copy_async_wait(pending: int) -> None:
+    """Wait until at most `pending` of this thread's groups are under way."""
+    asm(f"cp.async.wait_group {pending};", [], [], effects=True)
 
 
 # Control ----------------------------------------------------------------------------------------

@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 
+from pallas_kernels import dispatch
 from pallas_kernels.int4_matmul import reference
 from pallas_kernels.layout import QuantizedWeight
 
 
 def int4_matmul(x: jax.Array, weight: QuantizedWeight, *, backend: str = "auto") -> jax.Array:
     """[..., Kin] activations times a packed [Kin, N] weight → [..., N] float32."""
-    del backend  # The XLA form is the only one so far.
-    return reference.int4_matmul(x, weight)
+    return int4_matmuls(x, [weight], backend=backend)[0]
+
+
+def int4_matmuls(
+    x: jax.Array, weights: Sequence[QuantizedWeight], *, backend: str = "auto"
+) -> list[jax.Array]:
+    """[..., Kin] activations times several packed [Kin, N] weights, one pass: a [..., N] each."""
+    if _mosaic_gpu(x, weights, backend):
+        from pallas_kernels.int4_matmul import configs, mosaic_gpu
+
+        config = configs.choose(mosaic_gpu.shape_of(x, weights))
+        return mosaic_gpu.int4_matmuls(x, weights, config=config)
+    return [reference.int4_matmul(x, weight) for weight in weights]
+
+
+def int4_gated(
+    x: jax.Array, gate: QuantizedWeight, up: QuantizedWeight, *, backend: str = "auto"
+) -> jax.Array:
+    """silu(x·gate) · (x·up), [..., Kin] → [..., N] float32, in one pass over both weights."""
+    a, b = int4_matmuls(x, [gate, up], backend=backend)
+    return jax.nn.silu(a) * b
+
+
+def _mosaic_gpu(x: jax.Array, weights: Sequence[QuantizedWeight], backend: str) -> bool:
+    """Whether the Pallas kernel takes the call. CUDA code is imported only where it can."""
+    if backend == "xla" or dispatch.device() is None:
+        return dispatch.use_mosaic_gpu(backend, "int4_matmul", None)
+    from pallas_kernels.int4_matmul import mosaic_gpu
+
+    return dispatch.use_mosaic_gpu(backend, "int4_matmul", mosaic_gpu.unsupported(x, weights))

@@ -295,7 +295,7 @@ class _Pipeline:
             else:
                 self._copy_rows(target, barrier, b, k, tiles, unit)
 
-        ptx.when(V(ptx.arith.andi(self.leader.value, (left > 0).value)), issue)
+        ptx.when(ptx.both(self.leader, left > 0), issue)
 
         following = unit + 1
 

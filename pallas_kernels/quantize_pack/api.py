@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import jax
 
+from pallas_kernels import dispatch
 from pallas_kernels.layout import Planes
 from pallas_kernels.quantize_pack import reference
 
 
 def quantize_keys(keys: jax.Array, group_size: int, *, backend: str = "auto") -> Planes:
     """[B, K, T, D] keys after RoPE, T a multiple of G → planes. Groups: G tokens of a channel."""
-    del backend  # The XLA form is the only one so far.
+    if _mosaic_gpu(keys, group_size, backend):
+        from pallas_kernels.quantize_pack import mosaic_gpu
+
+        return mosaic_gpu.quantize_keys(keys, group_size)
     return reference.quantize_keys(keys, group_size)
 
 
 def quantize_values(values: jax.Array, group_size: int, *, backend: str = "auto") -> Planes:
     """[B, K, T, D] values, T a multiple of G → planes. Groups: min(G, D) channels of a token."""
-    del backend  # The XLA form is the only one so far.
+    if _mosaic_gpu(values, group_size, backend):
+        from pallas_kernels.quantize_pack import mosaic_gpu
+
+        return mosaic_gpu.quantize_values(values, group_size)
     return reference.quantize_values(values, group_size)
+
+
+def _mosaic_gpu(x: jax.Array, group_size: int, backend: str) -> bool:
+    """Whether the Pallas kernel takes the call. CUDA code is imported only where it can."""
+    if backend == "xla" or dispatch.device() is None:
+        return dispatch.use_mosaic_gpu(backend, "quantize_pack", None)
+    from pallas_kernels.quantize_pack import mosaic_gpu
+
+    return dispatch.use_mosaic_gpu(backend, "quantize_pack", mosaic_gpu.unsupported(x, group_size))

@@ -1,0 +1,364 @@
+"""Products of a few rows with packed 4-bit weights on Hopper and later (Pallas Mosaic GPU)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import ptx
+from pallas_kernels.layout import QuantizedWeight
+from pallas_kernels.ptx import V, f32, i32
+
+MAX_ROWS = 16
+OUTPUTS = 128  # of a block: one row of a stage is 128 bytes
+ONES = 0x3F803F80  # two bf16 1.0
+MAGIC = 0x43004300  # two bf16 128.0: with a code in the low bits, 128 + code
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a product is laid on the chip.
+
+    warpgroups  of 128 threads a block; a block has 128 outputs of one split
+    stages      parts of groups that a warp has in shared memory, read or in flight
+    splits      parts that the input channels are dealt into; XLA adds their results
+    """
+
+    warpgroups: int
+    stages: int
+    splits: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the kernel is specialized to: rows, groups of input channels, outputs a weight."""
+
+    rows: int
+    groups: int
+    group_size: int
+    outputs: tuple[int, ...]
+    symmetric: bool
+
+    @property
+    def column_blocks(self) -> int:
+        return -(-self.rows // 8)
+
+    @property
+    def output_blocks(self) -> list[int]:
+        """Blocks of 128 outputs of each weight."""
+        return [-(-n // OUTPUTS) for n in self.outputs]
+
+    @property
+    def parts(self) -> int:
+        """Stages that a group takes."""
+        return max(1, self.group_size // 64)
+
+    @property
+    def stage_rows(self) -> int:
+        """Rows of 128 bytes of a stage; a row is two input channels."""
+        return self.group_size // 2 // self.parts
+
+    @property
+    def stage_bytes(self) -> int:
+        """A part of a group's codes for 128 outputs, their scales and their minima."""
+        return self.stage_rows * OUTPUTS + 4 * OUTPUTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    shape: Shape
+    config: Config
+
+    @property
+    def warps(self) -> int:
+        return 4 * self.config.warpgroups
+
+    @property
+    def blocks(self) -> int:
+        return sum(self.shape.output_blocks) * self.config.splits
+
+    @property
+    def shared_bytes(self) -> int:
+        ring = self.warps * self.config.stages * self.shape.stage_bytes
+        return max(ring, self.warps * 8 * self.shape.column_blocks * OUTPUTS * 4)
+
+
+class _Warp:
+    """One warp's groups: their loads, and the products with them.
+
+    Codes lie along the outputs, products sum along the inputs: two words of neighbouring inputs are
+    shuffled into one with both inputs of two outputs, 16 bits apart. A code in the low bits of
+    bf16 128.0 is 128 + code; what the 128 adds is taken off with the group's minimum, for which
+    the sum over the group's inputs comes from a product with ones.
+    """
+
+    def __init__(self, plan: Plan, x: V, width: V, packed: V, scale: V, minimum: V, n: V, first: V):
+        self.plan, self.x = plan, x
+        self.packed, self.scale, self.minimum, self.n, self.first = packed, scale, minimum, n, first
+        self.lane = ptx.special("tid.x") & 31
+        self.g, self.q = self.lane >> 2, self.lane & 3
+        self.row_bytes = width
+
+    def order(self, stage: V, group: V, part: int, valid: V) -> None:
+        """Start the loads of a part of a group: rows of 128 bytes, 16-byte chunks swizzled.
+
+        Lanes q own runs of rows of the group; a part has a piece of each run.
+        """
+        s = self.plan.shape
+        run, piece = s.group_size // 8, s.stage_rows // 4
+        chunk, eighth = self.lane & 7, self.lane >> 3
+        column = self.first + chunk * 16
+        here = ptx.select(column < self.n, column, i32(0))
+        size = ptx.select(valid, ptx.select(column < self.n, i32(16), 0), i32(0))
+        base = self.packed + (group * (s.group_size // 2)).to_i64() * self.n.to_i64()
+        offset = eighth * self.n + here
+        for i in range(s.stage_rows // 4):
+            owner, within = divmod(4 * i, piece)  # the same owner for the four rows
+            row = owner * run + part * piece + within
+            target = stage + (eighth + 4 * i) * 128 + (chunk ^ (owner * 2)) * 16
+            ptx.copy_async(target, base + (offset + self.n * row).to_i64(), size)
+        if part < s.parts - 1:
+            return
+        # Lanes 0–15: scales; 16–31: minima.
+        chunk = self.lane & 15
+        column = self.first + chunk * 8
+        inside = column < self.n
+        here = ptx.select(inside, column, i32(0))
+        size = ptx.select(valid, ptx.select(inside, i32(16), 0), i32(0))
+        numbers = ptx.select(self.lane < 16, self.scale, self.minimum)
+        source = numbers + (group.to_i64() * self.n.to_i64() + here.to_i64()) * 2
+        ptx.copy_async(stage + s.stage_rows * 128 + self.lane * 16, source, size)
+
+    def activations(self, group: V) -> list[V]:
+        """The rows' inputs of a group: [column blocks][halves of the group][words of two]."""
+        s = self.plan.shape
+        out: list[V] = []
+        for n in range(s.column_blocks):
+            # Rows beyond the last repeat it; nobody reads their results.
+            row = ptx.minimum(self.g + 8 * n, s.rows - 1)
+            channel = group * s.group_size + self.q * (s.group_size // 8)
+            at = self.x + (row * self.row_bytes + channel * 2).to_i64()
+            out += ptx.load_wide(at, s.group_size // 16)
+            out += ptx.load_wide(at + s.group_size, s.group_size // 16)
+        return out
+
+    def empty(self) -> list[V]:
+        """Sums before any product: [8 tiles and Σ x][column blocks][4]."""
+        return [f32(0.0)] * (9 * self.plan.shape.column_blocks * 4)
+
+    def multiply(self, stage: V, inputs: list[V], part: int, sums: list[V]) -> list[V]:
+        """sums += a part of a group: products with 128 + code, and with ones."""
+        s = self.plan.shape
+        blocks, steps = s.column_blocks, s.group_size // 16
+        out = [sums[4 * i :][:4] for i in range(9 * blocks)]
+        ones, magic = i32(ONES), i32(MAGIC)
+        here = stage + self.q * (s.stage_rows // 4 * 128) + (self.g ^ (self.q * 2)) * 16
+        for i in range(steps // s.parts):
+            step = part * (steps // s.parts) + i
+            b = [
+                [inputs[2 * n * steps + half * steps + step] for half in (0, 1)]
+                for n in range(blocks)
+            ]
+            even = ptx.load(here + 256 * i, 4)
+            odd = ptx.load(here + 256 * i + 128, 4)
+            for n in range(blocks):
+                out[8 * blocks + n] = ptx.mma("bf16", [ones] * 4, b[n], out[8 * blocks + n])
+            for j in range(4):
+                for half, selector in enumerate((0x5410, 0x7632)):
+                    word = ptx.permute_bytes(even[j], odd[j], selector)
+                    shifted = [word, word >> 8, word >> 4, word >> 12]
+                    a = [ptx.and_or(w, 0x000F000F, magic) for w in shifted]
+                    for n in range(blocks):
+                        tile = (2 * j + half) * blocks + n
+                        out[tile] = ptx.mma("bf16", a, b[n], out[tile])
+        return [x for four in out for x in four]
+
+    def add(self, stage: V, products: list[V], sums: list[V]) -> list[V]:
+        """sums [8 tiles][column blocks][4] += scale · products + what belongs to Σ x."""
+        s = self.plan.shape
+        blocks = s.column_blocks
+        numbers = stage + s.stage_rows * 128 + self.g * 32
+        scales = ptx.load_wide(numbers, 8)
+        minima = None if s.symmetric else ptx.load_wide(numbers + 256, 8)
+        result = []
+        for t in range(8):
+            scale = [ptx.low_bf16(scales[t]), ptx.high_bf16(scales[t])]
+            if minima is None:
+                offset = [x * -136.0 for x in scale]
+            else:
+                both = [ptx.low_bf16(minima[t]), ptx.high_bf16(minima[t])]
+                offset = [ptx.fma(x, f32(-128.0), m) for x, m in zip(scale, both, strict=True)]
+            for n in range(blocks):
+                for j in range(4):
+                    y = sums[(t * blocks + n) * 4 + j]
+                    y = ptx.fma(scale[j // 2], products[(t * blocks + n) * 4 + j], y)
+                    total = products[(8 * blocks + n) * 4 + j % 2]
+                    result.append(ptx.fma(offset[j // 2], total, y))
+        return result
+
+
+def _body(plan: Plan):
+    s, c = plan.shape, plan.config
+
+    def body(addresses: Sequence[V], shared: V) -> None:
+        count = len(s.outputs)
+        x, *rest = addresses
+        each = 2 if s.symmetric else 3
+        weights = [rest[i * each : (i + 1) * each] for i in range(count)]
+        results = rest[count * each :]
+        thread = ptx.special("tid.x")
+        warp = ptx.uniform(thread >> 5)
+        block = ptx.special("ctaid.x")
+        parts = sum(s.output_blocks)
+        part, split = block % parts, block // parts
+
+        # The weight that this block works on.
+        chosen = [*weights[0][:2], weights[0][-1], results[0], i32(s.outputs[0]), i32(0)]
+        before = 0
+        for i in range(1, count):
+            before += s.output_blocks[i - 1]
+            other = [*weights[i][:2], weights[i][-1], results[i], i32(s.outputs[i]), i32(before)]
+            mine = part >= before
+            chosen = [ptx.select(mine, a, b) for a, b in zip(other, chosen, strict=True)]
+        packed, scale, minimum, result, n, first_block = chosen
+        first = (part - first_block) * OUTPUTS
+        width = i32(2 * s.groups * s.group_size)
+        work = _Warp(plan, x, width, packed, scale, minimum, n, first)
+
+        per, extra = divmod(s.groups, c.splits)
+        begin = split * per + ptx.minimum(split, extra)
+        end = begin + per + ptx.select(split < extra, i32(1), 0)
+        ring = shared + warp * (c.stages * s.stage_bytes)
+        mine = begin + warp
+        deepest = -(-s.groups // c.splits)
+        steps = -(-deepest // plan.warps)
+
+        def order(i: V | int, ahead: int) -> None:
+            """Part `ahead` of the parts from step i on."""
+            turn = i + ahead // s.parts
+            turn = i32(turn) if isinstance(turn, int) else turn
+            group = mine + turn * plan.warps
+            slot = (turn * s.parts + ahead % s.parts) % c.stages
+            valid = group < end
+            group = ptx.select(valid, group, i32(0))
+            work.order(ring + slot * s.stage_bytes, group, ahead % s.parts, valid)
+            ptx.copy_async_commit()
+
+        for i in range(c.stages - 1):
+            order(0, i)
+
+        def inputs_of(i: V) -> list[V]:
+            return work.activations(ptx.minimum(mine + i * plan.warps, s.groups - 1))
+
+        count = 8 * s.column_blocks * 4
+
+        def step(i: V, carry: list[V]) -> list[V]:
+            sums, inputs = carry[:count], carry[count:]
+            following = inputs_of(i + 1)
+            products = work.empty()
+            for part in range(s.parts):
+                order(i, part + c.stages - 1)
+                ptx.copy_async_wait(c.stages - 1)
+                ptx.sync_warp()
+                stage = ring + ((i * s.parts + part) % c.stages) * s.stage_bytes
+                # Past the end, zeros are read, and scaled by zeros.
+                products = work.multiply(stage, inputs, part, products)
+                if part == s.parts - 1:
+                    sums = work.add(stage, products, sums)
+                ptx.sync_warp()
+            return [*sums, *following]
+
+        zeros = [f32(0.0)] * count
+        sums = ptx.loop(i32(0), i32(steps), [*zeros, *inputs_of(i32(0))], step)[:count]
+        ptx.copy_async_wait(0)
+        ptx.sync_threads(i32(0), 32 * plan.warps)
+
+        # Sums of the warps, in shared memory as [warp][row][output].
+        region = 8 * s.column_blocks * OUTPUTS * 4
+        g, q = work.g, work.q
+        for t in range(8):
+            for b in range(s.column_blocks):
+                x4 = sums[(t * s.column_blocks + b) * 4 :][:4]
+                for i in range(2):
+                    at = shared + warp * region + (q * 2 + (8 * b + i)) * (4 * OUTPUTS)
+                    ptx.store(at + g * 64 + 8 * t, [x4[i], x4[2 + i]])
+        ptx.sync_threads(i32(0), 32 * plan.warps)
+        pieces = s.rows * OUTPUTS // 4
+        for turn in range(-(-pieces // (32 * plan.warps))):
+            piece = thread + turn * 32 * plan.warps
+            row, column = piece // (OUTPUTS // 4), (piece % (OUTPUTS // 4)) * 4
+
+            def write(row: V = row, column: V = column, piece: V = piece) -> None:
+                parts = [
+                    ptx.load(shared + piece * 16 + w * region, 4, "f32") for w in range(plan.warps)
+                ]
+                total = parts[0]
+                for other in parts[1:]:
+                    total = [a + b for a, b in zip(total, other, strict=True)]
+                index = (split * s.rows + row).to_i64() * n.to_i64() + (first + column).to_i64()
+                ptx.store(result + index * 4, total)
+
+            inside = ptx.both(piece < pieces, first + column < n)
+            ptx.when(inside, write)
+
+    return body
+
+
+def unsupported(x: Any, weights: Sequence[QuantizedWeight]) -> str | None:
+    """Why the kernel cannot do a call, or None."""
+    rows = 1
+    for size in x.shape[:-1]:
+        rows *= size
+    if x.dtype != jnp.bfloat16:
+        return "activations have to be bfloat16"
+    if not 1 <= rows <= MAX_ROWS:
+        return f"there are {rows} rows; it takes up to {MAX_ROWS}"
+    first = weights[0]
+    if first.group_size not in (32, 64, 128):
+        return f"the weight's group is {first.group_size}; it takes 32, 64 and 128"
+    for w in weights:
+        if w.packed.shape[:2] != first.packed.shape[:2]:
+            return "the weights' groups differ"
+        if (w.minimum is None) != (first.minimum is None):
+            return "some weights are symmetric and some are not"
+        if w.packed.shape[-1] % 16:
+            return f"a weight has {w.packed.shape[-1]} outputs; it takes multiples of 16"
+    return None
+
+
+def shape_of(x: Any, weights: Sequence[QuantizedWeight]) -> Shape:
+    """The shape that a call specializes the kernel to."""
+    rows = 1
+    for size in x.shape[:-1]:
+        rows *= size
+    groups = weights[0].packed.shape[0]
+    outputs = tuple(w.packed.shape[-1] for w in weights)
+    return Shape(rows, groups, weights[0].group_size, outputs, weights[0].minimum is None)
+
+
+def int4_matmuls(
+    x: jax.Array, weights: Sequence[QuantizedWeight], *, config: Config
+) -> list[jax.Array]:
+    """See `pallas_kernels.int4_matmul.api.int4_matmuls`; bf16 activations."""
+    shape = shape_of(x, weights)
+    plan = Plan(shape, config)
+    rows = x.reshape(shape.rows, x.shape[-1])
+    missing = shape.groups * shape.group_size - x.shape[-1]
+    if missing:
+        rows = jnp.pad(rows, ((0, 0), (0, missing)))
+    operands = [rows]
+    for w in weights:
+        operands += [w.packed, w.scale] + ([] if w.minimum is None else [w.minimum])
+    parts = ptx.kernel(
+        _body(plan),
+        [jax.ShapeDtypeStruct((config.splits, shape.rows, n), jnp.float32) for n in shape.outputs],
+        name="int4_matmul",
+        blocks=plan.blocks,
+        warpgroups=config.warpgroups,
+        shared_bytes=plan.shared_bytes,
+    )(*operands)
+    return [y.sum(0).reshape(*x.shape[:-1], n) for y, n in zip(parts, shape.outputs, strict=True)]
