@@ -24,9 +24,9 @@ def quantized_layers(config: DraftConfig) -> tuple[str, ...]:
 def quantize_weight(kernel: jax.Array, group_size: int, symmetric: bool) -> QuantizedWeight:
     """[Kin, N] → 4-bit groups of `group_size` input channels, rounded to nearest.
 
-    Symmetric: the weight of the largest magnitude is code −8, whatever its sign, so the scale may be
-    negative; all sixteen codes are used. Scale and minimum are rounded to bf16 first and the codes
-    computed against what is stored. Where `group_size` does not divide Kin the last group is
+    Symmetric: the weight of the largest magnitude has code −8 whatever its sign, so all sixteen
+    codes are used and the scale may be negative. Scale and minimum are rounded to bf16 first and the
+    codes computed against what is stored. Where `group_size` does not divide Kin the last group is
     shorter, and filled up with unused codes.
     """
     kin, n = kernel.shape
