@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -124,6 +124,13 @@ rope_settings = st.one_of(
     head_dim=st.sampled_from([16, 64, 80, 96, 128, 256]),
     context=contexts,
     length=st.integers(1, 262144),
+)
+@example(  # a ramp of no width
+    rope={"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 6},
+    theta=1e4,
+    head_dim=64,
+    context=32,
+    length=1,
 )
 def test_rope_frequencies_are_those_of_transformers(rope, theta, head_dim, context, length):
     rope = {"rope_theta": theta, **rope}
