@@ -1,0 +1,35 @@
+"""The notebooks run from top to bottom in a kernel of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+def test_quickstart_runs(smollm2_gguf, monkeypatch):
+    monkeypatch.setenv("QUANTSPEC_NEW_TOKENS", "24")
+    monkeypatch.setenv("QUANTSPEC_GAMMAS", "2 4")
+    notebook = nbformat.read(NOTEBOOKS / "quickstart.ipynb", as_version=4)
+    client = NotebookClient(
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}}
+    )
+    client.execute()
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    pictures = [out for out in outputs if "image/png" in out.get("data", {})]
+    text = "".join(out.get("text", "") for out in outputs if out.get("name") == "stdout")
+    assert len(pictures) == 2
+    assert "bits a value: int4 4.38, int8 8.38" in text
+    for gamma in (2, 4):
+        assert f"gamma {gamma}: acceptance" in text
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_no_outputs_are_stored(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
