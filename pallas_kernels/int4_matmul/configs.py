@@ -19,28 +19,35 @@ def key(shape: Shape) -> str:
     )
 
 
-def _idle(shape: Shape, config: Config) -> float:
-    """Share of the chip that the last wave of blocks leaves idle, and the cost of many splits."""
+def _cost(shape: Shape, config: Config) -> float:
+    """Time of a configuration, roughly, in units of what the bytes alone would take.
+
+    The slowest warp's groups, waves of blocks counted, and the traffic of partial sums.
+    """
     plan = Plan(shape, config)
-    resident = dispatch.multiprocessors() * max(1, dispatch.SHARED_BYTES // plan.shared_bytes)
+    # Two warpgroups a block take a multiprocessor's registers for 8 warps; else a block fills it.
+    resident = dispatch.multiprocessors() * (2 if config.warpgroups == 1 else 1)
     waves = -(-plan.blocks // resident)
-    deepest = -(-shape.groups // config.splits)
-    balance = plan.blocks * shape.groups / config.splits / (waves * resident * deepest)
+    deepest = -(-(-(-shape.groups // config.splits)) // plan.warps)  # noqa: B002
+    slots = waves * resident * config.warpgroups * plan.warps * deepest
+    work = sum(shape.output_blocks) * shape.groups
     traffic = 8 * config.splits * shape.rows / (shape.groups * shape.group_size / 2)
-    return 1 - balance + traffic
+    fewer_warps = {1: 1.3, 2: 1.3, 3: 1.1, 4: 1.0}[config.warpgroups]
+    return fewer_warps * slots / work + traffic
 
 
 def candidates(shape: Shape) -> list[Config]:
     """Configurations that the kernel can run on the shape, best guess first."""
 
     def all_of_them() -> Iterator[Config]:
-        for splits in range(1, min(shape.groups, 16) + 1):
-            for stages in (4, 3, 6):
-                config = Config(1, stages, splits)
-                if Plan(shape, config).shared_bytes <= dispatch.SHARED_BYTES:
-                    yield config
+        for splits in range(1, min(shape.groups, 32) + 1):
+            for warpgroups in (4, 3, 1):
+                for stages in (3, 4, 2):
+                    config = Config(warpgroups, stages, splits)
+                    if Plan(shape, config).shared_bytes <= dispatch.SHARED_BYTES:
+                        yield config
 
-    return sorted(all_of_them(), key=lambda config: _idle(shape, config))
+    return sorted(all_of_them(), key=lambda config: _cost(shape, config))
 
 
 def choose(shape: Shape) -> Config:

@@ -23,7 +23,8 @@ MAGIC = 0x43004300  # two bf16 128.0: with a code in the low bits, 128 + code
 class Config:
     """How a product is laid on the chip.
 
-    warpgroups  of 128 threads a block; a block has 128 outputs of one split
+    warpgroups  a block, each on its own with 128 outputs of one split: they share a block only
+                because a block of 4 leaves 128 registers a thread, and so 16 warps fit
     stages      parts of groups that a warp has in shared memory, read or in flight
     splits      parts that the input channels are dealt into; XLA adds their results
     """
@@ -73,18 +74,26 @@ class Plan:
     shape: Shape
     config: Config
 
-    @property
-    def warps(self) -> int:
-        return 4 * self.config.warpgroups
+    warps = 4  # of a warpgroup
 
     @property
-    def blocks(self) -> int:
+    def items(self) -> int:
+        """Pieces of work of a warpgroup: 128 outputs of one split."""
         return sum(self.shape.output_blocks) * self.config.splits
 
     @property
-    def shared_bytes(self) -> int:
+    def blocks(self) -> int:
+        return -(-self.items // self.config.warpgroups)
+
+    @property
+    def item_bytes(self) -> int:
+        """Shared memory of a warpgroup: its warps' rings, and their sums in the end."""
         ring = self.warps * self.config.stages * self.shape.stage_bytes
         return max(ring, self.warps * 8 * self.shape.column_blocks * OUTPUTS * 4)
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.config.warpgroups * self.item_bytes
 
 
 class _Warp:
@@ -210,11 +219,13 @@ def _body(plan: Plan):
         each = 2 if s.symmetric else 3
         weights = [rest[i * each : (i + 1) * each] for i in range(count)]
         results = rest[count * each :]
-        thread = ptx.special("tid.x")
+        warpgroup = ptx.uniform(ptx.special("tid.x") >> 7)
+        thread = ptx.special("tid.x") & 127
         warp = ptx.uniform(thread >> 5)
-        block = ptx.special("ctaid.x")
+        item = ptx.special("ctaid.x") * c.warpgroups + warpgroup
+        shared = shared + warpgroup * plan.item_bytes
         parts = sum(s.output_blocks)
-        part, split = block % parts, block // parts
+        part, split = item % parts, item // parts
 
         # The weight that this block works on.
         chosen = [*weights[0][:2], weights[0][-1], results[0], i32(s.outputs[0]), i32(0)]
@@ -232,6 +243,7 @@ def _body(plan: Plan):
         per, extra = divmod(s.groups, c.splits)
         begin = split * per + ptx.minimum(split, extra)
         end = begin + per + ptx.select(split < extra, i32(1), 0)
+        end = ptx.select(item < plan.items, end, begin)
         ring = shared + warp * (c.stages * s.stage_bytes)
         mine = begin + warp
         deepest = -(-s.groups // c.splits)
@@ -257,8 +269,7 @@ def _body(plan: Plan):
         count = 8 * s.column_blocks * 4
 
         def step(i: V, carry: list[V]) -> list[V]:
-            sums, inputs = carry[:count], carry[count:]
-            following = inputs_of(i + 1)
+            sums, inputs = carry, inputs_of(i)
             products = work.empty()
             for part in range(s.parts):
                 order(i, part + c.stages - 1)
@@ -270,12 +281,12 @@ def _body(plan: Plan):
                 if part == s.parts - 1:
                     sums = work.add(stage, products, sums)
                 ptx.sync_warp()
-            return [*sums, *following]
+            return sums
 
         zeros = [f32(0.0)] * count
-        sums = ptx.loop(i32(0), i32(steps), [*zeros, *inputs_of(i32(0))], step)[:count]
+        sums = ptx.loop(i32(0), i32(steps), zeros, step)
         ptx.copy_async_wait(0)
-        ptx.sync_threads(i32(0), 32 * plan.warps)
+        ptx.sync_threads(warpgroup + 1, 32 * plan.warps)
 
         # Sums of the warps, in shared memory as [warp][row][output].
         region = 8 * s.column_blocks * OUTPUTS * 4
@@ -286,7 +297,7 @@ def _body(plan: Plan):
                 for i in range(2):
                     at = shared + warp * region + (q * 2 + (8 * b + i)) * (4 * OUTPUTS)
                     ptx.store(at + g * 64 + 8 * t, [x4[i], x4[2 + i]])
-        ptx.sync_threads(i32(0), 32 * plan.warps)
+        ptx.sync_threads(warpgroup + 1, 32 * plan.warps)
         pieces = s.rows * OUTPUTS // 4
         for turn in range(-(-pieces // (32 * plan.warps))):
             piece = thread + turn * 32 * plan.warps
@@ -303,6 +314,7 @@ def _body(plan: Plan):
                 ptx.store(result + index * 4, total)
 
             inside = ptx.both(piece < pieces, first + column < n)
+            inside = ptx.both(inside, item < plan.items)
             ptx.when(inside, write)
 
     return body

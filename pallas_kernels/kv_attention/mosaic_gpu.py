@@ -502,6 +502,11 @@ def _softmax(
     return p, scaled
 
 
+def _unit(shape: Shape) -> float:
+    """What 1 is in the sums: a step of the upper plane in the bits of a float16 subnormal."""
+    return {0: 1.0, 1: 2.0**-24, 2: 2.0**-20}[shape.planes]
+
+
 class _Tile:
     """Computation of a warp on its tokens of a tile of codes in shared memory.
 
@@ -516,8 +521,8 @@ class _Tile:
         self.g, self.q = lane >> 2, lane & 3
         s = plan.shape
         self.both = s.planes == 2
-        # Exponent of the sums' unit, and of what a half step is in the draft and target views.
-        self.unit = 2.0**-20 if self.both else 2.0**-24
+        # What the codes are short of in the draft and target views, in steps.
+        self.unit = _unit(s)
         self.half = 0.5 if self.both else 1 / 32
         self.high_factor = 1.0 if self.both else 1 / 16
         self.words = s.head_dim // 32
@@ -666,8 +671,8 @@ class _Tile:
 class _FullPrecision:
     """Computation of a warp on 16 full-precision tokens in shared memory."""
 
-    def __init__(self, plan: Plan, rows: _Rows, lane: V, unit: float):
-        self.plan, self.rows, self.lane, self.unit = plan, rows, lane, unit
+    def __init__(self, plan: Plan, rows: _Rows, lane: V):
+        self.plan, self.rows, self.lane, self.unit = plan, rows, lane, _unit(plan.shape)
         self.g, self.q = lane >> 2, lane & 3
 
     def accumulate(
@@ -766,15 +771,18 @@ def _attention_body(plan: Plan):
                 (quantized,) = ptx.load(operands["quantized_length"] + b.to_i64() * 4)
                 (start,) = ptx.load(operands["start"] + b.to_i64() * 4)
                 stop = ptx.minimum(units, skip + left)
-                rows = _Rows(plan, operands, b, k, first_row, lane)
+
+                def load_rows() -> _Rows:
+                    return _Rows(plan, operands, b, k, first_row, lane)
+
+                # One block of rows stays in registers; of more, there would be none left.
+                kept = load_rows() if c.column_blocks == 1 else None
                 visible = []
                 for n in range(c.column_blocks):
                     row = [first_row + 8 * n + q * 2 + i for i in range(2)]
                     reach = start - quantized - int(s.strict)
                     visible.append([reach + r % s.tokens for r in row])
-                tile = _Tile(plan, rows, lane) if s.planes else None
-                unit = tile.unit if tile else 1.0
-                exact = _FullPrecision(plan, rows, lane, unit)
+                unit = _unit(s)
                 count = len(_State(plan).flat())
 
                 def step(carry: list[V], compute: Any) -> list[V]:
@@ -790,7 +798,7 @@ def _attention_body(plan: Plan):
 
                 def tile_step(_: V, carry: list[V]) -> list[V]:
                     def compute(state: _State, data: V) -> None:
-                        assert tile is not None
+                        tile = _Tile(plan, kept or load_rows(), lane)
                         queries, initial = tile.queries(data)
                         share = s.group_size // c.token_warps
                         for j in range(0, share, 32):
@@ -806,12 +814,13 @@ def _attention_body(plan: Plan):
                         values = keys + plan.unit_rows * 2 * s.head_dim
                         slot = (i - tiles) * plan.unit_rows + mine
                         slot = ptx.select(active, slot, 1 << 30)
+                        exact = _FullPrecision(plan, kept or load_rows(), lane)
                         exact.accumulate(state, keys, values, slot, used, visible)
 
                     return step(carry, compute)
 
                 flow = [stage, phase, *producer, *_State(plan).flat()]
-                if tile:
+                if s.planes:
                     flow = ptx.loop(skip, ptx.minimum(stop, tiles), flow, tile_step)
                 flow = ptx.loop(ptx.at_least(skip, tiles), stop, flow, exact_step)
                 stage, phase, *rest = flow
