@@ -1,0 +1,75 @@
+"""Time from the start of a process to its first token, with and without compiled code on disk.
+
+    python benchmarks/first_token.py --model M --text TEXT --output benchmarks/NAME.json
+
+Each measurement is a process of its own. The cold one starts with an empty compilation cache, the
+others find what it left there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from quantspec_jax.bench import record
+
+CHILD = """
+import sys, time
+import quantspec_jax as qs
+model = qs.load(sys.argv[1], dtype="float32")
+ids = model.tokenizer(open(sys.argv[2], encoding="utf-8").read()[20_000:40_000])["input_ids"]
+config = qs.GenerateConfig(max_new_tokens=64, ignore_eos=True)
+pieces = qs.stream(model, ids[:int(sys.argv[3])], config)
+next(pieces)
+print(time.time(), flush=True)
+for _ in pieces:
+    pass
+print(time.time(), flush=True)
+"""
+
+
+def measure(args: argparse.Namespace, cache: str) -> tuple[float, float]:
+    """(seconds to the first text, seconds to the end) of a new process."""
+    begin = time.time()
+    out = subprocess.run(
+        [sys.executable, "-c", CHILD, args.model, args.text, str(args.prompt_tokens)],
+        env={**os.environ, "QUANTSPEC_CACHE_DIR": cache},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    return float(out[0]) - begin, float(out[1]) - begin
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--prompt-tokens", type=int, default=1000)
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("cold", "compiled code on disk", "compiled code on disk, again"):
+            first, end = measure(args, cache)
+            rows.append(
+                {
+                    "what": name,
+                    "prompt_tokens": args.prompt_tokens,
+                    "first_token_seconds": first,
+                    "end_of_64_tokens_seconds": end,
+                }
+            )
+            print(rows[-1], file=sys.stderr, flush=True)
+    command = "python benchmarks/first_token.py --model M --text TEXT --output FILE"
+    record.write(args.output, command, rows, model=Path(args.model).stem, dtype="float32")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

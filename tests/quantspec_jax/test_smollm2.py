@@ -1,0 +1,36 @@
+"""The whole path on a real model, SmolLM2-135M-Instruct: a short part of benchmarks/identity.py."""
+
+from __future__ import annotations
+
+import pytest
+
+import quantspec_jax as qs
+from quantspec_jax.demo import prompt_text
+
+NEW = 150  # at least one flush after the prompt's own
+
+
+@pytest.fixture(scope="module")
+def model(smollm2_gguf):
+    return qs.load(str(smollm2_gguf), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def prompt(model):
+    ids = model.tokenizer(prompt_text())["input_ids"]
+    assert len(ids) >= 900
+    return ids[:900]
+
+
+@pytest.mark.parametrize("lengths", [[900], [850, 600]])
+def test_greedy_tokens_are_those_of_the_int8_target(model, prompt, lengths):
+    prompts = [prompt[:length] for length in lengths]
+    common = {"max_new_tokens": NEW, "ignore_eos": True, "max_length": 1152}
+    ours = qs.generate(model, prompts, qs.GenerateConfig(gamma=4, **common))
+    target = qs.GenerateConfig(mode="autoregressive", kv="int8", pass_width=5, **common)
+    theirs = qs.generate(model, prompts, target)
+    assert ours.tokens == theirs.tokens
+    assert ours.text == theirs.text
+    for stats in ours.stats:
+        assert 0.5 < stats["acceptance_rate"] < 1, "a 4-bit draft is good, not perfect"
+        assert stats["tokens_per_round"] > 2
