@@ -25,9 +25,9 @@ def quantize_weight(kernel: jax.Array, group_size: int, symmetric: bool) -> Quan
     """[Kin, N] → 4-bit groups of `group_size` input channels, rounded to nearest.
 
     Symmetric: the weight of the largest magnitude has code −8 whatever its sign, so all sixteen
-    codes are used and the scale may be negative. Scale and minimum are rounded to bf16 first and the
-    codes computed against what is stored. Where `group_size` does not divide Kin the last group is
-    shorter, and filled up with unused codes.
+    codes are used and the scale may be negative. Scale and minimum are rounded to bf16 first and
+    the codes computed against what is stored. Where `group_size` does not divide Kin the last group
+    is shorter, and filled up with unused codes.
     """
     kin, n = kernel.shape
     groups = -(-kin // group_size)
