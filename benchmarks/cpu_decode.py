@@ -16,12 +16,31 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
 import quantspec_jax as qs
 from quantspec_jax.bench import record
+from quantspec_jax.models.parameters import flatten
 
+HF_NAMES = {
+    "embedding": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "lm_head.kernel": "lm_head.weight",
+}
+HF_PARTS = {
+    "attention_norm": "input_layernorm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    ".kernel": "_proj.weight",
+    ".q_proj": ".self_attn.q_proj",
+    ".k_proj": ".self_attn.k_proj",
+    ".v_proj": ".self_attn.v_proj",
+    ".o_proj": ".self_attn.o_proj",
+    ".gate_proj": ".mlp.gate_proj",
+    ".up_proj": ".mlp.up_proj",
+    ".down_proj": ".mlp.down_proj",
+}
 CONFIGS = {
     "autoregressive, kv full": {"mode": "autoregressive", "kv": "full"},
     "autoregressive, kv int8": {"mode": "autoregressive", "kv": "int8"},
@@ -53,9 +72,40 @@ def theirs(model, prompt: list[int], new: int) -> tuple[float, float, None]:
     return seconds[0], (new - 1) / (seconds[1] - seconds[0]), None
 
 
+def torch_twin(model: qs.Model) -> torch.nn.Module:
+    """transformers' Llama with the same weights."""
+    config = model.config
+    peer = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_context,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
+            tie_word_embeddings=config.tie_embeddings,
+        )
+    )
+    state = {}
+    for path, array in flatten(model.params).items():
+        name = HF_NAMES.get(path) or "model." + path
+        for ours, theirs in HF_PARTS.items():
+            name = name.replace(ours, theirs)
+        values = np.array(array)
+        state[name] = torch.from_numpy(values.T.copy() if path.endswith("kernel") else values)
+    if config.tie_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    peer.load_state_dict(state)
+    return peer.eval()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a GGUF file")
+    parser.add_argument("--model", required=True, help="of the Llama family, without biases")
     parser.add_argument("--text", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[512, 4000])
@@ -64,10 +114,7 @@ def main() -> int:
     args = parser.parse_args()
 
     model = qs.load(args.model, dtype="float32")
-    path = Path(args.model)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
+    peer = torch_twin(model)
     text = Path(args.text).read_text(encoding="utf-8")[20_000:60_000]
     ids = model.tokenizer(text)["input_ids"]
     rows, new = [], args.new_tokens
@@ -95,7 +142,7 @@ def main() -> int:
             rows.append(row)
             print(row, file=sys.stderr, flush=True)
     command = "python benchmarks/cpu_decode.py --model M.gguf --text TEXT --output FILE"
-    record.write(args.output, command, rows, model=path.stem, dtype="float32")
+    record.write(args.output, command, rows, model=Path(args.model).stem, dtype="float32")
     return 0
 
 
