@@ -10,7 +10,8 @@ SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-INSTALL := $(PIP) install --quiet --disable-pip-version-check
+# setuptools warns about every editable installation.
+INSTALL := PYTHONWARNINGS=ignore $(PIP) install --quiet --disable-pip-version-check
 
 # The first interpreter that is new enough; PYTHON=... names another.
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python

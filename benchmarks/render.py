@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ README = FOLDER.parent / "README.md"
 BEGIN = "<!-- results: made by benchmarks/render.py from benchmarks/*.json -->"
 END = "<!-- end of results -->"
 MOST_ROWS = 24
+KEYS = ("what", "title", "command", "device", "versions", "date", "rows")
 
 
 def tables(folder: Path = FOLDER) -> str:
@@ -34,13 +36,15 @@ def table(run: dict[str, Any], path: Path) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     same = [name for name in columns if len(rows) > 1 and is_same(name, rows)]
     columns = [name for name in columns if name not in same]
+    settings = {name: run[name] for name in run if name not in KEYS}
+    settings = flatten(settings) | {name: rows[0][name] for name in same}
     lines = [
-        f"**{run['what']}** · {run['device']} · {run['date']} · {versions(run)}",
+        f"**{title(run)}** · {run['device']} · {run['date']} · {versions(run)}",
         "",
         f"[{path.name}](benchmarks/{path.name}): `{one_line(run['command'])}`",
     ]
-    if same:
-        lines[-1] += "; " + ", ".join(f"{words(n)} {cell(n, rows[0][n])}" for n in same)
+    if settings:
+        lines[-1] += "; " + ", ".join(f"{words(n)} {cell(n, v)}" for n, v in settings.items())
     lines.append("")
     if columns:
         lines.append("| " + " | ".join(map(words, columns)) + " |")
@@ -52,9 +56,17 @@ def table(run: dict[str, Any], path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def title(run: dict[str, Any]) -> str:
+    """The run's title, else its name in words."""
+    name = re.sub(r"-\d{4}-\d\d-\d\d$", "", run["what"]).replace("-", " ")
+    return run.get("title", name[:1].upper() + name[1:])
+
+
 def is_same(name: str, rows: list[dict[str, Any]]) -> bool:
-    """Whether every row has this column, with the same value."""
-    return all(name in row and row[name] == rows[0][name] for row in rows)
+    """Whether every row has this column, with the same value, and it looks like a setting: measured
+    numbers are shown even where they agree."""
+    values = [row.get(name) for row in rows]
+    return values.count(values[0]) == len(rows) and not isinstance(values[0], float | None)
 
 
 def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
