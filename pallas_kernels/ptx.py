@@ -19,7 +19,14 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import arith as _arith
+from jaxlib.mlir.dialects import llvm as _llvm
+from jaxlib.mlir.dialects import scf as _scf
+
+# Their stubs do not know the convenience layer over the generated operations.
+arith: Any = _arith
+llvm: Any = _llvm
+scf: Any = _scf
 
 
 def _type(name: str) -> Any:
@@ -203,7 +210,7 @@ def maximum(a: V, b: V) -> V:
     return asm("max.f32 $0, $1, $2;", ["f32"], [a, b])[0]
 
 
-def minimum(a: V, b: V) -> V:
+def minimum(a: V, b: V | int) -> V:
     """Signed integers."""
     return V(arith.minsi(a.value, a.like(b).value))
 

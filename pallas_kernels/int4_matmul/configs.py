@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pallas_kernels import dispatch, tuned
-from pallas_kernels.int4_matmul.mosaic_gpu import Config, Plan, Shape
+from pallas_kernels.int4_matmul.mosaic_gpu import BESIDE, OUTPUTS, Config, Plan, Shape
 
 KERNEL = "int4_matmul"
 
@@ -25,12 +25,12 @@ def _cost(shape: Shape, config: Config) -> float:
     The slowest warp's groups, waves of blocks counted, and the traffic of partial sums.
     """
     plan = Plan(shape, config)
-    # Two warpgroups a block take a multiprocessor's registers for 8 warps; else a block fills it.
+    # Two blocks of one warpgroup take a multiprocessor's registers; a larger block fills it.
     resident = dispatch.multiprocessors() * (2 if config.warpgroups == 1 else 1)
     waves = -(-plan.blocks // resident)
-    deepest = -(-(-(-shape.groups // config.splits)) // plan.warps)  # noqa: B002
-    slots = waves * resident * config.warpgroups * plan.warps * deepest
-    work = sum(shape.output_blocks) * shape.groups
+    deepest = -(-shape.groups // config.splits)
+    slots = waves * resident * config.warpgroups * deepest
+    work = sum(n / (OUTPUTS * BESIDE) for n in shape.outputs) * shape.groups
     traffic = 8 * config.splits * shape.rows / (shape.groups * shape.group_size / 2)
     fewer_warps = {1: 1.3, 2: 1.3, 3: 1.1, 4: 1.0}[config.warpgroups]
     return fewer_warps * slots / work + traffic
@@ -48,6 +48,15 @@ def candidates(shape: Shape) -> list[Config]:
                         yield config
 
     return sorted(all_of_them(), key=lambda config: _cost(shape, config))
+
+
+def diverse(shape: Shape) -> list[Config]:
+    """A few configurations worth measuring: the best guesses for each size of block."""
+    found = []
+    for warpgroups, stages in ((1, 3), (1, 4), (4, 2), (4, 3)):
+        same = [c for c in candidates(shape) if (c.warpgroups, c.stages) == (warpgroups, stages)]
+        found += same[:2]
+    return found
 
 
 def choose(shape: Shape) -> Config:

@@ -14,7 +14,8 @@ from pallas_kernels.layout import QuantizedWeight
 from pallas_kernels.ptx import V, f32, i32
 
 MAX_ROWS = 16
-OUTPUTS = 128  # of a block: one row of a stage is 128 bytes
+OUTPUTS = 128  # of a warp: one row of a stage is 128 bytes
+BESIDE = 4  # warps of a warpgroup, on neighbouring outputs: together they read whole rows of 512
 ONES = 0x3F803F80  # two bf16 1.0
 MAGIC = 0x43004300  # two bf16 128.0: with a code in the low bits, 128 + code
 
@@ -23,7 +24,7 @@ MAGIC = 0x43004300  # two bf16 128.0: with a code in the low bits, 128 + code
 class Config:
     """How a product is laid on the chip.
 
-    warpgroups  a block, each on its own with 128 outputs of one split: they share a block only
+    warpgroups  a block, each on its own with 512 outputs of one split: they share a block only
                 because a block of 4 leaves 128 registers a thread, and so 16 warps fit
     stages      parts of groups that a warp has in shared memory, read or in flight
     splits      parts that the input channels are dealt into; XLA adds their results
@@ -50,8 +51,8 @@ class Shape:
 
     @property
     def output_blocks(self) -> list[int]:
-        """Blocks of 128 outputs of each weight."""
-        return [-(-n // OUTPUTS) for n in self.outputs]
+        """Pieces of 512 outputs of each weight, one a warpgroup."""
+        return [-(-n // (OUTPUTS * BESIDE)) for n in self.outputs]
 
     @property
     def parts(self) -> int:
@@ -74,11 +75,9 @@ class Plan:
     shape: Shape
     config: Config
 
-    warps = 4  # of a warpgroup
-
     @property
     def items(self) -> int:
-        """Pieces of work of a warpgroup: 128 outputs of one split."""
+        """Pieces of work of a warpgroup: 512 outputs of one split."""
         return sum(self.shape.output_blocks) * self.config.splits
 
     @property
@@ -87,9 +86,8 @@ class Plan:
 
     @property
     def item_bytes(self) -> int:
-        """Shared memory of a warpgroup: its warps' rings, and their sums in the end."""
-        ring = self.warps * self.config.stages * self.shape.stage_bytes
-        return max(ring, self.warps * 8 * self.shape.column_blocks * OUTPUTS * 4)
+        """Shared memory of a warpgroup: its warps' rings."""
+        return BESIDE * self.config.stages * self.shape.stage_bytes
 
     @property
     def shared_bytes(self) -> int:
@@ -236,7 +234,7 @@ def _body(plan: Plan):
             mine = part >= before
             chosen = [ptx.select(mine, a, b) for a, b in zip(other, chosen, strict=True)]
         packed, scale, minimum, result, n, first_block = chosen
-        first = (part - first_block) * OUTPUTS
+        first = ((part - first_block) * BESIDE + warp) * OUTPUTS
         width = i32(2 * s.groups * s.group_size)
         work = _Warp(plan, x, width, packed, scale, minimum, n, first)
 
@@ -245,15 +243,13 @@ def _body(plan: Plan):
         end = begin + per + ptx.select(split < extra, i32(1), 0)
         end = ptx.select(item < plan.items, end, begin)
         ring = shared + warp * (c.stages * s.stage_bytes)
-        mine = begin + warp
         deepest = -(-s.groups // c.splits)
-        steps = -(-deepest // plan.warps)
 
         def order(i: V | int, ahead: int) -> None:
             """Part `ahead` of the parts from step i on."""
             turn = i + ahead // s.parts
             turn = i32(turn) if isinstance(turn, int) else turn
-            group = mine + turn * plan.warps
+            group = begin + turn
             slot = (turn * s.parts + ahead % s.parts) % c.stages
             valid = group < end
             group = ptx.select(valid, group, i32(0))
@@ -264,7 +260,7 @@ def _body(plan: Plan):
             order(0, i)
 
         def inputs_of(i: V) -> list[V]:
-            return work.activations(ptx.minimum(mine + i * plan.warps, s.groups - 1))
+            return work.activations(ptx.minimum(begin + i, s.groups - 1))
 
         count = 8 * s.column_blocks * 4
 
@@ -284,38 +280,25 @@ def _body(plan: Plan):
             return sums
 
         zeros = [f32(0.0)] * count
-        sums = ptx.loop(i32(0), i32(steps), zeros, step)
+        sums = ptx.loop(i32(0), i32(deepest), zeros, step)
         ptx.copy_async_wait(0)
-        ptx.sync_threads(warpgroup + 1, 32 * plan.warps)
 
-        # Sums of the warps, in shared memory as [warp][row][output].
-        region = 8 * s.column_blocks * OUTPUTS * 4
-        g, q = work.g, work.q
-        for t in range(8):
-            for b in range(s.column_blocks):
-                x4 = sums[(t * s.column_blocks + b) * 4 :][:4]
-                for i in range(2):
-                    at = shared + warp * region + (q * 2 + (8 * b + i)) * (4 * OUTPUTS)
-                    ptx.store(at + g * 64 + 8 * t, [x4[i], x4[2 + i]])
-        ptx.sync_threads(warpgroup + 1, 32 * plan.warps)
-        pieces = s.rows * OUTPUTS // 4
-        for turn in range(-(-pieces // (32 * plan.warps))):
-            piece = thread + turn * 32 * plan.warps
-            row, column = piece // (OUTPUTS // 4), (piece % (OUTPUTS // 4)) * 4
+        # Lane 4 g + q has rows 2q and 2q + 1 of each 8, and outputs 16 g … 16 g + 15.
+        for b in range(s.column_blocks):
+            for i in range(2):
+                row = work.q * 2 + (8 * b + i)
+                index = (split * s.rows + row).to_i64() * n.to_i64()
+                column = first + work.g * 16
+                at = result + (index + column.to_i64()) * 4
 
-            def write(row: V = row, column: V = column, piece: V = piece) -> None:
-                parts = [
-                    ptx.load(shared + piece * 16 + w * region, 4, "f32") for w in range(plan.warps)
-                ]
-                total = parts[0]
-                for other in parts[1:]:
-                    total = [a + b for a, b in zip(total, other, strict=True)]
-                index = (split * s.rows + row).to_i64() * n.to_i64() + (first + column).to_i64()
-                ptx.store(result + index * 4, total)
+                def write(at: V = at, b: int = b, i: int = i) -> None:
+                    for t in range(0, 8, 2):
+                        two = [sums[((t + u) * s.column_blocks + b) * 4 :][:4] for u in range(2)]
+                        four = [two[0][i], two[0][2 + i], two[1][i], two[1][2 + i]]
+                        ptx.store(at + 8 * t, four)
 
-            inside = ptx.both(piece < pieces, first + column < n)
-            inside = ptx.both(inside, item < plan.items)
-            ptx.when(inside, write)
+                inside = ptx.both(row < s.rows, column < n)
+                ptx.when(ptx.both(inside, item < plan.items), write)
 
     return body
 
@@ -333,12 +316,12 @@ def unsupported(x: Any, weights: Sequence[QuantizedWeight]) -> str | None:
     if first.group_size not in (32, 64, 128):
         return f"the weight's group is {first.group_size}; it takes 32, 64 and 128"
     for w in weights:
-        if w.packed.shape[:2] != first.packed.shape[:2]:
+        if (w.packed.shape[0], w.group_size) != (first.packed.shape[0], first.group_size):
             return "the weights' groups differ"
         if (w.minimum is None) != (first.minimum is None):
             return "some weights are symmetric and some are not"
-        if w.packed.shape[-1] % 16:
-            return f"a weight has {w.packed.shape[-1]} outputs; it takes multiples of 16"
+        if w.scale.shape[-1] % 16:
+            return f"a weight has {w.scale.shape[-1]} outputs; it takes multiples of 16"
     return None
 
 
@@ -348,8 +331,14 @@ def shape_of(x: Any, weights: Sequence[QuantizedWeight]) -> Shape:
     for size in x.shape[:-1]:
         rows *= size
     groups = weights[0].packed.shape[0]
-    outputs = tuple(w.packed.shape[-1] for w in weights)
-    return Shape(rows, groups, weights[0].group_size, outputs, weights[0].minimum is None)
+    outputs = tuple(w.scale.shape[-1] for w in weights)
+    return Shape(
+        rows=rows,
+        groups=groups,
+        group_size=weights[0].group_size,
+        outputs=outputs,
+        symmetric=weights[0].minimum is None,
+    )
 
 
 def int4_matmuls(

@@ -689,9 +689,9 @@ class _FullPrecision:
         here = keys + self.g * stride + self.q * (s.head_dim // 4)
         scores = [[f32(0.0)] * 4 for _ in range(blocks)]
         for half, x in ((0, self.rows.low), (s.head_dim, self.rows.high)):
-            two = [ptx.load_wide(here + half + 8 * stride * y, words) for y in range(2)]
+            token_rows = [ptx.load_wide(here + half + 8 * stride * y, words) for y in range(2)]
             for w in range(0, words, 2):
-                a = [two[0][w], two[1][w], two[0][w + 1], two[1][w + 1]]
+                a = [token_rows[y][w + i] for i in range(2) for y in range(2)]
                 for n in range(blocks):
                     scores[n] = ptx.mma("bf16", a, [x[n][w], x[n][w + 1]], scores[n])
         for n in range(blocks):

@@ -1,0 +1,368 @@
+"""`quantspec bench kernels`: each kernel beside its peers, on random data.
+
+Times are those of the kernels on the device (medians, from the profiler); bytes are codes, scales
+and minima, each once; inputs are rotated so that the L2 cache cannot hold them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import dispatch, timing, tuned
+from pallas_kernels.int4_matmul import api as matmul
+from pallas_kernels.int4_matmul import reference as matmul_reference
+from pallas_kernels.kv_attention import api as attention
+from pallas_kernels.kv_attention import reference as attention_reference
+from pallas_kernels.layout import Planes, QuantizedWeight
+from pallas_kernels.quantize_pack import api as quantize
+from quantspec_jax.bench import record
+
+KERNELS = ("attention", "matmul", "quantize")
+HEADS, HEAD_DIM, GROUP_SIZE = 32, 128, 128
+# GB/s that were measured before: a run in which less is measured is not judged by less.
+READ_CEILING = {"NVIDIA H200": 4390.0}
+COPY_CEILING = {"NVIDIA H200": 4190.0}
+ROTATED_BYTES = 400e6  # several times any L2 cache
+
+# (view, context, kv heads, query tokens); "ragged": a batch of 16 lengths up to the context
+ATTENTION = (
+    ("int4", 131072, 32, 1),
+    ("int4", 32768, 32, 1),
+    ("int4", 131072, 8, 1),
+    ("int8", 131072, 32, 5),
+    ("int8", 131072, 32, 8),
+    ("int8", 131072, 8, 8),
+    ("ragged", 32768, 32, 1),
+    ("full", 131072, 32, 1),
+)
+# name → input channels, outputs of each weight of the pass
+MATMUL = {
+    "llama-2-7b q, k, v": (4096, (4096, 4096, 4096)),
+    "llama-2-7b o": (4096, (4096,)),
+    "llama-2-7b gate, up": (4096, (11008, 11008)),
+    "llama-2-7b down": (11008, (4096,)),
+    "llama-3-8b q, k, v": (4096, (4096, 1024, 1024)),
+    "llama-3-8b gate, up": (4096, (14336, 14336)),
+    "llama-3-8b down": (14336, (4096,)),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `quantspec bench kernels`."""
+    parser.add_argument("--kernel", choices=KERNELS, nargs="+", default=list(KERNELS))
+    parser.add_argument("--no-peers", action="store_true", help="leave out the other kernels")
+    parser.add_argument(
+        "--tune",
+        choices=("attention", "matmul"),
+        nargs="+",
+        default=[],
+        help="measure configurations of these first, and keep the best in the device's file",
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, and return the rows of the recorded run."""
+    if dispatch.device() is None:
+        raise NotImplementedError(
+            "bench kernels measures CUDA kernels: it needs a CUDA device of compute capability 9.0"
+        )
+    ceilings = _ceilings()
+    rows: list[dict[str, Any]] = []
+    measures = {"attention": _attention, "matmul": _matmul, "quantize": _quantize}
+    for name in args.kernel:
+        for row in measures[name](ceilings, args):
+            print(_line(row), file=sys.stderr, flush=True)
+            rows.append(row)
+    return {
+        "device": record.device_name(),
+        "versions": record.versions(),
+        "read_ceiling_gb_per_second": ceilings["read"],
+        "copy_ceiling_gb_per_second": ceilings["copy"],
+        "rows": rows,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    peers = ", ".join(f"{k} {v:.4f}" for k, v in row["peers"].items())
+    return (
+        f"{row['kernel']} {row['context']} kv {row['kv_heads']} q {row['query_tokens']}: "
+        f"{row['milliseconds']:.4f} ms {row['percent_of_ceiling']:.1f}% "
+        f"error {row['error']:.1e} ({peers})"
+    )
+
+
+def _row(
+    kernel: str, seconds: float, num_bytes: float, ceiling: float, **more: Any
+) -> dict[str, Any]:
+    rate = num_bytes / seconds / 1e9
+    return {
+        "kernel": kernel,
+        "context": None,
+        "kv_heads": None,
+        "query_tokens": None,
+        "milliseconds": seconds * 1e3,
+        "bytes": int(num_bytes),
+        "gb_per_second": rate,
+        "percent_of_ceiling": 100 * rate / ceiling,
+        **more,
+    }
+
+
+def _ceilings() -> dict[str, float]:
+    """GB/s of reading and of copying, measured in this run."""
+    x = jax.random.bits(jax.random.key(0), (1 << 29,), jnp.uint32)
+    name = dispatch.device_name()
+    read = x.nbytes / timing.device_seconds(jax.jit(lambda x: jnp.max(x)), [(x,)], 5) / 1e9
+    copied = 2 * x.nbytes / timing.device_seconds(jax.jit(lambda x: x ^ 1), [(x,)], 5) / 1e9
+    return {
+        "read": max(read, READ_CEILING.get(name, 0.0)),
+        "copy": max(copied, COPY_CEILING.get(name, 0.0)),
+    }
+
+
+def _error(found: Any, expected: Any) -> float:
+    """‖found − expected‖ / ‖expected‖ over all arrays."""
+    pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
+    off = sum(float(jnp.sum((a.astype(jnp.float32) - b) ** 2)) for a, b in pairs)
+    return math.sqrt(off / sum(float(jnp.sum(b.astype(jnp.float32) ** 2)) for _, b in pairs))
+
+
+def _sets(num_bytes: float) -> int:
+    return max(2, math.ceil(ROTATED_BYTES / num_bytes))
+
+
+def random_planes(key: jax.Array, batch: int, kv_heads: int, tokens: int, values: bool) -> Planes:
+    """Planes of random codes, with the scales and minima of numbers of unit variance."""
+    d, g = HEAD_DIM, GROUP_SIZE
+    lead = (batch, kv_heads, tokens // g)
+    code = (*lead, d, g // 2) if values else (*lead, g, d // 2)
+    number = (*lead, -(-d // min(g, d)), g) if values else (*lead, d)
+    keys = jax.random.split(key, 4)
+    return Planes(
+        jax.random.bits(keys[0], code, jnp.uint8),
+        jax.random.bits(keys[1], code, jnp.uint8),
+        (0.3 + 0.1 * jax.random.uniform(keys[2], number)).astype(jnp.bfloat16),
+        (-2.3 - 0.7 * jax.random.uniform(keys[3], number)).astype(jnp.bfloat16),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.float32).astype(dtype)
+
+
+def _attention(ceilings: dict[str, float], args: argparse.Namespace) -> Any:
+    peers: dict[tuple[int, int], dict[str, float]] = {}
+    for view, context, kv_heads, tokens in ATTENTION:
+        lengths = [context]
+        name = {"int4": "draft attention", "int8": "verify attention"}.get(view, "bf16 attention")
+        if view == "ragged":
+            lengths = [int(x) // 128 * 128 for x in np.linspace(1024, context, 16)]
+            name, view = "draft attention, 16 ragged sequences", "int4"
+        here = peers.get((context, kv_heads), {}) if len(lengths) == 1 else {}
+        if not args.no_peers and not here and len(lengths) == 1:
+            here = peers[context, kv_heads] = _attention_peers(context, kv_heads)
+        yield _attention_row(name, view, context, kv_heads, tokens, lengths, ceilings, here, args)
+
+
+def _attention_row(
+    name: str,
+    view: str,
+    context: int,
+    kv_heads: int,
+    tokens: int,
+    lengths: Sequence[int],
+    ceilings: dict[str, float],
+    peers: dict[str, float],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    batch, full = len(lengths), view == "full"
+    if full:
+        num_bytes = 4.0 * sum(lengths) * kv_heads * HEAD_DIM
+    else:
+        num_bytes = attention_reference.ideal_bytes(
+            view, sum(lengths), kv_heads, HEAD_DIM, GROUP_SIZE
+        )
+    quantized = jnp.array([0] * batch if full else lengths, jnp.int32)
+    start = jnp.array(lengths if full else [n + GROUP_SIZE + 9 for n in lengths], jnp.int32)
+    slots = context + 16 if full else 2 * GROUP_SIZE
+    make = jax.jit(random_planes, static_argnums=(1, 2, 3, 4))
+    calls = []
+    for i in range(_sets(num_bytes)):
+        keys = jax.random.split(jax.random.key(i), 5)
+        planes = [
+            None if full else make(keys[j], batch, kv_heads, context, bool(j)) for j in range(2)
+        ]
+        buffers = [_normal(keys[2 + j], (batch, kv_heads, slots, HEAD_DIM)) for j in range(2)]
+        q = _normal(keys[4], (batch, tokens, HEADS, HEAD_DIM))
+        calls.append((q, *planes, *buffers, quantized, start))
+
+    if "attention" in args.tune:
+        _tune_attention(calls, view)
+
+    def attend(*call: Any, backend: str = "mosaic_gpu") -> tuple[jax.Array, jax.Array]:
+        return attention.kv_attention(*call, view=view, sm_scale=HEAD_DIM**-0.5, backend=backend)
+
+    seconds = timing.device_seconds(jax.jit(attend), calls)
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(functools.partial(attend, backend="xla"))(*calls[0])[0]
+    return _row(
+        name,
+        seconds,
+        num_bytes,
+        ceilings["read"],
+        context=context,
+        kv_heads=kv_heads,
+        query_tokens=tokens,
+        peers=peers,
+        error=_error(jax.jit(attend)(*calls[0])[0], expected),
+    )
+
+
+def _attention_peers(context: int, kv_heads: int) -> dict[str, float]:
+    """Milliseconds of one query token over a bf16 cache, by JAX's own attention."""
+    calls = []
+    for i in range(2):
+        keys = jax.random.split(jax.random.key(i), 3)
+        cache = (1, context, kv_heads, HEAD_DIM)
+        q = _normal(keys[0], (1, 1, HEADS, HEAD_DIM))
+        calls.append((q, _normal(keys[1], cache), _normal(keys[2], cache)))
+    found = {}
+    for implementation in ("cudnn", "xla"):
+        fn = jax.jit(functools.partial(jax.nn.dot_product_attention, implementation=implementation))
+        found[f"{implementation} bf16, 1 query"] = 1e3 * timing.device_seconds(fn, calls)
+    return found
+
+
+def _tune(
+    kernel: str, key: str, candidates: Sequence[Any], measure: Callable[[Any], float]
+) -> None:
+    """Measure configurations (frozen dataclasses) and write the fastest to the device's file."""
+    found = {}
+    for config in candidates:
+        found[config] = measure(config)
+        print(f"  {config} {found[config] * 1e6:.2f} µs", file=sys.stderr, flush=True)
+    tuned.save(dispatch.device_name(), kernel, {key: vars(min(found, key=found.__getitem__))})
+
+
+def _tune_attention(calls: Sequence[Any], view: str) -> None:
+    from pallas_kernels.kv_attention import configs, mosaic_gpu
+
+    q, keys, _, buffer, *_ = calls[0]
+    options: dict[str, Any] = {"view": view, "sm_scale": HEAD_DIM**-0.5, "strict": False}
+    shape = mosaic_gpu.shape_of(q, keys, buffer, **options)
+
+    def measure(config: mosaic_gpu.Config) -> float:
+        fn = jax.jit(
+            lambda *call: mosaic_gpu.kv_attention(
+                *call, **options, config=config, blocks=dispatch.multiprocessors()
+            )
+        )
+        return timing.device_seconds(fn, calls)
+
+    _tune(configs.KERNEL, configs.key(shape), list(configs.candidates(shape))[:4], measure)
+
+
+def random_weight(key: jax.Array, inputs: int, outputs: int) -> QuantizedWeight:
+    """An asymmetric weight of random codes, groups of 128."""
+    groups = -(-inputs // GROUP_SIZE)
+    keys = jax.random.split(key, 3)
+    return QuantizedWeight(
+        jax.random.bits(keys[0], (groups, GROUP_SIZE // 2, outputs), jnp.uint8),
+        (0.01 + 0.01 * jax.random.uniform(keys[1], (groups, outputs))).astype(jnp.bfloat16),
+        (-0.1 - 0.05 * jax.random.uniform(keys[2], (groups, outputs))).astype(jnp.bfloat16),
+    )
+
+
+def _matmul(ceilings: dict[str, float], args: argparse.Namespace) -> Any:
+    make = jax.jit(random_weight, static_argnums=(1, 2))
+    for name, (inputs, outputs) in MATMUL.items():
+        num_bytes = sum(outputs) * inputs * (0.5 + 4 / GROUP_SIZE)
+        weights = [
+            [make(jax.random.key(10 * i + j), inputs, n) for j, n in enumerate(outputs)]
+            for i in range(_sets(num_bytes))
+        ]
+        for rows in (1, 8):
+            calls = [(_normal(jax.random.key(i), (rows, inputs)), w) for i, w in enumerate(weights)]
+            # A configuration serves up to 8 rows; decoding has one.
+            if rows == 1 and "matmul" in args.tune:
+                _tune_matmul(calls)
+            multiply = jax.jit(lambda x, w: matmul.int4_matmuls(x, w, backend="mosaic_gpu"))
+            peers = {} if args.no_peers else _matmul_peers(calls, rows)
+            x, first = calls[0]
+            with jax.default_matmul_precision("highest"):
+                expected = [
+                    jnp.matmul(x.astype(jnp.float32), matmul_reference.dequantize(w)[:inputs])
+                    for w in first
+                ]
+            yield _row(
+                f"int4 matmul, {name}",
+                timing.device_seconds(multiply, calls),
+                num_bytes,
+                ceilings["read"],
+                query_tokens=rows,
+                shape=[inputs, *outputs],
+                peers=peers,
+                error=_error(multiply(x, first), expected),
+            )
+
+
+def _matmul_peers(calls: Sequence[Any], rows: int) -> dict[str, float]:
+    """Milliseconds of the same product with bf16 weights."""
+    x, weights = calls[0]
+    shapes = [(x.shape[-1], w.scale.shape[-1]) for w in weights]
+    dense = [
+        (call[0], [_normal(jax.random.key(i), shape) for shape in shapes])
+        for i, call in enumerate(calls[:4])
+    ]
+    product = jax.jit(lambda x, ws: [jnp.dot(x, w) for w in ws])
+    return {f"bf16 product, {rows} rows": 1e3 * timing.device_seconds(product, dense)}
+
+
+def _tune_matmul(calls: Sequence[Any]) -> None:
+    from pallas_kernels.int4_matmul import configs, mosaic_gpu
+
+    shape = mosaic_gpu.shape_of(*calls[0])
+
+    def measure(config: mosaic_gpu.Config) -> float:
+        return timing.device_seconds(
+            jax.jit(lambda x, w: mosaic_gpu.int4_matmuls(x, w, config=config)), calls
+        )
+
+    _tune(configs.KERNEL, configs.key(shape), configs.diverse(shape), measure)
+
+
+def _quantize(ceilings: dict[str, float], args: argparse.Namespace) -> Any:
+    context = 32768
+    shape = (1, HEADS, context, HEAD_DIM)
+    calls = [(_normal(jax.random.key(i), shape),) for i in range(2)]
+    count = math.prod(shape)
+    for name in ("quantize_keys", "quantize_values"):
+        fn = functools.partial(getattr(quantize, name), group_size=GROUP_SIZE)
+        pallas = jax.jit(functools.partial(fn, backend="mosaic_gpu"))
+        dequantize = getattr(attention_reference, name.replace("quantize", "dequantize"))
+        planes = pallas(*calls[0])
+        back = jax.jit(lambda p, f=dequantize: f(p, "int8"))(planes)
+        peers = {}
+        if not args.no_peers:
+            xla = jax.jit(functools.partial(fn, backend="xla"))
+            peers["xla"] = 1e3 * timing.device_seconds(xla, calls)
+        yield _row(
+            name,
+            timing.device_seconds(pallas, calls),
+            3 * count + 4 * count / GROUP_SIZE,
+            ceilings["copy"],
+            context=context,
+            kv_heads=HEADS,
+            peers=peers,
+            error=_error(back, calls[0][0].astype(jnp.float32)),
+        )
