@@ -124,3 +124,15 @@ def accept(
         return Verdict(accepted, _row(best, accepted))
 
     return jax.lax.cond(any_sampled(sampling), sampled, greedy)
+
+
+def simulate(
+    verdict: Verdict, proposed: jax.Array, keys: jax.Array, position: jax.Array, alpha: float
+) -> Verdict:
+    """For measurements with random weights: accept each of `proposed` [B] proposals with
+    probability `alpha`, up to the first rejection, in place of what `verdict` found."""
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (32,)))(
+        draw_keys(keys, position, Role.ACCEPT)
+    )
+    run = jnp.sum(jnp.cumprod(draws < alpha, 1, dtype=jnp.int32), 1, dtype=jnp.int32)
+    return Verdict(jnp.minimum(run, proposed), verdict.token)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from quantspec_jax.cache import flush, flush_due, rollback
-from quantspec_jax.generate.accept import accept
+from quantspec_jax.generate.accept import accept, simulate
 from quantspec_jax.generate.draft import Proposals, draft
 from quantspec_jax.generate.sampling import Sampling
 from quantspec_jax.generate.state import DecodeState, Program
@@ -113,6 +113,9 @@ def one_round(
         state.keys,
         start + 1,
     )
+
+    if program.simulated_acceptance is not None:
+        verdict = simulate(verdict, proposed, state.keys, start, program.simulated_acceptance)
 
     active = ~state.finished
     length = jnp.where(active, start + verdict.accepted + 1, start)

@@ -20,12 +20,15 @@ class Program:
         `cache.pass_width` the rows of a target pass (γ + 1, or more as padding).
       gamma: tokens drafted a round; 0 is autoregressive decoding.
       backend: which kernels run.
+      simulated_acceptance: for measurements with random weights alone: accept each proposal with
+        this probability, whatever it is. The text then means nothing.
     """
 
     model: ModelConfig
     cache: CacheConfig
     gamma: int
     backend: str = "auto"
+    simulated_acceptance: float | None = None
 
     def __post_init__(self) -> None:
         if self.cache.pass_width <= self.gamma:
