@@ -41,23 +41,13 @@ def prompt_text() -> str:
     return f"{page}\n{QUESTION}"
 
 
-def summary(stats: dict[str, Any]) -> str:
-    """One line: speed, acceptance, tokens a round, bytes of the cache."""
-    cache = stats["cache_bytes"]
-    return (
-        f"{stats['decode_tokens_per_second']:.1f} tokens/s, "
-        f"acceptance {stats['acceptance_rate']:.1%}, "
-        f"{stats['tokens_per_round']:.2f} tokens a round, "
-        f"cache {cache['total']:,} bytes, {cache['total'] / cache['bf16_equivalent']:.2f} of bf16"
-    )
-
-
 def run(new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
     """Load, generate, print; returns the statistics."""
     import jax
 
     import quantspec_jax as qs
     from quantspec_jax import compilation_cache
+    from quantspec_jax.cli import summary
     from quantspec_jax.text.chat import chat_ids
 
     path = model_file()
@@ -102,6 +92,8 @@ def main() -> int:
     except FileNotFoundError as error:
         _say(f"error: {error}")
         return 1
+    except KeyboardInterrupt:  # before there was anything to show
+        return 130
     return 0
 
 
