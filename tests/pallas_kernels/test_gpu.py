@@ -1,0 +1,162 @@
+"""The Pallas kernels on a CUDA device, against the XLA references. `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import attention_call, random_weight, relative_error, without_poison
+
+from pallas_kernels import dispatch
+from pallas_kernels.int4_matmul import api as matmul
+from pallas_kernels.int4_matmul import configs as matmul_configs
+from pallas_kernels.int4_matmul import mosaic_gpu as matmul_kernel
+from pallas_kernels.int4_matmul import reference as matmul_reference
+from pallas_kernels.kv_attention import api as attention
+from pallas_kernels.kv_attention import configs, mosaic_gpu
+from pallas_kernels.quantize_pack import api as quantize
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _cuda_and_exact_references():
+    if dispatch.device() is None:
+        pytest.skip("no CUDA device of compute capability 9.0")
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def check_attention(call, view: str, strict: bool = False, config=None) -> None:
+    options = {"view": view, "sm_scale": 0.11, "strict": strict}
+    if config is None:
+        run = functools.partial(attention.kv_attention, **options, backend="mosaic_gpu")
+    else:
+        run = functools.partial(mosaic_gpu.kv_attention, **options, config=config)
+    run = jax.jit(run)
+    found, again = run(*call), run(*call)
+    expected = jax.jit(functools.partial(attention.kv_attention, **options, backend="xla"))(
+        *without_poison(call)
+    )
+    for a, b in zip(found, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert relative_error(found[0], expected[0]) <= 2e-3
+    assert relative_error(found[0].astype(jnp.bfloat16), expected[0]) <= 3e-3
+    np.testing.assert_allclose(found[1], expected[1], atol=5e-3)
+
+
+@pytest.mark.parametrize("view", ["int4", "int8", "full"])
+@pytest.mark.parametrize(
+    ("head_dim", "group_size", "group", "tokens"),
+    [(128, 128, 1, 1), (128, 128, 4, 8), (64, 128, 3, 5), (256, 128, 1, 1), (96, 64, 2, 3)],
+)
+def test_attention_over_ragged_lengths(view, head_dim, group_size, group, tokens):
+    """Lengths at the edges of a group, and far below the allocation."""
+    g = group_size
+    positions = [0, 1, g - 1, g, g + 1, 2 * g, 3 * g - tokens, 5 * g + 7]
+    call = attention_call(
+        view,
+        kv_heads=2,
+        group=group,
+        tokens=tokens,
+        head_dim=head_dim,
+        group_size=g,
+        tiles=9,
+        positions=positions,
+    )
+    check_attention(call, view)
+
+
+@pytest.mark.parametrize("view", ["int4", "int8"])
+def test_attention_in_every_configuration(view):
+    call = attention_call(
+        view, kv_heads=2, group=4, tokens=4, head_dim=128, group_size=128, tiles=20,
+        positions=[2400, 300],
+    )  # fmt: skip
+    options = {"view": view, "sm_scale": 0.11, "strict": False}
+    for config in configs.candidates(mosaic_gpu.shape_of(call[0], call[1], call[3], **options)):
+        check_attention(call, view, config=config)
+
+
+def test_strict_attention_and_rows_that_see_nothing():
+    call = attention_call(
+        "int8", kv_heads=2, group=2, tokens=3, head_dim=128, group_size=128, tiles=3,
+        positions=[0, 128, 300],
+    )  # fmt: skip
+    check_attention_of_nothing = jax.jit(
+        functools.partial(
+            attention.kv_attention, view="int8", sm_scale=0.1, strict=True, backend="mosaic_gpu"
+        )
+    )
+    out, lse = check_attention_of_nothing(*call)
+    assert not np.any(out[0, 0])
+    assert np.all(np.isneginf(lse[0, 0]))
+    assert np.all(np.isfinite(lse[1:]))
+
+
+def test_the_draft_never_reads_the_lower_plane():
+    call = list(
+        attention_call(
+            "int4", kv_heads=2, group=1, tokens=1, head_dim=128, group_size=128, tiles=4,
+            positions=[600],
+        )
+    )  # fmt: skip
+    run = jax.jit(
+        functools.partial(attention.kv_attention, view="int4", sm_scale=0.1, backend="mosaic_gpu")
+    )
+    before = run(*call)
+    for i in (1, 2):
+        call[i] = call[i]._replace(lower=~call[i].lower)
+    for a, b in zip(before, run(*call), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "group", "symmetric"),
+    [
+        (1024, (1024,), 128, False),
+        (1000, (512, 256, 256), 128, True),
+        (576, (1536, 1536), 64, False),
+        (576, (576,), 32, False),
+    ],
+)
+def test_int4_matmul(rows, inputs, outputs, group, symmetric):
+    weights = [random_weight(inputs, n, group, symmetric, i) for i, n in enumerate(outputs)]
+    x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)
+    found = matmul.int4_matmuls(x, weights, backend="mosaic_gpu")
+    for y, again, w in zip(
+        found, matmul.int4_matmuls(x, weights, backend="mosaic_gpu"), weights, strict=True
+    ):
+        np.testing.assert_array_equal(y, again)
+        dense = matmul_reference.dequantize(w)[:inputs]
+        assert relative_error(y, x.astype(jnp.float32) @ dense) <= 1e-4
+
+
+def test_int4_matmul_in_every_configuration():
+    weight = random_weight(512, 1024, 128, False)
+    x = jax.random.normal(jax.random.key(1), (3, 512)).astype(jnp.bfloat16)
+    expected = x.astype(jnp.float32) @ matmul_reference.dequantize(weight)
+    for config in matmul_configs.diverse(matmul_kernel.shape_of(x, [weight])):
+        (y,) = jax.jit(functools.partial(matmul_kernel.int4_matmuls, config=config))(x, [weight])
+        assert relative_error(y, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("which", ["quantize_keys", "quantize_values"])
+@pytest.mark.parametrize(("head_dim", "group_size"), [(128, 128), (64, 128), (256, 128), (64, 32)])
+def test_quantized_bit_for_bit(which, head_dim, group_size):
+    """The same codes as the reference computes on the CPU, where quotients are rounded right."""
+    spread = jnp.exp(2 * jax.random.normal(jax.random.key(1), (head_dim,)))
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4 * group_size, head_dim)) * spread
+    x = x.at[:, 0, :group_size].set(0.5).astype(jnp.bfloat16)
+    run = getattr(quantize, which)
+    found = jax.jit(functools.partial(run, group_size=group_size, backend="mosaic_gpu"))(x)
+    cpu = jax.devices("cpu")[0]
+    expected = jax.jit(functools.partial(run, group_size=group_size, backend="xla"))(
+        jax.device_put(x, cpu)
+    )
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
