@@ -55,7 +55,7 @@ def diverse(shape: Shape) -> list[Config]:
     found = []
     for warpgroups, stages in ((1, 3), (1, 4), (4, 2), (4, 3)):
         same = [c for c in candidates(shape) if (c.warpgroups, c.stages) == (warpgroups, stages)]
-        found += same[:2]
+        found += same[: 2 if warpgroups == 1 else 1]
     return found
 
 

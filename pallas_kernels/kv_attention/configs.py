@@ -25,7 +25,7 @@ def candidates(shape: Shape) -> Iterator[Config]:
     for column_blocks in (2, 1) if wide else (1,):
         # 12 warps leave 168 registers a thread; two blocks of rows or a wide head need more.
         few = column_blocks == 2 or shape.head_dim > 128
-        for warpgroups in (2, 3, 4) if few else (3, 2, 4):
+        for warpgroups in (2, 3, 4, 1) if few else (3, 2, 4, 1):
             for token_warps in (1,) if shape.view == "full" else (2, 4, 1):
                 if shape.view != "full" and shape.group_size % (32 * token_warps):
                     continue

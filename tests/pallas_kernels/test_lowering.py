@@ -1,0 +1,111 @@
+"""Every kernel lowers for CUDA on a machine without a GPU: layouts, types and shared memory fit."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from kernel_cases import attention_call, random_weight
+
+from pallas_kernels import dispatch
+from pallas_kernels.int4_matmul import configs as matmul_configs
+from pallas_kernels.int4_matmul import mosaic_gpu as matmul
+from pallas_kernels.kv_attention import configs, mosaic_gpu
+from pallas_kernels.quantize_pack import mosaic_gpu as quantize
+
+
+def lower(fn, *args) -> str:
+    """The program for CUDA, as text."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    return jax.jit(fn).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("view", ["int4", "int8", "full"])
+@pytest.mark.parametrize(
+    ("head_dim", "group_size", "group", "tokens"),
+    [
+        (128, 128, 1, 1),
+        (128, 128, 4, 8),
+        (64, 128, 3, 5),
+        (256, 128, 1, 1),
+        (96, 64, 2, 3),
+        (64, 32, 1, 16),
+        (128, 128, 8, 16),
+    ],
+)
+def test_attention(view, head_dim, group_size, group, tokens):
+    call = attention_call(
+        view,
+        kv_heads=2,
+        group=group,
+        tokens=tokens,
+        head_dim=head_dim,
+        group_size=group_size,
+        tiles=3,
+        positions=[3 * group_size, 5],
+    )
+    options = {"view": view, "sm_scale": 0.1, "strict": False}
+    shape = mosaic_gpu.shape_of(call[0], call[1], call[3], **options)
+    assert mosaic_gpu.unsupported(shape, (call[0].dtype, call[3].dtype)) is None
+    config = configs.choose(shape)
+    assert config is not None
+    text = lower(functools.partial(mosaic_gpu.kv_attention, **options, config=config), *call)
+    # The pass over the cache, and the merge of its parts.
+    assert text.count("custom_call @mosaic_gpu") == 2
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize(("rows", "outputs"), [(1, (512, 512)), (16, (576,)), (3, (256, 64, 64))])
+def test_int4_matmul(rows, outputs, group, symmetric):
+    weights = [random_weight(576, n, group, symmetric) for n in outputs]
+    x = jnp.zeros((rows, 576), jnp.bfloat16)
+    assert matmul.unsupported(x, weights) is None
+    config = matmul_configs.choose(matmul.shape_of(x, weights))
+    text = lower(functools.partial(matmul.int4_matmuls, config=config), x, weights)
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize(("head_dim", "group_size"), [(64, 32), (128, 128), (256, 64)])
+@pytest.mark.parametrize("kernel", [quantize.quantize_keys, quantize.quantize_values])
+def test_quantize(kernel, head_dim, group_size):
+    x = jnp.zeros((1, 2, 2 * group_size, head_dim), jnp.bfloat16)
+    assert quantize.unsupported(x, group_size) is None
+    text = lower(functools.partial(kernel, group_size=group_size), x)
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+def test_what_the_kernels_cannot_do_is_named():
+    call = attention_call(
+        "int8", kv_heads=1, group=1, tokens=1, head_dim=80, group_size=128, tiles=1, positions=[5]
+    )
+    options = {"view": "int8", "sm_scale": 0.1, "strict": False}
+    shape = mosaic_gpu.shape_of(call[0], call[1], call[3], **options)
+    assert "head_dim is 80" in (mosaic_gpu.unsupported(shape, (jnp.bfloat16,)) or "")
+    assert "bfloat16" in (mosaic_gpu.unsupported(shape, (jnp.float32,)) or "")
+    weight = random_weight(64, 24, 32, False)
+    assert "24 outputs" in (matmul.unsupported(jnp.zeros((1, 64), jnp.bfloat16), [weight]) or "")
+    assert "17 rows" in (matmul.unsupported(jnp.zeros((17, 64), jnp.bfloat16), [weight]) or "")
+
+
+def test_a_named_backend_never_becomes_another_one():
+    if dispatch.device() is not None:
+        pytest.skip("there is a CUDA device")
+    assert not dispatch.use_mosaic_gpu("auto", "kernel", None)
+    assert not dispatch.use_mosaic_gpu("xla", "kernel", None)
+    with pytest.raises(NotImplementedError, match="CUDA device"):
+        dispatch.use_mosaic_gpu("mosaic_gpu", "kernel", None)
+    with pytest.raises(ValueError, match="backend is 'triton'; allowed: auto, mosaic_gpu, xla"):
+        dispatch.use_mosaic_gpu("triton", "kernel", None)
+
+
+def test_auto_says_once_what_it_leaves_to_xla(monkeypatch):
+    monkeypatch.setattr(dispatch, "device", object)
+    dispatch._notice.cache_clear()
+    with pytest.warns(UserWarning, match="kv_attention runs in XLA: head_dim is 80"):
+        assert not dispatch.use_mosaic_gpu("auto", "kv_attention", "head_dim is 80")
+    assert not dispatch.use_mosaic_gpu("auto", "kv_attention", "head_dim is 80")
+    with pytest.raises(NotImplementedError, match="head_dim is 80"):
+        dispatch.use_mosaic_gpu("mosaic_gpu", "kv_attention", "head_dim is 80")
