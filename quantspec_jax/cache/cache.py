@@ -74,7 +74,7 @@ class HierarchicalKVCache:
 
 def create(model: ModelConfig, config: CacheConfig, batch: int) -> HierarchicalKVCache:
     """An empty cache for `batch` sequences."""
-    shape = (batch, model.num_kv_heads, 0, model.head_dim)
+    shape = (batch, model.num_kv_heads, config.group_size, model.head_dim)
     nothing = jnp.zeros(shape, config.dtype)
     empty = jnp.zeros(batch, jnp.int32)
     layer = partial(from_prompt, nothing, nothing, empty, config)
