@@ -1,0 +1,438 @@
+"""Runs the kernels' thread-level code (`pallas_kernels.ptx`) with NumPy, without a GPU.
+
+The same Python code that emits instructions computes here instead: a value is an array of a warp's
+32 lanes, a warp is a thread of Python, and barriers, bulk copies and matrix products do what PTX
+says they do. Slow, so for small shapes; results poisoned where nothing was written.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels import ptx
+
+LANES = np.arange(32)
+G, Q = LANES // 4, LANES % 4
+KINDS = {"i1": np.bool_, "i32": np.uint32, "i64": np.uint64, "f32": np.float32}
+SIGNED = {"i32": np.int32, "i64": np.int64}
+PATIENCE_SECONDS = 60
+
+
+class Lanes:
+    """A value of each lane of a warp; the counterpart of `ptx.V`."""
+
+    def __init__(self, array: Any, kind: str):
+        self.kind = kind
+        self.array = np.broadcast_to(np.asarray(array).astype(KINDS[kind]), (32,)).copy()
+
+    def like(self, other: Any) -> Lanes:
+        if isinstance(other, Lanes):
+            return other
+        if self.kind in SIGNED:
+            other = other & (2 ** (8 * np.dtype(KINDS[self.kind]).itemsize) - 1)
+        return Lanes(np.array(other, KINDS[self.kind]), self.kind)
+
+    def _do(self, other: Any, fn: Callable[..., Any]) -> Lanes:
+        return Lanes(fn(self.array, self.like(other).array), self.kind)
+
+    def _compare(self, other: Any, fn: Callable[..., Any]) -> Lanes:
+        return Lanes(fn(self.signed(), self.like(other).signed()), "i1")
+
+    def signed(self) -> np.ndarray:
+        return self.array.view(SIGNED[self.kind]) if self.kind in SIGNED else self.array
+
+    def __add__(self, other):
+        return self._do(other, np.add)
+
+    def __sub__(self, other):
+        return self._do(other, np.subtract)
+
+    def __mul__(self, other):
+        return self._do(other, np.multiply)
+
+    def __truediv__(self, other):
+        return self._do(other, np.divide)
+
+    def __floordiv__(self, other):
+        return self._do(other, np.floor_divide)
+
+    def __mod__(self, other):
+        return self._do(other, np.mod)
+
+    def __and__(self, other):
+        return self._do(other, np.bitwise_and)
+
+    def __or__(self, other):
+        return self._do(other, np.bitwise_or)
+
+    def __xor__(self, other):
+        return self._do(other, np.bitwise_xor)
+
+    def __lshift__(self, other):
+        return self._do(other, np.left_shift)
+
+    def __rshift__(self, other):
+        return self._do(other, np.right_shift)
+
+    def __lt__(self, other):
+        return self._compare(other, np.less)
+
+    def __le__(self, other):
+        return self._compare(other, np.less_equal)
+
+    def __gt__(self, other):
+        return self._compare(other, np.greater)
+
+    def __ge__(self, other):
+        return self._compare(other, np.greater_equal)
+
+    def equals(self, other):
+        return self._compare(other, np.equal)
+
+    def to_i64(self) -> Lanes:
+        return Lanes(self.array, "i64")
+
+    def to_i32(self) -> Lanes:
+        return Lanes(self.array, "i32")
+
+    def bits(self) -> Lanes:
+        return Lanes(self.array.view(np.uint32), "i32")
+
+    def as_float(self) -> Lanes:
+        return Lanes(self.array.view(np.float32), "f32")
+
+
+def word(array: np.ndarray) -> Lanes:
+    """Lanes from what fills 32 bits a lane."""
+    return Lanes(np.ascontiguousarray(array).view(np.uint32).reshape(32), "i32")
+
+
+def pieces(x: Lanes, kind: Any) -> np.ndarray:
+    """[32, n]: each lane's word as smaller numbers."""
+    return x.array.view(kind).reshape(32, -1)
+
+
+class Barrier:
+    def __init__(self, arrivals: int):
+        self.arrivals = self.missing = arrivals
+        self.bytes, self.parity = 0, 0
+
+    def settle(self) -> None:
+        if self.missing == 0 and self.bytes == 0:
+            self.missing, self.parity = self.arrivals, self.parity ^ 1
+
+
+class Block:
+    """What the warps of a block share."""
+
+    def __init__(self, index: int, shared_bytes: int, memory: np.ndarray):
+        self.index, self.memory = index, memory
+        self.shared = np.full(shared_bytes, 0xA5, np.uint8)
+        self.barriers: dict[int, Barrier] = {}
+        self.changed = threading.Condition()
+        self.named: dict[tuple[int, int], threading.Barrier] = {}
+
+    def named_barrier(self, number: int, threads: int) -> threading.Barrier:
+        with self.changed:
+            key = (number, threads)
+            if key not in self.named:
+                self.named[key] = threading.Barrier(threads // 32)
+            return self.named[key]
+
+
+HERE = threading.local()  # block, warp, mask of the active lanes
+
+
+def active() -> np.ndarray:
+    return np.flatnonzero(HERE.mask)
+
+
+def one(x: Lanes) -> Any:
+    """The value that the active lanes agree on."""
+    values = x.signed()[HERE.mask]
+    assert (values == values[0]).all(), "a warp has to agree here"
+    return values[0].item()
+
+
+def bank(where: Lanes) -> np.ndarray:
+    return HERE.block.shared if where.kind == "i32" else HERE.block.memory
+
+
+def gather(where: Lanes, count: int) -> np.ndarray:
+    """[32, count] bytes; lanes that are not active read zeros."""
+    memory, out = bank(where), np.zeros((32, count), np.uint8)
+    for lane in active():
+        at = int(where.array[lane])
+        assert at + count <= memory.size, "a read outside of memory"
+        out[lane] = memory[at : at + count]
+    return out
+
+
+def scatter(where: Lanes, rows: np.ndarray) -> None:
+    memory = bank(where)
+    for lane in active():
+        at = int(where.array[lane])
+        assert at + rows.shape[1] <= memory.size, "a write outside of memory"
+        memory[at : at + rows.shape[1]] = rows[lane]
+
+
+def load(where, words=1, kind="i32"):
+    assert not (where.array[HERE.mask] % (4 * words)).any(), "a misaligned read"
+    rows = gather(where, 4 * words).view(np.uint32)
+    out = [Lanes(rows[:, i], "i32") for i in range(words)]
+    return out if kind == "i32" else [x.as_float() for x in out]
+
+
+def store(where, values):
+    assert not (where.array[HERE.mask] % (4 * len(values))).any(), "a misaligned write"
+    scatter(where, np.stack([x.array.view(np.uint32) for x in values], 1).view(np.uint8))
+
+
+def masked(mask: np.ndarray, body: Callable[[], Any]) -> Any:
+    saved = HERE.mask
+    HERE.mask = saved & mask
+    try:
+        return body() if HERE.mask.any() else None
+    finally:
+        HERE.mask = saved
+
+
+def choose(condition, yes, no, like):
+    return list((yes if one(condition) else no)())
+
+
+def loop(first, end, carry, body, step=1):
+    lanes_first, last = first.signed(), end.signed()
+    if (lanes_first == lanes_first[0]).all():
+        for i in range(int(lanes_first[0]), one(end), step):
+            carry = list(body(ptx.i32(i), list(carry)))
+        return list(carry)
+    offset = 0
+    while (mask := lanes_first + offset < last).any():
+        new = masked(mask, lambda: body(first + offset, list(carry)))  # noqa: B023
+        carry = [
+            Lanes(np.where(mask, a.array, b.array), b.kind) for a, b in zip(new, carry, strict=True)
+        ]
+        offset += step
+    return list(carry)
+
+
+def mma(kind, a, b, c):
+    number = np.float16 if kind == "f16" else ml_dtypes.bfloat16
+    left, right, out = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
+    for i, x in enumerate(a):
+        for h in range(2):
+            left[G + 8 * (i % 2), 2 * Q + 8 * (i // 2) + h] = pieces(x, number)[:, h]
+    for i, x in enumerate(b):
+        for h in range(2):
+            right[2 * Q + 8 * i + h, G] = pieces(x, number)[:, h]
+    for i, x in enumerate(c):
+        out[G + 8 * (i // 2), 2 * Q + i % 2] = x.array
+    out = out + left @ right
+    return [Lanes(out[G + 8 * (i // 2), 2 * Q + i % 2], "f32") for i in range(4)]
+
+
+def transpose_8x8(x):
+    matrix = pieces(x, np.uint16).reshape(8, 8)
+    return word(matrix.T.reshape(32, 2))
+
+
+def load_matrices_transposed(where):
+    rows = gather(where, 16).view(np.uint16).reshape(4, 8, 8)
+    return [word(np.ascontiguousarray(m.T).reshape(32, 2)) for m in rows]
+
+
+def lanes_of(fn: Callable[..., Any], kind: str) -> Callable[..., Lanes]:
+    return lambda *args: Lanes(fn(*[x.array for x in args]), kind)
+
+
+def bf16_pairs(fn: Callable[..., Any]) -> Callable[..., Lanes]:
+    return lambda a, b: word(fn(pieces(a, ml_dtypes.bfloat16), pieces(b, ml_dtypes.bfloat16)))
+
+
+def packed(number: Any) -> Callable[..., Lanes]:
+    return lambda low, high: word(np.stack([low.array, high.array], 1).astype(number))
+
+
+INSTRUCTIONS = {
+    "max.NaN.f32": lanes_of(np.maximum, "f32"),
+    "min.f32": lanes_of(np.fmin, "f32"),
+    "max.bf16x2": bf16_pairs(np.maximum),
+    "min.bf16x2": bf16_pairs(np.minimum),
+    "div.rn.f32": lanes_of(np.divide, "f32"),
+    "rcp.rn.f32": lanes_of(np.reciprocal, "f32"),
+}
+
+
+def asm(template, results, args, *, effects=False):
+    return [INSTRUCTIONS[template.split()[0]](*args)]
+
+
+def permute_bytes(a, b, selector):
+    both = np.concatenate([pieces(a, np.uint8), pieces(b, np.uint8)], 1)
+    return word(both[:, [selector >> 4 * i & 7 for i in range(4)]])
+
+
+def special(name):
+    values = {"tid.x": 32 * HERE.warp + LANES, "ctaid.x": HERE.block.index}
+    return Lanes(values[name], "i32")
+
+
+def _barrier(where) -> Barrier:
+    return HERE.block.barriers[one(where)]
+
+
+def barrier_init(barrier, arrivals):
+    HERE.block.barriers[one(barrier)] = Barrier(arrivals)
+
+
+def _update(where, arrivals: int, num_bytes: int) -> None:
+    with HERE.block.changed:
+        barrier = _barrier(where)
+        barrier.missing -= arrivals
+        barrier.bytes += num_bytes
+        assert barrier.missing >= 0
+        barrier.settle()
+        HERE.block.changed.notify_all()
+
+
+def barrier_wait(barrier, parity):
+    want = one(parity)
+    with HERE.block.changed:
+        found = _barrier(barrier)
+        done = HERE.block.changed.wait_for(lambda: found.parity != want, PATIENCE_SECONDS)
+    assert done, "a barrier that nobody completes"
+
+
+def bulk_copy(target, source, num_bytes, barrier):
+    to, at, count = one(target), one(source), one(num_bytes)
+    assert (to | at | count) % 16 == 0, "a bulk copy moves units of 16 bytes"
+    assert at + count <= HERE.block.memory.size
+    HERE.block.shared[to : to + count] = HERE.block.memory[at : at + count]
+    _update(barrier, 0, -count)
+
+
+def copy_async(target, source, size):
+    rows = gather(source, 16)
+    rows[np.arange(16) >= size.array[:, None]] = 0
+    scatter(target, rows)
+
+
+def sync_threads(barrier, threads):
+    HERE.block.named_barrier(one(barrier), threads).wait(PATIENCE_SECONDS)
+
+
+def any_lane(condition):
+    return Lanes(condition.array[HERE.mask].any(), "i1")
+
+
+REPLACEMENTS: dict[str, Any] = {
+    "i32": lambda n: Lanes(np.uint32(n & 0xFFFFFFFF), "i32"),
+    "f32": lambda x: Lanes(np.float32(x), "f32"),
+    "asm": asm,
+    "select": lambda c, a, b: Lanes(np.where(c.array, a.array, a.like(b).array), a.kind),
+    "both": lanes_of(np.logical_and, "i1"),
+    "fma": lambda a, b, c: Lanes(
+        (a.array.astype(np.longdouble) * b.array + c.array).astype(np.float32), "f32"
+    ),
+    "exp2": lanes_of(np.exp2, "f32"),
+    "log2": lanes_of(np.log2, "f32"),
+    "maximum": lanes_of(np.fmax, "f32"),
+    "minimum": lambda a, b: Lanes(np.minimum(a.signed(), a.like(b).signed()), a.kind),
+    "at_least": lambda a, b: Lanes(np.maximum(a.signed(), a.like(b).signed()), a.kind),
+    "merge_bits": lambda a, b, mask: (a & mask) | (b & ~mask),
+    "and_or": lambda a, mask, other: (a & mask) | other,
+    "permute_bytes": permute_bytes,
+    "pack_f16": packed(np.float16),
+    "pack_bf16": packed(ml_dtypes.bfloat16),
+    "special": special,
+    "uniform": lambda x: Lanes(x.array[0], x.kind),
+    "shuffle_xor_bits": lambda x, distance: Lanes(x.array[LANES ^ distance], x.kind),
+    "shuffle_xor": lambda x, distance: Lanes(x.array[LANES ^ distance], x.kind),
+    "any_lane": any_lane,
+    "transpose_8x8": transpose_8x8,
+    "load_matrices_transposed": load_matrices_transposed,
+    "mma": mma,
+    "sync_warp": lambda: None,
+    "sync_threads": sync_threads,
+    "load": load,
+    "store": store,
+    "store_half": lambda where, x: scatter(where, pieces(x, np.uint8)[:, :2]),
+    "barrier_init": barrier_init,
+    "fence_barrier_init": lambda: None,
+    "barrier_arrive": lambda barrier: _update(barrier, len(active()), 0),
+    "barrier_expect": lambda barrier, n: _update(barrier, 1, one(n)),
+    "barrier_wait": barrier_wait,
+    "bulk_copy": bulk_copy,
+    "copy_async": copy_async,
+    "copy_async_commit": lambda: None,
+    "copy_async_wait": lambda pending: None,
+    "loop": loop,
+    "when": lambda condition, body: masked(condition.array, body),
+    "choose": choose,
+}
+
+
+def run_block(body: Any, block: Block, warps: int, addresses: Sequence[int]) -> None:
+    failures: list[BaseException] = []
+
+    def run(warp: int) -> None:
+        HERE.block, HERE.warp, HERE.mask = block, warp, np.ones(32, bool)
+        try:
+            with np.errstate(all="ignore"):
+                body([Lanes(np.uint64(a), "i64") for a in addresses], ptx.i32(0))
+        except BaseException as error:
+            failures.append(error)
+            for barrier in block.named.values():
+                barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(warps)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def kernel(body, out_type, *, name, blocks, warpgroups, shared_bytes=0):
+    """In place of `ptx.kernel`."""
+
+    def call(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        arrays = [np.asarray(x) for x in operands]
+        empty = [np.full(t.shape, 0, t.dtype) for t in out_type]
+        starts, size = [], 0
+        for x in [*arrays, *empty]:
+            starts.append(size)
+            size += -(-x.nbytes // 256) * 256
+        memory = np.full(size, 0xFF, np.uint8)  # every float of an unwritten result is NaN
+        for at, x in zip(starts, arrays, strict=False):
+            memory[at : at + x.nbytes] = np.frombuffer(x.tobytes(), np.uint8)
+        before = memory[: starts[len(arrays)]].copy()
+        for index in range(blocks):
+            run_block(body, Block(index, max(shared_bytes, 16), memory), 4 * warpgroups, starts)
+        np.testing.assert_array_equal(memory[: before.size], before)  # operands are only read
+        out = []
+        for at, x in zip(starts[len(arrays) :], empty, strict=True):
+            raw = memory[at : at + x.nbytes]
+            out.append(jnp.asarray(np.frombuffer(raw.tobytes(), x.dtype).reshape(x.shape)))
+        return tuple(out)
+
+    return call
+
+
+def install(monkeypatch: Any, *modules: Any) -> None:
+    """Let the kernels of `modules` run here."""
+    for name, replacement in REPLACEMENTS.items():
+        monkeypatch.setattr(ptx, name, replacement)
+    monkeypatch.setattr(ptx, "kernel", kernel)
+    for module in modules:
+        for name in ("i32", "f32"):
+            monkeypatch.setattr(module, name, REPLACEMENTS[name])

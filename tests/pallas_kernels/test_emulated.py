@@ -1,0 +1,78 @@
+"""The kernels' own code, run by the emulator, against the XLA references."""
+
+from __future__ import annotations
+
+import emulator
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import attention_call, random_weight, relative_error, without_poison
+
+from pallas_kernels.int4_matmul import mosaic_gpu as matmul
+from pallas_kernels.int4_matmul import reference as matmul_reference
+from pallas_kernels.kv_attention import mosaic_gpu as attention
+from pallas_kernels.kv_attention import reference as attention_reference
+from pallas_kernels.quantize_pack import mosaic_gpu as quantize
+from pallas_kernels.quantize_pack import reference as quantize_reference
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch):
+    emulator.install(monkeypatch, attention, matmul, quantize)
+
+
+@pytest.mark.parametrize(
+    ("view", "head_dim", "group_size", "group", "tokens", "config", "strict"),
+    [
+        ("int4", 64, 64, 1, 1, attention.Config(1, 2, 1, 2), False),
+        ("int4", 128, 128, 1, 2, attention.Config(1, 4, 1, 2), True),
+        ("int8", 64, 32, 3, 5, attention.Config(1, 1, 2, 2), False),
+        ("int8", 96, 64, 2, 8, attention.Config(1, 2, 1, 3), False),
+        ("full", 64, 64, 1, 2, attention.Config(1, 1, 1, 3), False),
+    ],
+)
+def test_attention(view, head_dim, group_size, group, tokens, config, strict):
+    g = group_size
+    call = attention_call(
+        view,
+        kv_heads=1,
+        group=group,
+        tokens=tokens,
+        head_dim=head_dim,
+        group_size=g,
+        tiles=3,
+        positions=[0, 1, 2 * g, 4 * g - tokens],
+    )
+    options = {"view": view, "sm_scale": 0.11, "strict": strict}
+    found = attention.kv_attention(*call, **options, config=config, blocks=2)
+    expected = attention_reference.kv_attention(*without_poison(call), **options)
+    assert relative_error(found[0], expected[0]) <= 2e-3
+    np.testing.assert_allclose(found[1], expected[1], atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "group", "symmetric", "config"),
+    [
+        (1, 128, (128, 64), 128, False, matmul.Config(1, 3, 1)),
+        (9, 100, (48,), 32, True, matmul.Config(1, 2, 3)),
+    ],
+)
+def test_int4_matmul(rows, inputs, outputs, group, symmetric, config):
+    weights = [random_weight(inputs, n, group, symmetric, i) for i, n in enumerate(outputs)]
+    x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)
+    for y, w in zip(matmul.int4_matmuls(x, weights, config=config), weights, strict=True):
+        dense = matmul_reference.dequantize(w)[:inputs]
+        assert relative_error(y, x.astype(jnp.float32) @ dense) <= 1e-5
+
+
+@pytest.mark.parametrize("which", ["quantize_keys", "quantize_values"])
+@pytest.mark.parametrize(("head_dim", "group_size"), [(64, 64), (64, 32)])
+def test_quantized_bit_for_bit(which, head_dim, group_size):
+    spread = jnp.exp(2 * jax.random.normal(jax.random.key(1), (head_dim,)))
+    x = jax.random.normal(jax.random.key(0), (1, 1, 2 * group_size, head_dim)) * spread
+    x = x.at[:, :, :group_size, : head_dim // 2].set(0.5).astype(jnp.bfloat16)
+    found = getattr(quantize, which)(x, group_size)
+    expected = jax.jit(getattr(quantize_reference, which), static_argnums=1)(x, group_size)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
