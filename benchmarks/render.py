@@ -59,6 +59,7 @@ def table(run: dict[str, Any], path: Path) -> str:
 def title(run: dict[str, Any]) -> str:
     """The run's title, else its name in words."""
     name = re.sub(r"-\d{4}-\d\d-\d\d$", "", run["what"]).replace("-", " ")
+    name = re.sub(r"\b([cg]pu|[hab]\d+)\b", lambda found: found[0].upper(), name)
     return run.get("title", name[:1].upper() + name[1:])
 
 

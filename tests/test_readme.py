@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import re
@@ -65,18 +66,28 @@ def test_python_runs(folder, tiny_llama_dir, capsys):
     assert names["precise"].draft.group_size == 32
 
 
-def test_commands_and_options_exist():
+def help_texts(parser: argparse.ArgumentParser) -> str:
+    """The help of a parser and of all its commands."""
+    commands = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return parser.format_help() + "".join(help_texts(p) for c in commands for p in c.values())
+
+
+def test_options_exist():
     """Every option that the text mentions is one of the parser's."""
-    help_texts = ""
-    parser = cli.make_parser()
-    for action in parser._actions:
-        choices = action.choices if isinstance(action.choices, dict) else {}
-        help_texts += "".join(sub.format_help() for sub in choices.values())
-    help_texts += parser.format_help()
     text = re.sub(r"<!-- results.*<!-- end", "", README, flags=re.DOTALL)
     mentioned = set(re.findall(r"(?<=[ `])--[a-z][a-z-]+", text)) - {"--no-deps"}
     assert mentioned
-    assert not [option for option in mentioned if option not in help_texts]
+    known = help_texts(cli.make_parser(["bench"]))
+    assert not [option for option in mentioned if option not in known]
+
+
+def test_commands_for_an_accelerator_parse():
+    lines = "".join(blocks("sh")).splitlines()
+    assert lines
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "quantspec"
+        cli.make_parser(arguments).parse_args(arguments)
 
 
 def test_make_targets_exist():
