@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pallas_kernels import dispatch, tuned
-from pallas_kernels.int4_matmul.mosaic_gpu import BESIDE, OUTPUTS, Config, Plan, Shape
+from pallas_kernels.int4_matmul.mosaic_gpu import Config, Plan, Shape
 
 KERNEL = "int4_matmul"
 
@@ -13,8 +13,9 @@ KERNEL = "int4_matmul"
 def key(shape: Shape) -> str:
     """What a measured configuration is filed under."""
     outputs = "+".join(map(str, shape.outputs))
+    rows = shape.rows if shape.rows == 1 else 8 * shape.column_blocks
     return (
-        f"rows={8 * shape.column_blocks} inputs={shape.groups * shape.group_size} "
+        f"rows={rows} inputs={shape.groups * shape.group_size} "
         f"outputs={outputs} group={shape.group_size} symmetric={shape.symmetric}"
     )
 
@@ -22,18 +23,19 @@ def key(shape: Shape) -> str:
 def _cost(shape: Shape, config: Config) -> float:
     """Time of a configuration, roughly, in units of what the bytes alone would take.
 
-    The slowest warp's groups, waves of blocks counted, and the traffic of partial sums.
+    The slowest warp's groups, waves of blocks counted, and partial sums written and read: these
+    are small, and take 2.5 times what their bytes would. That and the tenth are measured.
     """
     plan = Plan(shape, config)
     # Two blocks of one warpgroup take a multiprocessor's registers; a larger block fills it.
     resident = dispatch.multiprocessors() * (2 if config.warpgroups == 1 else 1)
     waves = -(-plan.blocks // resident)
-    deepest = -(-shape.groups // config.splits)
+    deepest = -(-shape.groups // (config.splits * plan.sharing)) * plan.sharing
     slots = waves * resident * config.warpgroups * deepest
-    work = sum(n / (OUTPUTS * BESIDE) for n in shape.outputs) * shape.groups
-    traffic = 8 * config.splits * shape.rows / (shape.groups * shape.group_size / 2)
-    fewer_warps = {1: 1.3, 2: 1.3, 3: 1.1, 4: 1.0}[config.warpgroups]
-    return fewer_warps * slots / work + traffic
+    work = sum(shape.outputs) / plan.outputs * shape.groups
+    partial = 8 * config.splits * shape.rows if config.splits > 1 else 0
+    traffic = 2.5 * partial / (shape.groups * shape.group_size / 2)
+    return (1.0 if config.beside == 4 else 1.1) * slots / work + traffic
 
 
 def candidates(shape: Shape) -> list[Config]:
@@ -41,9 +43,9 @@ def candidates(shape: Shape) -> list[Config]:
 
     def all_of_them() -> Iterator[Config]:
         for splits in range(1, min(shape.groups, 32) + 1):
-            for warpgroups in (4, 3, 1):
-                for stages in (3, 4, 2):
-                    config = Config(warpgroups, stages, splits)
+            for warpgroups, stages in ((1, 3), (1, 4), (4, 2), (4, 3)):
+                for beside in (4, 1):
+                    config = Config(warpgroups, stages, splits, beside)
                     if Plan(shape, config).shared_bytes <= dispatch.SHARED_BYTES:
                         yield config
 
@@ -53,8 +55,12 @@ def candidates(shape: Shape) -> list[Config]:
 def diverse(shape: Shape) -> list[Config]:
     """A few configurations worth measuring: the best guesses for each size of block."""
     found = []
-    for warpgroups, stages in ((1, 3), (1, 4), (4, 2), (4, 3)):
-        same = [c for c in candidates(shape) if (c.warpgroups, c.stages) == (warpgroups, stages)]
+    for warpgroups, stages, beside in ((1, 3, 4), (1, 4, 4), (4, 2, 4), (1, 3, 1), (1, 4, 1)):
+        same = [
+            c
+            for c in candidates(shape)
+            if (c.warpgroups, c.stages, c.beside) == (warpgroups, stages, beside)
+        ]
         found += same[: 2 if warpgroups == 1 else 1]
     return found
 

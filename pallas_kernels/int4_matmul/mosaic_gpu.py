@@ -1,4 +1,24 @@
-"""Products of a few rows with packed 4-bit weights on Hopper and later (Pallas Mosaic GPU)."""
+"""Products of a few rows with packed 4-bit weights on Hopper and later (Pallas Mosaic GPU).
+
+What is read, once: codes (half a byte a weight), scales and minima (4 bytes for a group of 128),
+for all rows and all weights of a pass (gate and up, or q, k and v, are one launch). A warp works on
+128 outputs, a group of input channels at a time, in its own ring of stages in shared memory:
+
+    stage   32 rows of 128 bytes (row: 2 input channels, low and high nibble), 16-byte chunks
+            swizzled so that the lanes' reads meet no bank twice;  scales, minima [128] bf16
+
+Outputs are the rows of m16n8k16 products, activations their 8 columns. Codes lie along the outputs:
+two rows' words are shuffled into pairs of inputs, and a code in the low bits of bf16 128.0 is
+128 + code, exactly: 8 instructions for 8 codes. The group's scale multiplies the group's sums, in
+float32; minima and the 128 go with Σ x, which is a product with ones.
+
+Floor: the bytes over the read ceiling, 10.9 µs for Llama-2-7B's gate and up (48 MB) and 14.2 µs for
+Llama-3-8B's. Reached on an H200 with one row: 17.3 and 20.8 µs, partial sums added, 63% and 68% of
+4,390 GB/s. What bounds it is not arithmetic (the busiest unit, integer logic, is at 38%) nor the
+products (5%): launch and first loads cost about 3 µs at any size, and more loads in flight make it
+slower (4 stages for 3: 19 µs for 18), which points at the rows of one block being kilobytes apart
+in memory.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +35,7 @@ from pallas_kernels.ptx import V, f32, i32
 
 MAX_ROWS = 16
 OUTPUTS = 128  # of a warp: one row of a stage is 128 bytes
-BESIDE = 4  # warps of a warpgroup, on neighbouring outputs: together they read whole rows of 512
+WARPS = 4  # of a warpgroup
 ONES = 0x3F803F80  # two bf16 1.0
 MAGIC = 0x43004300  # two bf16 128.0: with a code in the low bits, 128 + code
 
@@ -24,15 +44,18 @@ MAGIC = 0x43004300  # two bf16 128.0: with a code in the low bits, 128 + code
 class Config:
     """How a product is laid on the chip.
 
-    warpgroups  a block, each on its own with 512 outputs of one split: they share a block only
-                because a block of 4 leaves 128 registers a thread, and so 16 warps fit
+    warpgroups  a block, each on its own: they share a block only because a block of 4 leaves 128
+                registers a thread, and so 16 warps fit
     stages      parts of groups that a warp has in shared memory, read or in flight
     splits      parts that the input channels are dealt into; XLA adds their results
+    beside      warps of a warpgroup on neighbouring outputs, 4 or 1: 4 read longer rows of the
+                weight; 1 deals the groups to the 4 warps, which add up in shared memory
     """
 
     warpgroups: int
     stages: int
     splits: int
+    beside: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +71,6 @@ class Shape:
     @property
     def column_blocks(self) -> int:
         return -(-self.rows // 8)
-
-    @property
-    def output_blocks(self) -> list[int]:
-        """Pieces of 512 outputs of each weight, one a warpgroup."""
-        return [-(-n // (OUTPUTS * BESIDE)) for n in self.outputs]
 
     @property
     def parts(self) -> int:
@@ -76,9 +94,29 @@ class Plan:
     config: Config
 
     @property
+    def outputs(self) -> int:
+        """Outputs of a warpgroup."""
+        return OUTPUTS * self.config.beside
+
+    @property
+    def output_blocks(self) -> list[int]:
+        """Pieces of so many outputs of each weight."""
+        return [-(-n // self.outputs) for n in self.shape.outputs]
+
+    @property
     def items(self) -> int:
-        """Pieces of work of a warpgroup: 512 outputs of one split."""
-        return sum(self.shape.output_blocks) * self.config.splits
+        """Pieces of work of a warpgroup: its outputs of one split."""
+        return sum(self.output_blocks) * self.config.splits
+
+    @property
+    def sharing(self) -> int:
+        """Warps that share the groups of an item's outputs."""
+        return WARPS // self.config.beside
+
+    @property
+    def sum_bytes(self) -> int:
+        """A warp's sums, where they are added to others'."""
+        return 8 * self.shape.column_blocks * OUTPUTS * 4 if self.sharing > 1 else 0
 
     @property
     def blocks(self) -> int:
@@ -86,8 +124,8 @@ class Plan:
 
     @property
     def item_bytes(self) -> int:
-        """Shared memory of a warpgroup: its warps' rings."""
-        return BESIDE * self.config.stages * self.shape.stage_bytes
+        """Shared memory of a warpgroup: its warps' rings, and their sums in the end."""
+        return WARPS * max(self.config.stages * self.shape.stage_bytes, self.sum_bytes)
 
     @property
     def shared_bytes(self) -> int:
@@ -208,6 +246,23 @@ class _Warp:
         return result
 
 
+def _add_warps(plan: Plan, shared: V, warpgroup: V, warp: V, work: _Warp, sums: list[V]) -> list[V]:
+    """The sums of a warpgroup's warps, added in order; for its first warp."""
+    ptx.sync_threads(warpgroup + 1, 32 * WARPS)  # all have left their rings
+    here = shared + work.lane * 16
+    for i in range(0, len(sums), 4):
+        ptx.store(here + warp * plan.sum_bytes + 128 * i, sums[i : i + 4])
+    ptx.sync_threads(warpgroup + 1, 32 * WARPS)
+    out = []
+    for i in range(0, len(sums), 4):
+        four = ptx.load(here + 128 * i, 4, "f32")
+        for other in range(1, WARPS):
+            more = ptx.load(here + other * plan.sum_bytes + 128 * i, 4, "f32")
+            four = [a + b for a, b in zip(four, more, strict=True)]
+        out += four
+    return out
+
+
 def _body(plan: Plan):
     s, c = plan.shape, plan.config
 
@@ -222,19 +277,19 @@ def _body(plan: Plan):
         warp = ptx.uniform(thread >> 5)
         item = ptx.special("ctaid.x") * c.warpgroups + warpgroup
         shared = shared + warpgroup * plan.item_bytes
-        parts = sum(s.output_blocks)
+        parts = sum(plan.output_blocks)
         part, split = item % parts, item // parts
 
         # The weight that this block works on.
         chosen = [*weights[0][:2], weights[0][-1], results[0], i32(s.outputs[0]), i32(0)]
         before = 0
         for i in range(1, count):
-            before += s.output_blocks[i - 1]
+            before += plan.output_blocks[i - 1]
             other = [*weights[i][:2], weights[i][-1], results[i], i32(s.outputs[i]), i32(before)]
             mine = part >= before
             chosen = [ptx.select(mine, a, b) for a, b in zip(other, chosen, strict=True)]
         packed, scale, minimum, result, n, first_block = chosen
-        first = ((part - first_block) * BESIDE + warp) * OUTPUTS
+        first = (part - first_block) * plan.outputs + warp % c.beside * OUTPUTS
         width = i32(2 * s.groups * s.group_size)
         work = _Warp(plan, x, width, packed, scale, minimum, n, first)
 
@@ -243,13 +298,14 @@ def _body(plan: Plan):
         end = begin + per + ptx.select(split < extra, i32(1), 0)
         end = ptx.select(item < plan.items, end, begin)
         ring = shared + warp * (c.stages * s.stage_bytes)
-        deepest = -(-s.groups // c.splits)
+        begin = begin + warp // c.beside
+        deepest = -(-s.groups // (c.splits * plan.sharing))
 
         def order(i: V | int, ahead: int) -> None:
             """Part `ahead` of the parts from step i on."""
             turn = i + ahead // s.parts
             turn = i32(turn) if isinstance(turn, int) else turn
-            group = begin + turn
+            group = begin + turn * plan.sharing
             slot = (turn * s.parts + ahead % s.parts) % c.stages
             valid = group < end
             group = ptx.select(valid, group, i32(0))
@@ -260,7 +316,7 @@ def _body(plan: Plan):
             order(0, i)
 
         def inputs_of(i: V) -> list[V]:
-            return work.activations(ptx.minimum(begin + i, s.groups - 1))
+            return work.activations(ptx.minimum(begin + i * plan.sharing, s.groups - 1))
 
         count = 8 * s.column_blocks * 4
 
@@ -282,6 +338,10 @@ def _body(plan: Plan):
         zeros = [f32(0.0)] * count
         sums = ptx.loop(i32(0), i32(deepest), zeros, step)
         ptx.copy_async_wait(0)
+        done = item < plan.items
+        if plan.sharing > 1:
+            sums = _add_warps(plan, shared, warpgroup, warp, work, sums)
+            done = ptx.both(done, warp.equals(0))
 
         # Lane 4 g + q has rows 2q and 2q + 1 of each 8, and outputs 16 g … 16 g + 15.
         for b in range(s.column_blocks):
@@ -298,7 +358,7 @@ def _body(plan: Plan):
                         ptx.store(at + 8 * t, four)
 
                 inside = ptx.both(row < s.rows, column < n)
-                ptx.when(ptx.both(inside, item < plan.items), write)
+                ptx.when(ptx.both(inside, done), write)
 
     return body
 

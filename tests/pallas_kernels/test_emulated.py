@@ -56,6 +56,7 @@ def test_attention(view, head_dim, group_size, group, tokens, config, strict):
     [
         (1, 128, (128, 64), 128, False, matmul.Config(1, 3, 1)),
         (9, 100, (48,), 32, True, matmul.Config(1, 2, 3)),
+        (2, 160, (64, 32), 32, False, matmul.Config(1, 3, 1, beside=1)),
     ],
 )
 def test_int4_matmul(rows, inputs, outputs, group, symmetric, config):
