@@ -362,6 +362,7 @@ class TestCompilationCache:
     def restore(self):
         names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
         before = {name: getattr(jax.config, name) for name in names}
+        jax.config.update("jax_compilation_cache_dir", None)  # `load` may have set one
         yield
         for name, value in before.items():
             jax.config.update(name, value)
