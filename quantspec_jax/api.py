@@ -68,7 +68,7 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
     Raises:
       ValueError: the prompt and its new tokens exceed the model's context or `max_length`.
     """
-    context = model.config.context_limit
+    context = model.config.max_context
     needed = longest + config.max_new_tokens
     words = f"prompt ({longest} tokens) + max_new_tokens ({config.max_new_tokens})"
     require(needed <= context, words, needed, f"at most {context}, the model's context")

@@ -455,7 +455,7 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     from quantspec_jax import evaluate
 
     model = _load(args, draft)
-    limit = model.config.context_limit
+    limit = model.config.max_context
     require(args.context <= limit, "--context", args.context, f"at most {limit}, the model's")
     tokens = encode(text, model.tokenizer, "text")
     have = f"{len(tokens)} tokens after --skip-characters"

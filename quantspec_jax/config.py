@@ -116,11 +116,6 @@ class ModelConfig:
         )
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number")
 
-    @property
-    def context_limit(self) -> int:
-        """Longest sequence, in tokens, that may be asked for: `max_context`."""
-        return self.max_context
-
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that `from_dict` reads back."""
         return dataclasses.asdict(self)

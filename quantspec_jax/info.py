@@ -27,7 +27,7 @@ def info(source: str) -> dict[str, Any]:
     return {
         "source": str(source),
         "architecture": config.to_dict(),
-        "context_limit": config.context_limit,
+        "context_limit": config.max_context,
         "stored_as": checkpoint.storage,
         "dtype": checkpoint.source_dtype,
         "parameters": checkpoint.parameter_count,
@@ -43,7 +43,7 @@ def info(source: str) -> dict[str, Any]:
 
 def contexts(config: ModelConfig) -> list[int]:
     """The contexts to report: none beyond the model's own."""
-    return sorted({min(context, config.context_limit) for context in CONTEXTS})
+    return sorted({min(context, config.max_context) for context in CONTEXTS})
 
 
 def cache_sizes(config: ModelConfig, context: int) -> dict[str, int]:

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise NotImplementedError(
             "bench kernels measures CUDA kernels: it needs a CUDA device of compute capability 9.0"
         )
-    ceilings = _ceilings()
+    ceilings = measured_ceilings()
     rows: list[dict[str, Any]] = []
     measures = {"attention": _attention, "matmul": _matmul, "quantize": _quantize}
     for name in args.kernel:
@@ -117,7 +117,7 @@ def _row(
     }
 
 
-def _ceilings() -> dict[str, float]:
+def measured_ceilings() -> dict[str, float]:
     """GB/s of reading and of copying, measured in this run."""
     x = jax.random.bits(jax.random.key(0), (1 << 29,), jnp.uint32)
     name = dispatch.device_name()

@@ -108,7 +108,7 @@ def _read(model: Model, tokens: str | Sequence[int], context: int | None) -> lis
     require(len(texts) == 1, "tokens", f"{len(texts)} texts", "one text")
     (ids,) = texts
     context = len(ids) if context is None else context
-    limit = model.config.context_limit
+    limit = model.config.max_context
     allowed = f"{SHORTEST} to {limit} tokens, the model's context"
     require(SHORTEST <= context <= limit, "context", context, allowed)
     require(len(ids) >= context, "tokens", f"{len(ids)} tokens", f"{context} (context) or more")

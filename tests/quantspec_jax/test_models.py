@@ -197,7 +197,7 @@ def test_dynamic_ntk_has_one_factor_a_generation():
 )
 def test_the_context_limit_counts_the_scaling_once(rope, limit):
     config = parse_hf_config({**HF_CONFIG, "max_position_embeddings": 4096, "rope_scaling": rope})
-    assert config.context_limit == limit
+    assert config.max_context == limit
 
 
 def test_rotation_keeps_norms_and_depends_on_distance_alone():
