@@ -1,0 +1,77 @@
+"""`quantspec bench decode`: what it counts, and what a simulated acceptance does."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quantspec_jax.bench import decode as bench
+from quantspec_jax.cli import main
+from quantspec_jax.config import DraftConfig, ModelConfig
+from quantspec_jax.generate.accept import Verdict, simulate
+
+TINY = ModelConfig("llama", 300, 64, 128, 2, 4, 2, 32, 4096)
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch):
+    monkeypatch.setitem(bench.PRESETS, "tiny", TINY)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9, 1.0])
+def test_simulated_acceptance_is_a_run_of_successes(alpha):
+    gamma, draws = 4, 20_000
+    keys = jax.random.split(jax.random.key(0), draws)
+    found = Verdict(jnp.zeros(draws, jnp.int32), jnp.full(draws, 7, jnp.int32))
+    verdict = simulate(found, jnp.full(draws, gamma), keys, jnp.zeros(draws, jnp.int32), alpha)
+    expected = sum(alpha ** (i + 1) for i in range(gamma))
+    assert float(verdict.accepted.mean()) == pytest.approx(expected, abs=0.04)
+    assert int(verdict.accepted.max()) <= gamma
+    np.testing.assert_array_equal(verdict.token, found.token)
+
+
+def test_a_run_reports_every_mode_beside_the_baseline(tiny_preset, capsys):
+    options = "--context 640 --mode full quantspec --gamma 2 --rounds 8 --repeat 2 --draft-group 32"
+    arguments = [*options.split(), "--dtype", "float32", "--simulate-acceptance", "0.8", "--json"]
+    assert main(["bench", "decode", "--preset", "tiny", *arguments]) == 0
+    result = json.loads(capsys.readouterr().out)
+    full, quantspec = result["rows"]
+    assert result["simulated_acceptance"] == 0.8
+    assert (full["mode"], full["tokens_a_round"], full["speed_up"]) == (
+        "autoregressive full",
+        1.0,
+        1.0,
+    )
+    assert full["acceptance"] is None
+    assert not full["acceptance_is_simulated"]
+    assert quantspec["acceptance_is_simulated"]
+    assert 0.3 < quantspec["acceptance"] <= 1
+    assert quantspec["tokens_a_round"] == pytest.approx(1 + 2 * quantspec["acceptance"], abs=0.25)
+    ratio = quantspec["tokens_per_second"] / full["tokens_per_second"]
+    assert quantspec["speed_up"] == pytest.approx(ratio)
+
+
+def test_fewest_bytes_are_those_of_the_arrays(tiny_preset):
+    params = bench.random_params(TINY, "bfloat16")
+    blocks = sum(x.nbytes for x in jax.tree.leaves(params["layers"]))
+    head = params["lm_head"]["kernel"].nbytes + params["final_norm"].nbytes
+    assert bench.weight_bytes(params) == blocks + head
+    draft = bench.random_draft(params, DraftConfig(group_size=32))
+    assert bench.weight_bytes(draft) < 0.45 * blocks + head
+    full = bench.cache_read_bytes(TINY, "full", 1024, 2)
+    assert full == 2 * 2 * 2 * 32 * 1024 * 2
+    assert 0.5 < bench.cache_read_bytes(TINY, "int8", 1024, 2) / full < 0.75
+    assert 0.25 < bench.cache_read_bytes(TINY, "int4", 1024, 2) / full < 0.55
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--simulate-acceptance", "1.5"], ["--batch", "0"], ["--gamma", "0"], ["--context", "10"]],
+)
+def test_bad_options_are_refused(wrong, tiny_preset, capsys):
+    assert main(["bench", "decode", "--preset", "tiny", *wrong]) == 2
+    assert wrong[0] in capsys.readouterr().err
