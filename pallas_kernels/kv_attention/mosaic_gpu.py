@@ -592,19 +592,18 @@ class _Tile:
                             two.append(value * part(numbers[w]))
                         pair.append(ptx.pack_f16(*two))
                     steps.append(pair)
-            # Minima as rows 0–7 and scales as rows 8–15 of one product with the queries.
             total = [f32(0.0)] * 4
-            for x, numbers, steps_of in (
-                (low, minimum[0], scale[0]),
-                (high, minimum[1], scale[1]),
-            ):
+            for x, numbers in ((low, minimum[0]), (high, minimum[1])):
                 for w in range(0, 2 * self.words, 2):
-                    a = [numbers[w], steps_of[w], numbers[w + 1], steps_of[w + 1]]
+                    a = [numbers[w], numbers[w], numbers[w + 1], numbers[w + 1]]
                     total = ptx.mma("bf16", a, [x[w], x[w + 1]], total)
-            # The scores of codes 0: m̂ less the half step of the view, the same for every token.
-            start = [ptx.fma(total[2 + i], f32(-self.half), total[i]) for i in range(2)] * 2
+            constants = {0.5: 0xB800B800, 1 / 32: 0xA800A800}  # −1/2 and −1/32 twice
+            first = i32(constants[self.half])
+            second = first if self.both else i32(constants[0.5])
+            for pair in steps:
+                total = ptx.mma("f16", [first, first, second, second], pair, total)
             operands.append(steps)
-            initial.append([x * self.unit for x in start])
+            initial.append([x * self.unit for x in total])
         return operands, initial
 
     def fragments(self, upper: list[V], lower: list[V] | None) -> list[list[V]]:
