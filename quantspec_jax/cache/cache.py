@@ -135,7 +135,7 @@ def from_prompt(
     position = jnp.minimum(position, p - 1)[:, None, :, None]
 
     def buffer(x: jax.Array) -> jax.Array:
-        return jnp.where(filled, jnp.take_along_axis(x, position, 2), 0) if p else _fit(x, 2 * g)
+        return jnp.where(filled, jnp.take_along_axis(x, position, 2), 0)
 
     return LayerCache(
         planes(keys, quantize_keys), planes(values, quantize_values), buffer(keys), buffer(values)
