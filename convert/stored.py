@@ -56,7 +56,7 @@ class Header:
             "model_type": self.config.family,
             "transformers_version": importlib.metadata.version("transformers"),
             "dtype": self.dtype,
-            "draft": dataclasses.asdict(self.draft) if self.draft else None,
+            "draft": self.draft.to_dict() if self.draft else None,
             "model": self.config.to_dict(),
         }
 
@@ -67,7 +67,7 @@ def parse_header(values: dict[str, Any], where: Path) -> Header:
     try:
         config = ModelConfig.from_dict(values["model"])
         dtype = values["dtype"]
-        draft = None if values["draft"] is None else DraftConfig(**values["draft"])
+        draft = None if values["draft"] is None else DraftConfig.from_dict(values["draft"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is damaged: {type(error).__name__} {error}") from error
     require(dtype in DTYPES, f"dtype in {where}", dtype, ", ".join(DTYPES))

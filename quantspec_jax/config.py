@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from typing import Any, Literal
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
@@ -186,15 +187,53 @@ class CacheConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WeightFormat:
+    """How one linear layer of the draft is stored.
+
+    Args:
+      bits: 4; 8, a second plane of 4 bits that holds what the first one leaves; or 16, the target's
+        own weights.
+      group_size: input channels that share a scale.
+      symmetric: a scale a group only, or a scale and a minimum. (The second plane has scales only.)
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.bits in (4, 8, 16), "draft bits", self.bits, "4, 8 or 16")
+        require(
+            _is_int(self.group_size) and self.group_size >= 8 and self.group_size % 8 == 0,
+            "draft group_size",
+            self.group_size,
+            "a multiple of 8",
+        )
+
+    def stored_bits(self, kin: int, n: int) -> int:
+        """Bits that a [Kin, N] weight takes, scales and minima counted; 16 a weight left alone."""
+        if self.bits == 16:
+            return 16 * kin * n
+        numbers = (1 if self.symmetric else 2) + (self.bits == 8)
+        return self.bits * kin * n + 16 * numbers * n * -(-kin // self.group_size)
+
+
+@dataclasses.dataclass(frozen=True)
 class DraftConfig:
     """Weights of the draft pass.
 
     Args:
-      bits: 4, or None to draft with the full weights (the 4-bit cache alone).
+      bits: 4, 8, or None to draft with the full weights (the 4-bit cache alone).
       group_size: input channels that share a scale.
       symmetric: a scale a group only, or a scale and a minimum.
-      layers: `all` linear layers of the blocks, or `mlp` alone.
-      method: `rtn` (round to nearest) or `gptq`.
+      layers: which linear layers of the blocks: `all`, `mlp`, or patterns with commas between them,
+        such as `layers.*.down,layers.1?.o`.
+      method: `rtn` (round to nearest), `gptq` (calibrated on text), or `imported` (the codes of an
+        existing 4-bit checkpoint).
+      average_bits: mixed precision: the layers that need it most get 8 bits as long as the mean
+        over all linear layers of the blocks, scales counted, is no more than this. Needs `gptq`.
+      formats: layers that are stored otherwise than `bits`, `group_size` and `symmetric` say, by
+        name (`layers.3.down`): what a mixed-precision search or an import found.
     """
 
     bits: int | None = 4
@@ -202,24 +241,67 @@ class DraftConfig:
     symmetric: bool = False
     layers: str = "all"
     method: str = "rtn"
+    average_bits: float | None = None
+    formats: tuple[tuple[str, WeightFormat], ...] = ()
 
     def __post_init__(self) -> None:
-        require(self.bits in (4, None), "draft bits", self.bits, "4 or None")
+        require(self.bits in (4, 8, None), "draft bits", self.bits, "4, 8 or None")
+        WeightFormat(4, self.group_size)
         require(
-            _is_int(self.group_size) and self.group_size >= 8 and self.group_size % 8 == 0,
-            "draft group_size",
-            self.group_size,
-            "a multiple of 8",
+            isinstance(self.layers, str) and all(self.patterns),
+            "draft layers",
+            self.layers,
+            "all, mlp, or names of layers with * and ?, commas between them",
         )
-        require(self.layers in ("all", "mlp"), "draft layers", self.layers, "all, mlp")
-        require(self.method in ("rtn", "gptq"), "draft method", self.method, "rtn, gptq")
+        methods = ("rtn", "gptq", "imported")
+        require(self.method in methods, "draft method", self.method, ", ".join(methods))
+        if self.average_bits is not None:
+            possible = _is_number(self.average_bits) and 4 < self.average_bits <= 16
+            require(possible, "draft average_bits", self.average_bits, "a number over 4, up to 16")
+            require(
+                self.method == "gptq", "draft method", self.method, "gptq (average_bits is set)"
+            )
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """`layers` as patterns that a layer's name matches or not."""
+        if self.layers == "all":
+            return ("*",)
+        if self.layers == "mlp":
+            return ("*.gate", "*.up", "*.down")
+        return tuple(pattern.strip() for pattern in self.layers.split(","))
+
+    def format_of(self, layer: str) -> WeightFormat:
+        """How the linear layer of this name, such as `layers.3.down`, is stored."""
+        for name, stored in self.formats:
+            if name == layer:
+                return stored
+        if self.bits is None or not any(fnmatch.fnmatchcase(layer, p) for p in self.patterns):
+            return WeightFormat(16)
+        return WeightFormat(self.bits, self.group_size, self.symmetric)
 
     def describe(self) -> str:
         """One line for people: what the draft's weights are."""
         if self.bits is None:
             return "full weights"
         kind = "symmetric" if self.symmetric else "asymmetric"
-        return f"{self.bits}-bit {self.method}, {kind}, group {self.group_size}, {self.layers}"
+        bits = f"{self.bits}-bit"
+        if self.average_bits is not None:
+            bits = f"mixed {self.average_bits:g}-bit"
+        return f"{bits} {self.method}, {kind}, group {self.group_size}, {self.layers}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict that `from_dict` reads back."""
+        return dataclasses.asdict(self) | {
+            "formats": {name: dataclasses.asdict(stored) for name, stored in self.formats}
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> DraftConfig:
+        """Inverse of `to_dict`; an unknown key is a TypeError."""
+        formats = data.get("formats", {}).items()
+        stored = tuple((name, WeightFormat(**values)) for name, values in formats)
+        return cls(**{**data, "formats": stored})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import fnmatch
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.int4_matmul.reference import dequantize
 from pallas_kernels.layout import QuantizedWeight, pack
-from quantspec_jax.config import DraftConfig, ModelConfig
-from quantspec_jax.models.parameters import LINEAR_LAYERS, Spec, parameter_shapes
-
-MLP_LAYERS = ("gate", "up", "down")
+from quantspec_jax.config import DraftConfig, ModelConfig, WeightFormat, require
+from quantspec_jax.models.parameters import LINEAR_LAYERS, nest, parameter_shapes
 
 
-def quantized_layers(config: DraftConfig) -> tuple[str, ...]:
-    """Names of the linear layers of a block that the draft holds in 4 bits."""
-    if config.bits is None:
-        return ()
-    return MLP_LAYERS if config.layers == "mlp" else LINEAR_LAYERS
+def layer_formats(model: ModelConfig, config: DraftConfig) -> dict[str, WeightFormat]:
+    """How the draft stores each linear layer of the blocks, by name (`layers.3.down`).
+
+    Raises:
+      ValueError: a pattern of `config.layers`, or a name in `config.formats`, fits no layer.
+    """
+    names = [f"layers.{i}.{name}" for i in range(model.num_layers) for name in LINEAR_LAYERS]
+    for pattern in config.patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"draft layers is {config.layers!r}: {pattern!r} fits no layer; names "
+                             f"are {names[0]} to {names[-1]}")  # fmt: skip
+    for name, _ in config.formats:
+        require(name in names, "draft formats", name, f"{names[0]} to {names[-1]}")
+    return {name: config.format_of(name) for name in names}
 
 
 def quantize_weight(kernel: jax.Array, group_size: int, symmetric: bool) -> QuantizedWeight:
@@ -55,68 +65,57 @@ def _pack(codes: jax.Array) -> jax.Array:
     return pack(jnp.clip(codes, -8, 7).astype(jnp.int8))
 
 
-_quantize_weight = jax.jit(quantize_weight, static_argnums=(1, 2))
+@partial(jax.jit, static_argnums=1)
+def quantize_linear(kernel: jax.Array, stored: WeightFormat) -> dict[str, QuantizedWeight]:
+    """[Kin, N] → the entries of one linear layer in 4 or 8 bits, rounded to nearest: `kernel`, and
+    for 8 bits `residual`, the codes of what `kernel` leaves. Their products add up."""
+    upper = quantize_weight(kernel, stored.group_size, stored.symmetric)
+    if stored.bits == 4:
+        return {"kernel": upper}
+    rest = kernel.astype(jnp.float32) - dequantize(upper)[: kernel.shape[0]]
+    return {"kernel": upper, "residual": quantize_weight(rest, stored.group_size, True)}
 
 
 def quantize_params(params: dict[str, Any], config: DraftConfig) -> dict[str, Any]:
-    """The draft's own entries of the tree: {"layers": {i: {name: {"kernel": QuantizedWeight}}}}."""
-    names = quantized_layers(config)
-    if not names:
-        return {}
-    return {
-        "layers": {
-            i: {
-                name: {
-                    "kernel": _quantize_weight(
-                        block[name]["kernel"], config.group_size, config.symmetric
-                    )
-                }
-                for name in names
-            }
-            for i, block in params["layers"].items()
-        }
-    }
+    """The draft's own entries of the tree: {"layers": {i: {name: `quantize_linear`}}}."""
+    entries = {}
+    for i, block in params["layers"].items():
+        for name in LINEAR_LAYERS:
+            layer = f"layers.{i}.{name}"
+            stored = config.format_of(layer)
+            if stored.bits != 16:
+                for part, weight in quantize_linear(block[name]["kernel"], stored).items():
+                    entries[f"{layer}.{part}"] = weight
+    return nest(entries)
 
 
 def merge(params: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """The draft's whole tree: `own` where it has an entry, else the target's array itself."""
-    return {
-        name: merge(node, own.get(name, {})) if isinstance(node, dict) else own.get(name, node)
-        for name, node in params.items()
-    }
+    merged = dict(params)
+    for name, node in own.items():
+        merged[name] = merge(params.get(name, {}), node) if isinstance(node, dict) else node
+    return merged
 
 
 def bits_per_weight(model: ModelConfig, config: DraftConfig) -> float:
     """Mean bits over all linear layers of the blocks; layers left alone count 16, scales and minima
     count."""
-    names = quantized_layers(config)
-    bits = count = 0.0
-    for path, spec in parameter_shapes(model).items():
-        if not (path.startswith("layers.") and path.endswith(".kernel")):
-            continue
-        weights = spec.size
-        if path.split(".")[2] in names:
-            bits += _quantized_bits(spec, config)
-        else:
-            bits += 16 * weights
-        count += weights
-    return bits / count
-
-
-def _quantized_bits(spec: Spec, config: DraftConfig) -> int:
-    kin, n = spec.shape
-    groups = -(-kin // config.group_size)
-    return 4 * kin * n + groups * n * 16 * (1 if config.symmetric else 2)
+    shapes = parameter_shapes(model)
+    bits = weights = 0
+    for layer, stored in layer_formats(model, config).items():
+        spec = shapes[f"{layer}.kernel"]
+        bits += stored.stored_bits(*spec.shape)
+        weights += spec.size
+    return bits / weights
 
 
 def draft_bytes(model: ModelConfig, config: DraftConfig) -> int:
     """Bytes of the draft's own arrays."""
-    names = quantized_layers(config)
+    shapes = parameter_shapes(model)
     total = 0
-    for path, spec in parameter_shapes(model).items():
-        parts = path.split(".")
-        if parts[0] == "layers" and parts[-1] == "kernel" and parts[2] in names:
-            kin, n = spec.shape
-            groups = -(-kin // config.group_size)
-            total += groups * n * (config.group_size // 2 + (2 if config.symmetric else 4))
+    for layer, stored in layer_formats(model, config).items():
+        if stored.bits != 16:
+            kin, n = shapes[f"{layer}.kernel"].shape
+            filled = -(-kin // stored.group_size) * stored.group_size
+            total += stored.stored_bits(filled, n) // 8
     return total

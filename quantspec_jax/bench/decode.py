@@ -31,7 +31,7 @@ from quantspec_jax.config import (
     ModelConfig,
     require,
 )
-from quantspec_jax.draft import merge, quantize_weight, quantized_layers
+from quantspec_jax.draft import merge, quantize_params
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.state import DecodeState, Program
@@ -72,19 +72,6 @@ def random_params(config: ModelConfig, dtype: str) -> Params:
         key = jax.random.fold_in(jax.random.key(0), i)
         leaves[path] = jnp.ones(spec.shape, dtype) if ones else normal(key, spec.shape)
     return nest(leaves)
-
-
-def random_draft(params: Params, config: DraftConfig) -> Params:
-    """The draft's tree: each linear layer's kernel in 4 bits."""
-    quantize = jax.jit(quantize_weight, static_argnums=(1, 2))
-    own = {
-        i: {
-            name: {"kernel": quantize(block[name]["kernel"], config.group_size, config.symmetric)}
-            for name in quantized_layers(config)
-        }
-        for i, block in params["layers"].items()
-    }
-    return merge(params, {"layers": own})
 
 
 @functools.partial(jax.jit, static_argnames=("program", "batch", "capacity"))
@@ -266,7 +253,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ceiling = read_ceiling()
     params = random_params(model, args.dtype)
     config = DraftConfig(group_size=args.draft_group, symmetric=args.draft_symmetric)
-    draft = random_draft(params, config)
+    draft = merge(params, quantize_params(params, config))
     rows = []
     for context in args.context:
         for case in cases(args.mode, args.gamma):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.int4_matmul.api import int4_matmul
+from pallas_kernels.int4_matmul.api import int4_matmul, int4_matmuls
 from pallas_kernels.layout import QuantizedWeight
 from quantspec_jax.config import ModelConfig
 from quantspec_jax.models.parameters import Spec, flatten, nest, parameter_shapes
@@ -98,10 +98,13 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def linear(x: jax.Array, weights: Params, backend: str) -> jax.Array:
-    """[..., Kin] → [..., N] in x's type; the kernel is an array or a `QuantizedWeight`."""
+    """[..., Kin] → [..., N] in x's type; the kernel is an array or a `QuantizedWeight`, which may
+    have a `residual`, a second one whose product adds to its own."""
     kernel = weights["kernel"]
     if isinstance(kernel, QuantizedWeight):
-        y = int4_matmul(x, kernel, backend=backend)
+        planes = [kernel, weights["residual"]] if "residual" in weights else [kernel]
+        y, *rest = int4_matmuls(x, planes, backend=backend)
+        y = y + rest[0] if rest else y
     else:
         y = jnp.matmul(x, kernel, precision=precision(x.dtype))
     if "bias" in weights:

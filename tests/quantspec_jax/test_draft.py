@@ -1,0 +1,109 @@
+"""Formats of the draft's weights: what they store, how exact they are, what they take."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_model
+
+from pallas_kernels.int4_matmul.reference import dequantize
+from quantspec_jax.config import DraftConfig, WeightFormat
+from quantspec_jax.draft import (
+    bits_per_weight,
+    draft_bytes,
+    layer_formats,
+    merge,
+    quantize_linear,
+    quantize_params,
+)
+from quantspec_jax.models.decoder import linear
+
+CONFIGS = (
+    DraftConfig(group_size=16),
+    DraftConfig(bits=8, group_size=32),
+    DraftConfig(bits=8, group_size=32, symmetric=True),
+    DraftConfig(group_size=24, layers="layers.0.*,*.down"),
+    DraftConfig(group_size=32, formats=(("layers.1.q", WeightFormat(8, 16, True)),)),
+)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [16, 24])
+def test_eight_bits_leave_a_sixteenth_of_the_error(group_size, symmetric):
+    kernel = jax.random.normal(jax.random.key(0), (64, 40))
+    errors = []
+    for bits in (4, 8):
+        entry = quantize_linear(kernel, WeightFormat(bits, group_size, symmetric))
+        restored = sum(dequantize(weight)[:64] for weight in entry.values())
+        errors.append(float(jnp.abs(restored - kernel).max()))
+    assert errors[1] < errors[0] / 10  # a sixteenth, but for the rounding of scale and minimum
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_linear_adds_the_planes(bits):
+    keys = jax.random.split(jax.random.key(1))
+    kernel, x = jax.random.normal(keys[0], (48, 32)), jax.random.normal(keys[1], (3, 48))
+    entry = quantize_linear(kernel, WeightFormat(bits, 16))
+    expected = x @ sum(dequantize(weight) for weight in entry.values())
+    np.testing.assert_allclose(linear(x, entry, "xla"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("draft", CONFIGS)
+def test_draft_bytes_are_those_of_its_arrays(draft):
+    config, params, _ = tiny_model()
+    own = quantize_params(params, draft)
+    assert draft_bytes(config, draft) == sum(x.nbytes for x in jax.tree.leaves(own))
+
+
+@pytest.mark.parametrize("draft", CONFIGS)
+def test_config_survives_json(draft):
+    assert DraftConfig.from_dict(draft.to_dict()) == draft
+
+
+def test_formats_and_patterns_choose_layers():
+    config, params, _ = tiny_model()
+    formats = (("layers.0.q", WeightFormat(8, 16)), ("layers.0.k", WeightFormat(16)))
+    draft = DraftConfig(layers="layers.0.*", formats=formats)
+    own = quantize_params(params, draft)
+    assert set(own["layers"]) == {"0"}
+    assert set(own["layers"]["0"]) == {"q", "v", "o", "gate", "up", "down"}
+    assert set(own["layers"]["0"]["q"]) == {"kernel", "residual"}
+    tree = merge(params, own)
+    assert tree["layers"]["0"]["k"]["kernel"] is params["layers"]["0"]["k"]["kernel"]
+    assert tree["layers"]["0"]["q"]["residual"].group_size == 16
+    assert layer_formats(config, draft)["layers.0.v"] == WeightFormat()
+
+
+def test_bits_per_weight_counts_scales_and_what_is_left_alone():
+    config, *_ = tiny_model()
+    assert bits_per_weight(config, DraftConfig(bits=None)) == 16
+    assert bits_per_weight(config, DraftConfig(group_size=16)) == 4 + 32 / 16
+    assert bits_per_weight(config, DraftConfig(group_size=16, symmetric=True)) == 4 + 16 / 16
+    assert bits_per_weight(config, DraftConfig(bits=8, group_size=16)) == 8 + 48 / 16
+    mixed = bits_per_weight(config, DraftConfig(group_size=16, layers="*.down"))
+    assert 6 < mixed < 16
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bits": 3}, "draft bits is 3"),
+        ({"layers": "all,"}, "draft layers"),
+        ({"method": "awq"}, "draft method"),
+        ({"average_bits": 5.0}, "gptq"),
+        ({"average_bits": 4, "method": "gptq"}, "average_bits is 4"),
+    ],
+)
+def test_refuses(options, words):
+    with pytest.raises(ValueError, match=words):
+        DraftConfig(**options)
+
+
+def test_refuses_layers_that_do_not_exist():
+    config, *_ = tiny_model()
+    with pytest.raises(ValueError, match=r"'\*\.dwon' fits no layer"):
+        layer_formats(config, DraftConfig(layers="*.down,*.dwon"))
+    with pytest.raises(ValueError, match=r"layers\.99\.q"):
+        layer_formats(config, DraftConfig(formats=(("layers.99.q", WeightFormat()),)))
