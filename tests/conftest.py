@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -96,6 +98,15 @@ TOKENIZERS = {
     "metaspace": lambda: make_byte_fallback_tokenizer(metaspace=True),
     "SmolLM2": load_smollm2_tokenizer,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_compiled_programs() -> Iterator[None]:
+    """Each program of XLA's CPU backend holds memory maps, tens to a thousand, and Linux allows a
+    process 65,530: all programs of all tests together would end in a segmentation fault."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
