@@ -1,0 +1,163 @@
+"""What decoding costs: the bytes that each pass reads, and the tokens that a round yields for them.
+
+Decoding long contexts is bound by reading memory, so a pass costs what it reads, each byte once:
+
+    plain    weights             + the cache in full precision    autoregressive, a token a pass
+    draft    the draft's weights + upper plane, scales, buffer    a proposal
+    verify   weights             + both planes, scales, buffer    γ + 1 rows at once
+
+A round is γ drafts and a verification. With acceptance α it yields (1 − α^(γ+1))/(1 − α) tokens
+(Leviathan et al., arXiv 2211.17192, equation 1). Bytes that a pass writes, activations, and the one
+row of the embedding table that it looks up are left out: thousandths of the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from quantspec_jax.config import DraftConfig, ModelConfig, View, require
+from quantspec_jax.draft import draft_bytes, layer_formats
+from quantspec_jax.models.parameters import LINEAR_LAYERS, layer_shapes, parameter_shapes
+
+GROUP_SIZE = 128
+MOST_GAMMA = 16
+BF16 = 2  # bytes
+
+
+def weight_bytes(params: dict[str, Any]) -> int:
+    """Bytes that a pass reads of these arrays (or shapes): all but the embedding table, which is
+    read whole only where it is tied, as lm_head."""
+    read = {k: v for k, v in params.items() if k != "embedding" or "lm_head" not in params}
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read))
+
+
+def target_weight_bytes(model: ModelConfig, itemsize: int = BF16) -> int:
+    """`weight_bytes` of the target's weights in a type of `itemsize` bytes."""
+    shapes = parameter_shapes(model)
+    unread = 0 if model.tie_embeddings else shapes["embedding"].size
+    return itemsize * (sum(spec.size for spec in shapes.values()) - unread)
+
+
+def linear_weights(model: ModelConfig) -> int:
+    """How many weights the linear layers of the blocks have."""
+    shapes = layer_shapes(model)
+    return model.num_layers * sum(shapes[f"{name}.kernel"].size for name in LINEAR_LAYERS)
+
+
+def draft_weight_bytes(model: ModelConfig, draft: DraftConfig, itemsize: int = BF16) -> int:
+    """`weight_bytes` of the draft: its own arrays, and the target's where it has none."""
+    shapes = parameter_shapes(model)
+    replaced = sum(
+        shapes[f"{layer}.kernel"].size
+        for layer, stored in layer_formats(model, draft).items()
+        if stored.bits != 16
+    )
+    return target_weight_bytes(model, itemsize) - itemsize * replaced + draft_bytes(model, draft)
+
+
+def cache_read_bytes(
+    model: ModelConfig,
+    view: View,
+    context: float,
+    itemsize: int = BF16,
+    group_size: int = GROUP_SIZE,
+) -> int:
+    """Bytes that a pass reads of one sequence's cache of `context` tokens, `itemsize` bytes a value
+    in full precision. The buffer holds G to 2G tokens: 1.5 G are counted."""
+    values = 2 * model.num_layers * model.num_kv_heads * model.head_dim  # a token
+    if view == "full":
+        return int(values * context * itemsize)
+    exact = min(context, 1.5 * group_size)
+    value_groups = -(-model.head_dim // min(group_size, model.head_dim))
+    numbers = (32 / group_size + 32 * value_groups / model.head_dim) / 2  # bits a value
+    bits = (8 if view == "int8" else 4) + numbers
+    return int(values * ((context - exact) * bits / 8 + exact * itemsize))
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """One pass of each kind, all in one unit: bytes, or milliseconds.
+
+    plain   autoregressive, the cache in full precision
+    draft   a draft step
+    verify  a verification; also an autoregressive step that reads the int8 view
+    """
+
+    plain: float
+    draft: float
+    verify: float
+
+    def speed_up(self, acceptance: float, gamma: int, group_size: int = GROUP_SIZE) -> float:
+        """Tokens for what one costs in plain decoding; below 1 plain decoding is faster."""
+        round_cost = gamma * self.draft + self.verify
+        return self.plain * tokens_a_round(acceptance, gamma, group_size) / round_cost
+
+    def best_gamma(
+        self, acceptance: float, most: int = MOST_GAMMA, group_size: int = GROUP_SIZE
+    ) -> int:
+        """The γ from 1 to `most` that yields most for its cost."""
+        gammas = range(1, min(most, group_size - 1) + 1)
+        return max(gammas, key=lambda gamma: self.speed_up(acceptance, gamma, group_size))
+
+
+def bytes_read(
+    model: ModelConfig,
+    draft: DraftConfig,
+    context: float,
+    *,
+    batch: int = 1,
+    itemsize: int = BF16,
+    group_size: int = GROUP_SIZE,
+) -> Costs:
+    """Bytes that a pass of each kind reads for `batch` sequences of `context` tokens."""
+    weights = target_weight_bytes(model, itemsize)
+    drafted = draft_weight_bytes(model, draft, itemsize)
+    views: tuple[View, ...] = ("full", "int4", "int8")
+    plain, upper, both = (
+        batch * cache_read_bytes(model, view, context, itemsize, group_size) for view in views
+    )
+    return Costs(weights + plain, drafted + upper, weights + both)
+
+
+def operations(model: ModelConfig, context: float, rows: int, batch: int = 1) -> float:
+    """Multiplications and additions of a pass of `rows` tokens a sequence."""
+    products = 2 * target_weight_bytes(model, itemsize=1)
+    attention = 4 * model.num_layers * model.num_heads * model.head_dim * context
+    return batch * rows * (products + attention)
+
+
+def expected_tokens(acceptance: float, gamma: int) -> float:
+    """Tokens of a round: 1 + α + … + α^γ = (1 − α^(γ+1))/(1 − α).
+
+    `acceptance` α is the chance that a proposal is accepted where all before it in its round were
+    (what `quantspec eval acceptance` measures, and the acceptance rate at γ = 1). The share of
+    accepted proposals, everything after a rejection counted as rejected, is (α + … + α^γ)/γ.
+    """
+    _check(acceptance, gamma)
+    return sum(acceptance**i for i in range(gamma + 1))
+
+
+@functools.lru_cache(maxsize=4096)
+def tokens_a_round(acceptance: float, gamma: int, group_size: int = GROUP_SIZE) -> float:
+    """`expected_tokens` with the rounds that a flush cuts short, which propose γ' < γ tokens.
+
+    A round at position n proposes γ' = min(γ, G − 1 − (n mod G)), so each G tokens begin a round.
+    With r(n) the rounds from n to the next multiple of G, the mean is G/r(0).
+    """
+    _check(acceptance, gamma)
+    rounds = [0.0] * (group_size + 1)
+    for n in reversed(range(group_size)):
+        last = min(gamma, group_size - 1 - n)
+        reach = [acceptance**a for a in range(last + 1)]  # P(at least a are accepted)
+        chances = [p - q for p, q in zip(reach, [*reach[1:], 0.0], strict=True)]
+        rounds[n] = 1 + sum(p * rounds[n + 1 + a] for a, p in enumerate(chances))
+    return group_size / rounds[0]
+
+
+def _check(acceptance: float, gamma: int) -> None:
+    require(0 <= acceptance <= 1, "acceptance", acceptance, "0 to 1")
+    require(gamma >= 0, "gamma", gamma, "an integer ≥ 0")
