@@ -38,11 +38,14 @@ class Scores(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """Of each position: top [N] of the target, draft_top [N], and overlap [N] = Σ min(p, q)."""
+    """Of each position: top [N] of the target, draft_top [N], overlap [N] = Σ min(p, q), and what
+    each gives the token that follows in the text, log_prob [N] and draft_log_prob [N]."""
 
     top: Any
     draft_top: Any
     overlap: Any
+    log_prob: Any
+    draft_log_prob: Any
 
 
 def score(
@@ -75,14 +78,45 @@ def compare(
     backend: Backend = "auto",
     progress: bool = False,
 ) -> Overlap:
-    """What draft and target say after each position of a text, the target's cache before it."""
+    """What draft and target say after each position of a text, the target's cache before it.
+
+    The last position predicts nothing of the text; its log-probabilities mean nothing.
+    """
+    drafts = [model.draft_params]
+    return compare_drafts(
+        model, drafts, ids, group_size=group_size, backend=backend, progress=progress
+    )[0]
+
+
+def compare_drafts(
+    model: Model,
+    drafts: Sequence[Params],
+    ids: Sequence[int],
+    *,
+    group_size: int = 128,
+    backend: Backend = "auto",
+    progress: bool = False,
+) -> list[Overlap]:
+    """`compare` for several drafts of one model, whose target runs once.
+
+    Args:
+      drafts: their whole trees, as `Model.draft_params`.
+    """
     program = _program(model, len(ids), "int8", group_size, backend)
-    draft_params = model.draft_params
+    following = _blocks([*ids[1:], 0], group_size)
 
-    def step(cache: HierarchicalKVCache, _: int, tokens: jax.Array) -> Any:
-        return _compare_block(model.params, draft_params, cache, tokens, program=program)
+    def step(cache: HierarchicalKVCache, i: int, tokens: jax.Array) -> Any:
+        cache, logits = _target_block(model.params, cache, tokens, program=program)
+        compared = [
+            _draft_block(draft, cache, tokens, logits, following[i], program=program)
+            for draft in drafts
+        ]
+        return _flush_block(cache, program=program), [x for each in compared for x in each]
 
-    return Overlap(*_walk(step, model, program, ids, "draft and target" if progress else None))
+    title = "draft and target" if len(drafts) == 1 else f"{len(drafts)} drafts and target"
+    found = _walk(step, model, program, ids, title if progress else None)
+    width = len(Overlap._fields)
+    return [Overlap(*found[i : i + width]) for i in range(0, len(found), width)]
 
 
 def _program(model: Model, length: int, view: View, group_size: int, backend: Backend) -> Program:
@@ -139,19 +173,43 @@ def _score_block(
 
 
 @partial(jax.jit, static_argnames="program", donate_argnames="cache")
-def _compare_block(
-    params: Params,
+def _target_block(
+    params: Params, cache: HierarchicalKVCache, tokens: jax.Array, *, program: Program
+) -> tuple[HierarchicalKVCache, jax.Array]:
+    """The cache with the block appended, its length as before; logits [G, N]."""
+    logits, layers = _target(params, program, cache, tokens)
+    return dataclasses.replace(cache, layers=layers), logits
+
+
+@partial(jax.jit, static_argnames="program")
+def _draft_block(
     draft_params: Params,
     cache: HierarchicalKVCache,
     tokens: jax.Array,
+    logits: jax.Array,
+    following: jax.Array,
     *,
     program: Program,
-) -> tuple[HierarchicalKVCache, Overlap]:
-    logits, layers = _target(params, program, cache, tokens)
-    drafted = _draft(draft_params, program, cache, layers, tokens)
-    overlap = jnp.minimum(jax.nn.softmax(logits), jax.nn.softmax(drafted)).sum(-1)
-    tops = jnp.argmax(logits, -1), jnp.argmax(drafted, -1)
-    return _advance(cache, layers, program), Overlap(*tops, overlap)
+) -> Overlap:
+    """The draft on what `_target_block` returned."""
+    drafted = _draft(draft_params, program, cache, tokens)
+    log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(drafted)
+
+    def at(log_probs: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(log_probs, following[0][:, None], 1)[:, 0]
+
+    return Overlap(
+        jnp.argmax(logits, -1),
+        jnp.argmax(drafted, -1),
+        jnp.minimum(jnp.exp(log_p), jnp.exp(log_q)).sum(-1),
+        at(log_p),
+        at(log_q),
+    )
+
+
+@partial(jax.jit, static_argnames="program", donate_argnames="cache")
+def _flush_block(cache: HierarchicalKVCache, *, program: Program) -> HierarchicalKVCache:
+    return _advance(cache, cache.layers, program)
 
 
 def _target(
@@ -174,10 +232,9 @@ def _draft(
     params: Params,
     program: Program,
     cache: HierarchicalKVCache,
-    layers: tuple[LayerCache, ...],
     tokens: jax.Array,
 ) -> jax.Array:
-    """The draft on a block that the target has appended to `layers`: logits [G, N]."""
+    """The draft on a block that the target has appended to the cache's layers: logits [G, N]."""
     sm_scale = program.model.head_dim**-0.5
 
     def attend(
@@ -203,7 +260,7 @@ def _draft(
         program.model,
         tokens,
         cache.length[:, None] + jnp.arange(tokens.shape[1]),
-        layers,
+        cache.layers,
         attend,
         rope_length=program.cache.max_length,
         backend=program.backend,
