@@ -165,40 +165,87 @@ def _seed(text: str) -> int:
     return seed
 
 
-def _add_draft_options(parser: Parser) -> None:
+DRAFT_FIELDS = {
+    "draft_group": "group_size",
+    "draft_symmetric": "symmetric",
+    "draft_layers": "layers",
+}
+
+
+def _add_draft_options(parser: Parser, *, convert: bool = False) -> None:
+    """The options that say what the draft's weights are: at load, or to be stored."""
     group = parser.add_argument_group(
-        "draft", "default: the draft stored with the checkpoint, else 4 bits made at load"
+        "draft",
+        "what to store (default: nothing)"
+        if convert
+        else "default: the draft stored with the checkpoint, else 4 bits rounded at load",
     )
-    group.add_argument("--draft-bits", choices=("4", "none"), help="none: the full weights")
+    if convert:
+        group.add_argument(
+            "--draft",
+            choices=("none", "rtn", "gptq"),
+            help="weights rounded to nearest (rtn), or calibrated on a text (gptq)",
+        )
+        group.add_argument(
+            "--draft-bits",
+            type=_bits,
+            metavar="B",
+            help="4, 8, or for gptq an average such as 4.75: the layers that need it get 8 (4)",
+        )
+        group.add_argument(
+            "--draft-text", metavar="FILE", help="UTF-8 text for gptq (default: a text of Python's)"
+        )
+    else:
+        group.add_argument(
+            "--draft-bits", choices=("4", "8", "none"), help="none: the full weights (4)"
+        )
     group.add_argument("--draft-group", type=int, metavar="N", help="input channels a scale (64)")
     group.add_argument(
         "--draft-symmetric", action="store_true", default=None, help="scales without minima"
     )
-    group.add_argument("--draft-layers", choices=("all", "mlp"), help="layers in 4 bits (all)")
+    group.add_argument(
+        "--draft-layers",
+        metavar="L",
+        help="all, mlp, or names such as layers.*.down,layers.0.* (all)",
+    )
+    group.add_argument(
+        "--draft-from",
+        metavar="CHECKPOINT",
+        help="take the codes of a 4-bit checkpoint of the same model: GGUF, GPTQ, AWQ",
+    )
+
+
+def _bits(text: str) -> str:
+    float(text)
+    return text
 
 
 def draft_options(args: argparse.Namespace) -> dict[str, Any]:
     """The draft options that were given."""
-    names = ("draft_bits", "draft_group", "draft_symmetric", "draft_layers")
+    names = ("draft_bits", *DRAFT_FIELDS, "draft_from")
     given = {name: getattr(args, name, None) for name in names}
     return {name: value for name, value in given.items() if value is not None}
 
 
-def draft_config(args: argparse.Namespace, method: str = "rtn") -> DraftConfig | None:
-    """What the draft options say; None where none was given."""
+def draft_config(args: argparse.Namespace, method: str = "rtn") -> DraftConfig | str | None:
+    """What the draft options say: a configuration, or a checkpoint to take codes from; None where
+    none was given."""
     given = draft_options(args)
     if not given:
         return None
+    if "draft_from" in given:
+        source = given.pop("draft_from")
+        _refuse_options(given, "--draft-from, which has its own format")
+        return source
     bits = given.pop("draft_bits", "4")
     if bits == "none":
         _refuse_options(given, "--draft-bits none")
         return DraftConfig(bits=None)
-    fields = {
-        "draft_group": "group_size",
-        "draft_symmetric": "symmetric",
-        "draft_layers": "layers",
-    }
-    options: dict[str, Any] = {fields[name]: value for name, value in given.items()}
+    options: dict[str, Any] = {DRAFT_FIELDS[name]: value for name, value in given.items()}
+    if float(bits) in (4, 8):
+        options["bits"] = int(float(bits))
+    else:
+        options["average_bits"] = float(bits)
     return DraftConfig(method=method, **options)
 
 
@@ -218,26 +265,15 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument("out_dir", metavar="OUT_DIR", help="appears whole or not at all")
     parser.add_argument("--dtype", metavar="D", help="default: the source's; GGUF: bfloat16")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if it exists")
-    parser.add_argument(
-        "--draft", choices=("none", "rtn", "gptq"), default="none", help="store a draft with it"
-    )
-    parser.add_argument("--draft-bits", choices=("4",), help="bits of the draft's weights (4)")
-    parser.add_argument("--draft-group", type=int, metavar="N", help="input channels a scale (64)")
-    parser.add_argument("--draft-text", metavar="FILE", help="calibration text for gptq")
+    _add_draft_options(parser, convert=True)
 
 
 def run_convert(args: argparse.Namespace) -> None:
     """Convert and say where the result is."""
-    draft = None
-    if args.draft == "none":
-        given = draft_options(args) | ({"draft_text": ""} if args.draft_text else {})
-        _refuse_options(given, "--draft none")
-    else:
-        draft = draft_config(args, args.draft) or DraftConfig(method=args.draft)
-        if args.draft == "gptq":
-            require(args.draft_text is not None, "--draft-text", None, "a text file for gptq")
-        else:
-            _refuse_options({"draft_text": ""} if args.draft_text else {}, "--draft rtn")
+    from quantspec_jax.text.prompts import read_text
+
+    draft = _draft_to_store(args)
+    text = None if args.draft_text is None else read_text(args.draft_text, "draft text")
     import convert
 
     convert.convert(
@@ -245,11 +281,26 @@ def run_convert(args: argparse.Namespace) -> None:
         args.out_dir,
         dtype=args.dtype,
         overwrite=args.overwrite,
-        draft=draft,
-        draft_text=args.draft_text,
+        draft=draft if isinstance(draft, DraftConfig) else None,
+        draft_text=text,
+        draft_from=draft if isinstance(draft, str) else None,
         progress=True,
     )
     print(args.out_dir)
+
+
+def _draft_to_store(args: argparse.Namespace) -> DraftConfig | str | None:
+    given = {} if args.draft_text is None else {"draft_text": args.draft_text}
+    if args.draft_from is not None:
+        named = {} if args.draft is None else {"draft": args.draft}
+        _refuse_options(named | given, "--draft-from")
+        return draft_config(args)
+    if args.draft in (None, "none"):
+        _refuse_options(draft_options(args) | given, "--draft none")
+        return None
+    if args.draft != "gptq":
+        _refuse_options(given, f"--draft {args.draft}")
+    return draft_config(args, args.draft) or DraftConfig(method=args.draft)
 
 
 # quantspec info
@@ -410,7 +461,7 @@ def summary(stats: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _load(args: argparse.Namespace, draft: DraftConfig | None) -> Model:
+def _load(args: argparse.Namespace, draft: DraftConfig | str | None) -> Model:
     """Load `args.model`, with a notice where draft options override a stored draft."""
     import quantspec_jax as qs
     from quantspec_jax import compilation_cache
@@ -437,6 +488,21 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--skip-characters", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument("--dtype", choices=DTYPES, help="float32 on the CPU, bfloat16 elsewhere")
     _add_draft_options(parser)
+    group = parser.add_argument_group(
+        "sweep", "acceptance of several drafts, and the limit of the speed-up that each promises"
+    )
+    group.add_argument(
+        "--sweep", action="store_true", help="common formats, rounded to nearest, and the draft"
+    )
+    group.add_argument(
+        "--draft-of",
+        action="append",
+        metavar="DIR",
+        help="also the draft stored with this converted checkpoint of the model; may be repeated",
+    )
+    group.add_argument("--preset", metavar="NAME", help="predict for these shapes (the model's)")
+    group.add_argument("--output", metavar="FILE", help="record the run as JSON")
+    group.add_argument("--plot", metavar="FILE", help="acceptance against bits: .png, .svg, .pdf")
 
 
 def run_eval(args: argparse.Namespace) -> dict[str, Any]:
@@ -444,6 +510,7 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     from quantspec_jax.text.prompts import encode, read_text
 
     draft = draft_config(args)
+    check_sweep_options(args)
     require(args.context >= 8, "--context", args.context, "8 tokens or more")
     require(args.skip_characters >= 0, "--skip-characters", args.skip_characters, "0 or more")
     text = read_text(args.text, "text file")[args.skip_characters :]
@@ -463,11 +530,88 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     tokens = tokens[: args.context]
     if args.measure == "perplexity":
         result = evaluate.perplexity(model, tokens, context=args.context, progress=True)
+    elif args.sweep:
+        return run_sweep(args, model, tokens)
     else:
         result = evaluate.acceptance(model, tokens, progress=True)
     if not args.json:
         _show(result)
     return result
+
+
+def check_sweep_options(args: argparse.Namespace) -> None:
+    """Raise for what a sweep could not do, before anything is loaded."""
+    names = ("draft_of", "preset", "output", "plot")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if not args.sweep:
+        _refuse_options(given, "an evaluation of one draft: they need --sweep")
+        return
+    if args.measure == "perplexity":
+        _refuse_options({"sweep": True}, "perplexity: it evaluates the cache, not drafts")
+    _preset(args.preset)
+    if args.output is not None:
+        folder = os.path.dirname(args.output) or "."
+        require(os.path.isdir(folder), "--output", args.output, "a file in an existing directory")
+    if args.plot is not None:
+        from quantspec_jax.evaluate.sweep import check_plot
+
+        check_plot(args.plot)
+
+
+def _preset(name: str | None) -> Any:
+    """The configuration of a preset, None for no name."""
+    from quantspec_jax.models.presets import PRESETS
+
+    require(name in (None, *PRESETS), "--preset", name, ", ".join(sorted(PRESETS)))
+    return None if name is None else PRESETS[name]
+
+
+def run_sweep(args: argparse.Namespace, model: Model, tokens: Sequence[int]) -> dict[str, Any]:
+    """Evaluate the drafts; write the files that were asked for."""
+    from pathlib import Path
+
+    from quantspec_jax.bench import record
+    from quantspec_jax.evaluate import sweep as run
+    from quantspec_jax.evaluate.sweep import default_drafts, plot, table
+
+    drafts = [*default_drafts(model), *(stored_draft(model, path) for path in args.draft_of or ())]
+    found = run(model, tokens, drafts, shapes=_preset(args.preset), progress=True)
+    name = Path(args.model).stem
+    rows = found.pop("rows")
+    settings = {
+        "model": name,
+        "text": Path(args.text).name,
+        "context": args.context,
+        "skip_characters": args.skip_characters,
+        "dtype": model.dtype,
+        "predicted_for": args.preset or name,
+    }
+    result = {**settings, **found, "rows": rows}
+    if args.output is not None:
+        command = f"quantspec eval acceptance --sweep --model {name} --text {settings['text']} "
+        command += f"--context {args.context} --skip-characters {args.skip_characters}"
+        command += f" --preset {args.preset}" if args.preset else ""
+        command += "".join(f" --draft-of {Path(path).name}" for path in args.draft_of or ())
+        record.write(Path(args.output), command, rows, **settings, **found)
+    if args.plot is not None:
+        plot(result, Path(args.plot))
+    if not args.json:
+        print(table(result))
+    return result
+
+
+def stored_draft(model: Model, directory: str) -> Model:
+    """The same model with the draft that is stored in another directory."""
+    import convert
+    from quantspec_jax.model import Model
+
+    checkpoint = convert.open_source(directory)
+    stored = checkpoint.load_draft()
+    require(stored is not None, "--draft-of", directory, "a directory converted with a draft")
+    assert stored is not None
+    same = checkpoint.config == model.config
+    require(same, "--draft-of", directory, "a checkpoint of the evaluated model")
+    return Model(model.config, model.params, model.tokenizer, *stored)
 
 
 def _show(result: dict[str, Any], prefix: str = "") -> None:

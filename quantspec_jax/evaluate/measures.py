@@ -40,7 +40,7 @@ def perplexity(
     Raises:
       ValueError: an argument is wrong, or the text is shorter or the model's context less.
     """
-    ids = _read(model, tokens, context)
+    ids = read_tokens(model, tokens, context)
     counted = slice(len(ids) // 4, len(ids) - 1)
     scores = {
         view: score(model, ids, view, group_size=group_size, backend=backend, progress=progress)
@@ -88,7 +88,7 @@ def acceptance(
     Raises:
       ValueError: an argument is wrong, or the text is shorter or the model's context less.
     """
-    ids = _read(model, tokens, context)
+    ids = read_tokens(model, tokens, context)
     first = len(ids) // 4 if first is None else first
     require(0 <= first < len(ids), "first", first, f"a position from 0 to {len(ids) - 1}")
     seen = compare(model, ids, group_size=group_size, backend=backend, progress=progress)
@@ -102,7 +102,7 @@ def acceptance(
     }
 
 
-def _read(model: Model, tokens: str | Sequence[int], context: int | None) -> list[int]:
+def read_tokens(model: Model, tokens: str | Sequence[int], context: int | None) -> list[int]:
     """The first `context` token ids, checked."""
     texts = read_prompts(tokens, model.tokenizer, model.config.vocab_size)
     require(len(texts) == 1, "tokens", f"{len(texts)} texts", "one text")
