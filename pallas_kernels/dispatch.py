@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,3 +61,13 @@ def use_mosaic_gpu(backend: str, kernel: str, unsupported: str | None) -> bool:
     if device() is not None:
         _notice(kernel, unsupported)
     return False
+
+
+@functools.cache
+def shared(kernel: Callable[..., Any], static: tuple[str, ...]) -> Callable[..., Any]:
+    """The kernel as a jitted function; `static` names its arguments that are no arrays.
+
+    All calls of one form in a program are then one function of it. Called directly, the kernel
+    would be traced, lowered and written into the program again for each layer.
+    """
+    return jax.jit(kernel, static_argnames=static)

@@ -19,12 +19,30 @@ def int4_matmul(x: jax.Array, weight: QuantizedWeight, *, backend: str = "auto")
 def int4_matmuls(
     x: jax.Array, weights: Sequence[QuantizedWeight], *, backend: str = "auto"
 ) -> list[jax.Array]:
-    """[..., Kin] activations times several packed [Kin, N] weights, one pass: a [..., N] each."""
+    """[..., Kin] activations times several packed [Kin, N] weights: a [..., N] float32 each.
+
+    Weights whose groups are alike (`_form`) are one launch, one pass over memory.
+    """
+    products: dict[int, jax.Array] = {}
+    for form in dict.fromkeys(map(_form, weights)):
+        alike = [i for i, weight in enumerate(weights) if _form(weight) == form]
+        found = _launch(x, [weights[i] for i in alike], backend)
+        products.update(zip(alike, found, strict=True))
+    return [products[i] for i in range(len(weights))]
+
+
+def _form(weight: QuantizedWeight) -> tuple[int, ...]:
+    """What weights of one launch have in common: groups, their size, whether there are minima."""
+    return (*weight.packed.shape[:2], weight.minimum is None)
+
+
+def _launch(x: jax.Array, weights: Sequence[QuantizedWeight], backend: str) -> list[jax.Array]:
     if _mosaic_gpu(x, weights, backend):
         from pallas_kernels.int4_matmul import configs, mosaic_gpu
 
         config = configs.choose(mosaic_gpu.shape_of(x, weights))
-        return mosaic_gpu.int4_matmuls(x, weights, config=config)
+        kernel = dispatch.shared(mosaic_gpu.int4_matmuls, ("config",))
+        return kernel(x, weights, config=config)
     return [reference.int4_matmul(x, weight) for weight in weights]
 
 

@@ -55,7 +55,10 @@ def kv_attention(
         )
         config = configs.choose(shape)
         assert config is not None
-        return mosaic_gpu.kv_attention(
+        kernel = dispatch.shared(
+            mosaic_gpu.kv_attention, ("view", "sm_scale", "strict", "config", "blocks")
+        )
+        return kernel(
             q,
             keys,
             values,

@@ -14,7 +14,8 @@ def quantize_keys(keys: jax.Array, group_size: int, *, backend: str = "auto") ->
     if _mosaic_gpu(keys, group_size, backend):
         from pallas_kernels.quantize_pack import mosaic_gpu
 
-        return mosaic_gpu.quantize_keys(keys, group_size)
+        kernel = dispatch.shared(mosaic_gpu.quantize_keys, ("group_size",))
+        return kernel(keys, group_size=group_size)
     return reference.quantize_keys(keys, group_size)
 
 
@@ -23,7 +24,8 @@ def quantize_values(values: jax.Array, group_size: int, *, backend: str = "auto"
     if _mosaic_gpu(values, group_size, backend):
         from pallas_kernels.quantize_pack import mosaic_gpu
 
-        return mosaic_gpu.quantize_values(values, group_size)
+        kernel = dispatch.shared(mosaic_gpu.quantize_values, ("group_size",))
+        return kernel(values, group_size=group_size)
     return reference.quantize_values(values, group_size)
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.int4_matmul.api import int4_matmul, int4_matmuls
+from pallas_kernels.int4_matmul.api import int4_matmuls
 from pallas_kernels.layout import QuantizedWeight
 from quantspec_jax.config import ModelConfig
 from quantspec_jax.models.parameters import Spec, flatten, nest, parameter_shapes
@@ -98,18 +98,62 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def linear(x: jax.Array, weights: Params, backend: str) -> jax.Array:
-    """[..., Kin] → [..., N] in x's type; the kernel is an array or a `QuantizedWeight`, which may
-    have a `residual`, a second one whose product adds to its own."""
-    kernel = weights["kernel"]
-    if isinstance(kernel, QuantizedWeight):
-        planes = [kernel, weights["residual"]] if "residual" in weights else [kernel]
-        y, *rest = int4_matmuls(x, planes, backend=backend)
-        y = y + rest[0] if rest else y
-    else:
-        y = jnp.matmul(x, kernel, precision=precision(x.dtype))
-    if "bias" in weights:
-        y = y + weights["bias"].astype(y.dtype)
-    return y.astype(x.dtype)
+    """[..., Kin] → [..., N] in x's type."""
+    return linears(x, [weights], backend)[0]
+
+
+def linears(x: jax.Array, layers: Sequence[Params], backend: str) -> list[jax.Array]:
+    """Several linear layers of the same input: [..., Kin] → [..., N] each, in x's type.
+
+    A layer's `kernel` is an array or a `QuantizedWeight`; beside the latter there may be
+    `residual`, a second one whose product adds to its own, and `order`, int32 [Kin]: the kernel's
+    input channel i is channel order[i] of x. `bias` is added to either.
+    """
+    return [
+        _add_bias(y, weights).astype(x.dtype)
+        for y, weights in zip(_products(x, layers, backend), layers, strict=True)
+    ]
+
+
+def _add_bias(y: jax.Array, weights: Params) -> jax.Array:
+    return y + weights["bias"].astype(y.dtype) if "bias" in weights else y
+
+
+def _products(x: jax.Array, layers: Sequence[Params], backend: str) -> list[jax.Array]:
+    """x times each layer's kernel; float32 where it is packed. All packed ones that read x in the
+    same order are one call."""
+    products: list[jax.Array | None] = [None] * len(layers)
+    for i, weights in enumerate(layers):
+        if products[i] is not None:
+            continue
+        if not isinstance(weights["kernel"], QuantizedWeight):
+            products[i] = jnp.matmul(x, weights["kernel"], precision=precision(x.dtype))
+            continue
+        order = weights.get("order")
+        together = [
+            j
+            for j, other in enumerate(layers)
+            if isinstance(other["kernel"], QuantizedWeight) and other.get("order") is order
+        ]
+        found = _packed_products(x, [layers[j] for j in together], order, backend)
+        for j, y in zip(together, found, strict=True):
+            products[j] = y
+    return products  # type: ignore[return-value]
+
+
+def _packed_products(
+    x: jax.Array, layers: Sequence[Params], order: jax.Array | None, backend: str
+) -> list[jax.Array]:
+    """x, its channels in `order`, times layers of one or two 4-bit planes, in one call."""
+    if order is not None:
+        x = x.at[..., order].get(mode="promise_in_bounds", unique_indices=True)
+    planes = [
+        weights[name] for weights in layers for name in ("kernel", "residual") if name in weights
+    ]
+    found = iter(int4_matmuls(x, planes, backend=backend))
+    return [
+        next(found) + next(found) if "residual" in weights else next(found) for weights in layers
+    ]
 
 
 def forward(
@@ -145,7 +189,7 @@ def forward(
     for i, state in enumerate(layers):
         block = params["layers"][str(i)]
         h = rms_norm(x, block["attention_norm"], config.rms_norm_eps)
-        q, k, v = (heads(linear(h, block[name], backend)) for name in ("q", "k", "v"))
+        q, k, v = map(heads, linears(h, [block[name] for name in ("q", "k", "v")], backend))
         if config.qk_norm:
             q = rms_norm(q, block["q_norm"], config.rms_norm_eps)
             k = rms_norm(k, block["k_norm"], config.rms_norm_eps)
@@ -153,15 +197,15 @@ def forward(
         new_layers.append(state)
         x = x + linear(out.astype(x.dtype).reshape(b, s, -1), block["o"], backend)
         h = rms_norm(x, block["mlp_norm"], config.rms_norm_eps)
-        gated = jax.nn.silu(linear(h, block["gate"], backend)) * linear(h, block["up"], backend)
-        x = x + linear(gated, block["down"], backend)
+        gate, up = linears(h, [block["gate"], block["up"]], backend)
+        x = x + linear(jax.nn.silu(gate) * up, block["down"], backend)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps), tuple(new_layers)
 
 
 def unembed(params: Params, hidden: jax.Array, backend: str = "auto") -> jax.Array:
     """[..., E] hidden states → [..., N] float32 logits."""
     if "lm_head" in params and isinstance(params["lm_head"]["kernel"], QuantizedWeight):
-        return int4_matmul(hidden, params["lm_head"]["kernel"], backend=backend)
+        return _products(hidden, [params["lm_head"]], backend)[0]
     # A tied embedding is [N, E]: contract its second axis, so that nothing is transposed.
     weight, axis = (
         (params["lm_head"]["kernel"], 0) if "lm_head" in params else (params["embedding"], 1)

@@ -1,0 +1,83 @@
+"""The loop lowered for CUDA, on a machine without a GPU: which kernels it holds, and how often."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import dispatch
+from quantspec_jax.bench.decode import random_state
+from quantspec_jax.config import CacheConfig, DraftConfig, GenerateConfig, ModelConfig
+from quantspec_jax.draft import merge, quantize_params
+from quantspec_jax.generate.loop import generate_tokens
+from quantspec_jax.generate.sampling import sampling_arrays
+from quantspec_jax.generate.state import Program
+from quantspec_jax.models.decoder import init_params
+
+MODEL = ModelConfig("llama", 512, 256, 512, 3, 4, 2, 64, 4096)
+
+
+@pytest.fixture(autouse=True)
+def h200(monkeypatch):
+    """A device to lower for."""
+    device = types.SimpleNamespace(
+        core_count=132, device_kind="NVIDIA H200", compute_capability="9.0"
+    )
+    monkeypatch.setattr(dispatch, "device", lambda: device)
+
+
+def lowered(model: ModelConfig, gamma: int, view: str, draft: DraftConfig) -> str:
+    """The loop as text."""
+    cache = CacheConfig(2048, 128, view, gamma + 1, "bfloat16")  # type: ignore[arg-type]
+    program = Program(model, cache, gamma)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.bfloat16))
+    own = jax.eval_shape(lambda p: merge(p, quantize_params(p, draft)), params) if gamma else {}
+    state = jax.eval_shape(lambda: random_state(program, 1, jnp.int32(1024), 128, jnp.int32(99)))
+    sampling = sampling_arrays(GenerateConfig(), 1)
+    traced = jax.jit(generate_tokens, static_argnames="program").trace(
+        params, own, state, sampling, jnp.full(1, -1), jnp.int32(5), program=program
+    )
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernels(text: str) -> list[str]:
+    """What identifies each kernel call's code."""
+    return re.findall(r'custom_call @mosaic_gpu.*?kernel_hash = "([^"]*)"', text)
+
+
+def names(text: str) -> list[str]:
+    """The kernels' functions, calls of one form sharing one."""
+    found = re.findall(
+        r"func.func private @(int4_matmuls|kv_attention|quantize_\w+?)(?:_\d+)?\(", text
+    )
+    return sorted(found)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_each_kernel_is_in_the_program_once_however_many_layers_call_it(bits):
+    draft = DraftConfig(bits=bits, group_size=64)
+    one, three = (
+        lowered(dataclasses.replace(MODEL, num_layers=layers), 4, "int8", draft)
+        for layers in (1, 3)
+    )
+    # One launch for q, k, v, one for o, for gate and up, for down. The second planes of 8 bits have
+    # no minima: they are launches of their own.
+    matmuls = ["int4_matmuls"] * (4 if bits == 4 else 8)
+    attention = ["kv_attention"] * 2  # the draft's and the target's
+    for text in (one, three):
+        assert names(text) == [*matmuls, *attention, "quantize_keys", "quantize_values"]
+        # Attention is two kernels, the pass over the cache and the merge of its parts.
+        assert len(kernels(text)) == len(names(text)) + 2
+        assert len(set(kernels(text))) == len(kernels(text))
+    assert len(three) < 1.5 * len(one)
+
+
+def test_plain_decoding_has_attention_alone():
+    text = lowered(MODEL, 0, "full", DraftConfig())
+    assert names(text) == ["kv_attention"]
+    assert len(kernels(text)) == 2
