@@ -1,0 +1,209 @@
+"""One linear layer: 4-bit codes that keep its outputs, from moments of its inputs (GPTQ).
+
+The layer's output on the draft's inputs x should be the target's output on its own inputs x + δ,
+plus what else the target has there and the draft lacks, d (both at the same token, weight ω):
+
+    min Σ ω |Ŵᵀx − Wᵀ(x + δ) − d|²  =  min (Ŵ − W*)ᵀ H (Ŵ − W*) + constant
+    H = Σ ω x xᵀ        W* = W + H⁻¹ (Σ ω x δᵀ W + Σ ω x dᵀ)
+
+So W* is found first, by regularized least squares, and then rounded an input channel at a time: what
+rounding a channel loses is made good by the channels that are still to come (arXiv 2210.17323).
+Groups are contiguous and their scales fixed before; channels are taken in the order of H's diagonal.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.layout import QuantizedWeight, pack
+from quantspec_jax.config import WeightFormat
+
+HIGHEST = jax.lax.Precision.HIGHEST
+BLOCK = 64  # channels rounded before the others hear of it
+DAMPING = 0.01  # of H's mean diagonal
+RIDGE = 0.05  # the same, of the least squares that find W*
+SHRINK = (1.0, 0.92, 0.84, 0.76)  # of a group's range, either end
+
+
+class Moments(NamedTuple):
+    """Sums over the calibration tokens of one linear layer's inputs.
+
+    gram   [Kin, Kin]  Σ ω x xᵀ
+    cross  [Kin, Kin]  Σ ω x δᵀ
+    drift  [Kin, N]    Σ ω x dᵀ, or None
+    """
+
+    gram: jax.Array
+    cross: jax.Array
+    drift: jax.Array | None
+
+
+class Factor(NamedTuple):
+    """What all layers with the same inputs share.
+
+    order  [Kin]       channels by H's diagonal, largest first
+    upper  [Kin, Kin]  U of (H + damping)⁻¹ = UᵀU, rows and columns in that order
+    """
+
+    order: jax.Array
+    upper: jax.Array
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=HIGHEST)
+
+
+def _damped(gram: jax.Array, share: float) -> jax.Array:
+    """H with a share of its mean diagonal added to it; where all inputs are 0, the identity."""
+    kin = gram.shape[0]
+    mean = jnp.trace(gram) / kin
+    return gram + jnp.eye(kin) * jnp.where(mean > 0, share * mean, 1)
+
+
+@jax.jit
+def factorize(gram: jax.Array) -> Factor:
+    """H [Kin, Kin] → its `Factor`."""
+    order = jnp.argsort(-jnp.diag(gram))
+    damped = _damped(gram, DAMPING)[order][:, order]
+    # U of H⁻¹ = UᵀU without an inverse: with P the reversal, P H P = L Lᵀ gives U = P L⁻¹ P.
+    lower = jnp.linalg.cholesky(damped[::-1, ::-1])
+    inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(len(order)), lower=True)
+    return Factor(order, inverse[::-1, ::-1])
+
+
+@jax.jit
+def wanted(kernel: jax.Array, moments: Moments) -> jax.Array:
+    """W* [Kin, N] float32."""
+    w = kernel.astype(jnp.float32)
+    right = _dot(moments.cross, w)
+    if moments.drift is not None:
+        right = right + moments.drift
+    factor = jax.scipy.linalg.cho_factor(_damped(moments.gram, RIDGE))
+    return w + jax.scipy.linalg.cho_solve(factor, right)
+
+
+@partial(jax.jit, static_argnames="stored")
+def quantize(w: jax.Array, gram: jax.Array, factor: Factor, stored: WeightFormat):
+    """[Kin, N] → the entries of one linear layer, as `quantspec_jax.draft.quantize_linear`.
+
+    Args:
+      w: what the rounded weights should do, W*.
+      gram: H [Kin, Kin], and its `factor`.
+    """
+    kin, n = w.shape
+    scale, minimum = _ranges(w, jnp.diag(gram), stored)
+    codes = _round(w, factor, scale, minimum, stored)
+    return _entries(codes, scale, minimum, stored)
+
+
+def _grouped(w: jax.Array, group: int) -> jax.Array:
+    """[Kin, ...] → [groups, group, ...], filled up with zeros."""
+    groups = -(-w.shape[0] // group)
+    filled = jnp.pad(w, ((0, groups * group - w.shape[0]), *((0, 0),) * (w.ndim - 1)))
+    return filled.reshape(groups, group, *w.shape[1:])
+
+
+def _ranges(w: jax.Array, weight: jax.Array, stored: WeightFormat):
+    """Scale and minimum of each group, bf16 [groups, N] (no minimum: None), that round to nearest
+    with the least error, each channel's weighted with H's diagonal."""
+    group = stored.group_size
+    rows = _grouped(w, group)
+    inside = _grouped(jnp.ones(w.shape[0], bool), group)[..., None]
+    weight = _grouped(weight, group)[..., None]
+    low = jnp.min(rows, 1, initial=jnp.inf, where=inside)
+    high = jnp.max(rows, 1, initial=-jnp.inf, where=inside)
+    shrink = jnp.asarray((1.0,) if stored.bits == 8 else SHRINK)
+    # Asymmetric: both ends are drawn in. Symmetric: one of them gets code −8, whatever its sign.
+    ends = jnp.stack([x.ravel() for x in jnp.meshgrid(shrink, shrink)], 1)
+    candidates = jnp.concatenate([shrink, -shrink]) if stored.symmetric else ends
+
+    def numbers(candidate: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if stored.symmetric:
+            scale = candidate * jnp.maximum(-low, high) / 8
+            return scale.astype(jnp.bfloat16), jnp.zeros_like(low, jnp.bfloat16)
+        minimum = (candidate[0] * low).astype(jnp.bfloat16)
+        span = candidate[1] * high - minimum.astype(jnp.float32)
+        return (span / 15).astype(jnp.bfloat16), minimum
+
+    def attempt(best, candidate):
+        scale, minimum = numbers(candidate)
+        near = _near(rows, scale[:, None], minimum[:, None], stored)[1]
+        error = jnp.sum(weight * (rows - near) ** 2, 1)
+        better = error < best[0]
+        return (
+            jnp.where(better, error, best[0]),
+            jnp.where(better, scale, best[1]),
+            jnp.where(better, minimum, best[2]),
+        ), None
+
+    start = (jnp.full(low.shape, jnp.inf), *numbers(candidates[0]))
+    (_, scale, minimum), _ = jax.lax.scan(attempt, start, candidates)
+    return scale, minimum
+
+
+def _fine(scale: jax.Array) -> jax.Array:
+    """The second plane's scale: its codes reach as far as what the first one leaves, ±scale/2."""
+    return (scale.astype(jnp.float32) / 15).astype(jnp.bfloat16)
+
+
+def _near(w: jax.Array, scale: jax.Array, minimum: jax.Array, stored: WeightFormat):
+    """Codes of both planes (int8, the second None for 4 bits) and the nearest that they can say."""
+    wide = scale.astype(jnp.float32)
+    low = -8.0 if stored.symmetric else 0.0
+    offset = minimum.astype(jnp.float32)
+    upper = jnp.clip(jnp.round((w - offset) / jnp.where(wide != 0, wide, 1)), low, low + 15)
+    near = offset + wide * upper
+    upper = (upper - 8 - low).astype(jnp.int8)
+    if stored.bits == 4:
+        return (upper, None), near
+    fine = _fine(scale).astype(jnp.float32)
+    lower = jnp.clip(jnp.round((w - near) / jnp.where(fine != 0, fine, 1)), -8, 7)
+    return (upper, lower.astype(jnp.int8)), near + fine * lower
+
+
+def _round(w, factor: Factor, scale, minimum, stored: WeightFormat):
+    """Codes [Kin, N] of both planes."""
+    kin, n = w.shape
+    filled = -(-kin // BLOCK) * BLOCK
+    group_of = jnp.pad(factor.order // stored.group_size, (0, filled - kin))
+    upper = jnp.eye(filled).at[:kin, :kin].set(factor.upper)
+    w = jnp.pad(w[factor.order], ((0, filled - kin), (0, 0)))
+    planes = 1 if stored.bits == 4 else 2
+    codes = jnp.zeros((planes, filled, n), jnp.int8)
+
+    def block(b, state):
+        w, codes = state
+        begin = b * BLOCK
+        rows = jax.lax.dynamic_slice_in_dim(w, begin, BLOCK)
+        u = jax.lax.dynamic_slice_in_dim(upper, begin, BLOCK)  # [BLOCK, Kin]
+        square = jax.lax.dynamic_slice_in_dim(u, begin, BLOCK, 1)
+
+        def channel(i, state):
+            rows, errors, codes = state
+            group = group_of[begin + i]
+            code, near = _near(rows[i], scale[group], minimum[group], stored)
+            error = (rows[i] - near) / square[i, i]
+            rows = rows - square[i][:, None] * error
+            codes = codes.at[:, begin + i].set(jnp.stack(code[:planes]))
+            return rows, errors.at[i].set(error), codes
+
+        start = rows, jnp.zeros_like(rows), codes
+        _, errors, codes = jax.lax.fori_loop(0, BLOCK, channel, start)
+        return w - _dot(u.T, errors), codes
+
+    _, codes = jax.lax.fori_loop(0, filled // BLOCK, block, (w, codes))
+    back = jnp.argsort(factor.order)
+    return tuple(plane[:kin][back] for plane in codes)
+
+
+def _entries(codes, scale, minimum, stored: WeightFormat) -> dict[str, QuantizedWeight]:
+    group = stored.group_size
+    packed = [pack(_grouped(plane, group)) for plane in codes]
+    entries = {"kernel": QuantizedWeight(packed[0], scale, None if stored.symmetric else minimum)}
+    if stored.bits == 8:
+        entries["residual"] = QuantizedWeight(packed[1], _fine(scale), None)
+    return entries
