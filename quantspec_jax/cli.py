@@ -144,6 +144,7 @@ def make_parser(argv: Sequence[str] = ()) -> Parser:
     _add_info(commands)
     _add_generate(commands)
     _add_eval(commands)
+    _add_plan(commands)
     _add_bench(commands, load=next((a for a in argv if not a.startswith("-")), "") == "bench")
     return parser
 
@@ -216,7 +217,10 @@ def _add_draft_options(parser: Parser, *, convert: bool = False) -> None:
 
 
 def _bits(text: str) -> str:
-    float(text)
+    try:
+        float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     return text
 
 
@@ -622,6 +626,114 @@ def _show(result: dict[str, Any], prefix: str = "") -> None:
         else:
             number = f"{value:.6g}" if isinstance(value, float) else value
             print(f"{prefix}{name}".ljust(24), number)
+
+
+# quantspec plan
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "plan",
+        run_plan,
+        "recommend the draft's format and gamma, without loading weights",
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("source", nargs="?", metavar="SOURCE", help="what `convert` reads or wrote")
+    model.add_argument("--preset", metavar="NAME", help="shapes of a well-known model")
+    parser.add_argument("--context", required=True, type=int, metavar="N", help="tokens a sequence")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (1)")
+    acceptance = parser.add_argument_group("acceptance (default: measured on SmolLM2-135M)")
+    given = acceptance.add_mutually_exclusive_group()
+    given.add_argument(
+        "--acceptance",
+        type=float,
+        metavar="A",
+        help="of the stored draft, else of 4 bits, asymmetric, group 64",
+    )
+    given.add_argument(
+        "--measured", metavar="FILE", help="what `eval acceptance --sweep --output` wrote"
+    )
+    acceptance.add_argument(
+        "--sampled", action="store_true", help="acceptance at temperature 1, not greedy"
+    )
+    device = parser.add_argument_group("device")
+    device.add_argument(
+        "--device", metavar="NAME", help="figures of its data sheet: h200, a100, ..."
+    )
+    device.add_argument("--bandwidth", type=float, metavar="GB/s", help="of memory that is read")
+    device.add_argument("--memory", type=float, metavar="GiB", help="default: the device's")
+    device.add_argument(
+        "--speed", metavar="FILE", help="bandwidth and efficiencies, as `bench decode --json` wrote"
+    )
+    for name in ("plain", "draft", "verify"):
+        device.add_argument(
+            f"--{name}-efficiency", type=float, metavar="E", help="share of the limit reached (1)"
+        )
+
+
+def run_plan(args: argparse.Namespace) -> dict[str, Any]:
+    """Put together what is known of model, device and acceptance, and plan."""
+    from quantspec_jax import plan as planner
+
+    name, model, stored = _planned_model(args)
+    device, device_name, efficiency = _planned_device(args)
+    candidates, acceptance_source = planner.candidates(
+        args.acceptance, args.measured, stored, args.sampled
+    )
+    setting = planner.Setting(model, args.context, device, args.batch, efficiency)
+    result = {
+        "model": name,
+        "context": args.context,
+        "batch": args.batch,
+        "device": {
+            "name": device_name,
+            "bandwidth_gb_per_second": device.bandwidth,
+            "memory_gib": device.memory,
+        },
+        "efficiency": vars(efficiency),
+        "acceptance_source": acceptance_source,
+        **planner.plan(setting, candidates),
+        "notes": planner.notes(setting),
+    }
+    if not args.json:
+        print(planner.table(result))
+    return result
+
+
+def _planned_model(args: argparse.Namespace) -> tuple[str, Any, DraftConfig | None]:
+    """Name, configuration and stored draft of what to plan for."""
+    if args.preset is not None:
+        return args.preset, _preset(args.preset), None
+    import convert
+
+    checkpoint = convert.open_source(args.source)
+    return str(args.source), checkpoint.config, checkpoint.draft_config
+
+
+def _planned_device(args: argparse.Namespace) -> tuple[Any, str, Any]:
+    """The device, its name, and the efficiencies."""
+    import dataclasses
+
+    from quantspec_jax import plan as planner
+
+    known = planner.DEVICES
+    require(args.device in (None, *known), "--device", args.device, ", ".join(known))
+    bandwidth, efficiency = args.bandwidth, planner.Efficiency()
+    if args.speed is not None:
+        measured, efficiency = planner.measured_speed(args.speed, args.context)
+        bandwidth = measured if bandwidth is None else bandwidth
+    shares = {n: getattr(args, f"{n}_efficiency") for n in ("plain", "draft", "verify")}
+    shares = {name: share for name, share in shares.items() if share is not None}
+    efficiency = dataclasses.replace(efficiency, **shares)
+    if args.device is None:
+        require(
+            bandwidth is not None, "--device", None, f"{', '.join(known)}, or --bandwidth in GB/s"
+        )
+        return planner.Device(args.memory, bandwidth), "the device", efficiency
+    changes = {"bandwidth": bandwidth, "memory": args.memory}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(known[args.device], **changes), args.device, efficiency
 
 
 # quantspec bench

@@ -21,7 +21,7 @@ from quantspec_jax.models.presets import PRESETS
 G = 8
 LENGTH = 3 * G + 3
 FIRST = G
-TINY = ModelConfig("llama", 97, 32, 64, 2, 4, 2, 16, max_context=64)
+TINY = ModelConfig("llama", 97, 32, 64, 1, 4, 2, 16, max_context=64)
 FORMATS = [DraftConfig(group_size=16, symmetric=True), DraftConfig(bits=None)]
 OWN = DraftConfig(group_size=8, layers="mlp")
 
@@ -128,7 +128,7 @@ def book(tmp_path, monkeypatch):
 
 
 def test_command_records_and_plots(book, tiny_llama_dir, capsys, monkeypatch):
-    formats = (DraftConfig(group_size=16), DraftConfig(bits=None))
+    formats = (DraftConfig(bits=None),)
     module = sys.modules["quantspec_jax.evaluate.sweep"]  # beside the function of that name
     monkeypatch.setattr(module, "DRAFTS", formats)
     source = str(tiny_llama_dir)
