@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.dispatch import use_mosaic_gpu
-from quantspec_jax.cache import cache_bytes
+from quantspec_jax.cache import cache_bytes, create
 from quantspec_jax.config import CacheConfig, GenerateConfig, require
+from quantspec_jax.draft import draft_bytes
 from quantspec_jax.generate.bucket import bucket
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.prefill import prefill
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.state import DecodeState, Program
+from quantspec_jax.memory import free_bytes, require_memory, temporary_bytes, tree_bytes
 from quantspec_jax.model import Model
 from quantspec_jax.text.detokenize import TextStream
 from quantspec_jax.text.prompts import read_prompts
@@ -111,6 +113,27 @@ def eos_array(ids: Sequence[int]) -> np.ndarray:
     return np.array([*ids, *[-1] * (slots - len(ids))], np.int32)
 
 
+class _Memory:
+    """What a run needs of the device, by part, and which of it lies there already."""
+
+    def __init__(self, model: Model, program: Program, batch: int):
+        self.what = f"a context of {program.cache.max_length} tokens, {batch} at a time,"
+        self.parts = {"weights": tree_bytes(model.params)}
+        self.made = {"weights"}
+        if program.gamma:
+            self.parts["draft"] = draft_bytes(model.config, model.draft)
+            if "draft_params" in vars(model) or model._draft_entries is not None:
+                self.made.add("draft")
+        if free_bytes() is not None:
+            cache = jax.eval_shape(lambda: create(model.config, program.cache, batch))
+            self.parts["cache"] = tree_bytes(cache)
+        self.check()
+
+    def check(self) -> None:
+        """ValueError unless the parts that are still to be made fit."""
+        require_memory(self.what, self.parts, sum(self.parts.get(name, 0) for name in self.made))
+
+
 @dataclasses.dataclass
 class _Clock:
     """Seconds by part; compilation is in neither of the other two."""
@@ -141,6 +164,7 @@ class _Run:
         for row, prompt in zip(self._padded, prompts, strict=True):
             row[: len(prompt)] = prompt
         self._keys = sequence_keys(key, batch)
+        self._memory = _Memory(model, self.program, batch)
 
     def chunks(self) -> Iterator[list[str]]:
         """Decode; yield the new text of each sequence after the prefill and after each chunk."""
@@ -149,6 +173,7 @@ class _Run:
         sampling = sampling_arrays(config, batch)
         eos = jnp.asarray(eos_array(self.eos))
         draft_params = model.draft_params if program.gamma else {}
+        self._memory.made.add("draft")
         rounds = jnp.int32(config.rounds_per_chunk)
 
         state = self._timed(
@@ -164,6 +189,7 @@ class _Run:
             program=program,
             capacity=bucket(config.max_new_tokens),
         )
+        self._memory.made.add("cache")
         self.cache_bytes = cache_bytes(state.cache, program.cache.max_length)
         yield self._look(state)
         while not self.finished.all():
@@ -177,6 +203,8 @@ class _Run:
     def _timed(self, part: str, function: Any, *args: Any, **static: Any) -> DecodeState:
         executable, seconds = _compile(function, *args, **static)
         self.clock.compile += seconds
+        self._memory.parts["temporaries"] = temporary_bytes(executable)
+        self._memory.check()
         begin = time.perf_counter()
         state = jax.block_until_ready(executable(*args))
         spent = time.perf_counter() - begin
@@ -286,7 +314,8 @@ def generate(
     `finish_reason` is `interrupted`.
 
     Raises:
-      ValueError: an argument is wrong, or prompt and new tokens exceed the context.
+      ValueError: an argument is wrong, or prompt and new tokens exceed the model's context or the
+        device's memory.
       NotImplementedError: the backend cannot do it.
     """
     run = _start(model, prompts, config, key)

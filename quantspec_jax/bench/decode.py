@@ -14,7 +14,7 @@ import functools
 import statistics
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +25,20 @@ from quantspec_jax.bench import record
 from quantspec_jax.cache import HierarchicalKVCache, cache_bytes, create, quantized_length
 from quantspec_jax.config import (
     BACKENDS,
+    VIEWS,
     CacheConfig,
     DraftConfig,
     GenerateConfig,
     ModelConfig,
+    View,
     require,
 )
-from quantspec_jax.draft import merge, quantize_params
+from quantspec_jax.cost import cache_read_bytes, weight_bytes
+from quantspec_jax.draft import draft_bytes, merge, quantize_params
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.state import DecodeState, Program
+from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
 from quantspec_jax.models.decoder import Params
 from quantspec_jax.models.parameters import nest, parameter_shapes
 from quantspec_jax.models.presets import PRESETS
@@ -113,30 +117,12 @@ def random_state(
     )
 
 
-def weight_bytes(params: Params) -> int:
-    """Bytes a pass reads of the weights: all but the embedding table, of which it reads a row
-    (a tied one is read whole, as lm_head)."""
-    read = {k: v for k, v in params.items() if k != "embedding" or "lm_head" not in params}
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read))
-
-
-def cache_read_bytes(model: ModelConfig, view: str, context: int, itemsize: int) -> int:
-    """Bytes a pass reads of one sequence's cache."""
-    values = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    if view == "full":
-        return values * context * itemsize
-    exact = 1.5 * GROUP_SIZE  # G to 2 G tokens
-    numbers = 32 / GROUP_SIZE + 32 / min(GROUP_SIZE, model.head_dim)
-    bits = (8 if view == "int8" else 4) + numbers / 2
-    return int(values * ((context - exact) * bits / 8 + exact * itemsize))
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One program to measure: `gamma` 0 decodes a token a pass, `width` rows a pass."""
 
     name: str
-    view: str
+    view: View
     gamma: int
     width: int
     drafts: bool = False  # decodes with the draft's weights alone: what a draft step costs
@@ -146,8 +132,8 @@ def cases(modes: list[str], gammas: list[int]) -> list[Case]:
     """The programs of the chosen modes."""
     found = []
     for mode in modes:
-        if mode in ("full", "int8", "int4"):
-            found.append(Case(f"autoregressive {mode}", mode, 0, 1))
+        if mode in VIEWS:
+            found.append(Case(f"autoregressive {mode}", cast(View, mode), 0, 1))
         elif mode == "draft":
             found.append(Case("draft step", "int4", 0, 1, drafts=True))
         elif mode == "verify":
@@ -162,25 +148,33 @@ def measure(
 ) -> dict[str, Any]:
     """Milliseconds a round of one case, and what goes with it."""
     cache = CacheConfig(
-        context + 2 * GROUP_SIZE + args.rounds * args.repeat * (case.gamma + 1),
+        context + 2 * GROUP_SIZE + args.rounds * (args.repeat + 1) * (case.gamma + 1),
         GROUP_SIZE,
-        case.view,  # type: ignore[arg-type]
+        case.view,
         case.width,
         args.dtype,
     )
     simulated = args.simulate_acceptance if case.gamma else None
     program = Program(model, cache, case.gamma, args.backend, simulated)
-    limit = 1 << 20
-    state = random_state(program, args.batch, jnp.int32(context), 128, jnp.int32(limit))
+
+    def make_state() -> DecodeState:
+        return random_state(program, args.batch, jnp.int32(context), 128, jnp.int32(1 << 20))
+
     sampling = sampling_arrays(GenerateConfig(), args.batch)
     step = jax.jit(generate_tokens, static_argnames="program", donate_argnames="state")
     weights = draft if case.drafts else params
     rest = (sampling, jnp.full(1, -1, jnp.int32), jnp.int32(args.rounds))
     own = draft if case.gamma else {}
+    shapes = jax.eval_shape(make_state)
+    present = {"weights": tree_bytes(params), "draft": _own_bytes(draft)}
+    _require_memory(case, context, args, present | {"cache": tree_bytes(shapes)}, present)
     begin = time.perf_counter()
-    compiled = step.lower(weights, own, state, *rest, program=program).compile()
+    compiled = step.lower(weights, own, shapes, *rest, program=program).compile()
     compile_seconds = time.perf_counter() - begin
+    parts = {"cache": tree_bytes(shapes), "temporaries": temporary_bytes(compiled)}
+    _require_memory(case, context, args, present | parts, present)
     memory = compiled.memory_analysis()
+    state = make_state()
     sizes = cache_bytes(state.cache, cache.max_length)
     state = jax.block_until_ready(compiled(weights, own, state, *rest))
     before = jax.device_get((state.cache.length, state.accepted, state.proposed))
@@ -208,6 +202,19 @@ def measure(
         "compile_seconds": compile_seconds,
         **floor(case, model, params, draft, context, args),
     }
+
+
+def _require_memory(
+    case: Case, context: int, args: Any, parts: dict[str, int], present: dict[str, int]
+) -> None:
+    what = f"{case.name} at {context} tokens, batch {args.batch},"
+    require_memory(what, parts, sum(present.values()))
+
+
+def _own_bytes(draft: Params) -> int:
+    """Bytes of the draft's own arrays."""
+    leaves = jax.tree.leaves(draft, is_leaf=lambda x: isinstance(x, QuantizedWeight))
+    return tree_bytes([leaf for leaf in leaves if isinstance(leaf, QuantizedWeight)])
 
 
 def floor(case: Case, model: ModelConfig, params: Params, draft: Params, context: int, args: Any):
@@ -250,9 +257,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = PRESETS[args.preset]
     longest = max(args.context)
     require(longest <= model.max_context, "--context", longest, f"at most {model.max_context}")
+    config = DraftConfig(group_size=args.draft_group, symmetric=args.draft_symmetric)
+    weights = sum(spec.size for spec in parameter_shapes(model).values())
+    weights *= jnp.dtype(args.dtype).itemsize
+    require_memory(args.preset, {"weights": weights, "draft": draft_bytes(model, config)})
     ceiling = read_ceiling()
     params = random_params(model, args.dtype)
-    config = DraftConfig(group_size=args.draft_group, symmetric=args.draft_symmetric)
     draft = merge(params, quantize_params(params, config))
     rows = []
     for context in args.context:
@@ -268,12 +278,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "preset": args.preset,
         "weights": "random",
         "draft": config.describe(),
-        "draft_bytes": sum(
-            x.size * x.dtype.itemsize
-            for leaf in jax.tree.leaves(draft, is_leaf=lambda x: isinstance(x, QuantizedWeight))
-            if isinstance(leaf, QuantizedWeight)
-            for x in jax.tree.leaves(leaf)
-        ),
+        "draft_bytes": _own_bytes(draft),
         "dtype": args.dtype,
         "backend": backend,
         "simulated_acceptance": alpha,

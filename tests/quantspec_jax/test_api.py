@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import types
+
 import jax
 import numpy as np
 import pytest
 
 import quantspec_jax as qs
+from quantspec_jax import memory
+from quantspec_jax.cache import create
+from quantspec_jax.config import CacheConfig
+from quantspec_jax.draft import draft_bytes
 from quantspec_jax.generate.bucket import bucket
 from quantspec_jax.models.decoder import init_params
 
@@ -181,3 +188,35 @@ def test_logits_refuse_ids_outside_the_vocabulary(model):
     with pytest.raises(ValueError, match="tokens"):
         model.logits([[0, 320]])
     assert model.logits([[0, 319]]).shape == (1, 2, 320)
+
+
+@pytest.mark.parametrize("beside", [-1, 0, 1 << 30])
+def test_a_context_that_does_not_fit_is_refused_before_it_is_allocated(model, monkeypatch, beside):
+    """The cache does not fit; it does, but nothing beside it; all of it does."""
+    draft = qs.DraftConfig(group_size=32)
+    fresh = qs.Model(model.config, model.params, model.tokenizer, draft)
+    weights, drafted = memory.tree_bytes(model.params), draft_bytes(model.config, draft)
+    config = qs.GenerateConfig(max_new_tokens=5, max_length=1024)
+    shape = CacheConfig(1024)
+    cache = memory.tree_bytes(jax.eval_shape(lambda: create(model.config, shape, 1)))
+    limit = weights + drafted + cache + beside
+
+    def memory_stats():
+        in_use = weights + (drafted if "draft_params" in vars(fresh) else 0)
+        return {"bytes_in_use": in_use, "bytes_limit": limit}
+
+    device = types.SimpleNamespace(device_kind="a device", memory_stats=memory_stats)
+    monkeypatch.setattr(memory, "device", lambda: device)
+    if beside > 0:
+        assert len(qs.generate(fresh, [[1] * 60], config).tokens[0]) == 5
+        return
+    with pytest.raises(ValueError, match="a context of 1024 tokens") as error:
+        qs.generate(fresh, [[1] * 60], config)
+    numbers = re.findall(r"(?:needs|has) ([\d,]+) bytes", str(error.value))
+    needed, there = (int(number.replace(",", "")) for number in numbers)
+    assert there == limit
+    if beside < 0:
+        assert needed == there + 1
+        assert "draft_params" not in vars(fresh)
+    else:
+        assert f"temporaries {needed - there:,}" in str(error.value)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from quantspec_jax import memory
 from quantspec_jax.bench import decode as bench
 from quantspec_jax.cli import main
 from quantspec_jax.config import DraftConfig, ModelConfig
-from quantspec_jax.draft import merge, quantize_params
+from quantspec_jax.draft import draft_bytes
 from quantspec_jax.generate.accept import Verdict, simulate
 
 TINY = ModelConfig("llama", 300, 64, 128, 2, 4, 2, 32, 4096)
@@ -56,17 +58,31 @@ def test_a_run_reports_every_mode_beside_the_baseline(tiny_preset, capsys):
     assert quantspec["speed_up"] == pytest.approx(ratio)
 
 
-def test_fewest_bytes_are_those_of_the_arrays(tiny_preset):
-    params = bench.random_params(TINY, "bfloat16")
-    blocks = sum(x.nbytes for x in jax.tree.leaves(params["layers"]))
-    head = params["lm_head"]["kernel"].nbytes + params["final_norm"].nbytes
-    assert bench.weight_bytes(params) == blocks + head
-    draft = merge(params, quantize_params(params, DraftConfig(group_size=32)))
-    assert bench.weight_bytes(draft) < 0.45 * blocks + head
-    full = bench.cache_read_bytes(TINY, "full", 1024, 2)
-    assert full == 2 * 2 * 2 * 32 * 1024 * 2
-    assert 0.5 < bench.cache_read_bytes(TINY, "int8", 1024, 2) / full < 0.75
-    assert 0.25 < bench.cache_read_bytes(TINY, "int4", 1024, 2) / full < 0.55
+@pytest.mark.parametrize("lacking", ["weights", "cache"])
+def test_what_does_not_fit_is_refused_before_it_is_made(tiny_preset, monkeypatch, capsys, lacking):
+    weights = memory.tree_bytes(bench.random_params(TINY, "bfloat16"))
+    present = weights + draft_bytes(TINY, DraftConfig(group_size=128))
+    limits = {"weights": weights, "cache": present + 100_000}
+    made = []
+
+    def random_params(*given):
+        made.append(bench_random_params(*given))
+        return made[0]
+
+    def memory_stats():
+        return {"bytes_limit": limits[lacking], "bytes_in_use": present if made else 0}
+
+    bench_random_params = bench.random_params
+    device = types.SimpleNamespace(device_kind="a device", memory_stats=memory_stats)
+    monkeypatch.setattr(bench, "random_params", random_params)
+    monkeypatch.setattr(memory, "device", lambda: device)
+    monkeypatch.setattr(bench, "read_ceiling", lambda: 1.0)
+    options = ["--preset", "tiny", "--context", "3000", "--mode", "full"]
+    assert main(["bench", "decode", *options]) == 2
+    error = capsys.readouterr().err
+    assert f"a device has {limits[lacking]:,} bytes" in error
+    assert lacking in error
+    assert bool(made) == (lacking == "cache")
 
 
 @pytest.mark.parametrize(

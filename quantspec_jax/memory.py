@@ -1,0 +1,47 @@
+"""Whether what a call needs fits into the device's memory, asked before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays (or shapes) of a tree."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def temporary_bytes(executable: Any) -> int:
+    """Bytes that a compiled program allocates while it runs, besides arguments and results."""
+    found = executable.memory_analysis()
+    return found.temp_size_in_bytes if found else 0
+
+
+def device() -> Any:
+    """The device that arrays are made on."""
+    return jax.local_devices()[0]
+
+
+def free_bytes() -> int | None:
+    """Bytes that can still be allocated; None where the device does not say (a CPU)."""
+    found = device().memory_stats() or {}
+    if "bytes_limit" not in found:
+        return None
+    return found["bytes_limit"] - found.get("bytes_in_use", 0)
+
+
+def require_memory(what: str, parts: Mapping[str, int], present: int = 0) -> None:
+    """ValueError unless the device can hold `parts` (name → bytes), `present` bytes of which lie on
+    it already. Where the device does not say what it has, nothing is checked."""
+    free = free_bytes()
+    if free is None:
+        return
+    needed, there = sum(parts.values()), free + present
+    if needed > there:
+        words = ", ".join(f"{name} {size:,}" for name, size in parts.items() if size)
+        raise ValueError(
+            f"{what} needs {needed:,} bytes ({words}); {device().device_kind} has {there:,} bytes"
+        )
