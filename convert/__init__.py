@@ -1,6 +1,7 @@
 """Checkpoints: Hugging Face directories, GGUF files and hub ids in, Orbax out."""
 
+from convert.imported import open_draft
 from convert.sources import Checkpoint, open_source
 from convert.write import convert
 
-__all__ = ["Checkpoint", "convert", "open_source"]
+__all__ = ["Checkpoint", "convert", "open_draft", "open_source"]

@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from convert.tensors import FLOATS, StoredTensor, stored_bytes
+from convert.tensors import FLOATS, INTS, StoredTensor, stored_bytes
 
 _MAX_HEADER = 100 << 20
 
@@ -61,7 +61,7 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> StoredTensor:
         raise ValueError(f"{path} is corrupt: bad header entry of tensor {name}") from error
     if not whole or end < begin:
         raise ValueError(f"{path} is corrupt: bad header entry of tensor {name}")
-    if kind in FLOATS and end - begin != stored_bytes(kind, shape):
+    if kind in (*FLOATS, *INTS) and end - begin != stored_bytes(kind, shape):
         raise ValueError(
             f"{path} is corrupt: tensor {name} of shape {list(shape)} and dtype {kind} has "
             f"{end - begin} bytes"

@@ -2,7 +2,8 @@
 
 config.json        format, versions, the ModelConfig, the weights' dtype, the draft's config
 weights/           Orbax: the tree of `parameter_shapes`
-draft/             Orbax, where a draft is stored: its quantized kernels, in the same tree
+draft/             Orbax, where a draft is stored: its own entries of the tree, which are quantized
+                   kernels and sometimes other arrays; the header lists these
 tokenizer.json …   the tokenizer, and generation_config.json where the source has one
 """
 
@@ -18,7 +19,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,15 @@ _CHUNK_BYTES = 64 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What config.json says."""
+    """What config.json says. `draft_arrays`: shape and dtype of each array of the draft's tree that
+    is not a quantized kernel, by path."""
 
     config: ModelConfig
     dtype: str
     draft: DraftConfig | None = None
+    draft_arrays: Mapping[str, tuple[tuple[int, ...], str]] = dataclasses.field(
+        default_factory=dict
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready. `model_type` and `transformers_version` let transformers' AutoTokenizer
@@ -57,6 +62,7 @@ class Header:
             "transformers_version": importlib.metadata.version("transformers"),
             "dtype": self.dtype,
             "draft": self.draft.to_dict() if self.draft else None,
+            "draft_arrays": dict(self.draft_arrays),
             "model": self.config.to_dict(),
         }
 
@@ -68,6 +74,10 @@ def parse_header(values: dict[str, Any], where: Path) -> Header:
         config = ModelConfig.from_dict(values["model"])
         dtype = values["dtype"]
         draft = None if values["draft"] is None else DraftConfig.from_dict(values["draft"])
+        arrays = {
+            path: (tuple(shape), str(jnp.dtype(kind)))
+            for path, (shape, kind) in values.get("draft_arrays", {}).items()
+        }
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is damaged: {type(error).__name__} {error}") from error
     require(dtype in DTYPES, f"dtype in {where}", dtype, ", ".join(DTYPES))
@@ -79,7 +89,7 @@ def parse_header(values: dict[str, Any], where: Path) -> Header:
             version,
             f"{LAYOUT_VERSION} (the stored draft has another packing: convert the source again)",
         )
-    return Header(config, dtype, draft)
+    return Header(config, dtype, draft, arrays)
 
 
 def save_tree(directory: Path, tree: dict[str, Any]) -> None:
@@ -206,36 +216,49 @@ def _on(device: jax.Device | None, shapes: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_draft(directory: Path, tree: dict[str, Any]) -> None:
-    """Writes a draft's own entries of the tree (`quantize_params`)."""
+    """Writes a draft's own entries of the tree: `QuantizedWeight`s and arrays."""
     save_tree(directory / "draft", _as_dicts(tree))
 
 
+def plain_arrays(tree: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """`Header.draft_arrays` of a draft's own entries."""
+    return {
+        path: (tuple(leaf.shape), str(leaf.dtype))
+        for path, leaf in flatten(tree).items()
+        if not isinstance(leaf, QuantizedWeight)
+    }
+
+
 def load_draft(directory: Path, header: Header, device: jax.Device | None = None) -> dict[str, Any]:
-    """The stored draft, as `quantize_params` returned it."""
+    """The stored draft, as `save_draft` was given it."""
     draft = header.draft
     assert draft is not None
-    shapes = jax.eval_shape(
-        lambda params: quantize_params(params, draft), _weight_shapes(header.config, header.dtype)
+    shapes = flatten(
+        jax.eval_shape(
+            lambda params: quantize_params(params, draft),
+            _weight_shapes(header.config, header.dtype),
+        )
     )
-    restored = _restore_tree(directory / "draft", _on(device, _as_dicts(shapes)))
-    flat = flatten(restored)
-    return nest(
-        {
-            path: QuantizedWeight(
-                flat[f"{path}.packed"], flat[f"{path}.scale"], flat.get(f"{path}.minimum")
-            )
-            for path in flatten(shapes)
-        }
-    )
+    for path, (shape, dtype) in header.draft_arrays.items():
+        shapes[path] = jax.ShapeDtypeStruct(shape, dtype)
+    flat = flatten(_restore_tree(directory / "draft", _on(device, _as_dicts(nest(shapes)))))
+    return nest({path: _restored(flat, path, leaf) for path, leaf in shapes.items()})
+
+
+def _restored(flat: dict[str, Any], path: str, leaf: Any) -> Any:
+    """An array, or the QuantizedWeight of the arrays below `path`."""
+    if not isinstance(leaf, QuantizedWeight):
+        return flat[path]
+    packed, scale = flat[f"{path}.packed"], flat[f"{path}.scale"]
+    return QuantizedWeight(packed, scale, flat.get(f"{path}.minimum"))
 
 
 def _as_dicts(tree: dict[str, Any]) -> dict[str, Any]:
     """Each QuantizedWeight as {packed, scale, minimum}, or without minimum where it is None."""
-    return nest(
-        {
-            f"{path}.{name}": array
-            for path, weight in flatten(tree).items()
-            for name, array in weight._asdict().items()
-            if array is not None
-        }
-    )
+    flat: dict[str, Any] = {}
+    for path, leaf in flatten(tree).items():
+        parts = leaf._asdict() if isinstance(leaf, QuantizedWeight) else {}
+        flat |= {f"{path}.{name}": array for name, array in parts.items() if array is not None}
+        if not parts:
+            flat[path] = leaf
+    return nest(flat)

@@ -15,6 +15,8 @@ FLOATS: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
+INTS: dict[str, np.dtype] = {"I32": np.dtype("<i4")}  # of packed weights, never of a parameter
+
 # Elements a block, bytes a block.
 QUANTIZED: dict[str, tuple[int, int]] = {
     "Q8_0": (32, 34),
@@ -32,8 +34,8 @@ QUANTIZED: dict[str, tuple[int, int]] = {
 class StoredTensor:
     """A tensor of 1 or 2 dimensions in a file.
 
-    `kind` is a key of FLOATS or QUANTIZED, `shape` has the slowest dimension first, `offset` counts
-    bytes from the start of the file.
+    `kind` is a key of FLOATS, INTS or QUANTIZED (another one is never read), `shape` has the
+    slowest dimension first, `offset` counts bytes from the start of the file.
     """
 
     name: str
@@ -49,26 +51,35 @@ class StoredTensor:
         return (self.shape[0], self.shape[1]) if len(self.shape) == 2 else (1, self.shape[0])
 
     def read_rows(self, stream: BinaryIO, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop of the matrix in the file's own float type; quantized as float32.
+        """Rows start..stop of the matrix in the file's own float type; quantized as float32."""
+        data = self.read_bytes(stream, start, stop)
+        return data.view(FLOATS[self.kind]) if self.kind in FLOATS else dequantize(data, self.kind)
+
+    def read_bytes(self, stream: BinaryIO, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop of the matrix as they lie in the file: uint8 [rows, bytes a row].
 
         Reads, rather than maps, the file: mapped pages would count as resident memory.
         """
-        rows, columns = self.matrix_shape
-        row_bytes = self.num_bytes // rows
+        row_bytes = self.num_bytes // self.matrix_shape[0]
         stream.seek(self.offset + start * row_bytes)
         data = stream.read((stop - start) * row_bytes)
         if len(data) != (stop - start) * row_bytes:
             raise ValueError(f"{self.file} is truncated: tensor {self.name} ends past its end")
-        if self.kind in FLOATS:
-            return np.frombuffer(data, FLOATS[self.kind]).reshape(stop - start, columns)
-        return dequantize(np.frombuffer(data, np.uint8).reshape(stop - start, -1), self.kind)
+        return np.frombuffer(data, np.uint8).reshape(stop - start, row_bytes)
+
+    def read(self) -> np.ndarray:
+        """The whole tensor of a float or integer type, in its shape and type."""
+        with self.file.open("rb") as stream:
+            data = self.read_bytes(stream, 0, self.matrix_shape[0])
+        return data.view({**FLOATS, **INTS}[self.kind]).reshape(self.shape)
 
 
 def stored_bytes(kind: str, shape: tuple[int, ...]) -> int | None:
     """Bytes of a tensor in a file; None where rows are no whole number of blocks."""
     elements = int(np.prod(shape, dtype=object))
-    if kind in FLOATS:
-        return elements * FLOATS[kind].itemsize
+    plain = {**FLOATS, **INTS}.get(kind)
+    if plain is not None:
+        return elements * plain.itemsize
     block, block_bytes = QUANTIZED[kind]
     return elements // block * block_bytes if shape[-1] % block == 0 else None
 

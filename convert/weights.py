@@ -238,14 +238,14 @@ def read_parameter(parameter: Parameter, stream: BinaryIO, dtype: np.dtype) -> n
         stop = min(start + step, rows)
         chunk = tensor.read_rows(stream, start, stop)
         if heads and is_vector:
-            chunk = _deinterleave(chunk.reshape(-1, 1), heads).reshape(1, -1)
+            chunk = deinterleave(chunk.reshape(-1, 1), heads).reshape(1, -1)
         elif heads:
-            chunk = _deinterleave(chunk, (stop - start) // head_rows)
+            chunk = deinterleave(chunk, (stop - start) // head_rows)
         target[start:stop] = _cast(chunk, dtype, tensor)
     return array
 
 
-def _deinterleave(rows: np.ndarray, heads: int) -> np.ndarray:
+def deinterleave(rows: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp rotates neighbouring rows (2i, 2i+1) of a head; here i goes with i + D/2."""
     pairs = rows.reshape(heads, -1, 2, rows.shape[-1])
     return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,11 +15,11 @@ from pathlib import Path
 
 import jax
 
-from convert import stored
+from convert import drafts, stored
+from convert.drafts import DraftSource
 from convert.sources import Checkpoint, HuggingFaceCheckpoint, open_source, read_json
 from convert.weights import DTYPES
 from quantspec_jax.config import DraftConfig, require
-from quantspec_jax.draft import draft_bytes, quantize_params
 
 
 def convert(
@@ -29,6 +30,7 @@ def convert(
     overwrite: bool = False,
     draft: DraftConfig | None = None,
     draft_text: str | None = None,
+    draft_from: str | Path | None = None,
     progress: bool = True,
 ) -> Path:
     """Writes `source` (anything `open_source` takes) as a checkpoint that `qs.load` opens fast.
@@ -39,8 +41,12 @@ def convert(
         end, so that an error, a full disk or Ctrl-C leaves nothing.
       dtype: float32, bfloat16 or float16; None keeps the source's (GGUF: bfloat16).
       overwrite: replace `out_dir` if it is a converted checkpoint or empty.
-      draft: store a draft's quantized weights too.
-      draft_text: text to calibrate a draft on, for methods that need one.
+      draft: store a draft's quantized weights too. Method `gptq` calibrates them, which takes a
+        while: finished layers are kept in `.<name of out_dir>.calibration` beside `out_dir`, so
+        that the same call goes on after an interruption; the end removes it.
+      draft_text: text to calibrate on; None: one that comes with Python.
+      draft_from: a 4-bit checkpoint of the same model whose codes become the draft's: GGUF file,
+        or directory or hub id of GPTQ or AWQ safetensors.
       progress: a progress bar on standard error.
 
     Returns:
@@ -49,15 +55,17 @@ def convert(
     out = Path(out_dir).expanduser()
     _check_target(out, overwrite)
     require(dtype is None or dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
-    _check_draft(draft, draft_text)
+    drafts.check_arguments(draft, draft_text, draft_from)
     checkpoint = open_source(source)
-    with _partial_directory(out) as partial:
+    finished = out.parent / f".{out.name}.calibration"
+    own = drafts.prepare(checkpoint, draft, draft_text, draft_from, finished)
+    with _keep_finished_layers(finished, progress), _partial_directory(out) as partial:
         checkpoint.check()
         dtype = dtype or checkpoint.source_dtype
-        _check_space(partial, checkpoint, dtype, draft)
+        _check_space(partial, checkpoint, dtype, own)
         with _disk_errors(out):
             _write_tokenizer(checkpoint, partial)
-            _write_weights(checkpoint, partial, dtype, draft, progress)
+            _write_weights(checkpoint, partial, dtype, own, progress)
             _move_into_place(partial, out)
     return out
 
@@ -79,13 +87,21 @@ def _check_target(out: Path, overwrite: bool) -> None:
         )
 
 
-def _check_draft(draft: DraftConfig | None, draft_text: str | None) -> None:
-    if draft is not None and draft.method == "gptq":
-        raise NotImplementedError("draft method gptq is not implemented; allowed: rtn")
-    if draft is not None and draft.bits is None:
-        raise ValueError("draft bits is None (the full weights): there is nothing to store")
-    if draft_text is not None:
-        raise ValueError("draft_text is given, which only draft method gptq reads")
+@contextlib.contextmanager
+def _keep_finished_layers(finished: Path, progress: bool) -> Iterator[None]:
+    """The layers that a calibration finished are gone when all is done; before that, say so."""
+    try:
+        yield
+    except BaseException:
+        if progress and finished.exists():
+            print(
+                f"quantspec: the calibrated layers are kept in {finished}: the same command goes "
+                "on after them",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise
+    _remove(finished)
 
 
 @contextlib.contextmanager
@@ -143,11 +159,11 @@ def _no_space(out: Path, detail: str) -> OSError:
 
 
 def _check_space(
-    partial: Path, checkpoint: Checkpoint, dtype: str, draft: DraftConfig | None
+    partial: Path, checkpoint: Checkpoint, dtype: str, draft: DraftSource | None
 ) -> None:
     needed = checkpoint.parameter_count * DTYPES[dtype].itemsize
     if draft is not None:
-        needed += draft_bytes(checkpoint.config, draft)
+        needed += draft.num_bytes
     free = shutil.disk_usage(partial).free
     if free < needed:
         raise _no_space(
@@ -165,15 +181,16 @@ def _write_tokenizer(checkpoint: Checkpoint, partial: Path) -> None:
 
 
 def _write_weights(
-    checkpoint: Checkpoint, partial: Path, dtype: str, draft: DraftConfig | None, progress: bool
+    checkpoint: Checkpoint, partial: Path, dtype: str, draft: DraftSource | None, progress: bool
 ) -> None:
     cpu = jax.local_devices(backend="cpu")[0]
-    with jax.default_device(cpu):
-        params = checkpoint.load(dtype, device=cpu, progress=progress)
-        if draft is not None:
-            stored.save_draft(partial, quantize_params(params, draft))
-        stored.save_tree(partial / "weights", params)
-    header = stored.Header(checkpoint.config, dtype, draft)
+    params = checkpoint.load(dtype, device=cpu, progress=progress)
+    header = stored.Header(checkpoint.config, dtype)
+    if draft is not None:
+        config, entries = draft.make(params, progress)
+        stored.save_draft(partial, entries)
+        header = stored.Header(checkpoint.config, dtype, config, stored.plain_arrays(entries))
+    stored.save_tree(partial / "weights", params)
     text = json.dumps(header.to_dict(), indent=2, ensure_ascii=False)
     (partial / "config.json").write_text(text + "\n", encoding="utf-8")
 

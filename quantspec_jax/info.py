@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,7 +11,7 @@ import jax
 
 from quantspec_jax.cache import cache_bytes, create
 from quantspec_jax.config import CacheConfig, DraftConfig, ModelConfig
-from quantspec_jax.draft import bits_per_weight, draft_bytes
+from quantspec_jax.draft import bits_per_weight, draft_bytes, layer_formats
 
 CONTEXTS = (2048, 8192, 32768, 131072)
 CACHE_DTYPE = "bfloat16"  # of the tokens in full precision
@@ -36,9 +38,18 @@ def info(source: str) -> dict[str, Any]:
         "draft_stored": stored is not None,
         "draft_bytes": draft_bytes(config, draft),
         "draft_bits_per_weight": bits_per_weight(config, draft),
+        "draft_formats": formats(config, draft),
         "cache_dtype": CACHE_DTYPE,
         "cache": [cache_sizes(config, context) for context in contexts(config)],
     }
+
+
+def formats(config: ModelConfig, draft: DraftConfig) -> list[dict[str, Any]]:
+    """How many linear layers the draft stores in each format, the most common first."""
+    counted = collections.Counter(layer_formats(config, draft).values())
+    return [
+        {"layers": count, **dataclasses.asdict(stored)} for stored, count in counted.most_common()
+    ]
 
 
 def contexts(config: ModelConfig) -> list[int]:
@@ -87,6 +98,8 @@ def table(result: dict[str, Any]) -> str:
             f"{_size(result['draft_bytes'])}, {result['draft_bits_per_weight']:.2f} bits a weight",
         ),
     ]
+    if len(result["draft_formats"]) > 1:
+        parts.append(("", "; ".join(map(_format_line, result["draft_formats"]))))
     columns = ("upper", "lower", "scales", "buffer", "total", "bf16_equivalent")
     head = "".join(name.replace("bf16_equivalent", "bf16 cache").rjust(12) for name in columns)
     lines = [f"{name:<12}{value}" for name, value in parts]
@@ -96,6 +109,13 @@ def table(result: dict[str, Any]) -> str:
         ratio = row["total"] / row["bf16_equivalent"]
         lines.append(f"{row['context']:<12,}{cells}{ratio:>8.3f}")
     return "\n".join(lines)
+
+
+def _format_line(row: dict[str, Any]) -> str:
+    if row["bits"] == 16:
+        return f"{row['layers']} layers as they are"
+    kind = "symmetric" if row["symmetric"] else "asymmetric"
+    return f"{row['layers']} layers {row['bits']}-bit {kind}, group {row['group_size']}"
 
 
 def _size(count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 
 from quantspec_jax import compilation_cache
 from quantspec_jax.config import DraftConfig, ModelConfig, require
-from quantspec_jax.draft import merge, quantize_params
+from quantspec_jax.draft import layer_formats, merge, quantize_params
 from quantspec_jax.models.attention import causal_attention
 from quantspec_jax.models.decoder import Params, check_params, forward, unembed
 
@@ -30,7 +31,7 @@ class Model:
       tokenizer: a transformers tokenizer, or None (then prompts are token ids and texts empty).
       draft: how the draft's weights are quantized.
       draft_entries: the draft's own entries of the tree if they exist already (a stored draft);
-        None: made from `params` on first use.
+        None: rounded from `params` on first use.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class Model:
         self.params = params
         self.tokenizer = tokenizer
         self.draft = draft or DraftConfig()
+        if draft_entries is None:
+            _check_made_at_load(config, self.draft)
         self.dtype = str(params["embedding"].dtype)
         require(self.dtype in DTYPES, "params dtype", self.dtype, ", ".join(DTYPES))
         self._draft_entries = draft_entries
@@ -98,7 +101,23 @@ def default_dtype() -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def load(source: str, dtype: str | None = None, draft: DraftConfig | None = None) -> Model:
+def _check_made_at_load(config: ModelConfig, draft: DraftConfig) -> None:
+    """ValueError for a draft that rounding does not make, or layers that the model has not."""
+    if draft.method == "gptq":
+        raise ValueError(
+            "draft method is 'gptq', which calibrates on a text; allowed here: rtn. Convert once "
+            "with --draft gptq (in Python: convert.convert), and load what that writes"
+        )
+    if draft.method == "imported":
+        raise ValueError(
+            "draft method is 'imported': name the quantized checkpoint instead of a DraftConfig"
+        )
+    layer_formats(config, draft)
+
+
+def load(
+    source: str, dtype: str | None = None, draft: DraftConfig | str | Path | None = None
+) -> Model:
     """Load a model.
 
     Args:
@@ -106,7 +125,8 @@ def load(source: str, dtype: str | None = None, draft: DraftConfig | None = None
         GGUF file, or hub id.
       dtype: `float32` or `bfloat16`; None: float32 on the CPU, bfloat16 elsewhere.
       draft: how to quantize the draft's weights. None: the draft stored with the checkpoint, else
-        `DraftConfig()`. `DraftConfig(bits=None)` drafts with the full weights.
+        `DraftConfig()`. `DraftConfig(bits=None)` drafts with the full weights. A path or hub id: a
+        4-bit checkpoint of the same model (GGUF, GPTQ, AWQ) whose codes become the draft's.
 
     Turns JAX's persistent compilation cache on (`quantspec_jax.compilation_cache`).
 
@@ -119,8 +139,15 @@ def load(source: str, dtype: str | None = None, draft: DraftConfig | None = None
     import convert  # the one import against the direction of the packages, with the CLI's
 
     checkpoint = convert.open_source(str(source))
+    config = checkpoint.config
+    if isinstance(draft, str | Path):
+        quantized = convert.open_draft(draft, config)
+        params = checkpoint.load(dtype)
+        return Model(config, params, checkpoint.tokenizer, *quantized.load(params))
+    if draft is not None:
+        _check_made_at_load(config, draft)
     stored = checkpoint.load_draft() if draft is None else None
     params = checkpoint.load(dtype)
     if stored is not None:
-        return Model(checkpoint.config, params, checkpoint.tokenizer, *stored)
-    return Model(checkpoint.config, params, checkpoint.tokenizer, draft)
+        return Model(config, params, checkpoint.tokenizer, *stored)
+    return Model(config, params, checkpoint.tokenizer, draft)

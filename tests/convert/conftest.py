@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +125,11 @@ def write_gguf(
     *,
     changes: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
+    kinds: Mapping[str, str] | None = None,
     with_tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> Path:
-    """A GGUF file as llama.cpp writes it. Matrices have type `kind`, vectors F32.
+    """A GGUF file as llama.cpp writes it. Matrices have type `kind`, or what `kinds` says of their
+    name (`ffn_down`), vectors F32.
 
     `changes`: metadata by key without the architecture, None to leave one out.
     """
@@ -157,7 +159,8 @@ def write_gguf(
     if with_tokenizer is not None:
         with_tokenizer(writer)
     for name, weight in (gguf_weights(model) if tensors is None else tensors).items():
-        add_tensor(writer, name, weight, kind if weight.ndim == 2 else "F32")
+        chosen = (kinds or {}).get(name.split(".")[-2], kind)
+        add_tensor(writer, name, weight, chosen if weight.ndim == 2 else "F32")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,0 +1,102 @@
+"""Where the weights of a stored draft come from: rounding, calibration, or another checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from convert.imported import open_draft
+from convert.sources import Checkpoint
+from quantspec_jax.config import DraftConfig
+from quantspec_jax.draft import draft_bytes, layer_formats, quantize_params
+from quantspec_jax.models.parameters import parameter_shapes
+
+Made = tuple[DraftConfig, dict[str, Any]]  # the draft's configuration and its entries of the tree
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftSource:
+    """A draft that can be made: what it takes on the disk, about, and `make(params, progress)`."""
+
+    num_bytes: int
+    make: Callable[[dict[str, Any], bool], Made]
+
+
+def check_arguments(draft: DraftConfig | None, text: str | None, source: str | Path | None) -> None:
+    """ValueError for arguments of `convert` that do not go together."""
+    if draft is not None and source is not None:
+        raise ValueError(
+            f"draft is {draft.describe()!r} and draft_from {str(source)!r}: allowed is one of them"
+        )
+    if draft is not None and draft.bits is None:
+        raise ValueError("draft bits is None (the full weights): there is nothing to store")
+    if draft is not None and draft.method == "imported":
+        raise ValueError("draft method is 'imported': name the checkpoint as draft_from")
+    if text is not None and (draft is None or draft.method != "gptq"):
+        raise ValueError("draft_text is given, which only draft method gptq reads")
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    draft: DraftConfig | None,
+    text: str | None,
+    source: str | Path | None,
+    finished: Path,
+) -> DraftSource | None:
+    """What `convert` was asked for; a ValueError for all that is wrong without reading weights.
+
+    Args:
+      checkpoint: the target.
+      text: to calibrate on; None: the default one.
+      source: a quantized checkpoint.
+      finished: directory for the layers that a calibration has finished.
+    """
+    config = checkpoint.config
+    if source is not None:
+        quantized = open_draft(source, config)
+        size = draft_bytes(config, quantized.draft_config())
+        return DraftSource(size, lambda params, progress: quantized.load(params, progress=progress))
+    if draft is None:
+        return None
+    layer_formats(config, draft)  # refuses names that fit no layer
+    if draft.method == "gptq":
+        return _calibrated(checkpoint, draft, text, finished)
+
+    def rounded(params: dict[str, Any], progress: bool) -> Made:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return draft, quantize_params(params, draft)
+
+    return DraftSource(draft_bytes(config, draft), rounded)
+
+
+def _calibrated(
+    checkpoint: Checkpoint, draft: DraftConfig, text: str | None, finished: Path
+) -> DraftSource:
+    from quantspec_jax.calibrate import calibrate, calibration_tokens
+
+    config = checkpoint.config
+    if checkpoint.tokenizer is None:
+        raise ValueError(
+            f"source is {checkpoint.source!r}, which has no tokenizer: draft method gptq reads a "
+            "text; allowed without one: rtn"
+        )
+    tokens = calibration_tokens(checkpoint.tokenizer, text)
+
+    def calibrated(params: dict[str, Any], progress: bool) -> Made:
+        try:
+            return calibrate(config, params, tokens, draft, progress=progress, resume=finished)
+        except ValueError:  # the same again: there is nothing to go on with
+            shutil.rmtree(finished, ignore_errors=True)
+            raise
+
+    size = draft_bytes(config, draft)
+    if draft.average_bits is not None:
+        shapes = parameter_shapes(config)
+        weights = sum(shapes[f"{layer}.kernel"].size for layer in layer_formats(config, draft))
+        size = int(draft.average_bits * weights / 8)
+    return DraftSource(2 * size, calibrated)  # the finished layers lie beside the result

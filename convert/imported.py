@@ -1,0 +1,54 @@
+"""`open_draft`: an existing 4-bit checkpoint of the same model as a draft."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convert import hub
+from convert.gguf_blocks import GgufBlocks
+from convert.packed_safetensors import Awq, Gptq, PackedSafetensors
+from convert.quantized import QuantizedCheckpoint
+from convert.sources import looks_like_hub_id, read_json
+from quantspec_jax.config import ModelConfig, require
+
+_METHODS: dict[str, type[PackedSafetensors]] = {"gptq": Gptq, "awq": Awq}
+_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # older checkpoints' own
+_ALLOWED = "a GGUF file with 4-bit blocks, or a directory or hub id of a GPTQ or AWQ checkpoint"
+
+
+def open_draft(source: str | Path, config: ModelConfig) -> QuantizedCheckpoint:
+    """A quantized checkpoint of the model that `config` describes; reads headers alone.
+
+    Raises:
+      ValueError: not a 4-bit checkpoint, another model's, of unknown packing, or damaged.
+    """
+    source = str(source)
+    path = Path(source).expanduser()
+    if path.is_file():
+        with path.open("rb") as stream:
+            require(stream.read(4) == b"GGUF", "draft_from", source, _ALLOWED)
+        return GgufBlocks(source, path, config)
+    if not path.exists():
+        require(looks_like_hub_id(source), "draft_from (which does not exist)", source, _ALLOWED)
+        path = hub.fetch_weights(source)
+    method, quantization = _quantization(source, path)
+    return _METHODS[method](source, path, config, quantization)
+
+
+def _quantization(source: str, directory: Path) -> tuple[str, Mapping[str, Any]]:
+    """The method and the quantization config of a directory."""
+    if not (directory / "config.json").exists():
+        raise ValueError(f"draft_from is {source!r}, a directory without config.json")
+    found = read_json(directory / "config.json").get("quantization_config")
+    default = None
+    for name, implied in _CONFIGS.items():
+        if found is None and (directory / name).exists():
+            found, default = read_json(directory / name), implied
+    if not isinstance(found, dict):
+        raise ValueError(f"draft_from is {source!r}, which has no quantization_config: it is not "
+                         f"quantized; allowed: {_ALLOWED}")  # fmt: skip
+    method: Any = found.get("quant_method", found.get("method", default))
+    require(method in _METHODS, f"quant_method in {source}", method, ", ".join(_METHODS))
+    return method, found
