@@ -9,6 +9,7 @@ share of that limit which the kernels reach (1: the limit itself).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -306,11 +307,15 @@ class Setting:
             read, operations(self.model, self.context, rows, self.batch)
         )
 
+    @functools.cached_property
+    def _planes_and_buffer(self) -> int:
+        return cache_sizes(self.model, self.context)["total"]
+
     def memory(self, draft: int = 0, view: View = "int8") -> dict[str, Any]:
         """Bytes of weights, draft and cache, and whether there are as many."""
         cache = cache_read_bytes(self.model, "full", self.context)
         if view != "full":
-            cache = cache_sizes(self.model, self.context)["total"]
+            cache = self._planes_and_buffer
         needed = BF16 * parameter_count(self.model) + draft + self.batch * cache
         there = self.device.memory
         return {"needed_bytes": needed, "fits": None if there is None else needed <= there * GIB}

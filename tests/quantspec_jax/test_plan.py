@@ -1,0 +1,319 @@
+"""Plans follow from the cost model, change as they must, and say why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from quantspec_jax import cli
+from quantspec_jax.config import DraftConfig, WeightFormat
+from quantspec_jax.cost import bytes_read, linear_weights, tokens_a_round
+from quantspec_jax.draft import bits_per_weight
+from quantspec_jax.models.presets import PRESETS
+from quantspec_jax.plan import (
+    DEVICES,
+    GIB,
+    Candidate,
+    Device,
+    Efficiency,
+    Setting,
+    candidates,
+    default_candidates,
+    measured_speed,
+    notes,
+    plan,
+    table,
+)
+
+LLAMA = dataclasses.replace(PRESETS["llama-2-7b"], num_layers=4)
+WEIGHTS = linear_weights(LLAMA)
+DEVICE = Device(None, 1000)
+FOUR_BITS = DraftConfig(group_size=64)
+CACHE_ALONE = DraftConfig(bits=None)
+
+
+def candidate(acceptance: float, config: DraftConfig = FOUR_BITS) -> Candidate:
+    return Candidate(config.describe(), acceptance, config)
+
+
+def recommend(context=32768, acceptance=0.9, config=FOUR_BITS, **setting):
+    setting = Setting(LLAMA, context, **{"device": DEVICE, **setting})
+    return plan(setting, [candidate(acceptance, config)])["recommendation"]
+
+
+def test_times_are_bytes_over_bandwidth():
+    found = plan(Setting(LLAMA, 32768, DEVICE), [candidate(0.9)])
+    costs = bytes_read(LLAMA, FOUR_BITS, 32768)
+    assert found["plain"]["full"]["milliseconds_a_token"] == pytest.approx(costs.plain / 1e9)
+    assert found["plain"]["int8"]["milliseconds_a_token"] == pytest.approx(costs.verify / 1e9)
+    (row,) = found["candidates"]
+    assert row["draft_milliseconds"] == pytest.approx(costs.draft / 1e9)
+    for each in row["gammas"]:
+        gamma = each["gamma"]
+        spent = (gamma * costs.draft + costs.verify) / 1e9
+        assert each["milliseconds_a_token"] == pytest.approx(spent / tokens_a_round(0.9, gamma))
+        assert each["speed_up"] == pytest.approx(costs.speed_up(0.9, gamma))
+    assert row["gamma"] == costs.best_gamma(0.9)
+
+
+def test_the_fastest_of_all_formats_and_gammas_is_recommended():
+    formats = [candidate(0.7), candidate(0.97, CACHE_ALONE), candidate(0.9, DraftConfig(bits=8))]
+    for context in (1024, 8192, 131072):
+        found = plan(Setting(LLAMA, context, DEVICE), formats)
+        every = [g["milliseconds_a_token"] for row in found["candidates"] for g in row["gammas"]]
+        every += [row["milliseconds_a_token"] for row in found["plain"].values()]
+        assert found["recommendation"]["milliseconds_a_token"] == min(every)
+
+
+def test_poor_acceptance_means_few_proposals_and_then_none():
+    gammas = [recommend(acceptance=a)["gamma"] for a in (0.97, 0.9, 0.8, 0.5)]
+    assert gammas == sorted(gammas, reverse=True)
+    assert gammas[0] > gammas[-1] == 1
+    plain = recommend(acceptance=0.05)
+    assert (plain["mode"], plain["gamma"], plain["draft"]) == ("autoregressive", None, None)
+    assert plain["options"] == "--mode autoregressive --kv int8"
+
+
+def test_a_four_bit_cache_alone_pays_at_long_contexts_only():
+    assert recommend(1024, 0.97, CACHE_ALONE)["mode"] == "autoregressive"
+    long = recommend(131072, 0.97, CACHE_ALONE)
+    assert long["mode"] == "quantspec"
+    assert long["options"] == f"--draft-bits none --gamma {long['gamma']}"
+
+
+def test_slow_drafts_are_given_less_to_do():
+    fast = recommend(acceptance=0.93)
+    slow = recommend(acceptance=0.93, efficiency=Efficiency(draft=0.7))
+    assert slow["gamma"] < fast["gamma"]
+    assert slow["speed_up"] < fast["speed_up"]
+    # What slows every pass changes nothing but the time.
+    half = recommend(acceptance=0.93, efficiency=Efficiency(0.5, 0.5, 0.5))
+    assert half["gamma"] == fast["gamma"]
+    assert half["milliseconds_a_token"] == pytest.approx(2 * fast["milliseconds_a_token"])
+
+
+def test_large_batches_are_bound_by_arithmetic():
+    """γ + 1 rows a sequence cost as many products: at a large batch proposals are not free."""
+    slow_products = dataclasses.replace(DEVICE, teraflops=100)
+    gammas = [recommend(1024, 0.95, device=slow_products, batch=b)["gamma"] for b in (1, 64)]
+    assert gammas[1] is None or gammas[1] < gammas[0]
+    unlimited = [recommend(1024, 0.95, batch=b)["gamma"] for b in (1, 64)]
+    assert unlimited[1] > 1
+
+
+def test_what_does_not_fit_is_not_recommended():
+    formats = [candidate(0.9), candidate(0.97, CACHE_ALONE)]
+    free = plan(Setting(LLAMA, 32768, Device(1000, 1000)), formats)
+    needed = {row["draft"]: row["needed_bytes"] for row in free["candidates"]}
+    assert free["recommendation"]["draft"] == FOUR_BITS.describe()
+    assert needed[FOUR_BITS.describe()] - needed["full weights"] == pytest.approx(
+        bits_per_weight(LLAMA, FOUR_BITS) / 8 * WEIGHTS
+    )
+    between = (needed["full weights"] + needed[FOUR_BITS.describe()]) / 2 / GIB
+    tight = plan(Setting(LLAMA, 32768, Device(between, 1000)), formats)
+    assert tight["recommendation"]["draft"] == "full weights"
+    assert tight["plain"]["full"]["fits"] is False  # twice the cache
+    assert tight["plain"]["int8"]["fits"] is True
+    (reason,) = [r for r in tight["reasons"] if r.startswith(FOUR_BITS.describe())]
+    assert f"{needed[FOUR_BITS.describe()]:,} bytes, and there are {int(between * GIB):,}" in reason
+    nothing = plan(Setting(LLAMA, 32768, Device(1, 1000)), formats)
+    assert nothing["recommendation"] is None
+    assert len(nothing["reasons"]) == 4
+
+
+def test_unknown_memory_is_not_judged():
+    found = plan(Setting(LLAMA, 32768, DEVICE), [candidate(0.9)])
+    assert {row["fits"] for row in [*found["candidates"], *found["plain"].values()]} == {None}
+
+
+def test_a_given_acceptance_scales_the_other_formats():
+    found, _ = candidates(0.9)
+    given = {each.config: each.acceptance for each in found}
+    known = {each.config: each.acceptance for each in default_candidates()}
+    assert given[DraftConfig()] == pytest.approx(0.9)
+    for config, acceptance in known.items():
+        proportion = (1 - given[config]) / (1 - acceptance)
+        assert proportion == pytest.approx(0.1 / (1 - known[DraftConfig()]))
+    stored = DraftConfig(group_size=32, method="gptq")
+    assert candidates(0.9, stored=stored)[0] == [Candidate(stored.describe(), 0.9, stored)]
+
+
+def test_acceptance_at_temperature_1_is_another():
+    greedy, sampled = default_candidates(), default_candidates(sampled=True)
+    assert all(s.acceptance > g.acceptance for g, s in zip(greedy, sampled, strict=True))
+
+
+MIXED = DraftConfig(formats=(("layers.0.q", WeightFormat(8)), ("layers.39.o", WeightFormat(8))))
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A sweep's file, with a mixed format made for another model."""
+    drafts = [FOUR_BITS, MIXED]
+    rows = [
+        {
+            "draft": draft.describe(),
+            "draft_bits_per_weight": bits,
+            "greedy_acceptance": greedy,
+            "sampled_acceptance": 0.95,
+        }
+        for draft, bits, greedy in zip(drafts, (4.5, 5.0), (0.8, 0.93), strict=True)
+    ]
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps({"rows": rows, "drafts": [d.to_dict() for d in drafts]}))
+    return path
+
+
+def test_measured_formats_are_the_candidates(measured):
+    found, source = candidates(measured=str(measured))
+    assert source == str(measured)
+    assert [each.config for each in found] == [FOUR_BITS, MIXED]
+    assert [each.acceptance for each in found] == [0.8, 0.93]
+    assert {e.acceptance for e in candidates(measured=str(measured), sampled=True)[0]} == {0.95}
+    rows = plan(Setting(LLAMA, 32768, DEVICE), found)["candidates"]
+    assert rows[0]["draft_bits_per_weight"] == bits_per_weight(LLAMA, FOUR_BITS)
+    assert rows[1]["draft_bits_per_weight"] == 5.0
+    more_bytes = rows[1]["draft_read_bytes"] - rows[0]["draft_read_bytes"]
+    assert more_bytes == pytest.approx(WEIGHTS / 16)  # half a bit a weight
+    assert found[1].options == ""  # it is stored with a checkpoint
+
+
+def test_one_evaluation_is_a_candidate_too(tmp_path):
+    path = tmp_path / "one.json"
+    result = {"greedy_acceptance": 0.8, "draft": "a draft", "draft_bits_per_weight": 4.5}
+    path.write_text(json.dumps(result))
+    assert candidates(measured=str(path))[0] == [Candidate("a draft", 0.8, None, 4.5)]
+
+
+def write_speed(path):
+    modes = {"autoregressive full": 100, "draft step": 75, "verify step, gamma 4": 80}
+    rows = [
+        {"mode": mode, "context": context, "percent_of_floor": percent / divisor}
+        for context, divisor in ((8192, 2), (131072, 1))
+        for mode, percent in modes.items()
+    ]
+    path.write_text(json.dumps({"read_ceiling_gb_per_second": 4400, "rows": rows}))
+    return str(path)
+
+
+def test_measured_speed_is_that_of_the_nearest_context(tmp_path):
+    path = write_speed(tmp_path / "speed.json")
+    assert measured_speed(path, 100_000) == (4400, Efficiency(1.0, 0.75, 0.8))
+    assert measured_speed(path, 10_000) == (4400, Efficiency(0.5, 0.375, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "allowed: one JSON object"),
+        ("{}", "is not what `quantspec eval acceptance` writes: each of its rows has draft, "),
+        ('{"rows": [1]}', "is not what `quantspec eval acceptance` writes"),
+        ('{"draft": "d", "draft_bits_per_weight": 4, "greedy_acceptance": 7}', "acceptance is 7"),
+    ],
+)
+def test_other_files_are_refused(text, words, tmp_path):
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        candidates(measured=str(path))
+    if words.startswith(("is not JSON", "allowed")):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            measured_speed(str(path), 1000)
+
+
+def test_speed_without_a_draft_step_is_refused(tmp_path):
+    path = tmp_path / "speed.json"
+    rows = [{"mode": "autoregressive full", "context": 8, "percent_of_floor": 90}]
+    path.write_text(json.dumps({"read_ceiling_gb_per_second": 1, "rows": rows}))
+    with pytest.raises(ValueError, match="lacks rows of mode 'draft step'"):
+        measured_speed(str(path), 1000)
+
+
+def test_devices_without_kernels_are_told(capsys):
+    assert any("compute capability" in n for n in notes(Setting(LLAMA, 1, DEVICES["a100"])))
+    assert not any("compute capability" in n for n in notes(Setting(LLAMA, 1, DEVICES["h200"])))
+
+
+PLAN = ["plan", "--preset", "llama-2-7b", "--context", "32768"]
+
+
+def test_json_is_all_of_standard_output(capsys):
+    assert cli.main([*PLAN, "--device", "h200", "--acceptance", "0.9", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 1
+    result = json.loads(captured.out)
+    assert result["model"] == "llama-2-7b"
+    assert result["device"]["memory_gib"] == DEVICES["h200"].memory
+    recommendation = result["recommendation"]
+    assert recommendation["mode"] == "quantspec"
+    options = recommendation["options"].split()
+    arguments = ["generate", "--model", "m", "--prompt", "p", *options]
+    parsed = cli.make_parser(arguments).parse_args(arguments)
+    assert parsed.gamma == recommendation["gamma"]
+    assert cli.draft_config(parsed).describe() == recommendation["draft"]
+    assert result["reasons"]
+
+
+def test_the_table_shows_every_candidate_and_the_reasons(capsys):
+    assert cli.main([*PLAN, "--device", "h200", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    text = table(result)
+    for row in result["candidates"]:
+        assert f"\n{row['draft']} " in text
+    for line in (*result["reasons"], *result["notes"]):
+        assert f"- {line}" in text
+    assert f"recommended: {result['recommendation']['draft']}" in text
+
+
+def test_a_source_is_planned_without_its_weights(tiny_llama_dir, tmp_path, capsys):
+    (tmp_path / "config.json").write_text((tiny_llama_dir / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    arguments = ["plan", str(tmp_path), "--context", "1024", "--bandwidth", "1", "--json"]
+    assert cli.main(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["device"] == {
+        "name": "the device",
+        "bandwidth_gb_per_second": 1,
+        "memory_gib": None,
+    }
+    assert result["recommendation"] is not None
+
+
+def test_options_override_files_and_data_sheets(tmp_path, capsys):
+    speed = write_speed(tmp_path / "speed.json")
+    options = ["--device", "h100", "--speed", speed, "--memory", "40", "--draft-efficiency", "1"]
+    assert cli.main([*PLAN, *options, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["device"]["bandwidth_gb_per_second"] == 4400
+    assert result["device"]["memory_gib"] == 40
+    assert result["efficiency"] == {"plain": 0.5, "draft": 1.0, "verify": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["plan", "--context", "1024"], "SOURCE --preset is required"),
+        ([*PLAN], "--device is None; allowed: a100, "),
+        ([*PLAN, "--device", "abacus"], "--device is 'abacus'; allowed: a100, "),
+        ([*PLAN, "--bandwidth", "0"], "bandwidth is 0.0"),
+        ([*PLAN, "--device", "h200", "--memory", "-1"], "memory is -1.0"),
+        ([*PLAN, "--device", "h200", "--acceptance", "2"], "acceptance is 2.0"),
+        ([*PLAN, "--device", "h200", "--batch", "0"], "batch is 0"),
+        ([*PLAN, "--device", "h200", "--draft-efficiency", "1.5"], "draft efficiency is 1.5"),
+        ([*PLAN, "--device", "h200", "--measured", "gone.json"], "gone.json: No such file"),
+        ([*PLAN, "--device", "h200", "--measured", "f", "--acceptance", "1"], "not allowed with"),
+        ([*PLAN[:3], "--context", "200000", "--device", "h200"], "context is 200000; allowed: 1"),
+        (["plan", "--preset", "gpt", "--context", "9", "--device", "h200"], "--preset is 'gpt'"),
+        (["plan", "nowhere", "--context", "9", "--device", "h200"], "nowhere"),
+    ],
+)
+def test_wrong_options_are_named(argv, words, capsys):
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
