@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -12,15 +13,17 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import convert
+import quantspec_jax as qs
 from convert import stored, write
 from convert.hf_config import parse_hf_config
 from convert.weights import hf_name
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
-from quantspec_jax.config import DraftConfig
+from quantspec_jax.config import DraftConfig, WeightFormat
 from quantspec_jax.draft import quantize_params
 from quantspec_jax.models.parameters import flatten, parameter_shapes
 
@@ -104,6 +107,7 @@ def test_one_array_may_lie_in_several_files(llama_dir, tmp_path, monkeypatch):
         DraftConfig(),
         DraftConfig(group_size=128, symmetric=True),
         DraftConfig(group_size=96, layers="mlp"),
+        DraftConfig(bits=8, layers="layers.1.*", formats=(("layers.0.q", WeightFormat(4, 32)),)),
     ],
 )
 def test_a_draft_is_stored_as_it_is_made(draft, llama_dir, tmp_path):
@@ -135,14 +139,118 @@ def test_wrong_arguments_are_refused_before_any_work(llama_dir, tmp_path, monkey
     out = tmp_path / "out"
     cases = [
         ({"dtype": "int8"}, ValueError, "dtype is 'int8'"),
-        ({"draft": DraftConfig(method="gptq")}, NotImplementedError, "gptq"),
         ({"draft": DraftConfig(bits=None)}, ValueError, "draft bits is None"),
-        ({"draft_text": "book.txt"}, ValueError, "draft_text"),
+        ({"draft": DraftConfig(method="imported")}, ValueError, "draft_from"),
+        ({"draft": DraftConfig(), "draft_text": "text"}, ValueError, "draft_text"),
+        ({"draft_text": "text"}, ValueError, "draft_text"),
+        ({"draft": DraftConfig(), "draft_from": "m.gguf"}, ValueError, "allowed is one of them"),
     ]
     for kwargs, error, words in cases:
         with pytest.raises(error, match=words):
             convert.convert(llama_dir, out, progress=False, **kwargs)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_that_do_not_exist_are_refused_before_weights_are_read(llama_dir, tmp_path):
+    draft = DraftConfig(layers="*.dwon")
+    with pytest.raises(ValueError, match=r"'\*\.dwon' fits no layer"):
+        convert.convert(llama_dir, tmp_path / "out", draft=draft, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Calibration.
+
+
+@pytest.fixture
+def calibrating(monkeypatch, tiny_llama_dir, tmp_path):
+    """Convert with a calibration that keeps one layer and then does what it is told."""
+    draft = DraftConfig(method="gptq", group_size=32)
+    formats = (("layers.1.q", WeightFormat(8, 32, True)), ("layers.0.k", WeightFormat(16)))
+    found = dataclasses.replace(draft, formats=formats)
+
+    def run(act=lambda resume: None, **kwargs):
+        def calibrate(config, params, tokens, given, *, progress, resume):
+            assert given == draft
+            assert tokens.shape[0] * tokens.shape[1] > 1000
+            resume.mkdir(exist_ok=True)
+            (resume / f"layer-{len(list(resume.iterdir()))}").write_text("x")
+            act(resume)
+            entries = quantize_params(params, found)
+            order = jnp.arange(params["layers"]["1"]["q"]["kernel"].shape[0])[::-1]
+            entries["layers"]["1"]["q"]["order"] = order
+            return found, entries
+
+        monkeypatch.setattr("quantspec_jax.calibrate.calibrate", calibrate)
+        convert.convert(tiny_llama_dir, tmp_path / "out", draft=draft, **kwargs)
+
+    run.found = found
+    return run
+
+
+def test_a_calibrated_draft_is_stored_with_its_formats(calibrating, tmp_path):
+    calibrating(progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"], "the finished layers are gone"
+    model = qs.load(str(tmp_path / "out"), dtype="float32")
+    assert model.draft == calibrating.found
+    one = model.draft_params["layers"]["1"]["q"]
+    assert set(one) == {"kernel", "residual", "order"}
+    assert one["order"].tolist() == list(range(63, -1, -1))
+    assert one["kernel"].minimum is None
+    own = model.draft_params["layers"]["0"]
+    assert own["k"]["kernel"] is model.params["layers"]["0"]["k"]["kernel"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.EIO, "broken")])
+def test_an_interrupted_calibration_goes_on(error, calibrating, tmp_path, capfd):
+    """The finished layers, and they alone, stay; the message says where, and what to do."""
+
+    def interrupt(resume):
+        raise error
+
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        calibrating(interrupt)
+    assert [p.name for p in tmp_path.iterdir()] == [".out.calibration"]
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert str(tmp_path / ".out.calibration") in message
+    assert "the same command goes on" in message
+    found = []
+    calibrating(lambda resume: found.extend(p.name for p in resume.iterdir()), progress=False)
+    assert sorted(found) == ["layer-0", "layer-1"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_calibration_that_cannot_be_leaves_nothing(calibrating, tmp_path):
+    def nan(resume):
+        raise ValueError("activations of layers.0 are not finite")
+
+    with pytest.raises(ValueError, match="not finite"):
+        calibrating(nan, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_that_calibrates_nothing_is_refused_before_weights_are_read(
+    calibrating, llama_dir, tmp_path, monkeypatch
+):
+    checkpoint = type(convert.open_source(llama_dir))
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("read the weights"))
+    with pytest.raises(ValueError, match=r"calibration text is .* tokens"):
+        calibrating(draft_text="too short", progress=False)
+    with pytest.raises(ValueError, match=r"which has no tokenizer: draft method gptq"):
+        convert.convert(
+            llama_dir, tmp_path / "out", draft=DraftConfig(method="gptq"), progress=False
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_headers_of_earlier_versions_are_read(llama_dir, tmp_path):
+    """Before formats, methods other than rounding and arrays beside the kernels were stored."""
+    out = convert.convert(llama_dir, tmp_path / "out", draft=DraftConfig(), progress=False)
+    header = json.loads((out / "config.json").read_text())
+    del header["draft_arrays"], header["draft"]["formats"], header["draft"]["average_bits"]
+    (out / "config.json").write_text(json.dumps(header))
+    config, entries = convert.open_source(out).load_draft()
+    assert config == DraftConfig()
+    assert len(flatten(entries)) == 2 * 7
 
 
 # The output directory.
@@ -352,6 +460,7 @@ def test_damage_is_found_before_anything_is_read(converted):
         ({"model": {}}, "is damaged"),
         ({"model": None}, "is damaged"),
         ({"draft": {"bits": 3}}, "draft bits is 3"),
+        ({"draft_arrays": {"layers.0.q.order": 3}}, "is damaged"),
         ({"draft": {"colour": 1}}, "is damaged"),
     ],
 )

@@ -9,14 +9,16 @@ import os
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 import convert
+import quantspec_jax as qs
 from quantspec_jax import cli, compilation_cache
 from quantspec_jax.cache import create
-from quantspec_jax.config import CacheConfig
+from quantspec_jax.config import CacheConfig, DraftConfig
 from quantspec_jax.text.chat import chat_ids
 from quantspec_jax.text.detokenize import decode
 
@@ -125,7 +127,28 @@ class TestErrors:
             (["info", "nowhere"], "nowhere"),
             (["convert", "nowhere", "out"], "nowhere"),
             (["convert", "nowhere", "out", "--draft-group", "32"], "--draft-group cannot go with"),
-            (["convert", "nowhere", "out", "--draft", "gptq"], "--draft-text is None"),
+            (
+                ["convert", "nowhere", "out", "--draft-text", "t"],
+                "--draft-text cannot go with --draft none",
+            ),
+            (["convert", "nowhere", "out", "--draft", "rtn", "--draft-text", "t"], "--draft rtn"),
+            (["convert", "nowhere", "out", "--draft", "rtn", "--draft-bits", "4.5"], "gptq"),
+            (["convert", "nowhere", "out", "--draft", "gptq", "--draft-bits", "3"], "is 3.0"),
+            (["convert", "nowhere", "out", "--draft", "gptq", "--draft-bits", "x"], "'x' is not"),
+            (
+                ["convert", "nowhere", "out", "--draft", "gptq", "--draft-text", "gone.txt"],
+                "gone.txt: No such file",
+            ),
+            (
+                ["convert", "nowhere", "out", "--draft-from", "m", "--draft-bits", "4"],
+                "--draft-bits cannot go with --draft-from",
+            ),
+            (
+                ["convert", "nowhere", "out", "--draft-from", "m", "--draft", "rtn"],
+                "--draft cannot go with --draft-from",
+            ),
+            ([*NEEDED, "--draft-from", "m", "--draft-layers", "mlp"], "--draft-layers cannot go"),
+            ([*NEEDED, "--draft-layers", "mlp,"], "draft layers is 'mlp,'"),
             (["eval", "speed", "--model", "m"], "invalid choice: 'speed'"),
             (
                 ["eval", "perplexity", "--model", "m", "--text", "gone.txt", "--context", "64"],
@@ -339,6 +362,92 @@ class TestInfo:
         config = convert.open_source(str(tiny_llama_dir)).config
         cache = create(config, CacheConfig(max_length=2048, dtype="bfloat16"), 1)
         assert said["total"] == sum(array.nbytes for array in jax.tree.leaves(cache))
+
+
+class TestDraft:
+    """Options that say what the draft's weights are."""
+
+    CONVERT = ("convert", "s", "o")
+    GENERATE = ("generate", "--model", "m", "--prompt", "p")
+
+    @pytest.mark.parametrize(
+        ("argv", "draft"),
+        [
+            ((*GENERATE, "--draft-bits", "8"), DraftConfig(bits=8)),
+            ((*GENERATE, "--draft-layers", "*.down"), DraftConfig(layers="*.down")),
+            ((*GENERATE, "--draft-from", "m.gguf"), "m.gguf"),
+            ((*CONVERT, "--draft", "rtn"), DraftConfig()),
+            ((*CONVERT, "--draft", "rtn", "--draft-bits", "8"), DraftConfig(bits=8)),
+            ((*CONVERT, "--draft", "gptq"), DraftConfig(method="gptq")),
+            (
+                (*CONVERT, "--draft", "gptq", "--draft-bits", "4.75", "--draft-group", "128"),
+                DraftConfig(group_size=128, method="gptq", average_bits=4.75),
+            ),
+            (
+                (*CONVERT, "--draft", "gptq", "--draft-symmetric", "--draft-layers", "mlp"),
+                DraftConfig(symmetric=True, layers="mlp", method="gptq"),
+            ),
+            ((*CONVERT, "--draft-from", "awq"), "awq"),
+        ],
+    )
+    def test_options(self, argv, draft, monkeypatch, run):
+        given = []
+        if argv[0] == "convert":
+            monkeypatch.setattr(
+                convert,
+                "convert",
+                lambda *_, draft, draft_from, **__: given.append(draft or draft_from),
+            )
+        else:
+            monkeypatch.setattr(qs, "load", lambda *_, draft, **__: given.append(draft))
+            monkeypatch.setattr(
+                convert, "open_source", lambda _: SimpleNamespace(draft_config=None)
+            )
+        run(*argv)
+        assert given == [draft]
+
+    def test_text_is_read(self, monkeypatch, run, tmp_path):
+        given = {}
+        monkeypatch.setattr(convert, "convert", lambda *_, **options: given.update(options))
+        (tmp_path / "text").write_text("größer", "utf-8")
+        run(*self.CONVERT, "--draft", "gptq", "--draft-text", tmp_path / "text")
+        assert given["draft_text"] == "größer"
+        (tmp_path / "text").write_bytes(b"\xff")
+        status, _, err = run(*self.CONVERT, "--draft", "gptq", "--draft-text", tmp_path / "text")
+        assert status == 2
+        assert "not UTF-8" in err
+
+    def test_a_stored_draft_is_shown_and_overridden(self, run, run_json, tiny_llama_dir, tmp_path):
+        out = tmp_path / "out"
+        argv = ["convert", tiny_llama_dir, out, "--draft", "rtn", "--draft-bits", 8]
+        status, _, _ = run(*argv, "--draft-group", 32, "--draft-layers", "layers.0.*")
+        assert status == 0
+        shown = run_json("info", out)
+        assert shown["draft_stored"]
+        assert shown["draft_formats"] == [
+            {"layers": 7, "bits": 8, "group_size": 32, "symmetric": False},
+            {"layers": 7, "bits": 16, "group_size": 64, "symmetric": False},
+        ]
+        assert 12 < shown["draft_bits_per_weight"] < 13
+        _, table, _ = run("info", out)
+        assert "7 layers 8-bit asymmetric, group 32; 7 layers as they are" in table
+        text = tmp_path / "text"
+        text.write_text("the cat " * 100)
+        argv = ["eval", "acceptance", "--model", out, "--text", text, "--context", 64]
+        status, _, err = run(*argv, "--draft-from", tiny_llama_dir)
+        assert status == 2
+        assert "draft options override the stored draft (8-bit rtn" in err
+        assert "has no quantization_config" in err
+
+    def test_what_is_not_made_at_load_is_refused(self, tiny_llama_dir):
+        refused = [
+            (DraftConfig(method="gptq"), "Convert once with --draft gptq"),
+            (DraftConfig(method="imported"), "name the quantized checkpoint"),
+            (DraftConfig(layers="*.dwon"), "fits no layer"),
+        ]
+        for draft, words in refused:
+            with pytest.raises(ValueError, match=words):
+                qs.load(str(tiny_llama_dir), draft=draft)
 
 
 class TestVersion:
