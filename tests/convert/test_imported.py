@@ -22,7 +22,7 @@ from convert.weights import load_parameters
 from pallas_kernels.int4_matmul.reference import dequantize
 from pallas_kernels.layout import unpack
 from quantspec_jax.config import DraftConfig, WeightFormat
-from quantspec_jax.model import full_logits
+from quantspec_jax.model import Model, full_logits
 from quantspec_jax.models.parameters import LINEAR_LAYERS, flatten
 
 HF = {
@@ -343,17 +343,22 @@ def test_converted_with_it_the_draft_is_loaded_as_imported(variant, tiny_llama_d
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_decoding_with_it_is_lossless(make_tiny_llama, tmp_path):
+def test_tokens_do_not_depend_on_it(make_tiny_llama, tmp_path):
+    """The same with its weights and with all of them 0, where hardly a proposal is right."""
     (tmp_path / "hf").mkdir()
     source = make_tiny_llama(tmp_path / "hf", num_hidden_layers=1)
     made = quantize_directory(source, tmp_path / "q", "gptq", act_order=True)
     model = qs.load(str(source), dtype="float32", draft=str(made.directory))
-    common = {"max_new_tokens": 24, "ignore_eos": True}
-    prompt = list(range(5, 29))
-    ours = qs.generate(model, [prompt], qs.GenerateConfig(gamma=2, **common))
-    target = qs.GenerateConfig(mode="autoregressive", kv="int8", pass_width=3, **common)
-    assert ours.tokens == qs.generate(model, [prompt], target).tokens
-    assert ours.stats[0]["acceptance_rate"] > 0.2
+    quantized = convert.open_draft(made.directory, model.config)
+    draft, entries = quantized.load(model.params)
+    for entry in entries["layers"]["0"].values():
+        kernel = entry["kernel"]
+        entry["kernel"] = kernel._replace(scale=0 * kernel.scale, minimum=0 * kernel.minimum)
+    other = Model(model.config, model.params, model.tokenizer, draft, entries)
+    config = qs.GenerateConfig(gamma=2, max_new_tokens=24, ignore_eos=True)
+    good, bad = (qs.generate(m, [list(range(5, 29))], config) for m in (model, other))
+    assert good.tokens == bad.tokens
+    assert good.stats[0]["acceptance_rate"] > bad.stats[0]["acceptance_rate"] + 0.2
 
 
 # What is refused.
