@@ -88,10 +88,12 @@ def _calibrated(
     tokens = calibration_tokens(checkpoint.tokenizer, text)
 
     def calibrated(params: dict[str, Any], progress: bool) -> Made:
+        resumed = finished.exists()
         try:
             return calibrate(config, params, tokens, draft, progress=progress, resume=finished)
-        except ValueError:  # the same again: there is nothing to go on with
-            shutil.rmtree(finished, ignore_errors=True)
+        except ValueError:  # it would fail again; but what was there before may be of another call
+            if not resumed:
+                shutil.rmtree(finished, ignore_errors=True)
             raise
 
     size = draft_bytes(config, draft)

@@ -92,8 +92,8 @@ def _keep_finished_layers(finished: Path, progress: bool) -> Iterator[None]:
     """The layers that a calibration finished are gone when all is done; before that, say so."""
     try:
         yield
-    except BaseException:
-        if progress and finished.exists():
+    except BaseException as error:
+        if progress and finished.exists() and not isinstance(error, ValueError):
             print(
                 f"quantspec: the calibrated layers are kept in {finished}: the same command goes "
                 "on after them",

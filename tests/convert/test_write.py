@@ -228,6 +228,16 @@ def test_a_calibration_that_cannot_be_leaves_nothing(calibrating, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_calibrations_layers_are_left_alone(calibrating, tmp_path):
+    def other(resume):
+        raise ValueError(f"{resume} holds another calibration")
+
+    (tmp_path / ".out.calibration").mkdir()
+    with pytest.raises(ValueError, match="another calibration"):
+        calibrating(other, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == [".out.calibration"]
+
+
 def test_a_text_that_calibrates_nothing_is_refused_before_weights_are_read(
     calibrating, llama_dir, tmp_path, monkeypatch
 ):
