@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -39,14 +41,14 @@ DRAFTS = (
 
 @pytest.mark.parametrize("model", [TINY, TIED])
 def test_weight_bytes_are_those_of_the_arrays(model):
-    params = init_params(model, jax.random.key(0), "bfloat16")
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), "bfloat16"))
     read = [params["layers"], params["final_norm"]]
     read.append(params["embedding"] if model.tie_embeddings else params["lm_head"])
-    by_hand = sum(x.nbytes for x in jax.tree.leaves(read))
+    by_hand = sum(2 * x.size for x in jax.tree.leaves(read))
     assert weight_bytes(params) == target_weight_bytes(model) == by_hand
     for draft in DRAFTS:
-        merged = merge(params, quantize_params(params, draft))
-        assert weight_bytes(merged) == draft_weight_bytes(model, draft)
+        own = jax.eval_shape(functools.partial(quantize_params, config=draft), params)
+        assert weight_bytes(merge(params, own)) == draft_weight_bytes(model, draft)
 
 
 def test_weights_counted_by_hand():
@@ -150,3 +152,41 @@ def test_better_drafts_are_given_more_tokens():
 def test_wrong_acceptance_is_named():
     with pytest.raises(ValueError, match="acceptance is 2; allowed: 0 to 1"):
         tokens_a_round(2, 4)
+
+
+@pytest.fixture(scope="module")
+def rounds_script():
+    path = Path(__file__).parents[2] / "benchmarks" / "draft_acceptance.py"
+    spec = importlib.util.spec_from_file_location("draft_acceptance", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("gamma", [1, 4])
+def test_rounds_followed_over_a_text_are_those_of_decoding(rounds_script, gamma):
+    """Where every position is accepted or not, rounds are certain: count them one by one."""
+    group, first = 16, 5
+    chance = (np.random.default_rng(0).random(400) < 0.8).astype(float)
+    expected = rounds_script.Rounds(gamma)
+    rounds_script.follow(chance, first, expected, group)
+    proposed, accepted = np.zeros(gamma), np.zeros(gamma)
+    position = first
+    while position < len(chance) - gamma:
+        tried = chance[position : position + min(gamma, group - 1 - position % group)]
+        run = np.cumprod(tried)
+        proposed[: len(tried)] += 1
+        accepted[: len(tried)] += run
+        position += 1 + int(run.sum())
+    np.testing.assert_allclose(expected.proposed, proposed)
+    np.testing.assert_allclose(expected.accepted, accepted)
+
+
+def test_a_constant_chance_gives_its_powers(rounds_script):
+    rounds = rounds_script.Rounds(4)
+    rounds_script.follow(np.full(3000, 0.8), 0, rounds, 1024)
+    np.testing.assert_allclose(rounds.by_position, 0.8 ** np.arange(1, 5))
+    # The share that counts what follows a rejection as rejected, and tokens a round.
+    assert rounds.rate == pytest.approx((expected_tokens(0.8, 4) - 1) / 4, rel=2e-3)
