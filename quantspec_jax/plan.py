@@ -108,34 +108,35 @@ class Candidate:
     Args:
       name: for people.
       acceptance: of a first proposal.
-      config: how it is stored; or, where that is not known,
-      bits: a weight of the linear layers of the blocks.
+      config: how it is stored, if that is known.
+      bits: a weight of the linear layers, of the model that it was measured on. They count where
+        `config` is not known, or names layers of that model (mixed precision).
     """
 
     name: str
     acceptance: float
     config: DraftConfig | None = None
-    bits: float = 16
+    bits: float | None = None
 
     def __post_init__(self) -> None:
         require(0 <= self.acceptance <= 1, "acceptance", self.acceptance, "0 to 1")
-        require(0 < self.bits <= 16, "draft_bits_per_weight", self.bits, "over 0, up to 16")
+        bits = 16 if self.bits is None else self.bits
+        require(0 < bits <= 16, "draft_bits_per_weight", bits, "over 0, up to 16")
 
     def sizes(self, model: ModelConfig) -> tuple[int, int, float]:
-        """Bytes of weights that a draft step reads, bytes of the draft's own arrays, and bits.
-
-        A mixed format names the layers of the model that it was made for: for another model the
-        bits decide, and the second number is an upper bound.
-        """
-        if self.config is not None and not self.config.formats:
+        """Bytes of weights that a draft step reads, bytes of the draft's own arrays (at most), and
+        bits."""
+        config = self.config
+        if config is not None and (self.bits is None or not config.formats):
             return (
-                draft_weight_bytes(model, self.config),
-                draft_bytes(model, self.config),
-                bits_per_weight(model, self.config),
+                draft_weight_bytes(model, config),
+                draft_bytes(model, config),
+                bits_per_weight(model, config),
             )
+        bits = 16 if self.bits is None else self.bits
         weights = linear_weights(model)
-        own = int(weights * self.bits / 8)
-        return target_weight_bytes(model) - BF16 * weights + own, own, self.bits
+        own = int(weights * bits / 8)
+        return target_weight_bytes(model) - BF16 * weights + own, own, bits
 
     @property
     def options(self) -> str:

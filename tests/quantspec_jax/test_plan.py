@@ -137,8 +137,17 @@ def test_a_given_acceptance_scales_the_other_formats():
     for config, acceptance in known.items():
         proportion = (1 - given[config]) / (1 - acceptance)
         assert proportion == pytest.approx(0.1 / (1 - known[DraftConfig()]))
-    stored = DraftConfig(group_size=32, method="gptq")
-    assert candidates(0.9, stored=stored)[0] == [Candidate(stored.describe(), 0.9, stored)]
+
+
+def test_a_given_acceptance_is_that_of_the_stored_draft():
+    for formats in ((), (("layers.0.q", WeightFormat(8)),)):
+        stored = DraftConfig(group_size=32, method="gptq", formats=formats)
+        found, source = candidates(0.9, stored=stored)
+        assert found == [Candidate(stored.describe(), 0.9, stored)]
+        assert stored.describe() in source
+        (row,) = plan(Setting(LLAMA, 1024, DEVICE), found)["candidates"]
+        assert row["draft_bits_per_weight"] == bits_per_weight(LLAMA, stored)
+        assert row["draft_read_bytes"] == bytes_read(LLAMA, stored, 1024).draft
 
 
 def test_acceptance_at_temperature_1_is_another():
