@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,8 @@ import jax
 
 from convert.imported import open_draft
 from convert.sources import Checkpoint
-from quantspec_jax.config import DraftConfig
-from quantspec_jax.draft import draft_bytes, layer_formats, quantize_params
+from quantspec_jax.config import DraftConfig, require
+from quantspec_jax.draft import bits_per_weight, draft_bytes, layer_formats, quantize_params
 from quantspec_jax.models.parameters import parameter_shapes
 
 Made = tuple[DraftConfig, dict[str, Any]]  # the draft's configuration and its entries of the tree
@@ -98,6 +99,9 @@ def _calibrated(
 
     size = draft_bytes(config, draft)
     if draft.average_bits is not None:
+        least = bits_per_weight(config, draft)
+        words = f"{math.ceil(least * 1000) / 1000:g} or more, what these layers and groups take in {draft.bits} bits"
+        require(least <= draft.average_bits, "draft average_bits", draft.average_bits, words)
         shapes = parameter_shapes(config)
         weights = sum(shapes[f"{layer}.kernel"].size for layer in layer_formats(config, draft))
         size = int(draft.average_bits * weights / 8)

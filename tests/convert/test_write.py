@@ -239,12 +239,15 @@ def test_another_calibrations_layers_are_left_alone(calibrating, tmp_path):
 
 
 def test_a_text_that_calibrates_nothing_is_refused_before_weights_are_read(
-    calibrating, llama_dir, tmp_path, monkeypatch
+    calibrating, llama_dir, tiny_llama_dir, tmp_path, monkeypatch
 ):
     checkpoint = type(convert.open_source(llama_dir))
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("read the weights"))
     with pytest.raises(ValueError, match=r"calibration text is .* tokens"):
         calibrating(draft_text="too short", progress=False)
+    mixed = DraftConfig(method="gptq", average_bits=4.4)
+    with pytest.raises(ValueError, match=r"average_bits is 4.4; allowed: 4.534 or more"):
+        convert.convert(tiny_llama_dir, tmp_path / "out", draft=mixed, progress=False)
     with pytest.raises(ValueError, match=r"which has no tokenizer: draft method gptq"):
         convert.convert(
             llama_dir, tmp_path / "out", draft=DraftConfig(method="gptq"), progress=False
