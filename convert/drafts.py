@@ -99,9 +99,9 @@ def _calibrated(
 
     size = draft_bytes(config, draft)
     if draft.average_bits is not None:
-        least = bits_per_weight(config, draft)
-        words = f"{math.ceil(least * 1000) / 1000:g} or more, what these layers and groups take in {draft.bits} bits"
-        require(least <= draft.average_bits, "draft average_bits", draft.average_bits, words)
+        least = math.ceil(1000 * bits_per_weight(config, draft)) / 1000
+        words = f"{least:g} or more, what these layers and groups take in {draft.bits} bits"
+        require(draft.average_bits >= least, "draft average_bits", draft.average_bits, words)
         shapes = parameter_shapes(config)
         weights = sum(shapes[f"{layer}.kernel"].size for layer in layer_formats(config, draft))
         size = int(draft.average_bits * weights / 8)

@@ -109,6 +109,8 @@ class _Keys:
                 if any(value == neutral for neutral in NEUTRAL[key]):
                     continue
                 allowed = ", ".join([*map(repr, NEUTRAL[key]), "null"])
+                if key == "quantization_config":
+                    allowed += " (4-bit weights can be the draft of their model: --draft-from)"
                 shown = value if len(repr(value)) < 80 else repr(value)[:77] + "..."
                 require(False, f"{key} in {self._where}", shown, allowed)
             raise ValueError(
