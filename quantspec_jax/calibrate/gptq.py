@@ -3,12 +3,14 @@
 The layer's output on the draft's inputs x should be the target's output on its own inputs x + δ,
 plus what else the target has there and the draft lacks, d (both at the same token, weight ω):
 
-    min Σ ω |Ŵᵀx − Wᵀ(x + δ) − d|²  =  min (Ŵ − W*)ᵀ H (Ŵ − W*) + constant
-    H = Σ ω x xᵀ        W* = W + H⁻¹ (Σ ω x δᵀ W + Σ ω x dᵀ)
+    r = Wᵀδ + d
+    min Σ ω |Ŵᵀx − Wᵀx − r|²  =  min (Ŵ − W*)ᵀ H (Ŵ − W*) + constant
+    H = Σ ω x xᵀ        W* = W + H⁻¹ Σ ω x rᵀ
 
-So W* is found first, by regularized least squares, and then rounded an input channel at a time: what
-rounding a channel loses is made good by the channels that are still to come (arXiv 2210.17323).
-Groups are contiguous and their scales fixed before; channels are taken in the order of H's diagonal.
+So W* is found first, by regularized least squares, and then rounded an input channel at a time:
+what rounding a channel loses is made good by the channels still to come (arXiv 2210.17323).
+Groups are contiguous and their scales fixed before; channels go in the order of H's diagonal.
+Both are damped well: of few thousand tokens only the strong directions of the inputs are known.
 """
 
 from __future__ import annotations
@@ -24,22 +26,23 @@ from quantspec_jax.config import WeightFormat
 
 HIGHEST = jax.lax.Precision.HIGHEST
 BLOCK = 64  # channels rounded before the others hear of it
-DAMPING = 0.01  # of H's mean diagonal
-RIDGE = 0.05  # the same, of the least squares that find W*
+DAMPING = 0.1  # of H's mean diagonal
+REFIT_RIDGE = 0.001  # of each number's own term, of the least squares that refit scales
+COLUMNS = 128  # output channels refitted at a time
+RIDGE = 2.0  # the same, of the least squares that find W*
 SHRINK = (1.0, 0.92, 0.84, 0.76)  # of a group's range, either end
 
 
 class Moments(NamedTuple):
-    """Sums over the calibration tokens of one linear layer's inputs.
+    """Sums over the calibration tokens, each with its weight ω.
 
-    gram   [Kin, Kin]  Σ ω x xᵀ
-    cross  [Kin, Kin]  Σ ω x δᵀ
-    drift  [Kin, N]    Σ ω x dᵀ, or None
+    gram  [Kin, Kin]  H = Σ ω x xᵀ
+    miss  [Kin, N]    Σ ω x rᵀ, r what the target's weights on the draft's inputs leave to be wished
+          [Kin, Kin]  or Σ ω x δᵀ, where r = Wᵀδ for several layers with the same inputs
     """
 
     gram: jax.Array
-    cross: jax.Array
-    drift: jax.Array | None
+    miss: jax.Array
 
 
 class Factor(NamedTuple):
@@ -55,6 +58,10 @@ class Factor(NamedTuple):
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=HIGHEST)
+
+
+def _einsum(equation: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, *operands, precision=HIGHEST)
 
 
 def _damped(gram: jax.Array, share: float) -> jax.Array:
@@ -75,15 +82,13 @@ def factorize(gram: jax.Array) -> Factor:
     return Factor(order, inverse[::-1, ::-1])
 
 
-@jax.jit
-def wanted(kernel: jax.Array, moments: Moments) -> jax.Array:
-    """W* [Kin, N] float32."""
+@partial(jax.jit, static_argnames="shared")
+def wanted(kernel: jax.Array, sums: Moments, shared: bool) -> jax.Array:
+    """W* [Kin, N] float32. `shared`: `sums.miss` is that of δ."""
     w = kernel.astype(jnp.float32)
-    right = _dot(moments.cross, w)
-    if moments.drift is not None:
-        right = right + moments.drift
-    factor = jax.scipy.linalg.cho_factor(_damped(moments.gram, RIDGE))
-    return w + jax.scipy.linalg.cho_solve(factor, right)
+    miss = _dot(sums.miss, w) if shared else sums.miss
+    factor = jax.scipy.linalg.cho_factor(_damped(sums.gram, RIDGE))
+    return w + jax.scipy.linalg.cho_solve(factor, miss)
 
 
 @partial(jax.jit, static_argnames="stored")
@@ -94,9 +99,13 @@ def quantize(w: jax.Array, gram: jax.Array, factor: Factor, stored: WeightFormat
       w: what the rounded weights should do, W*.
       gram: H [Kin, Kin], and its `factor`.
     """
-    kin, n = w.shape
     scale, minimum = _ranges(w, jnp.diag(gram), stored)
     codes = _round(w, factor, scale, minimum, stored)
+    if stored.bits == 4:
+        damped = _damped(gram, DAMPING)
+        scale, minimum = _refit(w, damped, codes[0], scale, minimum, stored)
+        codes = _round(w, factor, scale, minimum, stored)
+        scale, minimum = _refit(w, damped, codes[0], scale, minimum, stored)
     return _entries(codes, scale, minimum, stored)
 
 
@@ -198,6 +207,49 @@ def _round(w, factor: Factor, scale, minimum, stored: WeightFormat):
     _, codes = jax.lax.fori_loop(0, filled // BLOCK, block, (w, codes))
     back = jnp.argsort(factor.order)
     return tuple(plane[:kin][back] for plane in codes)
+
+
+def _refit(w, gram, codes, scale, minimum, stored: WeightFormat):
+    """Scale and minimum [groups, N] that are best for codes [Kin, N]: least squares under H, all
+    groups of an output channel at once."""
+    kin, n = w.shape
+    group, groups = stored.group_size, scale.shape[0]
+    filled = groups * group
+    h = jnp.pad(gram, ((0, filled - kin),) * 2)
+    steps = codes.astype(jnp.float32) + (0 if stored.symmetric else 8)
+    wide, low = scale.astype(jnp.float32), minimum.astype(jnp.float32)
+    near = jnp.repeat(wide, group, 0)[:kin] * steps + jnp.repeat(low, group, 0)[:kin]
+    rest = _dot(gram, w - near)
+
+    def columns(x: jax.Array) -> jax.Array:  # [Kin, N] → [parts, groups, group, COLUMNS]
+        x = jnp.pad(x, ((0, filled - kin), (0, -n % COLUMNS)))
+        return jnp.moveaxis(x.reshape(groups, group, -1, COLUMNS), 2, 0)
+
+    ones = (jnp.arange(filled) < kin).reshape(groups, group)
+    by_group = jnp.sum(h.reshape(groups, group, groups, group) * ones, -1)  # H 1 of each group
+
+    def part(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        c, r = inputs
+        moved = _einsum("kgi,gin->gkn", h.reshape(filled, groups, group), c)
+        normal = jnp.sum(moved.reshape(groups, groups, group, -1) * c, 2)  # cᵀ H c
+        right = jnp.sum(c * r, 1)
+        if not stored.symmetric:
+            mixed = _einsum("gin,gih->ghn", c, by_group)  # cᵀ H 1
+            plain = jnp.broadcast_to(by_group.sum(1)[..., None], mixed.shape)  # 1ᵀ H 1
+            upper = jnp.concatenate([normal, mixed], 1)
+            normal = jnp.concatenate([upper, jnp.concatenate([mixed.swapaxes(0, 1), plain], 1)])
+            right = jnp.concatenate([right, r.sum(1)])
+        normal = jnp.moveaxis(normal, -1, 0)
+        diagonal = jnp.diagonal(normal, axis1=1, axis2=2)[..., None]
+        normal += jnp.eye(len(right)) * jnp.where(diagonal > 0, REFIT_RIDGE * diagonal, 1)
+        return jnp.linalg.solve(normal, right.T[..., None])[..., 0].T
+
+    change = jax.lax.map(part, (columns(steps), columns(rest)))  # [parts, 1 or 2 · groups, COLUMNS]
+    change = jnp.moveaxis(change, 0, 1).reshape(change.shape[1], -1)[:, :n]
+    scale = (wide + change[:groups]).astype(jnp.bfloat16)
+    if stored.symmetric:
+        return scale, minimum
+    return scale, (low + change[groups:]).astype(jnp.bfloat16)
 
 
 def _entries(codes, scale, minimum, stored: WeightFormat) -> dict[str, QuantizedWeight]:

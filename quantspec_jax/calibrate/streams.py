@@ -1,7 +1,7 @@
 """Two streams through one block: the target's hidden states and the draft's, at the same tokens.
 
 The draft's query at t reads the target's keys and values before t, from the upper plane of the
-cache where decoding would have flushed them, and its own at t: calibration sees what the draft will.
+cache where decoding would have flushed them, and its own at t: as the draft will in use.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.int4_matmul.reference import dequantize
 from pallas_kernels.kv_attention.reference import dequantize_keys, dequantize_values
+from pallas_kernels.layout import QuantizedWeight
 from pallas_kernels.quantize_pack.reference import quantize_keys, quantize_values
 from quantspec_jax.calibrate.gptq import Moments
 from quantspec_jax.config import ModelConfig
@@ -37,24 +39,19 @@ def linear(x: jax.Array, weights: Block) -> jax.Array:
     return y + weights["bias"].astype(jnp.float32) if "bias" in weights else y
 
 
-def moments(x: Pair, drift: jax.Array | None, weight: jax.Array) -> Moments:
-    """See `Moments`; weight [S] of the tokens."""
-    weighted = (x.draft * weight[:, None]).T
+def moments(x: jax.Array, miss: jax.Array, weight: jax.Array) -> Moments:
+    """Of inputs x [S, Kin] with what is missed [S, ...] and the tokens' weights [S]."""
+    weighted = (x * weight[:, None]).T
+    return Moments(*(jnp.matmul(weighted, y, precision=HIGHEST) for y in (x, miss)))
 
-    def dot(y: jax.Array) -> jax.Array:
-        return jnp.matmul(weighted, y, precision=HIGHEST)
 
-    return Moments(
-        dot(x.draft), dot(x.target - x.draft), None if drift is None else dot(drift)
-    )
+def restored(entry: dict[str, QuantizedWeight], kernel: jax.Array) -> jax.Array:
+    """What an entry stands for: float32 [Kin, N], the shape of `kernel`."""
+    return jnp.sum(jnp.stack([dequantize(plane) for plane in entry.values()]), 0)[: kernel.shape[0]]
 
 
 def _norm(block: Block, name: str, x: Pair, config: ModelConfig) -> Pair:
     return Pair(*(rms_norm(y, block[name], config.rms_norm_eps) for y in x))
-
-
-def _even(x: Pair) -> jax.Array:
-    return jnp.ones(x.draft.shape[0])
 
 
 def _relative(x: Pair) -> jax.Array:
@@ -64,10 +61,11 @@ def _relative(x: Pair) -> jax.Array:
     return 1 / jnp.mean(x.target**2, -1)
 
 
-@partial(jax.jit, static_argnames="config")
-def attention_moments(config: ModelConfig, block: Block, x: Pair) -> Moments:
-    """Of the inputs of q, k and v."""
-    return moments(_norm(block, "attention_norm", x, config), None, _even(x))
+@partial(jax.jit, static_argnames=("config", "norm"))
+def input_moments(config: ModelConfig, block: Block, norm: str, x: Pair) -> Moments:
+    """Of the inputs that q, k and v share, or gate and up: the stream after a norm."""
+    h = _norm(block, norm, x, config)
+    return moments(h.draft, h.target - h.draft, jnp.ones(len(h.draft)))
 
 
 @partial(jax.jit, static_argnames="config")
@@ -138,22 +136,17 @@ def draft_attention(
 
 
 @jax.jit
-def output_moments(x: Pair, inputs: Pair) -> Moments:
+def output_moments(weights: Block, x: Pair, inputs: Pair) -> Moments:
     """Of the inputs of a layer, o or down, that adds to the residual stream x: where the draft's
     stream has drifted from the target's, the layer is to bring it back."""
-    return moments(inputs, x.target - x.draft, _relative(x))
+    after = add(weights, weights, x, inputs)
+    return moments(inputs.draft, after.target - after.draft, _relative(after))
 
 
 @jax.jit
 def add(weights: Block, own: Block, x: Pair, inputs: Pair) -> Pair:
     """The residual stream after o or down."""
     return Pair(x.target + linear(inputs.target, weights), x.draft + linear(inputs.draft, own))
-
-
-@partial(jax.jit, static_argnames="config")
-def mlp_moments(config: ModelConfig, block: Block, x: Pair) -> Moments:
-    """Of the inputs of gate and up."""
-    return moments(_norm(block, "mlp_norm", x, config), None, _even(x))
 
 
 @partial(jax.jit, static_argnames="config")

@@ -1,0 +1,172 @@
+"""The draft's weights, block by block: each layer is rounded for the inputs that it will have."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from quantspec_jax.calibrate import gptq, sensitivity, streams
+from quantspec_jax.calibrate.gptq import Moments
+from quantspec_jax.calibrate.resume import Finished
+from quantspec_jax.calibrate.streams import Block, Pair
+from quantspec_jax.config import DraftConfig, ModelConfig, WeightFormat, require
+from quantspec_jax.draft import layer_formats
+from quantspec_jax.models.decoder import Params
+from quantspec_jax.models.parameters import LINEAR_LAYERS
+
+SENSITIVITY_TOKENS = 2048
+Entry = dict[str, Any]
+
+
+def calibrate(
+    config: ModelConfig,
+    params: Params,
+    tokens: Any,
+    draft: DraftConfig,
+    *,
+    progress: bool = False,
+    resume: Path | None = None,
+) -> tuple[DraftConfig, dict[str, Any]]:
+    """Quantize the draft's weights so that on a text's tokens it does as the target does.
+
+    Args:
+      config, params: the target.
+      tokens: [chunks, length] int32, such as `calibration_tokens` gives.
+      draft: the formats. With `average_bits` the layers of 8 bits are chosen here.
+      progress: show a bar on standard error.
+      resume: a directory where finished blocks are kept, so that a calibration that was interrupted
+        goes on with the block it was at.
+
+    Returns:
+      `draft` with the formats that were chosen, and the draft's own entries of the tree, as
+      `quantspec_jax.draft.quantize_params` returns them.
+
+    Raises:
+      ValueError: an argument is wrong, `resume` holds another calibration, or activations are not
+        finite; says in which layer.
+    """
+    tokens = _checked(config, tokens)
+    formats = layer_formats(config, draft)
+    finished = Finished(resume, config, params, tokens, draft)
+    if draft.average_bits is not None:
+        formats = finished.formats(lambda: _mixed(config, params, tokens, formats, draft))
+        draft = _with_formats(draft, formats)
+    embedded = (params["embedding"][row].astype(jnp.float32) for row in tokens)
+    hidden = [Pair(x, x) for x in embedded]
+    entries = {}
+    blocks = range(config.num_layers)
+    for i in tqdm(blocks, desc="calibrating", unit=" layers", disable=not progress):
+        here = {name: formats[f"layers.{i}.{name}"] for name in LINEAR_LAYERS}
+        block = params["layers"][str(i)]
+        entry = finished.load(i)
+        if entry is None:
+            make = functools.partial(_quantize, f"layers.{i}", block, here)
+            entry, hidden = _through(config, block, hidden, make)
+            finished.save(i, entry)
+        elif i + 1 < config.num_layers:
+            _, hidden = _through(config, block, hidden, lambda names, _, e=entry: _only(e, names))
+        if entry:
+            entries[str(i)] = entry
+    return draft, {"layers": entries} if entries else {}
+
+
+def _checked(config: ModelConfig, tokens: Any) -> jax.Array:
+    tokens = np.asarray(tokens)
+    shaped = tokens.ndim == 2 and tokens.size > 0
+    require(shaped, "calibration tokens", tokens.shape, "an array of shape [chunks, length]")
+    require(np.issubdtype(tokens.dtype, np.integer), "calibration tokens", tokens.dtype, "integers")
+    inside = tokens.min() >= 0 and tokens.max() < config.vocab_size
+    given = f"ids from {tokens.min()} to {tokens.max()}"
+    require(inside, "calibration tokens", given, f"0 to {config.vocab_size - 1}")
+    limit = config.max_context
+    require(tokens.shape[1] <= limit, "calibration length", tokens.shape[1], f"up to {limit}")
+    return jnp.asarray(tokens, jnp.int32)
+
+
+def _mixed(config, params, tokens, formats, draft) -> sensitivity.Formats:
+    chunks = -(-SENSITIVITY_TOKENS // tokens.shape[1])
+    cost = sensitivity.costs(config, params, tokens[:chunks], formats)
+    return sensitivity.choose(config, formats, cost, draft.average_bits)
+
+
+def _with_formats(draft: DraftConfig, formats: sensitivity.Formats) -> DraftConfig:
+    """`draft` with the formats that differ from what it says itself."""
+    plain = dataclasses.replace(draft, formats=())
+    special = tuple(item for item in formats.items() if plain.format_of(item[0]) != item[1])
+    return dataclasses.replace(draft, formats=special)
+
+
+# (names of layers with the same inputs, their moments when asked for) → their entries
+Make = Callable[[tuple[str, ...], Callable[[], Moments]], Entry]
+
+
+def _through(
+    config: ModelConfig, block: Block, hidden: list[Pair], make: Make
+) -> tuple[Entry, list[Pair]]:
+    """Both streams through a block, its layers made as soon as their inputs are known: what was
+    made, and the streams [chunks] after it."""
+    entries: Entry = {}
+    own: Block = {}
+
+    def layers(names: tuple[str, ...], parts: Callable[[], Iterable[Moments]]) -> None:
+        made = make(names, lambda: functools.reduce(_add, parts()))
+        entries.update(made)
+        for name in names:
+            kernel = block[name]["kernel"]
+            restored = {"kernel": streams.restored(made[name], kernel)} if name in made else {}
+            own[name] = block[name] | restored
+
+    def summed(norm: str) -> Iterable[Moments]:
+        return (streams.input_moments(config, block, norm, x) for x in hidden)
+
+    def output(name: str, inputs: list[Pair]) -> list[Pair]:
+        both = list(zip(hidden, inputs, strict=True))
+        layers((name,), lambda: (streams.output_moments(block[name], *xy) for xy in both))
+        return [streams.add(block[name], own[name], *xy) for xy in both]
+
+    layers(("q", "k", "v"), lambda: summed("attention_norm"))
+    hidden = output("o", [streams.attend(config, block, own, x) for x in hidden])
+    layers(("gate", "up"), lambda: summed("mlp_norm"))
+    hidden = output("down", [streams.gate(config, block, own, x) for x in hidden])
+    return entries, hidden
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(total: Moments, part: Moments) -> Moments:
+    return jax.tree.map(jnp.add, total, part)
+
+
+def _quantize(
+    prefix: str,
+    block: Block,
+    formats: dict[str, WeightFormat],
+    names: tuple[str, ...],
+    moments: Callable[[], Moments],
+) -> Entry:
+    """Calibrate the layers of these names, which have the same inputs."""
+    names = tuple(name for name in names if formats[name].bits != 16)
+    if not names:
+        return {}
+    sums = moments()
+    if not all(bool(jnp.isfinite(x).all()) for x in sums):
+        layers = ", ".join(f"{prefix}.{name}" for name in names)
+        raise ValueError(f"{layers}: the activations are not finite (NaN or infinity)")
+    factor = gptq.factorize(sums.gram)
+    shared = names[0] not in ("o", "down")
+    made = {}
+    for name in names:
+        w = gptq.wanted(block[name]["kernel"], sums, shared)
+        made[name] = gptq.quantize(w, sums.gram, factor, formats[name])
+    return made
+
+
+def _only(entry: Entry, names: tuple[str, ...]) -> Entry:
+    return {name: entry[name] for name in names if name in entry}

@@ -1,0 +1,214 @@
+"""Calibrated weights: less error than rounding, the same layout, the target's output."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import VOCABULARY, decode, new_tokens, program, prompts, start, tiny_model
+
+from pallas_kernels.int4_matmul.reference import dequantize
+from quantspec_jax.calibrate import calibrate, calibration_tokens, gptq
+from quantspec_jax.config import DraftConfig, WeightFormat
+from quantspec_jax.draft import bits_per_weight, merge, quantize_linear, quantize_params
+
+FORMATS = (
+    WeightFormat(4, 32),
+    WeightFormat(4, 40),  # the last group is shorter
+    WeightFormat(4, 32, symmetric=True),
+    WeightFormat(8, 32),
+    WeightFormat(8, 48, symmetric=True),
+)
+
+
+def correlated(tokens: int = 512, kin: int = 96, seed: int = 0) -> jax.Array:
+    """Inputs [tokens, Kin] that share directions, some of them much larger than others."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    mix = jax.random.normal(keys[0], (kin // 2, kin)) * jnp.exp(jax.random.normal(keys[1], (kin,)))
+    return jax.random.normal(keys[2], (tokens, kin // 2)) @ mix
+
+
+def restored(entry, kin: int) -> jax.Array:
+    return sum(dequantize(part)[:kin] for part in entry.values())
+
+
+def tokens(chunks: int = 3, length: int = 160) -> np.ndarray:
+    """Random tokens; the length is no multiple of a tile."""
+    return np.random.default_rng(5).integers(0, VOCABULARY, (chunks, length)).astype(np.int32)
+
+
+@functools.cache
+def calibrated(draft: DraftConfig):
+    """(draft, entries) of the tiny model."""
+    config, params, _ = tiny_model()
+    return calibrate(config, params, tokens(), draft)
+
+
+@pytest.mark.parametrize("stored", FORMATS)
+def test_less_output_error_than_round_to_nearest(stored):
+    x, fresh = correlated()[:256], correlated()[256:]
+    kernel = jax.random.normal(jax.random.key(1), (96, 40))
+    gram = x.T @ x
+    entry = gptq.quantize(kernel, gram, gptq.factorize(gram), stored)
+    plain = quantize_linear(kernel, stored)
+
+    def error(entry) -> float:
+        return float(jnp.sum((fresh @ (restored(entry, 96) - kernel)) ** 2))
+
+    assert error(entry) < (0.6 if stored.bits == 4 else 0.9) * error(plain)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), entry) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), plain
+    )
+
+
+def test_channels_are_taken_from_the_largest_on_whatever_their_order():
+    x = correlated()
+    kernel = jax.random.normal(jax.random.key(1), (96, 8))
+    order = gptq.factorize(x.T @ x).order
+    assert np.all(np.diff(np.diag(x.T @ x)[order]) <= 0)
+    # One group: moving the channels moves the result, nothing else changes.
+    moved = np.random.default_rng(0).permutation(96)
+    stored = WeightFormat(4, 96)
+
+    def rounded(x, kernel):
+        gram = x.T @ x
+        return restored(gptq.quantize(kernel, gram, gptq.factorize(gram), stored), 96)
+
+    np.testing.assert_allclose(
+        rounded(x[:, moved], kernel[moved]), rounded(x, kernel)[moved], atol=1e-5
+    )
+
+
+def test_what_the_inputs_lack_is_made_good():
+    x = correlated()
+    wrong = x + 0.3 * x @ jax.random.normal(jax.random.key(3), (96, 96)) / 10
+    kernel = jax.random.normal(jax.random.key(1), (96, 8))
+    sums = gptq.Moments(wrong.T @ wrong, wrong.T @ (x - wrong))
+    better = gptq.wanted(kernel, sums, shared=True)
+    assert jnp.sum((wrong @ better - x @ kernel) ** 2) < 0.5 * jnp.sum(
+        (wrong @ kernel - x @ kernel) ** 2
+    )
+    direct = gptq.Moments(sums.gram, wrong.T @ ((x - wrong) @ kernel))
+    np.testing.assert_allclose(better, gptq.wanted(kernel, direct, shared=False), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "draft",
+    [
+        DraftConfig(group_size=32, method="gptq"),
+        DraftConfig(group_size=24, method="gptq", layers="*.down,layers.0.q"),
+        DraftConfig(bits=8, group_size=32, symmetric=True, method="gptq"),
+    ],
+)
+def test_entries_are_laid_out_as_those_of_round_to_nearest(draft):
+    _, params, _ = tiny_model()
+    found, entries = calibrated(draft)
+
+    def shapes(tree):
+        return jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+
+    assert found == draft
+    assert shapes(entries) == shapes(quantize_params(params, draft))
+
+
+def test_mixed_precision_keeps_to_the_budget_and_uses_it():
+    config, *_ = tiny_model()
+    draft = DraftConfig(group_size=32, method="gptq", average_bits=6.5)
+    found, entries = calibrated(draft)
+    assert 6 < bits_per_weight(config, found) <= 6.5
+    eight = {name for name, stored in found.formats if stored.bits == 8}
+    assert eight
+    for name in eight:
+        _, i, layer = name.split(".")
+        assert "residual" in entries["layers"][i][layer]
+
+
+def test_an_interrupted_calibration_goes_on(tmp_path, monkeypatch):
+    config, params, _ = tiny_model()
+    draft = DraftConfig(group_size=32, method="gptq", average_bits=6.5)
+    expected = calibrated(draft)
+    solve, solved = gptq.factorize, []
+
+    def interrupted(gram):
+        solved.append(gram.shape)
+        if len(solved) == 6:  # in the second block of two, of four solutions each
+            raise KeyboardInterrupt
+        return solve(gram)
+
+    monkeypatch.setattr(gptq, "factorize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(config, params, tokens(), draft, resume=tmp_path)
+    (tmp_path / "block-1.partial").write_bytes(b"half")
+    found, entries = calibrate(config, params, tokens(), draft, resume=tmp_path)
+    assert len(solved) == 6 + 4  # the first block was not solved again
+    assert found == expected[0]
+    jax.tree.map(np.testing.assert_array_equal, entries, expected[1])
+    again = calibrate(config, params, tokens(), draft, resume=tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again[1], expected[1])
+    other = dataclasses.replace(draft, symmetric=True)
+    with pytest.raises(ValueError, match="holds another calibration"):
+        calibrate(config, params, tokens(), other, resume=tmp_path)
+    changed = params | {"embedding": params["embedding"] * 2}
+    with pytest.raises(ValueError, match="holds another calibration"):
+        calibrate(config, changed, tokens(), draft, resume=tmp_path)
+
+
+@pytest.mark.parametrize("average_bits", [None, 6.5])
+def test_the_output_is_the_target_s_own(average_bits):
+    _, params, _ = tiny_model()
+    draft = DraftConfig(group_size=32, method="gptq", average_bits=average_bits)
+    own = merge(params, calibrated(draft)[1])
+    rows, lengths = prompts([21, 40]), [21, 40]
+    speculative, plain = program(3), program(0, width=4)
+    drafted = decode(speculative, start(speculative, rows, lengths, 60), draft=own)
+    alone = decode(plain, start(plain, rows, lengths, 60), draft={})
+    assert new_tokens(drafted) == new_tokens(alone)
+
+
+def test_activations_that_are_not_finite_name_the_layer():
+    config, params, _ = tiny_model()
+    block = params["layers"]["1"]
+    broken = merge(params, {"layers": {"1": {"mlp_norm": block["mlp_norm"].at[3].set(jnp.nan)}}})
+    with pytest.raises(ValueError, match=r"layers\.1\.gate, layers\.1\.up: .*not finite"):
+        calibrate(config, broken, tokens(), DraftConfig(group_size=32, method="gptq"))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (np.zeros(5, np.int32), r"\[chunks, length\]"),
+        (np.zeros((1, 5)), "integers"),
+        (np.full((1, 5), VOCABULARY), f"0 to {VOCABULARY - 1}"),
+        (np.zeros((1, 4097), np.int32), "calibration length is 4097"),
+    ],
+)
+def test_refuses_tokens(given, words):
+    config, params, _ = tiny_model()
+    with pytest.raises(ValueError, match=words):
+        calibrate(config, params, given, DraftConfig(method="gptq"))
+
+
+def test_refuses_a_budget_below_the_plain_format():
+    config, params, _ = tiny_model()
+    draft = DraftConfig(group_size=32, method="gptq", average_bits=4.5)
+    with pytest.raises(ValueError, match=r"average_bits is 4.5; allowed: 5.0+ or more"):
+        calibrate(config, params, tokens(), draft)
+
+
+def test_calibration_tokens(byte_level_tokenizer):
+    text = "The cache is stored once, in two planes of four bits each. " * 40
+    found = calibration_tokens(byte_level_tokenizer, text, chunks=3, length=50)
+    assert (found.shape, found.dtype) == ((3, 50), np.int32)
+    whole = byte_level_tokenizer(text)["input_ids"]
+    assert found[0].tolist() == whole[:50]
+    assert found[-1].tolist() == whole[-50:]
+    default = calibration_tokens(byte_level_tokenizer, chunks=4, length=256)
+    assert len(np.unique(default)) > 50
+    with pytest.raises(ValueError, match=r"tokens; allowed: 99999 or more"):
+        calibration_tokens(byte_level_tokenizer, text, chunks=1, length=99999)
+    with pytest.raises(ValueError, match="tokenizer is None"):
+        calibration_tokens(None, text)
