@@ -18,7 +18,9 @@ import numpy as np
 from pallas_kernels.dispatch import use_mosaic_gpu
 from quantspec_jax.cache import cache_bytes, create
 from quantspec_jax.config import CacheConfig, GenerateConfig, require
+from quantspec_jax.cost import bytes_read
 from quantspec_jax.draft import draft_bytes
+from quantspec_jax.generate.adapt import MOST_DRAFTED
 from quantspec_jax.generate.bucket import bucket
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.prefill import prefill
@@ -64,8 +66,11 @@ def _compile(function: Any, *args: Any, **static: Any) -> tuple[Any, float]:
     return _executables[key], time.perf_counter() - begin
 
 
-def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Program, int]:
-    """The program for prompts of at most `longest` tokens, and the length they are padded to.
+def program_for(
+    model: Model, config: GenerateConfig, longest: int, batch: int = 1
+) -> tuple[Program, int]:
+    """The program for `batch` prompts of at most `longest` tokens, and the length they are padded
+    to.
 
     Raises:
       ValueError: the prompt and its new tokens exceed the model's context or `max_length`.
@@ -80,7 +85,12 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         length = config.max_length
         require(length <= context, "max_length", length, f"at most {context}, the model's context")
         require(needed <= length, words, needed, f"at most max_length = {length}")
-    gamma = config.gamma if config.mode == "quantspec" else 0
+    gamma, cost = 0, None
+    if config.mode == "quantspec" and config.gamma == "auto":
+        gamma, cost = min(MOST_DRAFTED, config.group_size - 1), config.draft_cost
+        cost = cost or _draft_cost(model, length, config.group_size, batch)
+    elif config.mode == "quantspec":
+        gamma = int(config.gamma)
     cache = CacheConfig(
         max_length=length,
         group_size=config.group_size,
@@ -88,7 +98,17 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         pass_width=max(gamma + 1, config.pass_width),
         dtype=model.dtype,
     )
-    return Program(model.config, cache, gamma, config.backend), min(bucket(longest), length)
+    program = Program(model.config, cache, gamma, config.backend, draft_cost=cost)
+    return program, min(bucket(longest), length)
+
+
+def _draft_cost(model: Model, context: int, group_size: int, batch: int) -> float:
+    """Bytes that a draft step reads over those of a verification; rounded, as part of a program."""
+    itemsize = jnp.dtype(model.dtype).itemsize
+    costs = bytes_read(
+        model.config, model.draft, context, batch=batch, itemsize=itemsize, group_size=group_size
+    )
+    return round(costs.draft / costs.verify, 3)
 
 
 def sequence_keys(key: jax.Array | None, batch: int) -> jax.Array:
@@ -152,7 +172,7 @@ class _Run:
         self.model, self.prompts, self.config = model, prompts, config
         batch = len(prompts)
         self.backend = backend_in_use(config.backend)
-        self.program, padded = program_for(model, config, max(map(len, prompts)))
+        self.program, padded = program_for(model, config, max(map(len, prompts)), batch)
         self.eos = () if config.ignore_eos else model.config.eos_ids
         self.streams = [TextStream(model.tokenizer, config.stop) for _ in prompts]
         self.taken = [0] * batch  # new tokens of the device's state that the streams have
@@ -254,11 +274,12 @@ class _Run:
         rounds, proposed, accepted = (self.counters[k][i] for k in self.counters)
         new = len(self.streams[i].tokens)
         later = max(new - 1, 0)  # the first token is the prefill's
+        adaptive = self.program.draft_cost is not None
         return {
             "finish_reason": self._finish_reason(i),
             "mode": config.mode,
             "kv": config.target_view,
-            "gamma": self.program.gamma or None,
+            "gamma": config.gamma if self.program.gamma else None,
             "backend": self.backend,
             "dtype": self.model.dtype,
             "prompt_tokens": len(self.prompts[i]),
@@ -273,6 +294,7 @@ class _Run:
             "decode_tokens_per_second": later / clock.decode if clock.decode else None,
             "compile_seconds": clock.compile,
             "cache_bytes": {name: n // batch for name, n in self.cache_bytes.items()},
+            **({"mean_gamma": proposed / rounds if rounds else None} if adaptive else {}),
         }
 
 

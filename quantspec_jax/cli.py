@@ -173,6 +173,15 @@ DRAFT_FIELDS = {
 }
 
 
+def _gamma(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer, nor auto") from None
+
+
 def _add_draft_options(parser: Parser, *, convert: bool = False) -> None:
     """The options that say what the draft's weights are: at load, or to be stored."""
     group = parser.add_argument_group(
@@ -347,7 +356,9 @@ def _add_generate(commands: Any) -> None:
         "--kv", choices=VIEWS, help="what the target reads of the cache; autoregressive: full"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="float32 on the CPU, bfloat16 elsewhere")
-    parser.add_argument("--gamma", type=int, metavar="N", help="tokens drafted a round (4)")
+    parser.add_argument(
+        "--gamma", type=_gamma, metavar="N", help="tokens drafted a round, or auto (4)"
+    )
     _add_draft_options(parser)
     parser.add_argument(
         "--pass-width", type=int, metavar="N", help="pad autoregressive passes to N rows (1)"

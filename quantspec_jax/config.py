@@ -310,14 +310,16 @@ class GenerateConfig:
 
     `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 mean off. `kv` None: `int8` in mode
     quantspec (where nothing else is allowed), `full` in mode autoregressive. `gamma`: tokens
-    drafted a round (mode quantspec alone). `pass_width`: rows an autoregressive pass is padded to.
+    drafted a round (mode quantspec alone); "auto": as many in each round, 0 to 7, as pay off at the
+    acceptance of late and at `draft_cost`, what a draft step costs over a verification (None: the
+    bytes that they read). `pass_width`: rows an autoregressive pass is padded to.
     `max_length`: tokens the cache is allocated for; None: what the prompts and `max_new_tokens`
     need, rounded up to a bucket. `rounds_per_chunk`: rounds decoded on the device between two looks
     of the host (streaming, stop strings, interruption).
     """
 
     max_new_tokens: int = 256
-    gamma: int = 4
+    gamma: int | Literal["auto"] = 4
     mode: Mode = "quantspec"
     kv: View | None = None
     temperature: float = 0.0
@@ -332,6 +334,7 @@ class GenerateConfig:
     max_length: int | None = None
     backend: Backend = "auto"
     rounds_per_chunk: int = 16
+    draft_cost: float | None = None
 
     def __post_init__(self) -> None:
         def positive(name: str) -> None:
@@ -341,10 +344,16 @@ class GenerateConfig:
         for name in ("max_new_tokens", "pass_width", "rounds_per_chunk"):
             positive(name)
         require(
-            _is_int(self.gamma) and 1 <= self.gamma < self.group_size,
+            self.gamma == "auto" or (_is_int(self.gamma) and 1 <= self.gamma < self.group_size),
             "gamma",
             self.gamma,
-            f"an integer from 1 to {self.group_size - 1}",
+            f"an integer from 1 to {self.group_size - 1}, or auto",
+        )
+        require(
+            self.draft_cost is None or (_is_number(self.draft_cost) and self.draft_cost > 0),
+            "draft_cost",
+            self.draft_cost,
+            "a number > 0",
         )
         require(self.mode in MODES, "mode", self.mode, ", ".join(MODES))
         require(self.kv in (None, *VIEWS), "kv", self.kv, ", ".join(VIEWS))

@@ -14,7 +14,7 @@ import functools
 import statistics
 import sys
 import time
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +114,7 @@ def random_state(
         rounds=zero,
         proposed=zero,
         accepted=zero,
+        evidence=jnp.zeros((batch, 2), jnp.float32),
     )
 
 
@@ -133,7 +134,7 @@ def cases(modes: list[str], gammas: list[int]) -> list[Case]:
     found = []
     for mode in modes:
         if mode in VIEWS:
-            found.append(Case(f"autoregressive {mode}", cast(View, mode), 0, 1))
+            found.append(Case(f"autoregressive {mode}", mode, 0, 1))
         elif mode == "draft":
             found.append(Case("draft step", "int4", 0, 1, drafts=True))
         elif mode == "verify":

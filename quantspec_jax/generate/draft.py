@@ -15,7 +15,8 @@ from quantspec_jax.models.decoder import Params
 
 
 class Proposals(NamedTuple):
-    """tokens [B, γ] int32, and the distributions [B, γ, N] float32 they were drawn from."""
+    """tokens [B, γ] int32, and the distributions [B, γ, N] float32 they were drawn from; zeros
+    beyond what a round drafted."""
 
     tokens: jax.Array
     probabilities: jax.Array
@@ -31,8 +32,9 @@ def draft(
     quantized_length: jax.Array,
     sampling: Sampling,
     keys: jax.Array,
+    gamma: jax.Array | int,
 ) -> tuple[Proposals, tuple[LayerCache, ...]]:
-    """Propose γ tokens after the pending one at position `start` [B].
+    """Propose `gamma` ≤ γ tokens after the pending one at position `start` [B].
 
     Each step appends the draft's own keys and values to the buffers; the verification writes the
     same slots again. Steps past the end of the buffer's half do not count (`one_round`): they
@@ -42,16 +44,21 @@ def draft(
     g = program.cache.group_size
     last = (start // g + 1) * g - 1
 
-    def step(carry, i):
-        layers, token, seen = carry
+    def step(i, carry):
+        layers, token, seen, found = carry
         position = jnp.minimum(start + i, last)
         logits, layers = cache_pass(
             params, program, layers, token[:, None], position, quantized_length, "int4"
         )
         token, probabilities = choose(logits[:, 0], seen, sampling, keys, position + 1, Role.DRAFT)
-        return (layers, token, seen.at[rows, token].set(True)), (token, probabilities)
+        found = Proposals(
+            found.tokens.at[:, i].set(token), found.probabilities.at[:, i].set(probabilities)
+        )
+        return layers, token, seen.at[rows, token].set(True), found
 
-    (layers, _, _), (tokens, probabilities) = jax.lax.scan(
-        step, (layers, pending, seen), jnp.arange(program.gamma)
+    shape = (pending.shape[0], program.gamma)
+    nothing = Proposals(
+        jnp.zeros(shape, jnp.int32), jnp.zeros((*shape, program.model.vocab_size), jnp.float32)
     )
-    return Proposals(tokens.swapaxes(0, 1), probabilities.swapaxes(0, 1)), layers
+    layers, _, _, found = jax.lax.fori_loop(0, gamma, step, (layers, pending, seen, nothing))
+    return found, layers

@@ -7,7 +7,9 @@
       rollback length = n + 1 + a             crosses a flush boundary
       flush    where length is a multiple of G: F1 → planes, F2 → F1
 
-With γ = 0 the same loop decodes autoregressively.
+With γ = 0 the same loop decodes autoregressively. With adaptive γ (`generate.adapt`) a round drafts
+as many tokens as pay off; the verification has the rows of the most of them all the same, so that
+its results do not depend, in their last bits, on how many there were.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 
 from quantspec_jax.cache import flush, flush_due, rollback
 from quantspec_jax.generate.accept import accept, simulate
+from quantspec_jax.generate.adapt import choose_gamma, observe
 from quantspec_jax.generate.draft import Proposals, draft
 from quantspec_jax.generate.sampling import Sampling
 from quantspec_jax.generate.state import DecodeState, Program
@@ -79,11 +82,17 @@ def one_round(
     program: Program,
 ) -> DecodeState:
     """One draft-verify cycle of every sequence that has not finished."""
-    cache, gamma = state.cache, program.gamma
+    cache = state.cache
     start, flushed = cache.length, cache.quantized_length
     b = start.shape[0]
+    active = ~state.finished
+    room = cache.group_size - 1 - start % cache.group_size
+    gamma: jax.Array | int = program.gamma
+    if program.draft_cost is not None:
+        useful = jnp.minimum(room, state.limit - state.count - 1)
+        gamma = choose_gamma(state.evidence, useful, active, program.draft_cost, program.gamma)
 
-    if gamma:
+    if program.gamma:
         proposals, layers = draft(
             draft_params,
             program,
@@ -94,6 +103,7 @@ def one_round(
             flushed,
             sampling,
             state.keys,
+            gamma,
         )
     else:
         nothing = jnp.zeros((b, 0, program.model.vocab_size), jnp.float32)
@@ -102,7 +112,7 @@ def one_round(
     logits, layers = verify(
         params, program, layers, state.pending, proposals.tokens, start, flushed
     )
-    proposed = jnp.minimum(gamma, cache.group_size - 1 - start % cache.group_size)
+    proposed = jnp.minimum(gamma, room)
     verdict = accept(
         logits,
         proposals.probabilities,
@@ -117,7 +127,6 @@ def one_round(
     if program.simulated_acceptance is not None:
         verdict = simulate(verdict, proposed, state.keys, start, program.simulated_acceptance)
 
-    active = ~state.finished
     length = jnp.where(active, start + verdict.accepted + 1, start)
     cache = rollback(dataclasses.replace(cache, layers=layers), length)
     state = dataclasses.replace(
@@ -127,6 +136,9 @@ def one_round(
         proposed=state.proposed + jnp.where(active, proposed, 0),
         accepted=state.accepted + jnp.where(active, verdict.accepted, 0),
     )
+    if program.draft_cost is not None:
+        evidence = observe(state.evidence, proposed, verdict.accepted)
+        state = dataclasses.replace(state, evidence=evidence)
     return _emit(state, proposals.tokens, verdict.accepted, verdict.token, eos_ids)
 
 

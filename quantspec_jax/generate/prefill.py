@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from quantspec_jax.cache import HierarchicalKVCache, LayerCache, from_prompt, quantized_length
 from quantspec_jax.generate.sampling import Role, Sampling, choose
 from quantspec_jax.generate.state import DecodeState, Program
-from quantspec_jax.models.attention import causal_attention
+from quantspec_jax.models.attention import prompt_attention
 from quantspec_jax.models.decoder import Params, forward, unembed
 
 
@@ -37,7 +37,7 @@ def prefill(
     config = program.model
 
     def attend(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerCache]:
-        out = causal_attention(q, k, v, config.head_dim**-0.5)
+        out = prompt_attention(q, k, v, config.head_dim**-0.5, program.backend)
         layer = from_prompt(
             k.swapaxes(1, 2), v.swapaxes(1, 2), lengths, program.cache, program.backend
         )
@@ -79,4 +79,5 @@ def prefill(
         rounds=zero,
         proposed=zero,
         accepted=zero,
+        evidence=jnp.zeros((b, 2), jnp.float32),
     )

@@ -18,10 +18,12 @@ class Program:
     Args:
       model, cache: the model and the cache's shape. `cache.view` is what the target reads and
         `cache.pass_width` the rows of a target pass (γ + 1, or more as padding).
-      gamma: tokens drafted a round; 0 is autoregressive decoding.
+      gamma: tokens drafted a round, or the most of them; 0 is autoregressive decoding.
       backend: which kernels run.
       simulated_acceptance: for measurements with random weights alone: accept each proposal with
         this probability, whatever it is. The text then means nothing.
+      draft_cost: a draft step's cost over a verification's. Each round then drafts as many tokens,
+        0 to `gamma`, as pay off at that cost (`quantspec_jax.generate.adapt`). None: `gamma`.
     """
 
     model: ModelConfig
@@ -29,6 +31,7 @@ class Program:
     gamma: int
     backend: str = "auto"
     simulated_acceptance: float | None = None
+    draft_cost: float | None = None
 
     def __post_init__(self) -> None:
         if self.cache.pass_width <= self.gamma:
@@ -38,6 +41,8 @@ class Program:
             )
         if self.gamma and self.cache.view != "int8":
             raise ValueError(f"view is {self.cache.view!r} with gamma > 0; allowed: int8")
+        if self.draft_cost is not None and self.draft_cost <= 0:
+            raise ValueError(f"draft_cost is {self.draft_cost!r}; allowed: a number > 0, or None")
 
 
 @partial(
@@ -54,6 +59,7 @@ class Program:
         "rounds",
         "proposed",
         "accepted",
+        "evidence",
     ],
     meta_fields=[],
 )
@@ -72,6 +78,7 @@ class DecodeState:
     finished  [B] bool, EOS was produced or the limit reached
     rounds    [B] int32, rounds in which the sequence took part
     proposed, accepted  [B] int32, drafted tokens that counted, and those of them that were accepted
+    evidence  [B, 2] float32, accepted and tried proposals of late (`quantspec_jax.generate.adapt`)
     """
 
     cache: HierarchicalKVCache
@@ -85,3 +92,4 @@ class DecodeState:
     rounds: jax.Array
     proposed: jax.Array
     accepted: jax.Array
+    evidence: jax.Array

@@ -1,14 +1,36 @@
-"""Causal attention of a whole prompt in full precision, a block of queries at a time."""
+"""Causal attention of a whole prompt in full precision: cuDNN's, or one a block at a time."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
 from quantspec_jax.models.decoder import precision
 
 QUERY_BLOCK = 256
 KEY_BLOCK = 512
+
+
+def prompt_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, sm_scale: float, backend: str = "auto"
+) -> jax.Array:
+    """`causal_attention`, by the kernel of cuDNN where there is one.
+
+    Prompts are padded on the right: the causal mask alone keeps padding from every valid row.
+    """
+    if uses_cudnn(q.dtype, q.shape[-1], backend):
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=sm_scale, is_causal=True, implementation="cudnn"
+        )
+    return causal_attention(q, k, v, sm_scale)
+
+
+def uses_cudnn(dtype: jax.typing.DTypeLike, head_dim: int, backend: str = "auto") -> bool:
+    """Whether `prompt_attention` runs in cuDNN: bfloat16 on a CUDA device, unless `backend` names
+    XLA."""
+    fits = dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
+    return fits and backend != "xla" and dispatch.device() is not None
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, sm_scale: float) -> jax.Array:

@@ -11,8 +11,10 @@ import pytest
 
 import quantspec_jax as qs
 from quantspec_jax import memory
+from quantspec_jax.api import program_for
 from quantspec_jax.cache import create
 from quantspec_jax.config import CacheConfig
+from quantspec_jax.cost import bytes_read
 from quantspec_jax.draft import draft_bytes
 from quantspec_jax.generate.bucket import bucket
 from quantspec_jax.models.decoder import init_params
@@ -45,6 +47,24 @@ def test_statistics_add_up(model):
         parts = stats["cache_bytes"]
         assert parts["total"] == sum(parts[k] for k in ("upper", "lower", "scales", "buffer"))
     assert [s["prompt_tokens"] for s in out.stats] == [60, 70]
+
+
+def test_adaptive_gamma_is_reported_and_changes_no_token(model):
+    prompt = [[5, 6, 7] * 20]
+    out = qs.generate(model, prompt, qs.GenerateConfig(**FAST, gamma="auto", draft_cost=0.3))
+    fixed = qs.GenerateConfig(**FAST, mode="autoregressive", kv="int8", pass_width=8)
+    assert out.tokens == qs.generate(model, prompt, fixed).tokens
+    stats = out.stats[0]
+    assert stats["gamma"] == "auto"
+    assert stats["mean_gamma"] == stats["proposed"] / stats["rounds"] < 7
+
+
+def test_the_modelled_cost_of_a_draft_step_is_what_it_reads(model):
+    program, _ = program_for(model, qs.GenerateConfig(gamma="auto"), 500)
+    costs = bytes_read(model.config, model.draft, program.cache.max_length, itemsize=4)
+    assert program.draft_cost == pytest.approx(costs.draft / costs.verify, abs=1e-3)
+    assert program.gamma == program.cache.pass_width - 1 == 7
+    assert program_for(model, qs.GenerateConfig(), 500)[0].draft_cost is None
 
 
 def test_streaming_gives_the_text_in_pieces(model):
@@ -150,6 +170,8 @@ def test_bad_input_is_refused_before_any_work(model, prompts, options, words):
     [
         {"gamma": 0},
         {"gamma": 128},
+        {"gamma": "many"},
+        {"draft_cost": 0},
         {"temperature": -0.1},
         {"temperature": float("nan")},
         {"top_p": 0.0},

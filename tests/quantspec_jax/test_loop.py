@@ -30,8 +30,8 @@ LENGTHS = [67, 50, 96]  # all beyond 3 G, none a multiple of it but the last
 NEW = 90  # five flushes
 
 
-def run(gamma, width=None, lengths=LENGTHS, view="int8", new=NEW, seed=0, **options):
-    p = program(gamma, view, width)
+def run(gamma, width=None, lengths=LENGTHS, view="int8", new=NEW, seed=0, cost=None, **options):
+    p = program(gamma, view, width, draft_cost=cost)
     given = {k: v for k, v in options.items() if k != "draft"}
     return decode(p, start(p, prompts(lengths, seed), lengths, new, **given), **options)
 
@@ -45,6 +45,13 @@ def test_greedy_tokens_are_those_of_autoregressive_decoding(gamma):
     assert (accepted < proposed).all(), "a draft that is never wrong tests nothing"
     assert (accepted > 0).all()
     assert (np.asarray(speculative.rounds) < np.asarray(alone.rounds)).all()
+
+
+def test_adaptive_gamma_changes_no_greedy_token():
+    speculative = run(4, cost=0.3)
+    assert new_tokens(speculative) == new_tokens(run(0, width=5))
+    mean = np.asarray(speculative.proposed) / np.asarray(speculative.rounds)
+    assert ((mean > 0.1) & (mean < 3.5)).all(), "it drafts, and not always all"
 
 
 def test_only_proposals_inside_the_half_of_the_buffer_count():
@@ -200,9 +207,9 @@ def test_what_is_exact_depends_on_the_position_alone():
                     np.testing.assert_array_equal(a[i, :, :tiles], b[i, :, :tiles])
 
 
-def hlo_of_the_loop(gamma: int, view: str, batch: int) -> tuple[str, int, dict]:
+def hlo_of_the_loop(gamma: int, view: str, batch: int, cost=None) -> tuple[str, int, dict]:
     """The compiled loop's text, its temporary bytes, and the shapes of the cache's arrays."""
-    p = program(gamma, view, max_length=2048)
+    p = program(gamma, view, max_length=2048, draft_cost=cost)
     _, params, draft_params = tiny_model()
     lengths = [64] * batch
     state = jax.eval_shape(lambda: start(p, prompts(lengths), lengths, NEW))
@@ -220,10 +227,11 @@ def hlo_of_the_loop(gamma: int, view: str, batch: int) -> tuple[str, int, dict]:
 
 
 @pytest.mark.parametrize(
-    ("gamma", "view", "batch"), [(4, "int8", 1), (4, "int8", 3), (0, "full", 2)]
+    ("gamma", "view", "batch", "cost"),
+    [(4, "int8", 1, None), (4, "int8", 3, None), (4, "int8", 1, 0.3), (0, "full", 2, None)],
 )
-def test_the_compiled_loop_copies_no_plane_and_no_buffer(gamma, view, batch):
-    text, memory, state = hlo_of_the_loop(gamma, view, batch)
+def test_the_compiled_loop_copies_no_plane_and_no_buffer(gamma, view, batch, cost):
+    text, memory, state = hlo_of_the_loop(gamma, view, batch, cost)
     names = {"uint8": "u8", "float32": "f32", "bfloat16": "bf16"}
     layer = state.cache.layers[0]
     big = [layer.key_buffer]
@@ -286,8 +294,8 @@ def test_a_draft_with_the_full_weights_is_rejected_only_for_its_cache():
     assert (np.asarray(full.accepted) > np.asarray(run(4).accepted)).all()
 
 
-@pytest.mark.parametrize("gamma", [2, 4])
-def test_a_round_of_sampling_follows_the_target(gamma):
+@pytest.mark.parametrize(("gamma", "cost"), [(2, None), (4, None), (4, 0.3)])
+def test_a_round_of_sampling_follows_the_target(gamma, cost):
     """Joint distribution of three new positions over many keys, against ancestral sampling from the
     target's own logits at temperature 0.8 with top-k 4: chi-square."""
     scipy = pytest.importorskip("scipy.stats")
@@ -302,7 +310,7 @@ def test_a_round_of_sampling_follows_the_target(gamma):
         cut,
     )
     draft = merge(cut, quantize_params(noisy, DraftConfig(group_size=32)))
-    p = dataclasses.replace(program(gamma), model=small)
+    p = dataclasses.replace(program(gamma, draft_cost=cost), model=small)
     generate = GenerateConfig(temperature=0.8, top_k=4)
     length = 3 * G + 5
     rows = np.random.default_rng(2).integers(0, vocabulary, (1, 4 * G)).astype(np.int32)

@@ -44,10 +44,17 @@ def prompts(lengths, seed: int = 0) -> np.ndarray:
     return rows.astype(np.int32)
 
 
-def program(gamma: int, view: str = "int8", width: int | None = None, max_length: int = 512):
+def program(
+    gamma: int,
+    view: str = "int8",
+    width: int | None = None,
+    max_length: int = 512,
+    draft_cost: float | None = None,
+):
     """A program for the tiny model, group size G."""
     config, _, _ = tiny_model()
-    return Program(config, CacheConfig(max_length, G, view, width or gamma + 1), gamma)
+    cache = CacheConfig(max_length, G, view, width or gamma + 1)
+    return Program(config, cache, gamma, draft_cost=draft_cost)
 
 
 @functools.partial(jax.jit, static_argnames=("program", "capacity"))
