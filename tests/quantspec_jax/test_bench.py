@@ -16,6 +16,7 @@ from quantspec_jax.cli import main
 from quantspec_jax.config import DraftConfig, ModelConfig
 from quantspec_jax.draft import draft_bytes
 from quantspec_jax.generate.accept import Verdict, simulate
+from quantspec_jax.models.parameters import parameter_shapes
 
 TINY = ModelConfig("llama", 300, 64, 128, 2, 4, 2, 32, 4096)
 
@@ -83,6 +84,22 @@ def test_what_does_not_fit_is_refused_before_it_is_made(tiny_preset, monkeypatch
     assert f"a device has {limits[lacking]:,} bytes" in error
     assert lacking in error
     assert bool(made) == (lacking == "cache")
+
+
+def test_a_prefill_is_timed_and_its_memory_counted(tiny_preset, capsys):
+    options = ["--preset", "tiny", "--context", "300", "--repeat", "1", "--dtype", "float32"]
+    assert main(["bench", "prefill", *options, "--batch", "2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    (row,) = result["rows"]
+    assert row["tokens_per_second"] == pytest.approx(600 / row["milliseconds"] * 1e3)
+    weights = memory.tree_bytes(bench.random_params(TINY, "float32"))
+    assert row["peak_bytes"] == weights + row["state_bytes"] + row["temporary_bytes"]
+    assert row["attention"] == "xla"
+    # Two multiplications and additions a weight and token; attention comes on top.
+    shapes = parameter_shapes(TINY)
+    linear = sum(s.size for name, s in shapes.items() if name.startswith("layers")) / 1e12
+    tera = row["tflop_per_second"] * row["milliseconds"] / 1e3
+    assert 2 * linear * 600 < tera < 4 * linear * 600
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,135 @@
+"""`quantspec bench prefill`: long prompts at full size, from tokens to the quantized cache.
+
+The model has the shapes of a preset, random weights and a random prompt. One call runs the prompt,
+fills the cache layer by layer and chooses the first token, for which alone logits are computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from quantspec_jax.api import backend_in_use
+from quantspec_jax.bench import record
+from quantspec_jax.bench.decode import GROUP_SIZE, random_params
+from quantspec_jax.config import BACKENDS, CacheConfig, GenerateConfig, ModelConfig, require
+from quantspec_jax.cost import linear_weights
+from quantspec_jax.generate.prefill import prefill
+from quantspec_jax.generate.sampling import sampling_arrays
+from quantspec_jax.generate.state import Program
+from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
+from quantspec_jax.models.attention import uses_cudnn
+from quantspec_jax.models.decoder import Params
+from quantspec_jax.models.parameters import parameter_shapes
+from quantspec_jax.models.presets import PRESETS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `quantspec bench prefill`."""
+    parser.add_argument("--preset", choices=sorted(PRESETS), nargs="+", default=["llama-2-7b"])
+    parser.add_argument("--context", type=int, nargs="+", default=[32768], help="prompt tokens")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto")
+    parser.add_argument("--repeat", type=int, default=3, help="measurements; the median counts")
+
+
+def measure(
+    preset: str, model: ModelConfig, params: Params, context: int, args: Any
+) -> dict[str, Any]:
+    """Milliseconds and memory of one prompt of `context` tokens in each of the batch."""
+    batch = args.batch
+    cache = CacheConfig(min(context + 2 * GROUP_SIZE, model.max_context), dtype=args.dtype)
+    program = Program(model, cache, 4, args.backend)
+    call = (
+        params,
+        jax.random.randint(jax.random.key(0), (batch, context), 0, model.vocab_size, jnp.int32),
+        jnp.full(batch, context, jnp.int32),
+        sampling_arrays(GenerateConfig(), batch),
+        jax.random.split(jax.random.key(1), batch),
+        jnp.full(1, -1, jnp.int32),
+        jnp.full(batch, GROUP_SIZE, jnp.int32),
+    )
+    static = {"program": program, "capacity": GROUP_SIZE}
+    step = jax.jit(prefill, static_argnames=tuple(static))
+    weights, state = tree_bytes(params), tree_bytes(step.eval_shape(*call, **static))
+    what = f"a prompt of {context} tokens, batch {batch},"
+    parts = {"weights": weights, "cache": state}
+    require_memory(what, parts, weights)
+    begin = time.perf_counter()
+    compiled = step.lower(*call, **static).compile()
+    compile_seconds = time.perf_counter() - begin
+    parts["temporaries"] = temporary_bytes(compiled)
+    require_memory(what, parts, weights)
+    jax.block_until_ready(compiled(*call))
+    seconds = []
+    for _ in range(args.repeat):
+        begin = time.perf_counter()
+        jax.block_until_ready(compiled(*call))
+        seconds.append(time.perf_counter() - begin)
+    median = statistics.median(seconds)
+    return {
+        "preset": preset,
+        "context": context,
+        "batch": batch,
+        "milliseconds": 1e3 * median,
+        "tokens_per_second": batch * context / median,
+        "tflop_per_second": batch * _operations(model, context) / median / 1e12,
+        "attention": attention_in_use(model, args),
+        "state_bytes": state,
+        "temporary_bytes": parts["temporaries"],
+        "peak_bytes": sum(parts.values()),
+        "compile_seconds": compile_seconds,
+    }
+
+
+def _operations(model: ModelConfig, context: int) -> float:
+    """Multiplications and additions of a prompt; a token attends to half of it on average."""
+    products = 2 * linear_weights(model) * context
+    return products + 2 * model.num_layers * model.num_heads * model.head_dim * context**2
+
+
+def attention_in_use(model: ModelConfig, args: Any) -> str:
+    """What the prompt's attention runs in."""
+    return "cudnn" if uses_cudnn(jnp.dtype(args.dtype), model.head_dim, args.backend) else "xla"
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure every preset at every context that it has."""
+    require(args.batch >= 1, "--batch", args.batch, "an integer ≥ 1")
+    require(args.repeat >= 1, "--repeat", args.repeat, "an integer ≥ 1")
+    require(min(args.context) >= 1, "--context", args.context, "integers ≥ 1")
+    longest = min(PRESETS[preset].max_context for preset in args.preset)
+    require(max(args.context) <= longest, "--context", max(args.context), f"at most {longest}")
+    backend = backend_in_use(args.backend)
+    rows = []
+    for preset in args.preset:
+        model = PRESETS[preset]
+        size = sum(spec.size for spec in parameter_shapes(model).values())
+        require_memory(preset, {"weights": size * jnp.dtype(args.dtype).itemsize})
+        params = random_params(model, args.dtype)
+        for context in args.context:
+            rows.append(measure(preset, model, params, context, args))
+            print(_line(rows[-1]), file=sys.stderr, flush=True)
+        del params
+    return {
+        "weights": "random",
+        "dtype": args.dtype,
+        "backend": backend,
+        "device": record.device_name(),
+        "versions": record.versions(),
+        "rows": rows,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['preset']} {row['context']:>7} {row['milliseconds']:10.1f} ms, "
+        f"{row['tokens_per_second']:.0f} tokens/s, peak {row['peak_bytes'] / 2**30:.2f} GiB"
+    )
