@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from quantspec_jax.cost import bytes_read, linear_weights, tokens_a_round
 from quantspec_jax.draft import bits_per_weight
 from quantspec_jax.models.presets import PRESETS
 from quantspec_jax.plan import (
+    DEFAULT_FORMATS,
     DEVICES,
     GIB,
     Candidate,
@@ -247,6 +249,11 @@ def test_devices_without_kernels_are_told(capsys):
     assert not any("compute capability" in n for n in notes(Setting(LLAMA, 1, DEVICES["h200"])))
 
 
+KINDS = ("greedy", "sampled")
+DEFAULT_RUNS = (
+    "draft-sweep-moby-dick-cpu-2026-11-22.json",
+    "draft-sweep-pride-and-prejudice-cpu-2026-11-22.json",
+)
 PLAN = ["plan", "--preset", "llama-2-7b", "--context", "32768"]
 
 
@@ -326,3 +333,14 @@ def test_wrong_options_are_named(argv, words, capsys):
     assert words in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_default_acceptance_is_that_of_the_recorded_sweeps():
+    """The mean over the texts, in three decimals."""
+    folder = Path(__file__).parents[2] / "benchmarks"
+    runs = [json.loads((folder / name).read_text()) for name in DEFAULT_RUNS]
+    for config, *acceptance in DEFAULT_FORMATS:
+        rows = [r for run in runs for r in run["rows"] if r["draft"] == config.describe()]
+        assert len(rows) == len(runs)
+        means = [sum(row[f"{kind}_acceptance"] for row in rows) / 2 for kind in KINDS]
+        assert acceptance == pytest.approx(means, abs=6e-4)
