@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import shutil
 import signal
@@ -23,6 +24,7 @@ from convert import stored, write
 from convert.hf_config import parse_hf_config
 from convert.weights import hf_name
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
+from quantspec_jax.calibrate import calibrate, calibration_tokens
 from quantspec_jax.config import DraftConfig, WeightFormat
 from quantspec_jax.draft import quantize_params
 from quantspec_jax.models.parameters import flatten, parameter_shapes
@@ -198,6 +200,29 @@ def test_a_calibrated_draft_is_stored_with_its_formats(calibrating, tmp_path):
     assert one["kernel"].minimum is None
     own = model.draft_params["layers"]["0"]
     assert own["k"]["kernel"] is model.params["layers"]["0"]["k"]["kernel"]
+
+
+def test_calibrated_weights_are_stored_as_they_are_found(
+    make_tiny_llama, tmp_path, tmp_path_factory, monkeypatch
+):
+    """The real calibration, on a short text; loading repeats nothing of it."""
+    tokens = functools.partial(calibration_tokens, chunks=2, length=64)
+    monkeypatch.setattr("quantspec_jax.calibrate.calibration_tokens", tokens)
+    source = make_tiny_llama(tmp_path_factory.mktemp("hf"), num_hidden_layers=1)
+    draft = DraftConfig(method="gptq", group_size=32, layers="*.down")
+    text = "the cat sat on a mat. " * 60
+    out = convert.convert(
+        source, tmp_path / "out", draft=draft, draft_text=text, dtype="float32", progress=False
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    checkpoint = convert.open_source(source)
+    expected = calibrate(
+        checkpoint.config, checkpoint.load("float32"), tokens(checkpoint.tokenizer, text), draft
+    )
+    monkeypatch.setattr("quantspec_jax.calibrate.calibrate", lambda *_: pytest.fail("again"))
+    config, entries = convert.open_source(out).load_draft()
+    assert config == expected[0]
+    assert_equal_trees(entries, expected[1])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.EIO, "broken")])
