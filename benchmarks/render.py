@@ -27,7 +27,43 @@ def tables(folder: Path = FOLDER) -> str:
     paths = sorted(folder.glob("*.json"))
     if not paths:
         return "No runs are recorded yet.\n"
-    return "\n".join(table(json.loads(path.read_text(encoding="utf-8")), path) for path in paths)
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    parts = [table(run, path) for run, path in zip(runs, paths, strict=True)]
+    return "\n".join([*roofline(runs), *parts])
+
+
+def roofline(runs: list[dict[str, Any]]) -> list[str]:
+    """How near decoding is to the time that reading its bytes takes, all runs of `bench decode` in
+    one table; nothing where there are none."""
+    names = {
+        "context": "context",
+        "batch": "batch",
+        "mode": "mode",
+        "floor_milliseconds": "floor, ms",
+        "milliseconds_a_round": "reached, ms",
+        "percent_of_floor": "% of floor",
+        "launches_a_token": "launches a token",
+        "tokens_per_second": "tokens/s",
+        "speed_up": "speed-up",
+    }
+    rows = [
+        [run.get("preset", ""), *(cell(name, row.get(name)) for name in names), run["device"]]
+        for run in runs
+        for row in run.get("rows", [])
+        if "floor_milliseconds" in row
+    ]
+    if not rows:
+        return []
+    columns = ["model", *names.values(), "device"]
+    lines = [
+        "**Roofline** · the floor of a round is the time that reading its bytes takes, weights and "
+        "cache once a pass, at the read ceiling measured in the run",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + " --- |" * len(columns),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    return ["\n".join(lines) + "\n"]
 
 
 def table(run: dict[str, Any], path: Path) -> str:

@@ -14,6 +14,7 @@ import functools
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from pallas_kernels.layout import QuantizedWeight
 from quantspec_jax.api import backend_in_use
 from quantspec_jax.bench import record
+from quantspec_jax.bench.launches import launches_a_round
 from quantspec_jax.cache import HierarchicalKVCache, cache_bytes, create, quantized_length
 from quantspec_jax.config import (
     BACKENDS,
@@ -33,8 +35,10 @@ from quantspec_jax.config import (
     View,
     require,
 )
-from quantspec_jax.cost import cache_read_bytes, weight_bytes
+from quantspec_jax.cost import Costs, bytes_read, cache_read_bytes, weight_bytes
 from quantspec_jax.draft import draft_bytes, merge, quantize_params
+from quantspec_jax.evaluate.sweep import check_plot, short
+from quantspec_jax.generate.adapt import MOST_DRAFTED
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.state import DecodeState, Program
@@ -53,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[32768])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--mode", choices=MODES, nargs="+", default=list(MODES))
-    parser.add_argument("--gamma", type=int, nargs="+", default=[4])
+    parser.add_argument("--gamma", type=gamma, nargs="+", default=[4], help="numbers, or auto")
     parser.add_argument("--simulate-acceptance", type=float, metavar="ALPHA")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--draft-group", type=int, default=128)
@@ -61,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--rounds", type=int, default=20, help="rounds a measurement")
     parser.add_argument("--repeat", type=int, default=5, help="measurements; the median counts")
+    parser.add_argument("--output", metavar="FILE", help="write the run as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="draw tokens/s against context")
+
+
+def gamma(text: str) -> int | str:
+    """An option's value: a number of tokens, or auto."""
+    return text if text == "auto" else int(text)
 
 
 def random_params(config: ModelConfig, dtype: str) -> Params:
@@ -120,17 +131,20 @@ def random_state(
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One program to measure: `gamma` 0 decodes a token a pass, `width` rows a pass."""
+    """One program to measure: `gamma` 0 decodes a token a pass, `width` rows a pass. `adaptive`:
+    each round drafts as many as pay off, `gamma` at most."""
 
     name: str
     view: View
     gamma: int
     width: int
     drafts: bool = False  # decodes with the draft's weights alone: what a draft step costs
+    adaptive: bool = False
 
 
-def cases(modes: list[str], gammas: list[int]) -> list[Case]:
+def cases(modes: list[str], gammas: list[int | str]) -> list[Case]:
     """The programs of the chosen modes."""
+    most = [(g, MOST_DRAFTED if g == "auto" else int(g)) for g in gammas]
     found = []
     for mode in modes:
         if mode in VIEWS:
@@ -138,78 +152,130 @@ def cases(modes: list[str], gammas: list[int]) -> list[Case]:
         elif mode == "draft":
             found.append(Case("draft step", "int4", 0, 1, drafts=True))
         elif mode == "verify":
-            found += [Case(f"verify step, gamma {g}", "int8", 0, g + 1) for g in gammas]
+            found += [Case(f"verify step, gamma {g}", "int8", 0, n + 1) for g, n in most]
         else:
-            found += [Case(f"quantspec, gamma {g}", "int8", g, g + 1) for g in gammas]
+            found += [
+                Case(f"quantspec, gamma {g}", "int8", n, n + 1, adaptive=g == "auto")
+                for g, n in most
+            ]
     return found
 
 
-def measure(
-    case: Case, model: ModelConfig, params: Params, draft: Params, context: int, args: Any
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all measurements of a run share."""
+
+    model: ModelConfig
+    params: Params
+    draft: Params
+    config: DraftConfig
+    args: Any
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in full precision."""
+        return jnp.dtype(self.args.dtype).itemsize
+
+    def program(self, case: Case, context: int, draft_cost: float) -> Program:
+        """The case's program, with room for all rounds."""
+        args = self.args
+        rounds = args.rounds * (args.repeat + 1)
+        length = context + 2 * GROUP_SIZE + rounds * (case.gamma + 1)
+        return Program(
+            self.model,
+            CacheConfig(length, GROUP_SIZE, case.view, case.width, args.dtype),
+            case.gamma,
+            args.backend,
+            args.simulate_acceptance if case.gamma else None,
+            draft_cost if case.adaptive else None,
+        )
+
+    def costs(self, context: int) -> Costs:
+        """Bytes that the passes read."""
+        return bytes_read(
+            self.model, self.config, context, batch=self.args.batch, itemsize=self.itemsize
+        )
+
+    def fewest_bytes(self, case: Case, context: int, drafted: float) -> float:
+        """Of a round that drafts so many tokens: weights and cache, each read once a pass."""
+
+        def one_pass(weights: Params, view: View) -> int:
+            cache = cache_read_bytes(self.model, view, context, self.itemsize)
+            return weight_bytes(weights) + self.args.batch * cache
+
+        target = one_pass(self.draft if case.drafts else self.params, case.view)
+        return target + (drafted * one_pass(self.draft, "int4") if case.gamma else 0)
+
+    def require_memory(self, case: Case, context: int, more: dict[str, int]) -> None:
+        """ValueError unless these parts fit beside the weights."""
+        present = {"weights": tree_bytes(self.params), "draft": _own_bytes(self.draft)}
+        what = f"{case.name} at {context} tokens, batch {self.args.batch},"
+        require_memory(what, present | more, sum(present.values()))
+
+
+def measure(case: Case, setting: Setting, context: int, draft_cost: float) -> dict[str, Any]:
     """Milliseconds a round of one case, and what goes with it."""
-    cache = CacheConfig(
-        context + 2 * GROUP_SIZE + args.rounds * (args.repeat + 1) * (case.gamma + 1),
-        GROUP_SIZE,
-        case.view,
-        case.width,
-        args.dtype,
-    )
-    simulated = args.simulate_acceptance if case.gamma else None
-    program = Program(model, cache, case.gamma, args.backend, simulated)
+    args = setting.args
+    program = setting.program(case, context, draft_cost)
 
     def make_state() -> DecodeState:
         return random_state(program, args.batch, jnp.int32(context), 128, jnp.int32(1 << 20))
 
-    sampling = sampling_arrays(GenerateConfig(), args.batch)
-    step = jax.jit(generate_tokens, static_argnames="program", donate_argnames="state")
-    weights = draft if case.drafts else params
-    rest = (sampling, jnp.full(1, -1, jnp.int32), jnp.int32(args.rounds))
-    own = draft if case.gamma else {}
     shapes = jax.eval_shape(make_state)
-    present = {"weights": tree_bytes(params), "draft": _own_bytes(draft)}
-    _require_memory(case, context, args, present | {"cache": tree_bytes(shapes)}, present)
+    setting.require_memory(case, context, {"cache": tree_bytes(shapes)})
+    weights = setting.draft if case.drafts else setting.params
+    own = setting.draft if case.gamma else {}
+    rest = (
+        sampling_arrays(GenerateConfig(), args.batch),
+        jnp.full(1, -1, jnp.int32),
+        jnp.int32(args.rounds),
+    )
+    step = jax.jit(generate_tokens, static_argnames="program", donate_argnames="state")
     begin = time.perf_counter()
     compiled = step.lower(weights, own, shapes, *rest, program=program).compile()
     compile_seconds = time.perf_counter() - begin
-    parts = {"cache": tree_bytes(shapes), "temporaries": temporary_bytes(compiled)}
-    _require_memory(case, context, args, present | parts, present)
-    memory = compiled.memory_analysis()
-    state = make_state()
-    sizes = cache_bytes(state.cache, cache.max_length)
-    state = jax.block_until_ready(compiled(weights, own, state, *rest))
-    before = jax.device_get((state.cache.length, state.accepted, state.proposed))
+    temporaries = temporary_bytes(compiled)
+    setting.require_memory(case, context, {"cache": tree_bytes(shapes), "temporaries": temporaries})
+
+    state = jax.block_until_ready(compiled(weights, own, make_state(), *rest))
+    before = _counters(state)
     seconds = []
     for _ in range(args.repeat):
         begin = time.perf_counter()
         state = jax.block_until_ready(compiled(weights, own, state, *rest))
         seconds.append((time.perf_counter() - begin) / args.rounds)
-    after = jax.device_get((state.cache.length, state.accepted, state.proposed))
-    made, accepted, proposed = (int((b - a).sum()) for a, b in zip(before, after, strict=True))
+    made, accepted, proposed = (b - a for a, b in zip(before, _counters(state), strict=True))
+
+    rounds = args.rounds * args.repeat
+    drafted = proposed / (rounds * args.batch) if case.adaptive else case.gamma
     milliseconds = statistics.median(seconds) * 1e3
-    tokens = made / (args.rounds * args.repeat)
+    tokens = made / rounds
+    text = compiled.as_text() if jax.default_backend() != "cpu" else None
+    launches = launches_a_round(text, drafted) if text else None
+    memory = compiled.memory_analysis()
     return {
         "context": context,
         "batch": args.batch,
         "mode": case.name,
         "milliseconds_a_round": milliseconds,
         "tokens_a_round": tokens / args.batch,
+        "drafted_a_round": drafted,
         "tokens_per_second": tokens / milliseconds * 1e3,
         "acceptance": accepted / proposed if proposed else None,
-        "acceptance_is_simulated": simulated is not None,
-        "temporary_bytes": memory.temp_size_in_bytes if memory else None,
+        "acceptance_is_simulated": program.simulated_acceptance is not None,
+        "launches_a_token": launches * args.batch / tokens if launches else None,
+        "temporary_bytes": temporaries,
         "argument_bytes": memory.argument_size_in_bytes if memory else None,
-        "cache_bytes": sizes["total"],
+        "cache_bytes": cache_bytes(shapes.cache, program.cache.max_length)["total"],
         "compile_seconds": compile_seconds,
-        **floor(case, model, params, draft, context, args),
+        "fewest_bytes_a_round": setting.fewest_bytes(case, context, drafted),
     }
 
 
-def _require_memory(
-    case: Case, context: int, args: Any, parts: dict[str, int], present: dict[str, int]
-) -> None:
-    what = f"{case.name} at {context} tokens, batch {args.batch},"
-    require_memory(what, parts, sum(present.values()))
+def _counters(state: DecodeState) -> tuple[int, ...]:
+    """Tokens in the cache, accepted and proposed ones, of all sequences."""
+    found = jax.device_get((state.cache.length, state.accepted, state.proposed))
+    return tuple(int(x.sum()) for x in found)
 
 
 def _own_bytes(draft: Params) -> int:
@@ -218,16 +284,47 @@ def _own_bytes(draft: Params) -> int:
     return tree_bytes([leaf for leaf in leaves if isinstance(leaf, QuantizedWeight)])
 
 
-def floor(case: Case, model: ModelConfig, params: Params, draft: Params, context: int, args: Any):
-    """Fewest bytes of a round: weights and cache, each read once a pass."""
-    itemsize = jnp.dtype(args.dtype).itemsize
-    target = weight_bytes(draft if case.drafts else params)
-    target += args.batch * cache_read_bytes(model, case.view, context, itemsize)
-    drafts = 0
-    if case.gamma:
-        one = weight_bytes(draft) + args.batch * cache_read_bytes(model, "int4", context, itemsize)
-        drafts = case.gamma * one
-    return {"fewest_bytes_a_round": target + drafts}
+def measured_costs(rows: list[dict[str, Any]]) -> Costs | None:
+    """Milliseconds of each kind of pass at one context, where all three were measured."""
+    found = []
+    for kind in ("autoregressive full", "draft step", "verify step"):
+        times = [row["milliseconds_a_round"] for row in rows if row["mode"].startswith(kind)]
+        if not times:
+            return None
+        found.append(times[0])
+    return Costs(*found)
+
+
+def prediction(
+    rows: list[dict[str, Any]], costs: Costs, context: int, simulated: float | None
+) -> dict[str, Any] | None:
+    """The best γ at one context, and the speed-up it promises, by bytes and by what was measured;
+    None where there is no acceptance to predict from."""
+    alpha = simulated
+    for row in rows:
+        if alpha is None and row["acceptance"] is not None and "auto" not in row["mode"]:
+            alpha = chance_of_acceptance(row["acceptance"], row["drafted_a_round"])
+    if alpha is None:
+        return None
+    found: dict[str, Any] = {"context": context, "acceptance": alpha}
+    for name, prices in (("bytes", costs), ("milliseconds", measured_costs(rows))):
+        if prices is not None:
+            gamma = prices.best_gamma(alpha)
+            found[f"gamma_by_{name}"] = gamma
+            found[f"speed_up_by_{name}"] = prices.speed_up(alpha, gamma)
+    return found
+
+
+def chance_of_acceptance(share: float, gamma: int) -> float:
+    """α for which the share of accepted proposals, (α + … + α^γ)/γ, is `share`; by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        if sum(middle**i for i in range(1, gamma + 1)) < share * gamma:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
 
 
 def read_ceiling() -> float:
@@ -252,8 +349,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     alpha = args.simulate_acceptance
     require(alpha is None or 0 <= alpha <= 1, "--simulate-acceptance", alpha, "0 to 1")
     require(args.batch >= 1, "--batch", args.batch, "an integer ≥ 1")
-    require(min(args.gamma) >= 1, "--gamma", args.gamma, "integers ≥ 1")
+    numbers = [g for g in args.gamma if g != "auto"]
+    require(min(numbers, default=1) >= 1, "--gamma", args.gamma, "integers ≥ 1, or auto")
     require(min(args.context) >= 3 * GROUP_SIZE, "--context", args.context, "384 or more")
+    plot_path = check_plot(args.plot) if args.plot else None
     backend = backend_in_use(args.backend)
     model = PRESETS[args.preset]
     longest = max(args.context)
@@ -265,17 +364,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ceiling = read_ceiling()
     params = random_params(model, args.dtype)
     draft = merge(params, quantize_params(params, config))
-    rows = []
+    setting = Setting(model, params, draft, config, args)
+    rows, predictions = [], []
     for context in args.context:
-        for case in cases(args.mode, args.gamma):
-            row = measure(case, model, params, draft, context, args)
-            least = row["fewest_bytes_a_round"] / ceiling * 1e3
-            row |= {"floor_milliseconds": least}
-            row |= {"percent_of_floor": 100 * least / row["milliseconds_a_round"]}
-            rows.append(row)
-            print(_line(row), file=sys.stderr, flush=True)
-        _add_speed_up([r for r in rows if r["context"] == context])
-    return {
+        here = measure_context(setting, context, ceiling)
+        rows += here
+        found = prediction(here, setting.costs(context), context, alpha)
+        if found is not None:
+            predictions.append(found)
+            print(_prediction_line(found), file=sys.stderr, flush=True)
+    result = {
         "preset": args.preset,
         "weights": "random",
         "draft": config.describe(),
@@ -284,10 +382,54 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "backend": backend,
         "simulated_acceptance": alpha,
         "read_ceiling_gb_per_second": ceiling / 1e9,
-        "device": record.device_name(),
-        "versions": record.versions(),
-        "rows": rows,
+        "predictions": predictions,
     }
+    if args.output:
+        record.write(Path(args.output), record.command("decode", args), rows, **result)
+    if plot_path is not None:
+        plot(rows, f"{args.preset}, batch {args.batch}, {record.device_name()}", plot_path)
+    device = {"device": record.device_name(), "versions": record.versions()}
+    return {**result, **device, "rows": rows}
+
+
+def measure_context(setting: Setting, context: int, ceiling: float) -> list[dict[str, Any]]:
+    """The rows of every mode at one context."""
+    rows: list[dict[str, Any]] = []
+    for case in cases(setting.args.mode, setting.args.gamma):
+        costs = measured_costs(rows) or setting.costs(context)
+        row = measure(case, setting, context, costs.draft / costs.verify)
+        least = row["fewest_bytes_a_round"] / ceiling * 1e3
+        row |= {"floor_milliseconds": least}
+        row |= {"percent_of_floor": 100 * least / row["milliseconds_a_round"]}
+        rows.append(row)
+        print(_line(row), file=sys.stderr, flush=True)
+    _add_speed_up(rows)
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Tokens/s against context, a line a mode."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        points = [(r["context"], r["tokens_per_second"]) for r in rows if r["mode"] == mode]
+        axes.plot(*zip(*sorted(points), strict=True), "o-", label=mode)
+    contexts = sorted({row["context"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [short(context) for context in contexts])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("context")
+    axes.set_ylabel("tokens/s")
+    simulated = any(row["acceptance_is_simulated"] for row in rows)
+    axes.set_title(f"{title}{', simulated acceptance' if simulated else ''}", fontsize=10)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    figure.savefig(partial, dpi=120)
+    partial.replace(path)
 
 
 def _add_speed_up(rows: list[dict[str, Any]]) -> None:
@@ -302,3 +444,12 @@ def _line(row: dict[str, Any]) -> str:
         f"floor {row['floor_milliseconds']:.2f} ({row['percent_of_floor']:.0f}%), "
         f"{row['tokens_per_second']:.1f} tokens/s"
     )
+
+
+def _prediction_line(found: dict[str, Any]) -> str:
+    best = ", ".join(
+        f"gamma {found[f'gamma_by_{by}']} by {by} ({found[f'speed_up_by_{by}']:.2f}×)"
+        for by in ("bytes", "milliseconds")
+        if f"gamma_by_{by}" in found
+    )
+    return f"{found['context']:>7} best at acceptance {found['acceptance']:.3f}: {best}"

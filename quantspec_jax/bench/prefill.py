@@ -10,6 +10,7 @@ import argparse
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--repeat", type=int, default=3, help="measurements; the median counts")
+    parser.add_argument("--output", metavar="FILE", help="write the run as JSON")
 
 
 def measure(
@@ -118,14 +120,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             rows.append(measure(preset, model, params, context, args))
             print(_line(rows[-1]), file=sys.stderr, flush=True)
         del params
-    return {
-        "weights": "random",
-        "dtype": args.dtype,
-        "backend": backend,
-        "device": record.device_name(),
-        "versions": record.versions(),
-        "rows": rows,
-    }
+    result = {"weights": "random", "dtype": args.dtype, "backend": backend}
+    if args.output:
+        record.write(Path(args.output), record.command("prefill", args), rows, **result)
+    device = {"device": record.device_name(), "versions": record.versions()}
+    return {**result, **device, "rows": rows}
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -40,6 +40,21 @@ def device_name() -> str:
     return f"{model}, {cores} cores"
 
 
+NOT_SETTINGS = ("command", "bench", "run", "json", "debug", "output", "plot")
+
+
+def command(bench: str, args: Any) -> str:
+    """What to type to repeat a run of `quantspec bench`: all its options, the defaults too."""
+    parts = [f"quantspec bench {bench}"]
+    for name, value in vars(args).items():
+        if name in NOT_SETTINGS or value in (None, False):
+            continue
+        option = "--" + name.replace("_", "-")
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        parts.append(" ".join(map(str, (option, *values))))
+    return " ".join(parts)
+
+
 def write(path: Path, command: str, rows: list[dict[str, Any]], **more: Any) -> None:
     """Write a recorded run, whole or not at all.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +14,24 @@ import pytest
 
 from quantspec_jax import memory
 from quantspec_jax.bench import decode as bench
+from quantspec_jax.bench.launches import launches_a_round
 from quantspec_jax.cli import main
 from quantspec_jax.config import DraftConfig, ModelConfig
+from quantspec_jax.cost import Costs, bytes_read
 from quantspec_jax.draft import draft_bytes
 from quantspec_jax.generate.accept import Verdict, simulate
 from quantspec_jax.models.parameters import parameter_shapes
 
 TINY = ModelConfig("llama", 300, 64, 128, 2, 4, 2, 32, 4096)
+
+
+@pytest.fixture
+def render():
+    path = Path(__file__).parents[2] / "benchmarks" / "render.py"
+    spec = importlib.util.spec_from_file_location("render", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -38,9 +51,11 @@ def test_simulated_acceptance_is_a_run_of_successes(alpha):
     np.testing.assert_array_equal(verdict.token, found.token)
 
 
-def test_a_run_reports_every_mode_beside_the_baseline(tiny_preset, capsys):
+def test_a_run_reports_every_mode_beside_the_baseline(tiny_preset, capsys, tmp_path):
     options = "--context 640 --mode full quantspec --gamma 2 --rounds 8 --repeat 2 --draft-group 32"
     arguments = [*options.split(), "--dtype", "float32", "--simulate-acceptance", "0.8", "--json"]
+    arguments += ["--output", str(tmp_path / "decode-tiny.json")]
+    arguments += ["--plot", str(tmp_path / "decode.svg")]
     assert main(["bench", "decode", "--preset", "tiny", *arguments]) == 0
     result = json.loads(capsys.readouterr().out)
     full, quantspec = result["rows"]
@@ -54,9 +69,83 @@ def test_a_run_reports_every_mode_beside_the_baseline(tiny_preset, capsys):
     assert not full["acceptance_is_simulated"]
     assert quantspec["acceptance_is_simulated"]
     assert 0.3 < quantspec["acceptance"] <= 1
+    assert (full["drafted_a_round"], quantspec["drafted_a_round"]) == (0, 2)
     assert quantspec["tokens_a_round"] == pytest.approx(1 + 2 * quantspec["acceptance"], abs=0.25)
     ratio = quantspec["tokens_per_second"] / full["tokens_per_second"]
     assert quantspec["speed_up"] == pytest.approx(ratio)
+    (predicted,) = result["predictions"]
+    assert predicted["acceptance"] == 0.8
+    costs = bytes_read(TINY, DraftConfig(group_size=32), 640, itemsize=4)
+    assert predicted["gamma_by_bytes"] == costs.best_gamma(0.8)
+    assert "gamma_by_milliseconds" not in predicted
+    recorded = json.loads((tmp_path / "decode-tiny.json").read_text())
+    assert recorded["rows"] == result["rows"]
+    assert "--context 640" in recorded["command"]
+    assert str(tmp_path) not in recorded["command"]
+    drawn = (tmp_path / "decode.svg").read_text()
+    assert all(f"<!-- {row['mode']} -->" in drawn for row in result["rows"])
+
+
+def test_auto_is_adaptive_and_as_wide_as_the_most_that_it_drafts():
+    verify, fixed, auto = bench.cases(["verify"], ["auto"]) + bench.cases(
+        ["quantspec"], [2, "auto"]
+    )
+    assert (verify.width, verify.gamma) == (auto.width, 0)
+    assert (fixed.gamma, fixed.width, fixed.adaptive) == (2, 3, False)
+    assert (auto.gamma, auto.adaptive) == (auto.width - 1, True)
+
+
+def test_runs_with_floors_make_a_roofline(render):
+    row = {"context": 4096, "mode": "draft step", "floor_milliseconds": 1.5, "speed_up": 2.25}
+    run = {"preset": "llama-2-7b", "device": "some GPU", "rows": [row, {"milliseconds": 3.0}]}
+    (text,) = render.roofline([run, {"device": "a CPU", "rows": [{"milliseconds": 3.0}]}])
+    (line,) = text.splitlines()[4:]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:5] == ["llama-2-7b", "4,096", "", "draft step", "1.5"]
+    assert cells[-2:] == ["2.25", "some GPU"]
+    assert render.roofline([{"device": "a CPU", "rows": [{"milliseconds": 3.0}]}]) == []
+
+
+def test_best_gamma_is_predicted_from_what_was_measured():
+    modes = {"autoregressive full": 10.0, "draft step": 2.0, "verify step, gamma 4": 5.0}
+    rows = [
+        {"mode": mode, "milliseconds_a_round": ms, "acceptance": None, "drafted_a_round": 0}
+        for mode, ms in modes.items()
+    ]
+    assert bench.prediction(rows, Costs(1, 1, 1), 1024, None) is None, "nothing was accepted"
+    share = (0.9 + 0.9**2 + 0.9**3) / 3
+    round_of_three = {"mode": "quantspec, gamma 3", "acceptance": share, "drafted_a_round": 3}
+    rows.append({"milliseconds_a_round": 11.0} | round_of_three)
+    found = bench.prediction(rows, Costs(1, 1, 1), 1024, None)
+    assert found["acceptance"] == pytest.approx(0.9)
+    assert found["gamma_by_milliseconds"] == Costs(10, 2, 5).best_gamma(0.9) > 1
+    assert found["gamma_by_bytes"] == 1
+
+
+def launches_with(steps):
+    """Of a loop of rounds in a loop of flushes, each round so many steps and a bit more."""
+
+    def one_round(carry):
+        x, i = carry
+        x = jax.lax.fori_loop(0, steps, lambda _, x: jnp.sin(x @ x), x)
+        return jnp.cos(x), i + 1
+
+    def until_flush(carry):
+        x, i = jax.lax.while_loop(lambda c: c[0].sum() < 3, one_round, carry)
+        return x * 2, i + 1
+
+    def loop(x, n):
+        return jax.lax.while_loop(lambda c: c[1] < n, until_flush, (x, 0))
+
+    return launches_a_round(jax.jit(loop).lower(jnp.ones((32, 32)), 9).compile().as_text())
+
+
+def test_launches_are_counted_by_the_turns_of_loops():
+    few, many = launches_with(4), launches_with(9)
+    step = (many - few) / 5
+    assert step == int(step) >= 1
+    assert few > 4 * step
+    assert launches_a_round(jax.jit(jnp.sin).lower(1.0).compile().as_text()) is None
 
 
 @pytest.mark.parametrize("lacking", ["weights", "cache"])
@@ -104,7 +193,13 @@ def test_a_prefill_is_timed_and_its_memory_counted(tiny_preset, capsys):
 
 @pytest.mark.parametrize(
     "wrong",
-    [["--simulate-acceptance", "1.5"], ["--batch", "0"], ["--gamma", "0"], ["--context", "10"]],
+    [
+        ["--simulate-acceptance", "1.5"],
+        ["--batch", "0"],
+        ["--gamma", "0"],
+        ["--context", "10"],
+        ["--plot", "speed.txt"],
+    ],
 )
 def test_bad_options_are_refused(wrong, tiny_preset, capsys):
     assert main(["bench", "decode", "--preset", "tiny", *wrong]) == 2
