@@ -94,7 +94,7 @@ def _checked(config: ModelConfig, tokens: Any) -> jax.Array:
 def _mixed(config, params, tokens, formats, draft) -> sensitivity.Formats:
     chunks = -(-SENSITIVITY_TOKENS // tokens.shape[1])
     cost = sensitivity.costs(config, params, tokens[:chunks], formats)
-    return sensitivity.choose(config, formats, cost, draft.average_bits)
+    return sensitivity.choose(config, params, formats, cost, draft.average_bits)
 
 
 def _with_formats(draft: DraftConfig, formats: sensitivity.Formats) -> DraftConfig:

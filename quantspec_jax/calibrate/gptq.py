@@ -26,7 +26,7 @@ from quantspec_jax.config import WeightFormat
 
 HIGHEST = jax.lax.Precision.HIGHEST
 BLOCK = 64  # channels rounded before the others hear of it
-DAMPING = 0.1  # of H's mean diagonal
+DAMPING = 0.3  # of H's mean diagonal
 REFIT_RIDGE = 0.001  # of each number's own term, of the least squares that refit scales
 COLUMNS = 128  # output channels refitted at a time
 RIDGE = 2.0  # the same, of the least squares that find W*
@@ -125,7 +125,10 @@ def _ranges(w: jax.Array, weight: jax.Array, stored: WeightFormat):
     weight = _grouped(weight, group)[..., None]
     low = jnp.min(rows, 1, initial=jnp.inf, where=inside)
     high = jnp.max(rows, 1, initial=-jnp.inf, where=inside)
-    shrink = jnp.asarray((1.0,) if stored.bits == 8 else SHRINK)
+    # 8 bits: nothing may lie farther than half a step beyond the codes, or the second plane cannot
+    # make it good; symmetric ones reach to 7.5 steps on the side without −8.
+    exact = (1.0, 16 / 15) if stored.symmetric else (1.0,)
+    shrink = jnp.asarray(exact if stored.bits == 8 else SHRINK)
     # Asymmetric: both ends are drawn in. Symmetric: one of them gets code −8, whatever its sign.
     ends = jnp.stack([x.ravel() for x in jnp.meshgrid(shrink, shrink)], 1)
     candidates = jnp.concatenate([shrink, -shrink]) if stored.symmetric else ends

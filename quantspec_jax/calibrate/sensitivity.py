@@ -1,4 +1,4 @@
-"""Mixed precision: which layers get 8 bits, from how much each layer's rounding costs.
+"""Mixed precision: the format of each layer, from how much its rounding costs.
 
 One pass forwards and one backwards over a few tokens, a block at a time, with all layers rounded to
 nearest: how fast KL(target ‖ draft) falls as one layer's weights move from the rounded ones to the
@@ -46,34 +46,73 @@ def costs(
     return found
 
 
-def choose(config: ModelConfig, formats: Formats, cost: dict[str, float], budget: float) -> Formats:
-    """8 bits for the layers where a bit gains most, as long as the mean over all layers is no more
-    than `budget` bits a weight.
+def choose(
+    config: ModelConfig,
+    params: Params,
+    formats: Formats,
+    cost: dict[str, float],
+    budget: float,
+) -> Formats:
+    """The formats of least cost whose mean is no more than `budget` bits a weight.
+
+    A layer's cost in another format is in proportion to the squared error of rounding it. From the
+    cheapest formats on, the step that gains most for its bits is taken until none fits.
+
+    Args:
+      formats: those that `cost` is for; only layers with 4 bits are given others.
 
     Raises:
-      ValueError: `formats` alone take more.
+      ValueError: the cheapest formats take more.
     """
-    shapes = {name: parameter_shapes(config)[f"{name}.kernel"].shape for name in formats}
-    chosen = dict(formats)
-    weights = sum(a * b for a, b in shapes.values())
-    spent = sum(formats[name].stored_bits(*shape) for name, shape in shapes.items())
-    left = budget * weights - spent
-    require(
-        left >= 0, "draft average_bits", budget, f"{spent / weights:.4f} or more, what 4 bits take"
-    )
+    specs = parameter_shapes(config)
+    kernels = {name: specs[f"{name}.kernel"] for name in formats}
 
-    def wide(name: str) -> WeightFormat:
-        return WeightFormat(8, formats[name].group_size, formats[name].symmetric)
+    def bits(name: str, stored: WeightFormat) -> int:
+        return stored.stored_bits(*kernels[name].shape)
 
-    def more(name: str) -> int:
-        return wide(name).stored_bits(*shapes[name]) - formats[name].stored_bits(*shapes[name])
+    options = {}
+    for name, stored in formats.items():
+        if stored.bits == 4:
+            kernel = params["layers"][name.split(".")[1]][name.split(".")[2]]["kernel"]
+            plain = max(float(_rounding_error(kernel, stored)), 1e-30)
+            options[name] = {
+                other: max(cost[name], 0.0) * float(_rounding_error(kernel, other)) / plain
+                for other in ladder(stored.symmetric)
+            }
+    chosen = formats | {
+        name: min(others, key=lambda stored, name=name: bits(name, stored))
+        for name, others in options.items()
+    }
+    weights = sum(spec.size for spec in kernels.values())
+    spent = sum(bits(name, stored) for name, stored in chosen.items())
+    least = f"{spent / weights:.4f} or more, what 4 bits take"
+    require(spent <= budget * weights, "draft average_bits", budget, least)
+    left = int(budget * weights) - spent
+    while True:
+        steps = [
+            ((costs[chosen[name]] - costs[stored]) / more, name, stored, more)
+            for name, costs in options.items()
+            for stored in costs
+            if 0 < (more := bits(name, stored) - bits(name, chosen[name])) <= left
+        ]
+        gain, name, stored, more = max(steps, default=(0.0, "", None, 0), key=lambda step: step[0])
+        if gain <= 0 or stored is None:
+            return chosen
+        chosen[name] = stored
+        left -= more
 
-    four = [name for name in formats if formats[name].bits == 4]
-    for name in sorted(four, key=lambda name: -cost[name] / more(name)):
-        if cost[name] > 0 and more(name) <= left:
-            chosen[name] = wide(name)
-            left -= more(name)
-    return chosen
+
+def ladder(symmetric: bool) -> list[WeightFormat]:
+    """The formats that mixed precision chooses from."""
+    kinds = (True,) if symmetric else (True, False)
+    four = [WeightFormat(4, group, kind) for group in (128, 64) for kind in kinds]
+    return [*four, WeightFormat(8, 128, symmetric=True)]
+
+
+@partial(jax.jit, static_argnums=1)
+def _rounding_error(kernel: jax.Array, stored: WeightFormat) -> jax.Array:
+    kernel = kernel.astype(jnp.float32)
+    return jnp.sum((streams.restored(quantize_linear(kernel, stored), kernel) - kernel) ** 2)
 
 
 def _head(params: Params) -> Params:

@@ -1,0 +1,130 @@
+"""Acceptance of the draft by how its weights are quantized.
+
+    python benchmarks/draft_weights.py --model M --text A.txt --text B.txt \
+        --output benchmarks/NAME.json
+
+Calibrated methods are calibrated on one text and measured on the other, both ways. Finished rows
+are kept, and so are calibrations (in the directory --keep): the command goes on where it was
+stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import quantspec_jax as qs
+from quantspec_jax.bench import record
+from quantspec_jax.calibrate import calibrate, calibration_tokens
+from quantspec_jax.draft import bits_per_weight
+from quantspec_jax.evaluate import walk
+
+SKIP = 20_000  # characters
+METHODS: dict[str, dict[str, Any]] = {
+    "full weights": {"bits": None},
+    "round to nearest, symmetric 128": {"group_size": 128, "symmetric": True},
+    "round to nearest, asymmetric 128": {"group_size": 128},
+    "round to nearest, asymmetric 64": {"group_size": 64},
+    "calibrated, asymmetric 128": {"group_size": 128, "method": "gptq"},
+    "calibrated, asymmetric 64": {"group_size": 64, "method": "gptq"},
+    "calibrated, mixed 4.28": {"average_bits": 4.28, "method": "gptq"},
+    "calibrated, mixed 4.5": {"average_bits": 4.5, "method": "gptq"},
+    "calibrated, mixed 5": {"average_bits": 5.0, "method": "gptq"},
+}
+
+
+@partial(jax.jit, static_argnames="program", donate_argnames="cache")
+def _block(params, draft_params, cache, tokens, following, *, program):
+    """What target and draft say on a block, and the draft's log probability of the text."""
+    logits, layers = walk._target(params, program, cache, tokens)
+    drafted = walk._draft(draft_params, program, cache, layers, tokens)
+    overlap = jnp.minimum(jax.nn.softmax(logits), jax.nn.softmax(drafted)).sum(-1)
+    log_prob = jnp.take_along_axis(jax.nn.log_softmax(drafted), following[0][:, None], 1)[:, 0]
+    same = jnp.argmax(logits, -1) == jnp.argmax(drafted, -1)
+    return walk._advance(cache, layers, program), (same, overlap, log_prob)
+
+
+def measure(model: qs.Model, ids: list[int]) -> dict[str, float]:
+    """As `quantspec eval acceptance`, and the draft's perplexity; positions from a quarter on."""
+    program = walk._program(model, len(ids), "int8", 128, "auto")
+    following = walk._blocks([*ids[1:], 0], 128)
+
+    def step(cache, i, tokens):
+        return _block(
+            model.params, model.draft_params, cache, tokens, following[i], program=program
+        )
+
+    same, overlap, log_prob = walk._walk(step, model, program, ids, None)
+    counted = slice(len(ids) // 4, None)
+    return {
+        "greedy_acceptance": float(same[counted].mean()),
+        "sampled_acceptance": float(overlap[counted].mean(dtype=np.float64)),
+        "draft_perplexity": float(np.exp(-log_prob[len(ids) // 4 : -1].mean(dtype=np.float64))),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", action="append", required=True, type=Path, help="two of them")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--chunks", type=int, default=16, help="of calibration text")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a chunk")
+    parser.add_argument("--keep", type=Path, help="calibrations; default: OUTPUT without .json")
+    args = parser.parse_args()
+
+    base = qs.load(args.model, dtype="float32")
+    texts = {path.stem: path.read_text(encoding="utf-8")[SKIP:] for path in args.text}
+    ids = {name: base.tokenizer(text)["input_ids"] for name, text in texts.items()}
+    done = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
+    rows = done["rows"]
+    finished = {(r["method"], r["measured_on"], r["context"]) for r in rows}
+    keep = args.keep or args.output.with_suffix("")
+    for measured_on in reversed(texts):
+        for method in args.method:
+            if (method, measured_on, args.context) in finished:
+                continue
+            begin = time.perf_counter()
+            draft, entries, calibrated_on = qs.DraftConfig(**METHODS[method]), None, None
+            if draft.method == "gptq":
+                (calibrated_on,) = (name for name in texts if name != measured_on)
+                tokens = calibration_tokens(
+                    base.tokenizer, texts[calibrated_on], chunks=args.chunks, length=args.length
+                )
+                where = keep / f"{method}, {calibrated_on}".replace(", ", "-").replace(" ", "-")
+                draft, entries = calibrate(
+                    base.config, base.params, tokens, draft, progress=True, resume=where
+                )
+                jax.block_until_ready(entries)
+            calibrated = time.perf_counter()
+            model = qs.Model(base.config, base.params, base.tokenizer, draft, entries)
+            row = {
+                "method": method,
+                "draft_bits_per_weight": bits_per_weight(base.config, draft),
+                "calibrated_on": calibrated_on,
+                "calibration_tokens": args.chunks * args.length if calibrated_on else None,
+                "measured_on": measured_on,
+                "context": args.context,
+                **measure(model, ids[measured_on][: args.context]),
+                "calibration_seconds": calibrated - begin if calibrated_on else None,
+            }
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            command = "python benchmarks/draft_weights.py --model M --text A --text B --output FILE"
+            record.write(args.output, command, rows, model=Path(args.model).stem)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
