@@ -37,8 +37,8 @@ def test_eight_bits_leave_a_sixteenth_of_the_error(group_size, symmetric):
     for bits in (4, 8):
         entry = quantize_linear(kernel, WeightFormat(bits, group_size, symmetric))
         restored = sum(dequantize(weight)[:64] for weight in entry.values())
-        errors.append(float(jnp.abs(restored - kernel).max()))
-    assert errors[1] < errors[0] / 10  # a sixteenth, but for the rounding of scale and minimum
+        errors.append(float(jnp.abs(restored - kernel).mean()))
+    assert errors[1] < errors[0] / 14  # a sixteenth, but for the rounding of scale and minimum
 
 
 @pytest.mark.parametrize("bits", [4, 8])
