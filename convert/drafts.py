@@ -90,8 +90,9 @@ def _calibrated(
 
     def calibrated(params: dict[str, Any], progress: bool) -> Made:
         resumed = finished.exists()
+        there = jax.device_put(params, jax.devices()[0])  # conversion itself works on the host
         try:
-            return calibrate(config, params, tokens, draft, progress=progress, resume=finished)
+            return calibrate(config, there, tokens, draft, progress=progress, resume=finished)
         except ValueError:  # it would fail again; but what was there before may be of another call
             if not resumed:
                 shutil.rmtree(finished, ignore_errors=True)
