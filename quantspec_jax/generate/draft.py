@@ -52,7 +52,8 @@ def draft(
         )
         token, probabilities = choose(logits[:, 0], seen, sampling, keys, position + 1, Role.DRAFT)
         found = Proposals(
-            found.tokens.at[:, i].set(token), found.probabilities.at[:, i].set(probabilities)
+            jax.lax.dynamic_update_index_in_dim(found.tokens, token, i, 1),
+            jax.lax.dynamic_update_index_in_dim(found.probabilities, probabilities, i, 1),
         )
         return layers, token, seen.at[rows, token].set(True), found
 
