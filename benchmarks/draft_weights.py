@@ -11,9 +11,11 @@ stopped.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from quantspec_jax.bench import record
 from quantspec_jax.calibrate import calibrate, calibration_tokens
 from quantspec_jax.draft import bits_per_weight
 from quantspec_jax.evaluate import walk
+from quantspec_jax.models import decoder
 
 SKIP = 20_000  # characters
 METHODS: dict[str, dict[str, Any]] = {
@@ -39,6 +42,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "calibrated, mixed 4.28": {"average_bits": 4.28, "method": "gptq"},
     "calibrated, mixed 4.5": {"average_bits": 4.5, "method": "gptq"},
     "calibrated, mixed 5": {"average_bits": 5.0, "method": "gptq"},
+    # The cache's side, with full weights.
+    "full weights, cache group 64": {"bits": None},
+    "full weights, rotated keys": {"bits": None},
 }
 
 
@@ -53,10 +59,41 @@ def _block(params, draft_params, cache, tokens, following, *, program):
     return walk._advance(cache, layers, program), (same, overlap, log_prob)
 
 
-def measure(model: qs.Model, ids: list[int]) -> dict[str, float]:
+@contextlib.contextmanager
+def rotated_keys(on: bool) -> Iterator[None]:
+    """Queries and keys turned by a Hadamard matrix after RoPE: their products stay, and outlying
+    channels are spread over all."""
+    rotate = decoder.rotate
+
+    def turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        turn = jnp.asarray(hadamard(x.shape[-1]), jnp.float32)
+        x = rotate(x, cos, sin)
+        return jnp.matmul(x, turn, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
+
+    if not on:
+        yield
+        return
+    decoder.rotate = turned
+    jax.clear_caches()  # what was compiled before does not turn
+    try:
+        yield
+    finally:
+        decoder.rotate = rotate
+        jax.clear_caches()
+
+
+def hadamard(d: int) -> np.ndarray:
+    """[D, D], orthonormal; D a power of two."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < d:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]]) / np.sqrt(2)
+    return matrix
+
+
+def measure(model: qs.Model, ids: list[int], group: int) -> dict[str, float]:
     """As `quantspec eval acceptance`, and the draft's perplexity; positions from a quarter on."""
-    program = walk._program(model, len(ids), "int8", 128, "auto")
-    following = walk._blocks([*ids[1:], 0], 128)
+    program = walk._program(model, len(ids), "int8", group, "auto")
+    following = walk._blocks([*ids[1:], 0], group)
 
     def step(cache, i, tokens):
         return _block(
@@ -109,6 +146,12 @@ def main() -> int:
                 jax.block_until_ready(entries)
             calibrated = time.perf_counter()
             model = qs.Model(base.config, base.params, base.tokenizer, draft, entries)
+            with rotated_keys("rotated" in method):
+                measured = measure(
+                    model,
+                    ids[measured_on][: args.context],
+                    64 if "cache group 64" in method else 128,
+                )
             row = {
                 "method": method,
                 "draft_bits_per_weight": bits_per_weight(base.config, draft),
@@ -116,7 +159,7 @@ def main() -> int:
                 "calibration_tokens": args.chunks * args.length if calibrated_on else None,
                 "measured_on": measured_on,
                 "context": args.context,
-                **measure(model, ids[measured_on][: args.context]),
+                **measured,
                 "calibration_seconds": calibrated - begin if calibrated_on else None,
             }
             rows.append(row)

@@ -29,18 +29,21 @@ def costs(
     """By layer: what its rounding costs in KL over the tokens int32 [chunks, S], in nats a token;
     0 where its format is the target's own weights."""
     found = dict.fromkeys(formats, 0.0)
+
+    def rounded(i: int) -> tuple[Block, dict[str, jax.Array]]:
+        block = params["layers"][str(i)]
+        return block, _rounded(block, {n: formats[f"layers.{i}.{n}"] for n in LINEAR_LAYERS})
+
     for row in tokens:
         x = params["embedding"][row].astype(jnp.float32)
         inputs = [Pair(x, x)]
-        kernels = []
         for i in range(config.num_layers):
-            block = params["layers"][str(i)]
-            kernels.append(_rounded(block, {n: formats[f"layers.{i}.{n}"] for n in LINEAR_LAYERS}))
-            inputs.append(_block(config, block, kernels[-1], inputs[-1]))
+            block, kernels = rounded(i)
+            inputs.append(_block(config, block, kernels, inputs[-1]))
         slope = _output_slope(config, _head(params), inputs.pop())
         for i in reversed(range(config.num_layers)):
-            block = params["layers"][str(i)]
-            falls, slope = _backwards(config, block, kernels.pop(), inputs.pop(), slope)
+            block, kernels = rounded(i)  # again: kept, they would take the model's size
+            falls, slope = _backwards(config, block, kernels, inputs.pop(), slope)
             for name, fall in falls.items():
                 found[f"layers.{i}.{name}"] += float(fall) / 2 / tokens.size
     return found
