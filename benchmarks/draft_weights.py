@@ -16,7 +16,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ import quantspec_jax as qs
 from quantspec_jax.bench import record
 from quantspec_jax.calibrate import calibrate, calibration_tokens
 from quantspec_jax.draft import bits_per_weight
-from quantspec_jax.evaluate import walk
+from quantspec_jax.evaluate.walk import compare
 from quantspec_jax.models import decoder
 
 SKIP = 20_000  # characters
@@ -46,17 +45,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "full weights, cache group 64": {"bits": None},
     "full weights, rotated keys": {"bits": None},
 }
-
-
-@partial(jax.jit, static_argnames="program", donate_argnames="cache")
-def _block(params, draft_params, cache, tokens, following, *, program):
-    """What target and draft say on a block, and the draft's log probability of the text."""
-    logits, layers = walk._target(params, program, cache, tokens)
-    drafted = walk._draft(draft_params, program, cache, layers, tokens)
-    overlap = jnp.minimum(jax.nn.softmax(logits), jax.nn.softmax(drafted)).sum(-1)
-    log_prob = jnp.take_along_axis(jax.nn.log_softmax(drafted), following[0][:, None], 1)[:, 0]
-    same = jnp.argmax(logits, -1) == jnp.argmax(drafted, -1)
-    return walk._advance(cache, layers, program), (same, overlap, log_prob)
 
 
 @contextlib.contextmanager
@@ -92,20 +80,13 @@ def hadamard(d: int) -> np.ndarray:
 
 def measure(model: qs.Model, ids: list[int], group: int) -> dict[str, float]:
     """As `quantspec eval acceptance`, and the draft's perplexity; positions from a quarter on."""
-    program = walk._program(model, len(ids), "int8", group, "auto")
-    following = walk._blocks([*ids[1:], 0], group)
-
-    def step(cache, i, tokens):
-        return _block(
-            model.params, model.draft_params, cache, tokens, following[i], program=program
-        )
-
-    same, overlap, log_prob = walk._walk(step, model, program, ids, None)
-    counted = slice(len(ids) // 4, None)
+    seen = compare(model, ids, group_size=group)
+    first = len(ids) // 4
+    log_prob = seen.draft_log_prob[first:-1].mean(dtype=np.float64)
     return {
-        "greedy_acceptance": float(same[counted].mean()),
-        "sampled_acceptance": float(overlap[counted].mean(dtype=np.float64)),
-        "draft_perplexity": float(np.exp(-log_prob[len(ids) // 4 : -1].mean(dtype=np.float64))),
+        "greedy_acceptance": float((seen.top == seen.draft_top)[first:].mean()),
+        "sampled_acceptance": float(seen.overlap[first:].mean(dtype=np.float64)),
+        "draft_perplexity": float(np.exp(-log_prob)),
     }
 
 
