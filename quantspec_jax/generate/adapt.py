@@ -10,7 +10,8 @@ of evidence. The prior lies between c, where drafting just pays, and 1: so draft
 start, and once more whenever what spoke against it has faded. That costs a per cent.
 
 γ depends on draws that decided kept tokens alone, never on a draw whose position is drawn again: so
-the tokens still follow the target's distribution exactly.
+the tokens still follow the target's distribution exactly. In a batch γ also depends on the other
+sequences: sampled tokens are then not those that a sequence draws alone. Greedy ones are.
 """
 
 from __future__ import annotations
