@@ -192,7 +192,7 @@ def _draft_block(
     program: Program,
 ) -> Overlap:
     """The draft on what `_target_block` returned."""
-    drafted = _draft(draft_params, program, cache, tokens)
+    drafted = _draft(draft_params, program, cache, cache.layers, tokens)
     log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(drafted)
 
     def at(log_probs: jax.Array) -> jax.Array:
@@ -232,9 +232,10 @@ def _draft(
     params: Params,
     program: Program,
     cache: HierarchicalKVCache,
+    layers: tuple[LayerCache, ...],
     tokens: jax.Array,
 ) -> jax.Array:
-    """The draft on a block that the target has appended to the cache's layers: logits [G, N]."""
+    """The draft on a block that the target has appended to `layers`: logits [G, N]."""
     sm_scale = program.model.head_dim**-0.5
 
     def attend(
@@ -260,7 +261,7 @@ def _draft(
         program.model,
         tokens,
         cache.length[:, None] + jnp.arange(tokens.shape[1]),
-        cache.layers,
+        layers,
         attend,
         rope_length=program.cache.max_length,
         backend=program.backend,
