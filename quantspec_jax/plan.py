@@ -424,14 +424,14 @@ def _draft_reasons(
 ) -> list[str]:
     near = [row for row in best["gammas"] if abs(row["gamma"] - best["gamma"]) == 1]
     reasons = [
-        f"a draft step reads {best['draft_read_bytes'] / 1e9:.2f} GB and a verification "
-        f"{best['verify_read_bytes'] / 1e9:.2f} GB, where a plain step reads "
-        f"{plain['full']['read_bytes'] / 1e9:.2f} GB",
+        f"a draft step reads {_number(best['draft_read_bytes'] / 1e9)} GB and a verification "
+        f"{_number(best['verify_read_bytes'] / 1e9)} GB, where a plain step reads "
+        f"{_number(plain['full']['read_bytes'] / 1e9)} GB",
         f"at acceptance {best['acceptance']:.3f}, {best['gamma']} proposals a round yield "
         f"{best['tokens_a_round']:.2f} tokens for {best['gamma']} × "
-        f"{best['draft_milliseconds']:.2f} + {best['verify_milliseconds']:.2f} ms",
-        f"{best['milliseconds_a_token']:.2f} ms a token, "
-        + ", ".join(f"at γ = {row['gamma']} {row['milliseconds_a_token']:.2f}" for row in near)
+        f"{_number(best['draft_milliseconds'])} + {_number(best['verify_milliseconds'])} ms",
+        f"{_ms(best)} ms a token, "
+        + ", ".join(f"at γ = {row['gamma']} {_ms(row)}" for row in near)
         + "".join(f", plain with the {PLAIN[v]} cache {_ms(row)}" for v, row in plain.items()),
     ]
     others = [row for row in rows if row is not best and row["fits"] is not False]
@@ -439,8 +439,8 @@ def _draft_reasons(
         next_best = min(others, key=lambda row: row["milliseconds_a_token"])
         reasons.append(
             f"the next format, {next_best['draft']}: acceptance {next_best['acceptance']:.3f}, "
-            f"{next_best['draft_milliseconds']:.2f} ms a draft step, {_ms(next_best)} ms a token "
-            f"at its best γ = {next_best['gamma']}"
+            f"{_number(next_best['draft_milliseconds'])} ms a draft step, {_ms(next_best)} ms a "
+            f"token at its best γ = {next_best['gamma']}"
         )
     return reasons
 
@@ -452,7 +452,7 @@ def _plain_reasons(plain: dict[View, Any], rows: list[dict[str, Any]], view: Vie
         reasons.append(
             f"no draft pays: the best, {best['draft']} at γ = {best['gamma']}, yields "
             f"{best['tokens_a_round']:.2f} tokens for {best['gamma']} × "
-            f"{best['draft_milliseconds']:.2f} + {best['verify_milliseconds']:.2f} ms, "
+            f"{_number(best['draft_milliseconds'])} + {_number(best['verify_milliseconds'])} ms, "
             f"{_ms(best)} ms a token; plain decoding takes {_ms(plain[view])}"
         )
     if view == "int8" and plain["full"]["fits"] is not False:
@@ -460,8 +460,13 @@ def _plain_reasons(plain: dict[View, Any], rows: list[dict[str, Any]], view: Vie
     return reasons
 
 
+def _number(x: float) -> str:
+    """Three digits that count: models differ a thousandfold."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
 def _ms(row: dict[str, Any]) -> str:
-    return f"{row['milliseconds_a_token']:.2f}"
+    return _number(row["milliseconds_a_token"])
 
 
 def _misfits(setting: Setting, plain: dict[View, Any], rows: list[dict[str, Any]]) -> list[str]:
@@ -493,7 +498,7 @@ def table(result: dict[str, Any]) -> str:
     for row in result["candidates"]:
         lines.append(
             f"{row['draft']:<{width}}{row['draft_bits_per_weight']:6.2f}{row['acceptance']:8.3f}"
-            f"{row['gamma']:4}{row['draft_milliseconds']:10.2f}{row['verify_milliseconds']:11.2f}"
+            f"{row['gamma']:4}{_number(row['draft_milliseconds']):>10}{_number(row['verify_milliseconds']):>11}"
             f"{row['tokens_a_round']:8.2f}{_end(row)}"
         )
     lines += [f"{name:<{width}}{'':47}{_end(row)}" for name, row in plain.items()]
@@ -507,4 +512,4 @@ def table(result: dict[str, Any]) -> str:
 def _end(row: dict[str, Any]) -> str:
     over = "  does not fit" if row["fits"] is False else ""
     size = row["needed_bytes"] / GIB
-    return f"{row['milliseconds_a_token']:12.2f}{row['speed_up']:9.2f}×{size:8.1f}{over}"
+    return f"{_ms(row):>12}{row['speed_up']:9.2f}×{size:8.1f}{over}"
