@@ -93,7 +93,7 @@ class TestErrors:
             ([*NEEDED, "--prompt-file", "f"], "not allowed with argument --prompt"),
             ([*NEEDED, "--frobnicate"], "--frobnicate"),
             ([*NEEDED, "--max-new", "3"], "--max-new"),  # no abbreviations
-            ([*NEEDED, "--gamma", "x"], "--gamma: invalid int value: 'x'"),
+            ([*NEEDED, "--gamma", "x"], "--gamma: 'x' is no integer, nor auto"),
             ([*NEEDED, "--gamma", "0"], "gamma is 0"),
             ([*NEEDED, "--gamma", "128"], "gamma is 128"),
             ([*NEEDED, "--max-new-tokens", "0"], "max_new_tokens is 0"),
