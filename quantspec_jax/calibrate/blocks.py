@@ -59,23 +59,23 @@ def calibrate(
     if draft.average_bits is not None:
         formats = finished.formats(lambda: _mixed(config, params, tokens, formats, draft))
         draft = _with_formats(draft, formats)
-    embedded = (params["embedding"][row].astype(jnp.float32) for row in tokens)
-    hidden = [Pair(x, x) for x in embedded]
-    entries = {}
     blocks = range(config.num_layers)
-    for i in tqdm(blocks, desc="calibrating", unit=" layers", disable=not progress):
+    entries = [finished.load(i) for i in blocks]
+    todo = blocks if None in entries else []
+    embedded = (params["embedding"][row].astype(jnp.float32) for row in tokens if todo)
+    hidden = [Pair(x, x) for x in embedded]
+    for i in tqdm(todo, desc="calibrating", unit=" blocks", disable=not progress):
         here = {name: formats[f"layers.{i}.{name}"] for name in LINEAR_LAYERS}
-        block = params["layers"][str(i)]
-        entry = finished.load(i)
+        block, entry = params["layers"][str(i)], entries[i]
         if entry is None:
             make = functools.partial(_quantize, f"layers.{i}", block, here)
             entry, hidden = _through(config, block, hidden, make)
             finished.save(i, entry)
-        elif i + 1 < config.num_layers:
-            _, hidden = _through(config, block, hidden, lambda names, _, e=entry: _only(e, names))
-        if entry:
-            entries[str(i)] = entry
-    return draft, {"layers": entries} if entries else {}
+            entries[i] = entry
+        else:
+            _, hidden = _through(config, block, hidden, functools.partial(_kept, entry))
+    own = {str(i): entry for i, entry in enumerate(entries) if entry}
+    return draft, {"layers": own} if own else {}
 
 
 def _checked(config: ModelConfig, tokens: Any) -> jax.Array:
@@ -168,5 +168,5 @@ def _quantize(
     return made
 
 
-def _only(entry: Entry, names: tuple[str, ...]) -> Entry:
+def _kept(entry: Entry, names: tuple[str, ...], _: Callable[[], Moments]) -> Entry:
     return {name: entry[name] for name in names if name in entry}

@@ -90,7 +90,7 @@ class Finished:
         path = self.directory / f"block-{i}.npz"
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
         partial.replace(path)
 
     @staticmethod
@@ -113,10 +113,8 @@ def _as_saved(x: jax.Array) -> np.ndarray:
 
 
 def _weight(numbers: dict[str, jax.Array]) -> QuantizedWeight:
-    scale, minimum = (
-        numbers[field].view(jnp.bfloat16) if field in numbers else None
-        for field in ("scale", "minimum")
-    )
+    scale = numbers["scale"].view(jnp.bfloat16)
+    minimum = numbers["minimum"].view(jnp.bfloat16) if "minimum" in numbers else None
     return QuantizedWeight(numbers["packed"], scale, minimum)
 
 

@@ -71,7 +71,8 @@ def choose(
     kernels = {name: specs[f"{name}.kernel"] for name in formats}
 
     def bits(name: str, stored: WeightFormat) -> int:
-        return stored.stored_bits(*kernels[name].shape)
+        kin, n = kernels[name].shape
+        return stored.stored_bits(kin, n)
 
     options = {}
     for name, stored in formats.items():
@@ -82,10 +83,9 @@ def choose(
                 other: max(cost[name], 0.0) * float(_rounding_error(kernel, other)) / plain
                 for other in ladder(stored.symmetric)
             }
-    chosen = formats | {
-        name: min(others, key=lambda stored, name=name: bits(name, stored))
-        for name, others in options.items()
-    }
+    chosen = dict(formats)
+    for name, others in options.items():
+        chosen[name] = min(others, key=partial(bits, name))
     weights = sum(spec.size for spec in kernels.values())
     spent = sum(bits(name, stored) for name, stored in chosen.items())
     least = f"{spent / weights:.4f} or more, what 4 bits take"
@@ -98,9 +98,10 @@ def choose(
             for stored in costs
             if 0 < (more := bits(name, stored) - bits(name, chosen[name])) <= left
         ]
-        gain, name, stored, more = max(steps, default=(0.0, "", None, 0), key=lambda step: step[0])
-        if gain <= 0 or stored is None:
+        steps = [step for step in steps if step[0] > 0]
+        if not steps:
             return chosen
+        _, name, stored, more = max(steps, key=lambda step: step[0])
         chosen[name] = stored
         left -= more
 
@@ -134,7 +135,7 @@ def _rounded(block: Block, formats: Formats) -> dict[str, jax.Array]:
     }
 
 
-def _draft(config: ModelConfig, block: Block, kernels: Any, x: Pair) -> jax.Array:
+def _draft(config: ModelConfig, block: Block, kernels: Any, x: Pair) -> Pair:
     own = {name: block[name] | {"kernel": kernel} for name, kernel in kernels.items()}
     middle = streams.add(block["o"], own["o"], x, streams.attend(config, block, own, x))
     inputs = streams.gate(config, block, own, middle)
