@@ -27,6 +27,7 @@ from quantspec_jax.config import WeightFormat
 HIGHEST = jax.lax.Precision.HIGHEST
 BLOCK = 64  # channels rounded before the others hear of it
 DAMPING = 0.3  # of H's mean diagonal
+ROUNDS = 2  # of rounding and refitting
 REFIT_RIDGE = 0.001  # of each number's own term, of the least squares that refit scales
 COLUMNS = 128  # output channels refitted at a time
 RIDGE = 2.0  # the same, of the least squares that find W*
@@ -100,13 +101,18 @@ def quantize(w: jax.Array, gram: jax.Array, factor: Factor, stored: WeightFormat
       gram: H [Kin, Kin], and its `factor`.
     """
     scale, minimum = _ranges(w, jnp.diag(gram), stored)
-    codes = _round(w, factor, scale, minimum, stored)
-    if stored.bits == 4:
-        damped = _damped(gram, DAMPING)
-        scale, minimum = _refit(w, damped, codes[0], scale, minimum, stored)
-        codes = _round(w, factor, scale, minimum, stored)
-        scale, minimum = _refit(w, damped, codes[0], scale, minimum, stored)
-    return _entries(codes, scale, minimum, stored)
+    if stored.bits == 8:
+        return _entries(_round(w, factor, scale, minimum, stored), scale, minimum, stored)
+    damped = _damped(gram, DAMPING)
+
+    def improve(_: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        scale, minimum, _ = state
+        (codes,) = _round(w, factor, scale, minimum, stored)
+        return *_refit(w, damped, codes, scale, minimum, stored), codes
+
+    start = scale, minimum, jnp.zeros(w.shape, jnp.int8)
+    scale, minimum, codes = jax.lax.fori_loop(0, ROUNDS, improve, start)
+    return _entries((codes,), scale, minimum, stored)
 
 
 def _grouped(w: jax.Array, group: int) -> jax.Array:
@@ -245,7 +251,8 @@ def _refit(w, gram, codes, scale, minimum, stored: WeightFormat):
         normal = jnp.moveaxis(normal, -1, 0)
         diagonal = jnp.diagonal(normal, axis1=1, axis2=2)[..., None]
         normal += jnp.eye(len(right)) * jnp.where(diagonal > 0, REFIT_RIDGE * diagonal, 1)
-        return jnp.linalg.solve(normal, right.T[..., None])[..., 0].T
+        factor = jax.scipy.linalg.cho_factor(normal)
+        return jax.scipy.linalg.cho_solve(factor, right.T[..., None])[..., 0].T
 
     change = jax.lax.map(part, (columns(steps), columns(rest)))  # [parts, 1 or 2 · groups, COLUMNS]
     change = jnp.moveaxis(change, 0, 1).reshape(change.shape[1], -1)[:, :n]

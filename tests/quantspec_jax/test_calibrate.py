@@ -156,10 +156,9 @@ def test_an_interrupted_calibration_goes_on(tmp_path, monkeypatch):
         calibrate(config, changed, tokens(), draft, resume=tmp_path)
 
 
-@pytest.mark.parametrize("draft", [UNIFORM, MIXED])
-def test_the_output_is_the_target_s_own(draft):
+def test_the_output_is_the_target_s_own():
     _, params, _ = tiny_model()
-    own = merge(params, calibrated(draft)[1])
+    own = merge(params, calibrated(MIXED)[1])
     rows, lengths = prompts([21, 40]), [21, 40]
     speculative, plain = program(3), program(0, width=4)
     drafted = decode(speculative, start(speculative, rows, lengths, 60), draft=own)
@@ -206,7 +205,7 @@ def test_calibration_tokens(byte_level_tokenizer):
     assert found[-1].tolist() == whole[-50:]
     default = calibration_tokens(byte_level_tokenizer, chunks=4, length=256)
     assert len(np.unique(default)) > 50
-    with pytest.raises(ValueError, match=r"tokens; allowed: 99999 or more"):
+    with pytest.raises(ValueError, match=r"tokens'; allowed: 99999 or more"):
         calibration_tokens(byte_level_tokenizer, text, chunks=1, length=99999)
     with pytest.raises(ValueError, match="tokenizer is None"):
         calibration_tokens(None, text)
