@@ -27,7 +27,7 @@ def calibration_tokens(
     """
     require(tokenizer is not None, "tokenizer", tokenizer, "one: calibration reads text")
     given = default_text() if text is None else text
-    ids = tokenizer(given, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(given, add_special_tokens=False, verbose=False)["input_ids"]
     needed = chunks * length
     enough = f"{needed} or more ({chunks} chunks of {length})"
     require(len(ids) >= needed, "calibration text", f"{len(ids)} tokens", enough)
