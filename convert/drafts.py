@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,8 @@ import jax
 
 from convert.imported import open_draft
 from convert.sources import Checkpoint
-from quantspec_jax.config import DraftConfig, require
-from quantspec_jax.draft import bits_per_weight, draft_bytes, layer_formats, quantize_params
+from quantspec_jax.config import DraftConfig
+from quantspec_jax.draft import draft_bytes, layer_formats, quantize_params
 from quantspec_jax.models.parameters import parameter_shapes
 
 Made = tuple[DraftConfig, dict[str, Any]]  # the draft's configuration and its entries of the tree
@@ -79,6 +78,8 @@ def _calibrated(
     checkpoint: Checkpoint, draft: DraftConfig, text: str | None, finished: Path
 ) -> DraftSource:
     from quantspec_jax.calibrate import calibrate, calibration_tokens
+    from quantspec_jax.calibrate.sensitivity import check_budget
+    from quantspec_jax.calibrate.text import LENGTH
 
     config = checkpoint.config
     if checkpoint.tokenizer is None:
@@ -86,7 +87,8 @@ def _calibrated(
             f"source is {checkpoint.source!r}, which has no tokenizer: draft method gptq reads a "
             "text; allowed without one: rtn"
         )
-    tokens = calibration_tokens(checkpoint.tokenizer, text)
+    length = min(LENGTH, config.max_context)
+    tokens = calibration_tokens(checkpoint.tokenizer, text, length=length)
 
     def calibrated(params: dict[str, Any], progress: bool) -> Made:
         resumed = finished.exists()
@@ -100,9 +102,7 @@ def _calibrated(
 
     size = draft_bytes(config, draft)
     if draft.average_bits is not None:
-        least = math.ceil(1000 * bits_per_weight(config, draft)) / 1000
-        words = f"{least:g} or more, what these layers and groups take in {draft.bits} bits"
-        require(draft.average_bits >= least, "draft average_bits", draft.average_bits, words)
+        check_budget(config, layer_formats(config, draft), draft.average_bits)
         shapes = parameter_shapes(config)
         weights = sum(shapes[f"{layer}.kernel"].size for layer in layer_formats(config, draft))
         size = int(draft.average_bits * weights / 8)

@@ -200,7 +200,7 @@ def _add_draft_options(parser: Parser, *, convert: bool = False) -> None:
             "--draft-bits",
             type=_bits,
             metavar="B",
-            help="4, 8, or for gptq an average such as 4.75: the layers that need it get 8 (4)",
+            help="4, 8, or for gptq an average such as 4.75: each layer gets what it needs (4)",
         )
         group.add_argument(
             "--draft-text", metavar="FILE", help="UTF-8 text for gptq (default: a text of Python's)"

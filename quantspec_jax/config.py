@@ -230,8 +230,10 @@ class DraftConfig:
         such as `layers.*.down,layers.1?.o`.
       method: `rtn` (round to nearest), `gptq` (calibrated on text), or `imported` (the codes of an
         existing 4-bit checkpoint).
-      average_bits: mixed precision: the layers that need it most get 8 bits as long as the mean
-        over all linear layers of the blocks, scales counted, is no more than this. Needs `gptq`.
+      average_bits: mixed precision: each layer of 4 bits gets a format of its own, 4 bits in groups
+        of 128 or 64 with or without minima, or 8 bits, so that what rounding costs is least while
+        the mean over all linear layers of the blocks, scales counted, is no more than this. Needs
+        `gptq`. `group_size` and `symmetric` (then nothing has minima) say where the search starts.
       formats: layers that are stored otherwise than `bits`, `group_size` and `symmetric` say, by
         name (`layers.3.down`): what a mixed-precision search or an import found.
     """

@@ -106,7 +106,7 @@ def quantize(w: jax.Array, gram: jax.Array, factor: Factor, stored: WeightFormat
     damped = _damped(gram, DAMPING)
 
     def improve(_: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        scale, minimum, _ = state
+        scale, minimum, codes = state
         (codes,) = _round(w, factor, scale, minimum, stored)
         return *_refit(w, damped, codes, scale, minimum, stored), codes
 

@@ -7,6 +7,7 @@ target's. Where the layers' errors are independent that is twice what its roundi
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -83,14 +84,10 @@ def choose(
                 other: max(cost[name], 0.0) * float(_rounding_error(kernel, other)) / plain
                 for other in ladder(stored.symmetric)
             }
-    chosen = dict(formats)
-    for name, others in options.items():
-        chosen[name] = min(others, key=partial(bits, name))
+    check_budget(config, formats, budget)
+    chosen = formats | {name: _cheapest(formats[name]) for name in options}
     weights = sum(spec.size for spec in kernels.values())
-    spent = sum(bits(name, stored) for name, stored in chosen.items())
-    least = f"{spent / weights:.4f} or more, what 4 bits take"
-    require(spent <= budget * weights, "draft average_bits", budget, least)
-    left = int(budget * weights) - spent
+    left = int(budget * weights) - sum(bits(name, stored) for name, stored in chosen.items())
     while True:
         steps = [
             ((costs[chosen[name]] - costs[stored]) / more, name, stored, more)
@@ -106,8 +103,26 @@ def choose(
         left -= more
 
 
+def check_budget(config: ModelConfig, formats: Formats, budget: float) -> None:
+    """ValueError where a mean of `budget` bits a weight cannot be reached."""
+    specs = parameter_shapes(config)
+    spent = weights = 0
+    for name, stored in formats.items():
+        spec = specs[f"{name}.kernel"]
+        spent += _cheapest(stored).stored_bits(*spec.shape)
+        weights += spec.size
+    least = math.ceil(1000 * spent / weights) / 1000
+    words = f"{least:g} or more, what these layers take in 4 bits"
+    require(spent <= budget * weights, "draft average_bits", budget, words)
+
+
+def _cheapest(stored: WeightFormat) -> WeightFormat:
+    """The format of fewest bits that a layer may be given; other than 4 bits, its own."""
+    return ladder(True)[0] if stored.bits == 4 else stored
+
+
 def ladder(symmetric: bool) -> list[WeightFormat]:
-    """The formats that mixed precision chooses from."""
+    """The formats that mixed precision chooses from, that of fewest bits first."""
     kinds = (True,) if symmetric else (True, False)
     four = [WeightFormat(4, group, kind) for group in (128, 64) for kind in kinds]
     return [*four, WeightFormat(8, 128, symmetric=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -206,9 +207,11 @@ def test_calibrated_weights_are_stored_as_they_are_found(
     make_tiny_llama, tmp_path, tmp_path_factory, monkeypatch
 ):
     """The real calibration, on a short text; loading repeats nothing of it."""
-    tokens = functools.partial(calibration_tokens, chunks=2, length=64)
+    tokens = functools.partial(calibration_tokens, chunks=2)
     monkeypatch.setattr("quantspec_jax.calibrate.calibration_tokens", tokens)
-    source = make_tiny_llama(tmp_path_factory.mktemp("hf"), num_hidden_layers=1)
+    source = make_tiny_llama(
+        tmp_path_factory.mktemp("hf"), num_hidden_layers=1, max_position_embeddings=64
+    )
     draft = DraftConfig(method="gptq", group_size=32, layers="*.down")
     text = "the cat sat on a mat. " * 60
     out = convert.convert(
@@ -216,9 +219,8 @@ def test_calibrated_weights_are_stored_as_they_are_found(
     )
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     checkpoint = convert.open_source(source)
-    expected = calibrate(
-        checkpoint.config, checkpoint.load("float32"), tokens(checkpoint.tokenizer, text), draft
-    )
+    chunks = tokens(checkpoint.tokenizer, text, length=64)  # the model's context
+    expected = calibrate(checkpoint.config, checkpoint.load("float32"), chunks, draft)
     monkeypatch.setattr("quantspec_jax.calibrate.calibrate", lambda *_: pytest.fail("again"))
     config, entries = convert.open_source(out).load_draft()
     assert config == expected[0]
@@ -270,8 +272,8 @@ def test_a_text_that_calibrates_nothing_is_refused_before_weights_are_read(
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("read the weights"))
     with pytest.raises(ValueError, match=r"calibration text is .* tokens"):
         calibrating(draft_text="too short", progress=False)
-    mixed = DraftConfig(method="gptq", average_bits=4.4)
-    with pytest.raises(ValueError, match=r"average_bits is 4.4; allowed: 4.534 or more"):
+    mixed = DraftConfig(method="gptq", average_bits=4.1)
+    with pytest.raises(ValueError, match=r"average_bits is 4.1; allowed: 4\.\d+ or more"):
         convert.convert(tiny_llama_dir, tmp_path / "out", draft=mixed, progress=False)
     with pytest.raises(ValueError, match=r"which has no tokenizer: draft method gptq"):
         convert.convert(
@@ -457,8 +459,12 @@ def test_an_interrupt_leaves_nothing(llama_dir, tmp_path):
     assert process.stdout.readline() == "writing\n"
     assert [p.suffix for p in tmp_path.iterdir()] == [".partial"]
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    for _ in range(3):  # Python loses an interrupt that strikes in a destructor: then again
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=20)
+            break
+    assert process.returncode == 130
     assert list(tmp_path.iterdir()) == []
 
 
