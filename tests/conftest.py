@@ -100,6 +100,12 @@ TOKENIZERS = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of few and long tests begin first, so that no process waits for them at the end."""
+    long = ("test_notebooks.py", "test_smollm2.py")
+    items.sort(key=lambda item: item.path.name not in long)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _free_compiled_programs() -> Iterator[None]:
     """Each program of XLA's CPU backend holds memory maps, tens to a thousand, and Linux allows a
