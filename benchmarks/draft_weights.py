@@ -27,6 +27,7 @@ import quantspec_jax as qs
 from quantspec_jax.bench import record
 from quantspec_jax.calibrate import calibrate, calibration_tokens
 from quantspec_jax.draft import bits_per_weight
+from quantspec_jax.evaluate.measures import accepted
 from quantspec_jax.evaluate.walk import compare
 from quantspec_jax.models import decoder
 
@@ -83,11 +84,7 @@ def measure(model: qs.Model, ids: list[int], group: int) -> dict[str, float]:
     seen = compare(model, ids, group_size=group)
     first = len(ids) // 4
     log_prob = seen.draft_log_prob[first:-1].mean(dtype=np.float64)
-    return {
-        "greedy_acceptance": float((seen.top == seen.draft_top)[first:].mean()),
-        "sampled_acceptance": float(seen.overlap[first:].mean(dtype=np.float64)),
-        "draft_perplexity": float(np.exp(-log_prob)),
-    }
+    return accepted(seen, first) | {"draft_perplexity": float(np.exp(-log_prob))}
 
 
 def main() -> int:

@@ -18,10 +18,10 @@ from convert.quantized import (
     Codes,
     QuantizedCheckpoint,
     check_finite,
-    linear_layers,
 )
 from convert.weights import Parameter, deinterleave, gguf_parameters
 from quantspec_jax.config import ModelConfig, WeightFormat
+from quantspec_jax.models.parameters import linear_layers
 
 
 class GgufBlocks(QuantizedCheckpoint):

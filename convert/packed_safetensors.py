@@ -32,7 +32,6 @@ from convert.quantized import (
     Codes,
     QuantizedCheckpoint,
     check_finite,
-    linear_layers,
     restore,
     stored_group,
 )
@@ -43,7 +42,7 @@ from convert.weights import hf_name
 from pallas_kernels.layout import QuantizedWeight
 from quantspec_jax.config import ModelConfig, WeightFormat, require
 from quantspec_jax.draft import quantize_linear
-from quantspec_jax.models.parameters import LINEAR_LAYERS, parameter_shapes
+from quantspec_jax.models.parameters import LINEAR_LAYERS, linear_layers, parameter_shapes
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 

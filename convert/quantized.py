@@ -24,7 +24,7 @@ from pallas_kernels.int4_matmul.reference import dequantize
 from pallas_kernels.layout import QuantizedWeight, pack
 from quantspec_jax.config import DraftConfig, ModelConfig, WeightFormat
 from quantspec_jax.draft import quantize_linear
-from quantspec_jax.models.parameters import LINEAR_LAYERS, nest
+from quantspec_jax.models.parameters import LINEAR_LAYERS, linear_layers, nest
 
 MORE_BITS = WeightFormat(8, 64)  # of layers that are not in 4 bits
 MOST_ERROR = 0.5  # 4 bits cost about 0.1, another model's weights are off by more than 1
@@ -147,11 +147,6 @@ class QuantizedCheckpoint(ABC):
             raise ValueError(f"draft_from is {self.source!r}, a checkpoint of another model: its "
                              f"weights in {layer} are off by {error:.0%} (4 bits cost about "
                              "10%)")  # fmt: skip
-
-
-def linear_layers(config: ModelConfig) -> list[str]:
-    """Names of all linear layers of the blocks."""
-    return [f"layers.{i}.{name}" for i in range(config.num_layers) for name in LINEAR_LAYERS]
 
 
 def _format(entries: Mapping[str, Any], layer: str) -> WeightFormat:

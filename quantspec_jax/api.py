@@ -142,7 +142,7 @@ class _Memory:
         self.made = {"weights"}
         if program.gamma:
             self.parts["draft"] = draft_bytes(model.config, model.draft)
-            if "draft_params" in vars(model) or model._draft_entries is not None:
+            if model.has_draft_arrays:
                 self.made.add("draft")
         if free_bytes() is not None:
             cache = jax.eval_shape(lambda: create(model.config, program.cache, batch))

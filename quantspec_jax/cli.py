@@ -568,7 +568,7 @@ def check_sweep_options(args: argparse.Namespace) -> None:
         folder = os.path.dirname(args.output) or "."
         require(os.path.isdir(folder), "--output", args.output, "a file in an existing directory")
     if args.plot is not None:
-        from quantspec_jax.evaluate.sweep import check_plot
+        from quantspec_jax.plotting import check_plot
 
         check_plot(args.plot)
 

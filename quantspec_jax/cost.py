@@ -17,11 +17,15 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
-
 from quantspec_jax.config import DraftConfig, ModelConfig, View, require
 from quantspec_jax.draft import draft_bytes, layer_formats
-from quantspec_jax.models.parameters import LINEAR_LAYERS, layer_shapes, parameter_shapes
+from quantspec_jax.memory import tree_bytes
+from quantspec_jax.models.parameters import (
+    LINEAR_LAYERS,
+    layer_shapes,
+    parameter_count,
+    parameter_shapes,
+)
 
 GROUP_SIZE = 128
 MOST_GAMMA = 16
@@ -32,14 +36,13 @@ def weight_bytes(params: dict[str, Any]) -> int:
     """Bytes that a pass reads of these arrays (or shapes): all but the embedding table, which is
     read whole only where it is tied, as lm_head."""
     read = {k: v for k, v in params.items() if k != "embedding" or "lm_head" not in params}
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read))
+    return tree_bytes(read)
 
 
 def target_weight_bytes(model: ModelConfig, itemsize: int = BF16) -> int:
     """`weight_bytes` of the target's weights in a type of `itemsize` bytes."""
-    shapes = parameter_shapes(model)
-    unread = 0 if model.tie_embeddings else shapes["embedding"].size
-    return itemsize * (sum(spec.size for spec in shapes.values()) - unread)
+    unread = 0 if model.tie_embeddings else parameter_shapes(model)["embedding"].size
+    return itemsize * (parameter_count(model) - unread)
 
 
 def linear_weights(model: ModelConfig) -> int:

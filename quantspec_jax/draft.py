@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.int4_matmul.reference import dequantize
 from pallas_kernels.layout import QuantizedWeight, pack
 from quantspec_jax.config import DraftConfig, ModelConfig, WeightFormat, require
-from quantspec_jax.models.parameters import LINEAR_LAYERS, nest, parameter_shapes
+from quantspec_jax.models.parameters import LINEAR_LAYERS, linear_layers, nest, parameter_shapes
 
 
 def layer_formats(model: ModelConfig, config: DraftConfig) -> dict[str, WeightFormat]:
@@ -21,7 +21,7 @@ def layer_formats(model: ModelConfig, config: DraftConfig) -> dict[str, WeightFo
     Raises:
       ValueError: a pattern of `config.layers`, or a name in `config.formats`, fits no layer.
     """
-    names = [f"layers.{i}.{name}" for i in range(model.num_layers) for name in LINEAR_LAYERS]
+    names = linear_layers(model)
     for pattern in config.patterns:
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"draft layers is {config.layers!r}: {pattern!r} fits no layer; names "

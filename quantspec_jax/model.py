@@ -61,6 +61,11 @@ class Model:
             entries = quantize_params(self.params, self.draft)
         return merge(self.params, entries)
 
+    @property
+    def has_draft_arrays(self) -> bool:
+        """Whether the draft's own arrays exist already; else `draft_params` makes them."""
+        return "draft_params" in vars(self) or self._draft_entries is not None
+
     def logits(self, tokens: Any) -> jax.Array:
         """Full-precision logits: token ids [B, S] → [B, S, N] float32."""
         tokens = np.asarray(tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from pallas_kernels import dispatch
@@ -47,43 +49,19 @@ def kv_attention(
       [B, S, H, D] float32 output and [B, S, H] float32 log-sum-exp of the scores (−∞ and output 0
       where a row sees nothing).
     """
+    operands = (q, keys, values, key_buffer, value_buffer, quantized_length, start)
+    options: dict[str, Any] = {"view": view, "sm_scale": sm_scale, "strict": strict}
     if _mosaic_gpu(q, keys, key_buffer, view, sm_scale, strict, backend):
         from pallas_kernels.kv_attention import configs, mosaic_gpu
 
-        shape = mosaic_gpu.shape_of(
-            q, keys, key_buffer, view=view, sm_scale=sm_scale, strict=strict
-        )
+        shape = mosaic_gpu.shape_of(q, keys, key_buffer, **options)
         config = configs.choose(shape)
         assert config is not None
         kernel = dispatch.shared(
             mosaic_gpu.kv_attention, ("view", "sm_scale", "strict", "config", "blocks")
         )
-        return kernel(
-            q,
-            keys,
-            values,
-            key_buffer,
-            value_buffer,
-            quantized_length,
-            start,
-            view=view,
-            sm_scale=sm_scale,
-            strict=strict,
-            config=config,
-            blocks=dispatch.multiprocessors(),
-        )
-    return reference.kv_attention(
-        q,
-        keys,
-        values,
-        key_buffer,
-        value_buffer,
-        quantized_length,
-        start,
-        view=view,
-        sm_scale=sm_scale,
-        strict=strict,
-    )
+        return kernel(*operands, **options, config=config, blocks=dispatch.multiprocessors())
+    return reference.kv_attention(*operands, **options)
 
 
 def _mosaic_gpu(

@@ -14,6 +14,7 @@ import functools
 import statistics
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,15 @@ from quantspec_jax.config import (
 )
 from quantspec_jax.cost import Costs, bytes_read, cache_read_bytes, weight_bytes
 from quantspec_jax.draft import draft_bytes, merge, quantize_params
-from quantspec_jax.evaluate.sweep import check_plot, short
 from quantspec_jax.generate.adapt import MOST_DRAFTED
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
 from quantspec_jax.models.decoder import Params
-from quantspec_jax.models.parameters import nest, parameter_shapes
+from quantspec_jax.models.parameters import nest, parameter_count, parameter_shapes
 from quantspec_jax.models.presets import PRESETS
+from quantspec_jax.plotting import check_plot, save, short
 
 MODES = ("full", "int8", "int4", "draft", "verify", "quantspec")
 GROUP_SIZE = 128
@@ -96,10 +97,11 @@ def random_state(
     """A state with `context` random tokens a sequence in the cache."""
 
     def fill(path: Any, leaf: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(1), hash(jax.tree_util.keystr(path)) % 2**31)
+        name = jax.tree_util.keystr(path)
+        # A checksum, for `hash` differs from process to process: another program to compile.
+        key = jax.random.fold_in(jax.random.key(1), zlib.crc32(name.encode()))
         if leaf.dtype == jnp.uint8:
             return jax.random.bits(key, leaf.shape, jnp.uint8)
-        name = jax.tree_util.keystr(path)
         if name.endswith("scale"):
             return jnp.full_like(leaf, 0.25)
         if name.endswith("minimum"):
@@ -358,8 +360,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     longest = max(args.context)
     require(longest <= model.max_context, "--context", longest, f"at most {model.max_context}")
     config = DraftConfig(group_size=args.draft_group, symmetric=args.draft_symmetric)
-    weights = sum(spec.size for spec in parameter_shapes(model).values())
-    weights *= jnp.dtype(args.dtype).itemsize
+    weights = parameter_count(model) * jnp.dtype(args.dtype).itemsize
     require_memory(args.preset, {"weights": weights, "draft": draft_bytes(model, config)})
     ceiling = read_ceiling()
     params = random_params(model, args.dtype)
@@ -427,9 +428,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     axes.set_title(f"{title}{', simulated acceptance' if simulated else ''}", fontsize=10)
     axes.legend()
     axes.grid(alpha=0.3)
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
+    save(figure, path)
 
 
 def _add_speed_up(rows: list[dict[str, Any]]) -> None:

@@ -27,7 +27,7 @@ from quantspec_jax.generate.state import Program
 from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
 from quantspec_jax.models.attention import uses_cudnn
 from quantspec_jax.models.decoder import Params
-from quantspec_jax.models.parameters import parameter_shapes
+from quantspec_jax.models.parameters import parameter_count
 from quantspec_jax.models.presets import PRESETS
 
 
@@ -113,8 +113,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for preset in args.preset:
         model = PRESETS[preset]
-        size = sum(spec.size for spec in parameter_shapes(model).values())
-        require_memory(preset, {"weights": size * jnp.dtype(args.dtype).itemsize})
+        size = parameter_count(model) * jnp.dtype(args.dtype).itemsize
+        require_memory(preset, {"weights": size})
         params = random_params(model, args.dtype)
         for context in args.context:
             rows.append(measure(preset, model, params, context, args))

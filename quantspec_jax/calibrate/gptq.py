@@ -26,11 +26,11 @@ from quantspec_jax.config import WeightFormat
 
 HIGHEST = jax.lax.Precision.HIGHEST
 BLOCK = 64  # channels rounded before the others hear of it
-DAMPING = 0.3  # of H's mean diagonal
+DAMPING = 0.3  # of H's mean diagonal, while rounding
+RIDGE = 2.0  # of H's mean diagonal, in the least squares that find W*
 ROUNDS = 2  # of rounding and refitting
-REFIT_RIDGE = 0.001  # of each number's own term, of the least squares that refit scales
+REFIT_RIDGE = 0.001  # of each number's own term, in the least squares that refit scales
 COLUMNS = 128  # output channels refitted at a time
-RIDGE = 2.0  # the same, of the least squares that find W*
 SHRINK = (1.0, 0.92, 0.84, 0.76)  # of a group's range, either end
 
 
@@ -123,8 +123,8 @@ def _grouped(w: jax.Array, group: int) -> jax.Array:
 
 
 def _ranges(w: jax.Array, weight: jax.Array, stored: WeightFormat):
-    """Scale and minimum of each group, bf16 [groups, N] (no minimum: None), that round to nearest
-    with the least error, each channel's weighted with H's diagonal."""
+    """Scale and minimum of each group, bf16 [groups, N] (symmetric: minima of 0), that round to
+    nearest with the least error, each channel's weighted with H's diagonal [Kin]."""
     group = stored.group_size
     rows = _grouped(w, group)
     inside = _grouped(jnp.ones(w.shape[0], bool), group)[..., None]

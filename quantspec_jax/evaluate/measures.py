@@ -9,7 +9,7 @@ import numpy as np
 
 from quantspec_jax.config import VIEWS, Backend, require
 from quantspec_jax.draft import bits_per_weight
-from quantspec_jax.evaluate.walk import compare, score
+from quantspec_jax.evaluate.walk import Overlap, compare, score
 from quantspec_jax.model import Model
 from quantspec_jax.text.prompts import read_prompts
 
@@ -92,13 +92,19 @@ def acceptance(
     first = len(ids) // 4 if first is None else first
     require(0 <= first < len(ids), "first", first, f"a position from 0 to {len(ids) - 1}")
     seen = compare(model, ids, group_size=group_size, backend=backend, progress=progress)
-    same = (seen.top == seen.draft_top)[first:]
     return {
-        "greedy_acceptance": float(same.mean()),
-        "sampled_acceptance": float(seen.overlap[first:].mean(dtype=np.float64)),
-        "positions": len(same),
+        **accepted(seen, first),
+        "positions": len(ids) - first,
         "draft": model.draft.describe(),
         "draft_bits_per_weight": bits_per_weight(model.config, model.draft),
+    }
+
+
+def accepted(seen: Overlap, first: int) -> dict[str, float]:
+    """greedy_acceptance and sampled_acceptance over the positions from `first` on."""
+    return {
+        "greedy_acceptance": float((seen.top == seen.draft_top)[first:].mean()),
+        "sampled_acceptance": float(seen.overlap[first:].mean(dtype=np.float64)),
     }
 
 

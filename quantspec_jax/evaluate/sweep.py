@@ -17,10 +17,11 @@ import numpy as np
 from quantspec_jax.config import Backend, DraftConfig, ModelConfig, require
 from quantspec_jax.cost import bytes_read
 from quantspec_jax.draft import bits_per_weight, draft_bytes, merge, quantize_params
-from quantspec_jax.evaluate.measures import read_tokens
+from quantspec_jax.evaluate.measures import accepted, read_tokens
 from quantspec_jax.evaluate.walk import Overlap, compare_drafts
 from quantspec_jax.model import Model
 from quantspec_jax.models.decoder import Params
+from quantspec_jax.plotting import save, short
 
 DRAFTS = (
     DraftConfig(group_size=128, symmetric=True),
@@ -31,7 +32,6 @@ DRAFTS = (
     DraftConfig(bits=None),
 )
 CONTEXTS = (8192, 32768, 131072)
-SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def sweep(
@@ -74,13 +74,13 @@ def sweep(
         model, trees, ids, group_size=group_size, backend=backend, progress=progress
     )
     counted = slice(first, len(ids) - 1)
+    rows = [_row(model.config, *both, first) for both in zip(configs, found, strict=True)]
     return {
         "positions": len(ids) - first,
         "target_perplexity": _perplexity(found[0].log_prob[counted]),
         "rows": [
-            _row(model.config, config, seen, first)
-            | predictions(shapes or model.config, config, _greedy(seen, first), contexts)
-            for config, seen in zip(configs, found, strict=True)
+            row | predictions(shapes or model.config, config, row["greedy_acceptance"], contexts)
+            for config, row in zip(configs, rows, strict=True)
         ],
         "drafts": [config.to_dict() for config in configs],
     }
@@ -114,10 +114,6 @@ def _prepare(
     return configs, trees
 
 
-def _greedy(seen: Overlap, first: int) -> float:
-    return float((seen.top == seen.draft_top)[first:].mean())
-
-
 def _perplexity(log_prob: np.ndarray) -> float:
     return math.exp(-log_prob.mean(dtype=np.float64))
 
@@ -127,8 +123,7 @@ def _row(model: ModelConfig, config: DraftConfig, seen: Overlap, first: int) -> 
         "draft": config.describe(),
         "draft_bits_per_weight": bits_per_weight(model, config),
         "draft_bytes": draft_bytes(model, config),
-        "greedy_acceptance": _greedy(seen, first),
-        "sampled_acceptance": float(seen.overlap[first:].mean(dtype=np.float64)),
+        **accepted(seen, first),
         "perplexity": _perplexity(seen.draft_log_prob[first:-1]),
     }
 
@@ -171,29 +166,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def short(context: int) -> str:
-    """8192 → 8K."""
-    return f"{context // 1024}K" if context % 1024 == 0 else str(context)
-
-
-def check_plot(path: str) -> Path:
-    """The path of a plot that can be made; raised before anything is measured.
-
-    Raises:
-      ValueError: another kind of file, a directory that does not exist, or no matplotlib.
-    """
-    plot_path = Path(path)
-    require(plot_path.suffix in SUFFIXES, "--plot", path, f"a file {', '.join(SUFFIXES)}")
-    require(plot_path.parent.is_dir(), "--plot", path, "a file in a directory that exists")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            "--plot needs matplotlib, which is not installed: pip install 'quantspec-jax[demo]'"
-        ) from None
-    return plot_path
-
-
 def plot(result: dict[str, Any], path: Path) -> None:
     """Acceptance against bits a weight; each point's label says what it promises by context."""
     from matplotlib.figure import Figure
@@ -231,6 +203,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
     )
     axes.legend()
     axes.grid(alpha=0.3)
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
+    save(figure, path)

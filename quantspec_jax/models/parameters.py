@@ -75,6 +75,11 @@ def layer_shapes(config: ModelConfig) -> dict[str, Spec]:
     return shapes
 
 
+def linear_layers(config: ModelConfig) -> list[str]:
+    """Names of all linear layers of the blocks, such as `layers.3.down`."""
+    return [f"layers.{i}.{name}" for i in range(config.num_layers) for name in LINEAR_LAYERS]
+
+
 def parameter_shapes(config: ModelConfig) -> dict[str, Spec]:
     """Every parameter of the model by its dotted path, in the order of the computation."""
     vocab, embed = config.vocab_size, config.hidden_size
