@@ -151,11 +151,20 @@ _LETTERS = {"i1": "b", "i32": "r", "i64": "l", "f32": "f"}
 
 
 def asm(
-    template: str, results: Sequence[str], args: Sequence[V], *, effects: bool = False
+    template: str,
+    results: Sequence[str],
+    args: Sequence[V],
+    *,
+    updated: int = 0,
+    effects: bool = False,
 ) -> list[V]:
-    """PTX. $0, $1, … are first the results (types by name), then the arguments."""
+    """PTX. $0, $1, … are first the results (types by name), then the arguments.
+
+    The first `updated` arguments are what as many results hold before.
+    """
     constraints = ["=" + _LETTERS[name] for name in results]
-    constraints += [_LETTERS[str(a.type)] for a in args]
+    constraints += [str(i) for i in range(updated)]
+    constraints += [_LETTERS[str(a.type)] for a in args[updated:]]
     if effects:
         constraints.append("~{memory}")
     types = [_type(name) for name in results]
@@ -323,6 +332,64 @@ def mma(kind: str, a: Sequence[V], b: Sequence[V], c: Sequence[V]) -> list[V]:
     )
 
 
+def store_matrices_transposed(where: V, x: Sequence[V]) -> None:
+    """2 or 4 matrices as `transpose_8x8` takes them to shared memory, transposed; lane i gives the
+    address of row i of the transposed ones."""
+    names = ",".join(f"${i + 1}" for i in range(len(x)))
+    asm(
+        f"stmatrix.sync.aligned.m8n8.x{len(x)}.trans.shared.b16 [$0], {{{names}}};",
+        [],
+        [where, *x],
+        effects=True,
+    )
+
+
+def wgmma(
+    kind: str,
+    products: Sequence[tuple[Sequence[V], Sequence[Sequence[V]], V]],
+    *,
+    k_stride: int,
+    n_stride: int,
+) -> list[list[V]]:
+    """Products of a warpgroup: C[64, N] += A[64, 16 s] B[16 s, N], float32 sums, of which warp w
+    holds rows 16 w to 16 w + 15. Returns when they are done.
+
+    Of each product: the sums, N/8 blocks as `mma`'s c; of each of s steps, a as `mma` takes it; and
+    the address of B in shared memory, pieces of 8 columns × 8 k, 128 bytes each (column, k), whose
+    neighbours along k and n are `k_stride` and `n_stride` bytes away. Whoever wrote B has called
+    `fence_async` before the barrier.
+    """
+    sums = [x for acc, _, _ in products for x in acc]
+    args = list(sums)
+    text = [".reg .pred yes; .reg .b32 low, high; .reg .b64 b; setp.eq.u32 yes, 0, 0;"]
+    text += [f"mov.b32 high, {n_stride >> 4}; wgmma.fence.sync.aligned;"]
+    first = 0
+    for acc, steps, address in products:
+        out = ",".join(f"${first + i}" for i in range(len(acc)))
+        first += len(acc)
+        at = len(sums) + len(args)
+        args.append(((address & 0x3FFFF) >> 4) | (k_stride >> 4 << 16))
+        for i, a in enumerate(steps):
+            left = ",".join(f"${len(sums) + len(args) + j}" for j in range(4))
+            args += a
+            text.append(f"add.u32 low, ${at}, {(2 * k_stride >> 4) * i}; mov.b64 b, {{low, high}};")
+            text.append(
+                f"wgmma.mma_async.sync.aligned.m64n{2 * len(acc)}k16.f32.{kind}.{kind} "
+                f"{{{out}}}, {{{left}}}, b, yes, 1, 1, 0;"
+            )
+    text.append("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;")
+    found = iter(
+        asm(
+            "{ " + " ".join(text) + " }",
+            ["f32"] * len(sums),
+            args,
+            updated=len(sums),
+            effects=True,
+        )
+    )
+    return [[next(found) for _ in acc] for acc, _, _ in products]
+
+
 def sync_warp() -> None:
     asm("bar.warp.sync -1;", [], [], effects=True)
 
@@ -330,6 +397,18 @@ def sync_warp() -> None:
 def sync_threads(barrier: V, threads: int) -> None:
     """Named barrier of `threads` threads, whole warps."""
     asm(f"bar.sync $0, {threads};", [], [barrier], effects=True)
+
+
+def sync_threads_any(barrier: V, threads: int, condition: V) -> V:
+    """As `sync_threads`; whether any of the threads brought a true condition."""
+    out = asm(
+        "{ .reg .pred p, r; setp.ne.u32 p, $2, 0; "
+        f"barrier.cta.red.or.pred r, $1, {threads}, p; selp.u32 $0, 1, 0, r; }}",
+        ["i32"],
+        [barrier, select(condition, i32(1), 0)],
+        effects=True,
+    )[0]
+    return out > 0
 
 
 # Memory -----------------------------------------------------------------------------------------
@@ -445,9 +524,18 @@ def bulk_copy(target: V, source: V, num_bytes: V, barrier: V) -> None:
     )
 
 
-def copy_async(target: V, source: V, size: V) -> None:
-    """16 bytes from global to shared memory, by this thread: the first `size`, then zeros."""
-    asm("cp.async.cg.shared.global [$0], [$1], 16, $2;", [], [target, source, size], effects=True)
+def copy_async(target: V, source: V, size: V, line: int = 0) -> None:
+    """16 bytes from global to shared memory, by this thread: the first `size`, then zeros.
+
+    line: 128 or 256, bytes that L2 is to fetch around them.
+    """
+    hint = f".L2::{line}B" if line else ""
+    asm(
+        f"cp.async.cg.shared.global{hint} [$0], [$1], 16, $2;",
+        [],
+        [target, source, size],
+        effects=True,
+    )
 
 
 def copy_async_commit() -> None:
@@ -458,6 +546,30 @@ def copy_async_commit() -> None:
 def copy_async_wait(pending: int) -> None:
     """Wait until at most `pending` of this thread's groups are under way."""
     asm(f"cp.async.wait_group {pending};", [], [], effects=True)
+
+
+# Clusters: blocks that run at the same time and reach each other's shared memory -----------------
+
+
+def peer_address(where: V, rank: V) -> V:
+    """What lies at a place of this block's shared memory in the block `rank` of the cluster."""
+    return asm("mapa.shared::cluster.u32 $0, $1, $2;", ["i32"], [where, rank])[0]
+
+
+def store_peer(where: V, four: Sequence[V]) -> None:
+    """Four floats to a peer's shared memory."""
+    asm(
+        "st.shared::cluster.v4.f32 [$0], {$1, $2, $3, $4};",
+        [],
+        [where, *four],
+        effects=True,
+    )
+
+
+def sync_cluster() -> None:
+    """All threads of a cluster meet; what they stored before is seen by all after."""
+    asm("barrier.cluster.arrive.release.aligned;", [], [], effects=True)
+    asm("barrier.cluster.wait.acquire.aligned;", [], [], effects=True)
 
 
 # Control ----------------------------------------------------------------------------------------
@@ -503,11 +615,15 @@ def kernel(
     blocks: int,
     warpgroups: int,
     shared_bytes: int = 0,
+    cluster: int = 1,
 ) -> Callable[..., Any]:
     """A Pallas kernel whose body is thread-level code.
 
-    body(addresses of the operands and results, address of the shared memory or None).
+    body(addresses of the operands and results, address of the shared memory or None). Of `blocks`,
+    each `cluster` neighbours (`ctaid.x`) are a cluster.
     """
+    if blocks % cluster:
+        raise ValueError(f"there are {blocks} blocks; a multiple of the cluster's {cluster} can be")
     scratch = {"shared": plgpu.SMEM((max(shared_bytes, 16) // 4,), jnp.uint32)}
 
     def pallas_body(*refs: Any, shared: Any) -> None:
@@ -525,8 +641,10 @@ def kernel(
         pallas_body,
         out_type=tuple(out_type),
         scratch_types=scratch,
-        grid=(blocks,),
+        grid=(blocks // cluster,),
         grid_names=("block",),
+        cluster=(cluster,) if cluster > 1 else (),
+        cluster_names=("peer",) if cluster > 1 else (),
         num_threads=warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(

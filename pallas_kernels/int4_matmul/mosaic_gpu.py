@@ -50,12 +50,20 @@ class Config:
     splits      parts that the input channels are dealt into; XLA adds their results
     beside      warps of a warpgroup on neighbouring outputs, 4 or 1: 4 read longer rows of the
                 weight; 1 deals the groups to the 4 warps, which add up in shared memory
+    cluster     0: as above. Else blocks of a cluster, 1 to 8, among which the input channels are
+                dealt, and then among those of a block's warps that are on the same outputs (all
+                its warps but for `beside`, 1, 2 or 4); all of them add up in shared memory
+    whole       with a cluster: groups are dealt, not parts of groups
+    line        bytes that L2 fetches around each 16: 0, 128 or 256
     """
 
     warpgroups: int
     stages: int
     splits: int
     beside: int = 4
+    cluster: int = 0
+    whole: bool = False
+    line: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,17 +117,42 @@ class Plan:
         return sum(self.output_blocks) * self.config.splits
 
     @property
+    def units(self) -> int:
+        """Pieces that the input channels are dealt in, in a cluster."""
+        return self.shape.groups * (1 if self.config.whole else self.shape.parts)
+
+    @property
+    def quads(self) -> int:
+        """Fours of results of a cluster."""
+        return self.shape.rows * self.outputs // 4
+
+    @property
+    def share(self) -> int:
+        """Fours of results that a block of a cluster adds up and writes."""
+        return -(-self.quads // self.config.cluster)
+
+    @property
+    def row_bytes(self) -> int:
+        """A row of a warp's sums, padded against bank conflicts."""
+        return 4 * OUTPUTS + 16
+
+    @property
     def sharing(self) -> int:
         """Warps that share the groups of an item's outputs."""
-        return WARPS // self.config.beside
+        warps = WARPS * (self.config.warpgroups if self.config.cluster else 1)
+        return warps // self.config.beside
 
     @property
     def sum_bytes(self) -> int:
         """A warp's sums, where they are added to others'."""
+        if self.config.cluster:
+            return self.shape.rows * self.row_bytes
         return 8 * self.shape.column_blocks * OUTPUTS * 4 if self.sharing > 1 else 0
 
     @property
     def blocks(self) -> int:
+        if self.config.cluster:
+            return sum(self.output_blocks) * self.config.cluster
         return -(-self.items // self.config.warpgroups)
 
     @property
@@ -128,8 +161,13 @@ class Plan:
         return WARPS * max(self.config.stages * self.shape.stage_bytes, self.sum_bytes)
 
     @property
+    def inbox_bytes(self) -> int:
+        """Where the blocks of a cluster leave what another one adds up."""
+        return 16 * self.config.cluster * self.share if self.config.cluster > 1 else 0
+
+    @property
     def shared_bytes(self) -> int:
-        return self.config.warpgroups * self.item_bytes
+        return self.config.warpgroups * self.item_bytes + self.inbox_bytes
 
 
 class _Warp:
@@ -148,66 +186,73 @@ class _Warp:
         self.g, self.q = self.lane >> 2, self.lane & 3
         self.row_bytes = width
 
-    def order(self, stage: V, group: V, part: int, valid: V) -> None:
+    def order(
+        self, stage: V, group: V, part: V | int, *, numbers: bool = True, valid: V | None = None
+    ) -> None:
         """Start the loads of a part of a group: rows of 128 bytes, 16-byte chunks swizzled.
 
-        Lanes q own runs of rows of the group; a part has a piece of each run.
+        Lanes q own runs of rows of the group; a part has a piece of each run. `numbers`: with the
+        group's scales and minima. Zeros where not `valid`.
         """
         s = self.plan.shape
+        line = {"line": self.plan.config.line} if self.plan.config.line else {}
         run, piece = s.group_size // 8, s.stage_rows // 4
+
+        def inside(column: V) -> tuple[V, V]:
+            """The column, or one that can be read, and how much of 16 bytes to read there."""
+            ok = column < self.n
+            size = ptx.select(ok, i32(16), 0)
+            return ptx.select(ok, column, i32(0)), (
+                size if valid is None else ptx.select(valid, size, i32(0))
+            )
+
         chunk, eighth = self.lane & 7, self.lane >> 3
-        column = self.first + chunk * 16
-        here = ptx.select(column < self.n, column, i32(0))
-        size = ptx.select(valid, ptx.select(column < self.n, i32(16), 0), i32(0))
-        base = self.packed + (group * (s.group_size // 2)).to_i64() * self.n.to_i64()
+        here, size = inside(self.first + chunk * 16)
+        base = self.packed + (group * (s.group_size // 2) + part * piece).to_i64() * self.n.to_i64()
         offset = eighth * self.n + here
         for i in range(s.stage_rows // 4):
             owner, within = divmod(4 * i, piece)  # the same owner for the four rows
-            row = owner * run + part * piece + within
             target = stage + (eighth + 4 * i) * 128 + (chunk ^ (owner * 2)) * 16
-            ptx.copy_async(target, base + (offset + self.n * row).to_i64(), size)
-        if part < s.parts - 1:
+            at = offset + self.n * (owner * run + within)
+            ptx.copy_async(target, base + at.to_i64(), size, **line)
+        if not numbers:
             return
         # Lanes 0–15: scales; 16–31: minima.
-        chunk = self.lane & 15
-        column = self.first + chunk * 8
-        inside = column < self.n
-        here = ptx.select(inside, column, i32(0))
-        size = ptx.select(valid, ptx.select(inside, i32(16), 0), i32(0))
-        numbers = ptx.select(self.lane < 16, self.scale, self.minimum)
-        source = numbers + (group.to_i64() * self.n.to_i64() + here.to_i64()) * 2
+        here, size = inside(self.first + (self.lane & 15) * 8)
+        of = ptx.select(self.lane < 16, self.scale, self.minimum)
+        source = of + (group.to_i64() * self.n.to_i64() + here.to_i64()) * 2
         ptx.copy_async(stage + s.stage_rows * 128 + self.lane * 16, source, size)
 
-    def activations(self, group: V) -> list[V]:
-        """The rows' inputs of a group: [column blocks][halves of the group][words of two]."""
+    def activations(self, group: V, part: V | int = 0, parts: int = 1) -> list[V]:
+        """The rows' inputs of `parts` parts of a group, words of two.
+
+        [column blocks][halves of the group][steps of 16 channels]
+        """
         s = self.plan.shape
+        words = s.group_size // 16 // s.parts
         out: list[V] = []
         for n in range(s.column_blocks):
             # Rows beyond the last repeat it; nobody reads their results.
             row = ptx.minimum(self.g + 8 * n, s.rows - 1)
-            channel = group * s.group_size + self.q * (s.group_size // 8)
+            channel = group * s.group_size + self.q * (s.group_size // 8) + part * (2 * words)
             at = self.x + (row * self.row_bytes + channel * 2).to_i64()
-            out += ptx.load_wide(at, s.group_size // 16)
-            out += ptx.load_wide(at + s.group_size, s.group_size // 16)
+            out += ptx.load_wide(at, words * parts)
+            out += ptx.load_wide(at + s.group_size, words * parts)
         return out
 
     def empty(self) -> list[V]:
         """Sums before any product: [8 tiles and Σ x][column blocks][4]."""
         return [f32(0.0)] * (9 * self.plan.shape.column_blocks * 4)
 
-    def multiply(self, stage: V, inputs: list[V], part: int, sums: list[V]) -> list[V]:
+    def multiply(self, stage: V, inputs: list[V], sums: list[V]) -> list[V]:
         """sums += a part of a group: products with 128 + code, and with ones."""
         s = self.plan.shape
-        blocks, steps = s.column_blocks, s.group_size // 16
+        blocks, steps = s.column_blocks, s.group_size // 16 // s.parts
         out = [sums[4 * i :][:4] for i in range(9 * blocks)]
         ones, magic = i32(ONES), i32(MAGIC)
         here = stage + self.q * (s.stage_rows // 4 * 128) + (self.g ^ (self.q * 2)) * 16
-        for i in range(steps // s.parts):
-            step = part * (steps // s.parts) + i
-            b = [
-                [inputs[2 * n * steps + half * steps + step] for half in (0, 1)]
-                for n in range(blocks)
-            ]
+        for i in range(steps):
+            b = [[inputs[(2 * n + half) * steps + i] for half in (0, 1)] for n in range(blocks)]
             even = ptx.load(here + 256 * i, 4)
             odd = ptx.load(here + 256 * i + 128, 4)
             for n in range(blocks):
@@ -263,6 +308,166 @@ def _add_warps(plan: Plan, shared: V, warpgroup: V, warp: V, work: _Warp, sums: 
     return out
 
 
+def _chosen(plan: Plan, weights: list[list[V]], results: list[V], block: V) -> list[V]:
+    """Of the weight that a block of outputs is of: codes, scales, minima, result, outputs, block.
+
+    The last: its first block of outputs.
+    """
+    s = plan.shape
+    chosen = [*weights[0][:2], weights[0][-1], results[0], i32(s.outputs[0]), i32(0)]
+    before = 0
+    for i in range(1, len(s.outputs)):
+        before += plan.output_blocks[i - 1]
+        other = [*weights[i][:2], weights[i][-1], results[i], i32(s.outputs[i]), i32(before)]
+        mine = block >= before
+        chosen = [ptx.select(mine, a, b) for a, b in zip(other, chosen, strict=True)]
+    return chosen
+
+
+def _cluster_body(plan: Plan):
+    """The kernel whose blocks add up what they have of the same outputs."""
+    s, c = plan.shape, plan.config
+    parts = s.parts if c.whole else 1  # of a unit
+    threads = 32 * WARPS * c.warpgroups
+
+    def body(addresses: Sequence[V], shared: V) -> None:
+        x, *rest = addresses
+        each = 2 if s.symmetric else 3
+        weights = [rest[i * each : (i + 1) * each] for i in range(len(s.outputs))]
+        results = rest[len(s.outputs) * each :]
+        thread = ptx.special("tid.x")
+        warp = ptx.uniform(thread >> 5)
+        rank, block = ptx.special("ctaid.x") % c.cluster, ptx.special("ctaid.x") // c.cluster
+        packed, scale, minimum, result, n, before = _chosen(plan, weights, results, block)
+        outputs = (block - before) * plan.outputs
+        first = outputs + warp % c.beside * OUTPUTS
+        width = i32(2 * s.groups * s.group_size)
+        work = _Warp(plan, x, width, packed, scale, minimum, n, first)
+
+        begin, end = rank * plan.units // c.cluster, (rank + 1) * plan.units // c.cluster
+        begin = begin + warp // c.beside
+        turns = ptx.ceil_div(ptx.at_least(end - begin, 0), plan.sharing)
+        warp_bytes = plan.item_bytes // WARPS
+        ring = shared + warp * warp_bytes
+
+        def place(turn: V, part: int) -> tuple[V, V, V | int]:
+            """A part of this warp's: its unit, its group, and where it is in the group."""
+            unit = begin + turn * plan.sharing
+            if parts == s.parts:
+                return unit, unit, part
+            return unit, unit // s.parts, unit % s.parts
+
+        def order(turn: V, ahead: int) -> None:
+            """Part `ahead` of the parts from a turn on."""
+            turn, part = turn + ahead // parts, ahead % parts
+            unit, group, where = place(turn, part)
+            slot = (turn * parts + part) % c.stages
+            numbers = part == parts - 1
+            stage = ring + slot * s.stage_bytes
+            ptx.when(unit < end, lambda: work.order(stage, group, where, numbers=numbers))
+            ptx.copy_async_commit()
+
+        def inputs_of(turn: V, ahead: int) -> list[V]:
+            turn, part = turn + ahead // parts, ahead % parts
+            _, group, where = place(turn, part)
+            return work.activations(ptx.minimum(group, s.groups - 1), where)
+
+        def step(turn: V, carry: list[V]) -> list[V]:
+            sums, inputs = carry[:count], carry[count:]
+            products = work.empty()
+            for part in range(parts):
+                order(turn, part + c.stages - 1)
+                following = inputs_of(turn, part + 1)
+                ptx.copy_async_wait(c.stages - 1)
+                ptx.sync_warp()
+                stage = ring + ((turn * parts + part) % c.stages) * s.stage_bytes
+                products = work.multiply(stage, inputs, products)
+                if part == parts - 1:
+                    sums = work.add(stage, products, sums)
+                ptx.sync_warp()
+                inputs = following
+            return [*sums, *inputs]
+
+        count = 8 * s.column_blocks * 4
+        order(i32(0), 0)
+        inputs = inputs_of(i32(0), 0)  # not behind all of the weight
+        for ahead in range(1, c.stages - 1):
+            order(i32(0), ahead)
+        sums = ptx.loop(i32(0), turns, [*[f32(0.0)] * count, *inputs], step)[:count]
+
+        # Its ring is empty: a warp leaves its sums there, rows of 128.
+        for b in range(s.column_blocks):
+            for i in range(2):
+                row = work.q * 2 + (8 * b + i)
+                at = ring + row * plan.row_bytes + work.g * 64
+
+                def keep(at: V = at, b: int = b, i: int = i) -> None:
+                    for t in range(0, 8, 2):
+                        ptx.store(at + 8 * t, _four(sums, s.column_blocks, t, b, i))
+
+                ptx.when(row < s.rows, keep)
+        ptx.sync_threads(i32(1), threads)
+
+        def quad(index: V) -> tuple[V, V, V]:
+            """Where four results are: block of 128 outputs, row, output in the block."""
+            row = index // (OUTPUTS // 4)
+            return row // s.rows, row % s.rows, index % (OUTPUTS // 4) * 4
+
+        def write(index: V, four: list[V]) -> None:
+            column, row, output = quad(index)
+            output = outputs + column * OUTPUTS + output
+            at = result + (row.to_i64() * n.to_i64() + output.to_i64()) * 4
+            ptx.when(output < n, lambda: ptx.store(at, four))
+
+        inbox = shared + c.warpgroups * plan.item_bytes
+
+        def add_warps(index: V) -> None:
+            column, row, output = quad(index)
+            at = shared + column * warp_bytes + row * plan.row_bytes + output * 4
+            four = _added(at, c.beside * warp_bytes, plan.sharing)
+            if c.cluster == 1:
+                write(index, four)
+                return
+            to, slot = index // plan.share, index % plan.share
+            slot = inbox + (rank * plan.share + slot) * 16
+            ptx.store_peer(ptx.peer_address(slot, to), four)
+
+        for i in range(0, plan.quads, threads):
+            index = thread + i
+            ptx.when(index < plan.quads, lambda index=index: add_warps(index))
+        if c.cluster == 1:
+            return
+        ptx.sync_cluster()
+        for i in range(0, plan.share, threads):
+            slot = thread + i
+            index = rank * plan.share + slot
+
+            def finish(slot: V = slot, index: V = index) -> None:
+                write(index, _added(inbox + slot * 16, 16 * plan.share, c.cluster))
+
+            ptx.when(ptx.both(slot < plan.share, index < plan.quads), finish)
+
+    return body
+
+
+def _added(at: V, step: int, count: int) -> list[V]:
+    """Fours of floats in shared memory, `step` bytes apart, added in order."""
+    fours = [ptx.load(at + i * step, 4, "f32") for i in range(count)]
+    out = fours[0]
+    for four in fours[1:]:
+        out = [a + b for a, b in zip(out, four, strict=True)]
+    return out
+
+
+def _four(sums: list[V], blocks: int, t: int, b: int, i: int) -> list[V]:
+    """Sums of four neighbouring outputs, from those of tile t on, in row 2q + i of column block b.
+
+    Lane 4 g + q has rows 2q and 2q + 1 of each 8, and outputs 16 g … 16 g + 15.
+    """
+    two = [sums[((t + u) * blocks + b) * 4 :][:4] for u in range(2)]
+    return [two[0][i], two[0][2 + i], two[1][i], two[1][2 + i]]
+
+
 def _body(plan: Plan):
     s, c = plan.shape, plan.config
 
@@ -280,15 +485,7 @@ def _body(plan: Plan):
         parts = sum(plan.output_blocks)
         part, split = item % parts, item // parts
 
-        # The weight that this block works on.
-        chosen = [*weights[0][:2], weights[0][-1], results[0], i32(s.outputs[0]), i32(0)]
-        before = 0
-        for i in range(1, count):
-            before += plan.output_blocks[i - 1]
-            other = [*weights[i][:2], weights[i][-1], results[i], i32(s.outputs[i]), i32(before)]
-            mine = part >= before
-            chosen = [ptx.select(mine, a, b) for a, b in zip(other, chosen, strict=True)]
-        packed, scale, minimum, result, n, first_block = chosen
+        packed, scale, minimum, result, n, first_block = _chosen(plan, weights, results, part)
         first = (part - first_block) * plan.outputs + warp % c.beside * OUTPUTS
         width = i32(2 * s.groups * s.group_size)
         work = _Warp(plan, x, width, packed, scale, minimum, n, first)
@@ -309,14 +506,17 @@ def _body(plan: Plan):
             slot = (turn * s.parts + ahead % s.parts) % c.stages
             valid = group < end
             group = ptx.select(valid, group, i32(0))
-            work.order(ring + slot * s.stage_bytes, group, ahead % s.parts, valid)
+            last = ahead % s.parts == s.parts - 1
+            stage = ring + slot * s.stage_bytes
+            work.order(stage, group, ahead % s.parts, numbers=last, valid=valid)
             ptx.copy_async_commit()
 
         for i in range(c.stages - 1):
             order(0, i)
 
         def inputs_of(i: V) -> list[V]:
-            return work.activations(ptx.minimum(begin + i * plan.sharing, s.groups - 1))
+            group = ptx.minimum(begin + i * plan.sharing, s.groups - 1)
+            return work.activations(group, parts=s.parts)
 
         count = 8 * s.column_blocks * 4
 
@@ -329,7 +529,13 @@ def _body(plan: Plan):
                 ptx.sync_warp()
                 stage = ring + ((i * s.parts + part) % c.stages) * s.stage_bytes
                 # Past the end, zeros are read, and scaled by zeros.
-                products = work.multiply(stage, inputs, part, products)
+                words = len(inputs) // (2 * s.column_blocks * s.parts)
+                mine = [
+                    inputs[(j * s.parts + part) * words + k]
+                    for j in range(2 * s.column_blocks)
+                    for k in range(words)
+                ]
+                products = work.multiply(stage, mine, products)
                 if part == s.parts - 1:
                     sums = work.add(stage, products, sums)
                 ptx.sync_warp()
@@ -343,7 +549,6 @@ def _body(plan: Plan):
             sums = _add_warps(plan, shared, warpgroup, warp, work, sums)
             done = ptx.both(done, warp.equals(0))
 
-        # Lane 4 g + q has rows 2q and 2q + 1 of each 8, and outputs 16 g … 16 g + 15.
         for b in range(s.column_blocks):
             for i in range(2):
                 row = work.q * 2 + (8 * b + i)
@@ -353,9 +558,7 @@ def _body(plan: Plan):
 
                 def write(at: V = at, b: int = b, i: int = i) -> None:
                     for t in range(0, 8, 2):
-                        two = [sums[((t + u) * s.column_blocks + b) * 4 :][:4] for u in range(2)]
-                        four = [two[0][i], two[0][2 + i], two[1][i], two[1][2 + i]]
-                        ptx.store(at + 8 * t, four)
+                        ptx.store(at + 8 * t, _four(sums, s.column_blocks, t, b, i))
 
                 inside = ptx.both(row < s.rows, column < n)
                 ptx.when(ptx.both(inside, done), write)
@@ -414,12 +617,17 @@ def int4_matmuls(
     operands = [rows]
     for w in weights:
         operands += [w.packed, w.scale] + ([] if w.minimum is None else [w.minimum])
+    splits = () if config.cluster else (config.splits,)
     parts = ptx.kernel(
-        _body(plan),
-        [jax.ShapeDtypeStruct((config.splits, shape.rows, n), jnp.float32) for n in shape.outputs],
+        _cluster_body(plan) if config.cluster else _body(plan),
+        [jax.ShapeDtypeStruct((*splits, shape.rows, n), jnp.float32) for n in shape.outputs],
         name="int4_matmul",
         blocks=plan.blocks,
         warpgroups=config.warpgroups,
         shared_bytes=plan.shared_bytes,
+        cluster=max(1, config.cluster),
     )(*operands)
+    if config.cluster:
+        shapes = [(*x.shape[:-1], n) for n in shape.outputs]
+        return [y.reshape(to) for y, to in zip(parts, shapes, strict=True)]
     return [y.sum(0).reshape(*x.shape[:-1], n) for y, n in zip(parts, shape.outputs, strict=True)]

@@ -134,6 +134,8 @@ class Block:
 
     def __init__(self, index: int, shared_bytes: int, memory: np.ndarray):
         self.index, self.memory = index, memory
+        self.peers: list[Block] = [self]  # the blocks of its cluster
+        self.cluster_barrier = threading.Barrier(1)
         self.shared = np.full(shared_bytes, 0xA5, np.uint8)
         self.barriers: dict[int, Barrier] = {}
         self.changed = threading.Condition()
@@ -319,7 +321,7 @@ def bulk_copy(target, source, num_bytes, barrier):
     _update(barrier, 0, -count)
 
 
-def copy_async(target, source, size):
+def copy_async(target, source, size, line=0):
     rows = gather(source, 16)
     rows[np.arange(16) >= size.array[:, None]] = 0
     scatter(target, rows)
@@ -327,6 +329,21 @@ def copy_async(target, source, size):
 
 def sync_threads(barrier, threads):
     HERE.block.named_barrier(one(barrier), threads).wait(PATIENCE_SECONDS)
+
+
+PEER = 1 << 24  # shared memory of a cluster's blocks, as far apart in the cluster's addresses
+
+
+def peer_address(where, rank):
+    return (rank + 1) * PEER + where
+
+
+def store_peer(where, four):
+    blocks, here = where.array // PEER - 1, HERE.block
+    for rank in np.unique(blocks[HERE.mask]):
+        HERE.block = here.peers[rank]
+        masked(blocks == rank, lambda: store(where % PEER, four))
+    HERE.block = here
 
 
 def any_lane(condition):
@@ -374,26 +391,33 @@ REPLACEMENTS: dict[str, Any] = {
     "copy_async": copy_async,
     "copy_async_commit": lambda: None,
     "copy_async_wait": lambda pending: None,
+    "peer_address": peer_address,
+    "store_peer": store_peer,
+    "sync_cluster": lambda: HERE.block.cluster_barrier.wait(PATIENCE_SECONDS),
     "loop": loop,
     "when": lambda condition, body: masked(condition.array, body),
     "choose": choose,
 }
 
 
-def run_block(body: Any, block: Block, warps: int, addresses: Sequence[int]) -> None:
+def run_cluster(body: Any, cluster: list[Block], warps: int, addresses: Sequence[int]) -> None:
     failures: list[BaseException] = []
+    meeting = threading.Barrier(len(cluster) * warps)
+    for block in cluster:
+        block.peers, block.cluster_barrier = cluster, meeting
 
-    def run(warp: int) -> None:
+    def run(block: Block, warp: int) -> None:
         HERE.block, HERE.warp, HERE.mask = block, warp, np.ones(32, bool)
         try:
             with np.errstate(all="ignore"):
                 body([Lanes(np.uint64(a), "i64") for a in addresses], ptx.i32(0))
         except BaseException as error:
             failures.append(error)
+            meeting.abort()
             for barrier in block.named.values():
                 barrier.abort()
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(warps)]
+    threads = [threading.Thread(target=run, args=(b, i)) for b in cluster for i in range(warps)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -402,7 +426,7 @@ def run_block(body: Any, block: Block, warps: int, addresses: Sequence[int]) -> 
         raise failures[0]
 
 
-def kernel(body, out_type, *, name, blocks, warpgroups, shared_bytes=0):
+def kernel(body, out_type, *, name, blocks, warpgroups, shared_bytes=0, cluster=1):
     """In place of `ptx.kernel`."""
 
     def call(*operands: jax.Array) -> tuple[jax.Array, ...]:
@@ -416,8 +440,9 @@ def kernel(body, out_type, *, name, blocks, warpgroups, shared_bytes=0):
         for at, x in zip(starts, arrays, strict=False):
             memory[at : at + x.nbytes] = np.frombuffer(x.tobytes(), np.uint8)
         before = memory[: starts[len(arrays)]].copy()
-        for index in range(blocks):
-            run_block(body, Block(index, max(shared_bytes, 16), memory), 4 * warpgroups, starts)
+        for first in range(0, blocks, cluster):
+            peers = [Block(first + i, max(shared_bytes, 16), memory) for i in range(cluster)]
+            run_cluster(body, peers, 4 * warpgroups, starts)
         np.testing.assert_array_equal(memory[: before.size], before)  # operands are only read
         out = []
         for at, x in zip(starts[len(arrays) :], empty, strict=True):
