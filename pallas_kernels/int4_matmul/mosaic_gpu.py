@@ -23,6 +23,7 @@ in memory.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -434,7 +435,7 @@ def _cluster_body(plan: Plan):
 
         for i in range(0, plan.quads, threads):
             index = thread + i
-            ptx.when(index < plan.quads, lambda index=index: add_warps(index))
+            ptx.when(index < plan.quads, functools.partial(add_warps, index))
         if c.cluster == 1:
             return
         ptx.sync_cluster()
