@@ -6,22 +6,40 @@ import glob
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 
-def _kernels(folder: str) -> list[float]:
-    """Durations of all kernels of a trace in nanoseconds, in order of their start."""
+class Kernel(NamedTuple):
+    """What ran on the device, in nanoseconds: a kernel, a copy or a fill."""
+
+    start: float
+    duration: float
+    name: str
+
+
+def _kernels(folder: str) -> list[Kernel]:
+    """All kernels of a trace, in order of their start."""
     (file,) = glob.glob(folder + "/**/*.xplane.pb", recursive=True)
-    events = []
-    for plane in jax.profiler.ProfileData.from_file(file).planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
-        for line in plane.lines:
-            if line.name.startswith("Stream"):
-                events += [(event.start_ns, event.duration_ns) for event in line.events]
-    return [duration for _, duration in sorted(events)]
+    return sorted(
+        Kernel(event.start_ns, event.duration_ns, event.name)
+        for plane in jax.profiler.ProfileData.from_file(file).planes
+        if plane.name.startswith("/device:GPU")
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    )
+
+
+def traced(run: Callable[[], Any]) -> list[Kernel]:
+    """The kernels that `run` launches, in order of their start; it is run once, to the end."""
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            jax.block_until_ready(run())
+        return _kernels(folder)
 
 
 def device_seconds(
@@ -35,13 +53,15 @@ def device_seconds(
       turns: how often the calls are repeated.
     """
     jax.block_until_ready([fn(*args) for args in calls])
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(turns):
-                for args in calls:
-                    out = fn(*args)
-                jax.block_until_ready(out)
-        durations = _kernels(folder)
+
+    def run() -> Any:
+        for _ in range(turns):
+            for args in calls:
+                out = fn(*args)
+            jax.block_until_ready(out)
+        return out
+
+    durations = [kernel.duration for kernel in traced(run)]
     count = turns * len(calls)
     if not durations or len(durations) % count:
         raise RuntimeError(f"the profiler saw {len(durations)} kernels of {count} calls")

@@ -15,6 +15,8 @@ import statistics
 import sys
 import time
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.layout import QuantizedWeight
+from pallas_kernels.timing import traced
 from quantspec_jax.api import backend_in_use
 from quantspec_jax.bench import record
 from quantspec_jax.bench.launches import launches_a_round
+from quantspec_jax.bench.profile import breakdown
 from quantspec_jax.cache import HierarchicalKVCache, cache_bytes, create, quantized_length
 from quantspec_jax.config import (
     BACKENDS,
@@ -40,7 +44,7 @@ from quantspec_jax.cost import Costs, bytes_read, cache_read_bytes, weight_bytes
 from quantspec_jax.draft import draft_bytes, merge, quantize_params
 from quantspec_jax.generate.adapt import MOST_DRAFTED
 from quantspec_jax.generate.loop import generate_tokens
-from quantspec_jax.generate.sampling import sampling_arrays
+from quantspec_jax.generate.sampling import Sampling, sampling_arrays
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
 from quantspec_jax.models.decoder import Params
@@ -50,6 +54,7 @@ from quantspec_jax.plotting import check_plot, save, short
 
 MODES = ("full", "int8", "int4", "draft", "verify", "quantspec")
 GROUP_SIZE = 128
+TRACED_ROUNDS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,43 +95,51 @@ def random_params(config: ModelConfig, dtype: str) -> Params:
     return nest(leaves)
 
 
-@functools.partial(jax.jit, static_argnames=("program", "batch", "capacity"))
+@functools.partial(jax.jit, static_argnames=("name", "shape", "dtype"))
+def _random_leaf(key: jax.Array, name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """One array of the cache, compiled once for all layers."""
+    if dtype == jnp.uint8:
+        return jax.random.bits(key, shape, jnp.uint8)
+    if name == "scale":
+        return jnp.full(shape, 0.25, dtype)
+    if name == "minimum":
+        return jnp.full(shape, -2.0, dtype)
+    return jax.random.normal(key, shape, dtype)
+
+
 def random_state(
-    program: Program, batch: int, context: jax.Array, capacity: int, limit: jax.Array
+    program: Program, batch: int, context: int, capacity: int, limit: int
 ) -> DecodeState:
     """A state with `context` random tokens a sequence in the cache."""
 
-    def fill(path: Any, leaf: jax.Array) -> jax.Array:
+    def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = jax.tree_util.keystr(path)
-        # A checksum, for `hash` differs from process to process: another program to compile.
+        # A checksum, for `hash` differs from process to process.
         key = jax.random.fold_in(jax.random.key(1), zlib.crc32(name.encode()))
-        if leaf.dtype == jnp.uint8:
-            return jax.random.bits(key, leaf.shape, jnp.uint8)
-        if name.endswith("scale"):
-            return jnp.full_like(leaf, 0.25)
-        if name.endswith("minimum"):
-            return jnp.full_like(leaf, -2.0)
-        return jax.random.normal(key, leaf.shape, leaf.dtype)
+        return _random_leaf(key, name.rpartition(".")[2], leaf.shape, leaf.dtype)
 
-    empty = create(program.model, program.cache, batch)
+    empty = jax.eval_shape(lambda: create(program.model, program.cache, batch))
     layers = jax.tree_util.tree_map_with_path(fill, empty.layers)
     g = program.cache.group_size
-    length = jnp.full(batch, context, jnp.int32)
     full = program.cache.view == "full"
-    flushed = jnp.zeros_like(length) if full else quantized_length(length, g)
-    zero = jnp.zeros(batch, jnp.int32)
+
+    def each(value: int, dtype: Any = jnp.int32) -> jax.Array:
+        """A number a sequence, in a buffer of its own: the state is donated."""
+        return jnp.full(batch, value, dtype)
+
+    flushed = each(0) if full else quantized_length(each(context), g)
     return DecodeState(
-        cache=HierarchicalKVCache(layers, length, flushed, g),
+        cache=HierarchicalKVCache(layers, each(context), flushed, g),
         keys=jax.random.split(jax.random.key(2), batch),
         seen=jnp.zeros((batch, program.model.vocab_size), bool),
-        pending=zero + 1,
+        pending=each(1),
         tokens=jnp.zeros((batch, capacity), jnp.int32),
-        count=zero + 1,
-        limit=jnp.full(batch, limit, jnp.int32),
-        finished=zero > 0,
-        rounds=zero,
-        proposed=zero,
-        accepted=zero,
+        count=each(1),
+        limit=each(limit),
+        finished=each(False, bool),
+        rounds=each(0),
+        proposed=each(0),
+        accepted=each(0),
         evidence=jnp.zeros((batch, 2), jnp.float32),
     )
 
@@ -181,7 +194,7 @@ class Setting:
     def program(self, case: Case, context: int, draft_cost: float) -> Program:
         """The case's program, with room for all rounds."""
         args = self.args
-        rounds = args.rounds * (args.repeat + 1)
+        rounds = args.rounds * (args.repeat + 1) + TRACED_ROUNDS
         length = context + 2 * GROUP_SIZE + rounds * (case.gamma + 1)
         return Program(
             self.model,
@@ -215,36 +228,69 @@ class Setting:
         require_memory(what, present | more, sum(present.values()))
 
 
-def measure(case: Case, setting: Setting, context: int, draft_cost: float) -> dict[str, Any]:
-    """Milliseconds a round of one case, and what goes with it."""
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A case's compiled program at one context, and what it is called with."""
+
+    case: Case
+    context: int
+    program: Program
+    call: Callable[..., DecodeState]
+    weights: tuple[Params, Params]
+    sampling: Sampling
+    text: str | None  # the optimized program, where there is a device to launch kernels on
+    row: dict[str, Any]
+
+    def new_state(self, batch: int) -> DecodeState:
+        """Random tokens in the cache, and no end of decoding in sight."""
+        return random_state(self.program, batch, self.context, 128, 1 << 20)
+
+    def run(self, state: DecodeState, rounds: int) -> DecodeState:
+        """So many rounds; `state` is donated."""
+        no_eos = jnp.full(1, -1, jnp.int32)
+        return self.call(*self.weights, state, self.sampling, no_eos, jnp.int32(rounds))
+
+
+def compile_case(case: Case, setting: Setting, context: int, draft_cost: float) -> Compiled:
+    """Compile one case; may run in a thread of its own."""
     args = setting.args
     program = setting.program(case, context, draft_cost)
-
-    def make_state() -> DecodeState:
-        return random_state(program, args.batch, jnp.int32(context), 128, jnp.int32(1 << 20))
-
-    shapes = jax.eval_shape(make_state)
+    shapes = jax.eval_shape(lambda: random_state(program, args.batch, context, 128, 1 << 20))
     setting.require_memory(case, context, {"cache": tree_bytes(shapes)})
-    weights = setting.draft if case.drafts else setting.params
-    own = setting.draft if case.gamma else {}
-    rest = (
-        sampling_arrays(GenerateConfig(), args.batch),
-        jnp.full(1, -1, jnp.int32),
-        jnp.int32(args.rounds),
+    weights = (
+        setting.draft if case.drafts else setting.params,
+        setting.draft if case.gamma else {},
     )
+    sampling = sampling_arrays(GenerateConfig(), args.batch)
     step = jax.jit(generate_tokens, static_argnames="program", donate_argnames="state")
     begin = time.perf_counter()
-    compiled = step.lower(weights, own, shapes, *rest, program=program).compile()
-    compile_seconds = time.perf_counter() - begin
+    no_eos = jnp.full(1, -1, jnp.int32)
+    compiled = step.lower(
+        *weights, shapes, sampling, no_eos, jnp.int32(0), program=program
+    ).compile()
+    seconds = time.perf_counter() - begin
+    memory = compiled.memory_analysis()
     temporaries = temporary_bytes(compiled)
     setting.require_memory(case, context, {"cache": tree_bytes(shapes), "temporaries": temporaries})
+    text = compiled.as_text() if jax.default_backend() != "cpu" else None
+    row = {
+        "temporary_bytes": temporaries,
+        "argument_bytes": memory.argument_size_in_bytes if memory else None,
+        "cache_bytes": cache_bytes(shapes.cache, program.cache.max_length)["total"],
+        "compile_seconds": seconds,
+    }
+    return Compiled(case, context, program, compiled, weights, sampling, text, row)
 
-    state = jax.block_until_ready(compiled(weights, own, make_state(), *rest))
+
+def measure(compiled: Compiled, setting: Setting) -> dict[str, Any]:
+    """Milliseconds a round of one case, and what goes with it."""
+    args, case = setting.args, compiled.case
+    state = jax.block_until_ready(compiled.run(compiled.new_state(args.batch), args.rounds))
     before = _counters(state)
     seconds = []
     for _ in range(args.repeat):
         begin = time.perf_counter()
-        state = jax.block_until_ready(compiled(weights, own, state, *rest))
+        state = jax.block_until_ready(compiled.run(state, args.rounds))
         seconds.append((time.perf_counter() - begin) / args.rounds)
     made, accepted, proposed = (b - a for a, b in zip(before, _counters(state), strict=True))
 
@@ -252,11 +298,13 @@ def measure(case: Case, setting: Setting, context: int, draft_cost: float) -> di
     drafted = proposed / (rounds * args.batch) if case.adaptive else case.gamma
     milliseconds = statistics.median(seconds) * 1e3
     tokens = made / rounds
-    text = compiled.as_text() if jax.default_backend() != "cpu" else None
-    launches = launches_a_round(text, drafted) if text else None
-    memory = compiled.memory_analysis()
+    launches = launches_a_round(compiled.text, drafted) if compiled.text else None
+    profile = None
+    if jax.default_backend() != "cpu":
+        kernels = traced(lambda: compiled.run(state, TRACED_ROUNDS))
+        profile = breakdown(kernels, TRACED_ROUNDS, milliseconds)
     return {
-        "context": context,
+        "context": compiled.context,
         "batch": args.batch,
         "mode": case.name,
         "milliseconds_a_round": milliseconds,
@@ -264,13 +312,11 @@ def measure(case: Case, setting: Setting, context: int, draft_cost: float) -> di
         "drafted_a_round": drafted,
         "tokens_per_second": tokens / milliseconds * 1e3,
         "acceptance": accepted / proposed if proposed else None,
-        "acceptance_is_simulated": program.simulated_acceptance is not None,
+        "acceptance_is_simulated": compiled.program.simulated_acceptance is not None,
         "launches_a_token": launches * args.batch / tokens if launches else None,
-        "temporary_bytes": temporaries,
-        "argument_bytes": memory.argument_size_in_bytes if memory else None,
-        "cache_bytes": cache_bytes(shapes.cache, program.cache.max_length)["total"],
-        "compile_seconds": compile_seconds,
-        "fewest_bytes_a_round": setting.fewest_bytes(case, context, drafted),
+        "fewest_bytes_a_round": setting.fewest_bytes(case, compiled.context, drafted),
+        "profile": profile,
+        **compiled.row,
     }
 
 
@@ -396,9 +442,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def measure_context(setting: Setting, context: int, ceiling: float) -> list[dict[str, Any]]:
     """The rows of every mode at one context."""
     rows: list[dict[str, Any]] = []
-    for case in cases(setting.args.mode, setting.args.gamma):
-        costs = measured_costs(rows) or setting.costs(context)
-        row = measure(case, setting, context, costs.draft / costs.verify)
+    chosen = cases(setting.args.mode, setting.args.gamma)
+    # All programs are compiled at once; an adaptive one waits for the cost of a draft step.
+    with ThreadPoolExecutor(max_workers=len(chosen)) as pool:
+        waiting = [
+            None if case.adaptive else pool.submit(compile_case, case, setting, context, 0.0)
+            for case in chosen
+        ]
+        programs = [None if future is None else future.result() for future in waiting]
+    for case, program in zip(chosen, programs, strict=True):
+        if program is None:
+            costs = measured_costs(rows) or setting.costs(context)
+            program = compile_case(case, setting, context, costs.draft / costs.verify)
+        row = measure(program, setting)
         least = row["fewest_bytes_a_round"] / ceiling * 1e3
         row |= {"floor_milliseconds": least}
         row |= {"percent_of_floor": 100 * least / row["milliseconds_a_round"]}

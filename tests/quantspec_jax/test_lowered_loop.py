@@ -37,7 +37,7 @@ def lowered(model: ModelConfig, gamma: int, view: str, draft: DraftConfig) -> st
     program = Program(model, cache, gamma)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.bfloat16))
     own = jax.eval_shape(lambda p: merge(p, quantize_params(p, draft)), params) if gamma else {}
-    state = jax.eval_shape(lambda: random_state(program, 1, jnp.int32(1024), 128, jnp.int32(99)))
+    state = jax.eval_shape(lambda: random_state(program, 1, 1024, 128, 99))
     sampling = sampling_arrays(GenerateConfig(), 1)
     traced = jax.jit(generate_tokens, static_argnames="program").trace(
         params, own, state, sampling, jnp.full(1, -1), jnp.int32(5), program=program

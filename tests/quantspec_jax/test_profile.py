@@ -1,0 +1,39 @@
+"""Where a trace's time went."""
+
+from __future__ import annotations
+
+import pytest
+
+from pallas_kernels.timing import Kernel
+from quantspec_jax.bench.profile import breakdown, busy, kind_of
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("kv_attention_merge_mosaic_gpu_kernel", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", "attention"),
+        ("nvjet_sm90_tst_128x8_64x12_4x1_v_bz_NNT", "matmuls"),
+        ("gemm_fusion_dot_451", "matmuls"),
+        ("int4_matmul_mosaic_gpu_kernel", "matmuls"),
+        ("MemcpyD2H", "copies"),
+        ("loop_dynamic_update_slice_fusion_3", "elementwise"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(name, kind):
+    assert kind_of(name) == kind
+
+
+def test_time_in_which_two_kernels_ran_counts_once():
+    kernels = [Kernel(0, 10, "a"), Kernel(2, 3, "b"), Kernel(8, 6, "c"), Kernel(20, 5, "d")]
+    assert busy(kernels) == 14 + 5
+
+
+def test_parts_and_gaps_add_up_to_the_round():
+    """Two rounds of kernels that do not overlap, 3 ms each as measured without a trace."""
+    names = ("gemm", "kv_attention_int4", "loop_add_fusion", "memcpy32_post")
+    kernels = [Kernel(1e6 * i, 5e5 + 1e5 * (i % 4), names[i % 4]) for i in range(8)]
+    found = breakdown(kernels, 2, 3.0)
+    assert found["attention"] == pytest.approx(0.6)
+    assert found["matmuls"] == pytest.approx(0.5)
+    assert sum(found.values()) == pytest.approx(3.0)
