@@ -258,6 +258,13 @@ def high_bf16(pair: V) -> V:
     return (pair & 0xFFFF0000).as_float()
 
 
+def low_f16(pair: V) -> V:
+    """float32 of the lower float16 of a word."""
+    return asm(
+        "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16 $0, low; }", ["f32"], [pair]
+    )[0]
+
+
 def pack_f16(low: V, high: V) -> V:
     return asm("cvt.rn.f16x2.f32 $0, $1, $2;", ["i32"], [high, low])[0]
 

@@ -44,6 +44,7 @@ from pallas_kernels.ptx import V, f32, i32
 
 TOKENS = 64  # that a warpgroup multiplies at once
 LARGEST_HALF = 0x7800  # 2¹⁵ as float16
+INITIAL = 2.0**-6  # starting values of the scores, times 2⁻¹⁴ (0x0400), are in units of 2⁻²⁰
 
 
 def unsupported(shape: Shape) -> str | None:
@@ -59,8 +60,12 @@ def unsupported(shape: Shape) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class WidePlan(Plan):
-    """Bytes a team has in shared memory beside its ring: two of Q' and of its starting values, and
-    for each warpgroup two of P, and what the warps tell each other."""
+    """Bytes a team has in shared memory beside its ring: two of Q', and for each warpgroup two of
+    P, and what the warps tell each other.
+
+    Behind the D channels of Q' come 16 rows for the scores' starting values, whose left operand is
+    the same for all tokens: value and rest of either half of the channels, then zeros.
+    """
 
     @property
     def blocks_of_rows(self) -> int:
@@ -79,16 +84,16 @@ class WidePlan(Plan):
         return TOKENS
 
     @property
+    def query_stride(self) -> int:
+        return 16 * (self.shape.head_dim + 16)
+
+    @property
     def query_bytes(self) -> int:
-        return 16 * self.shape.head_dim * self.blocks_of_rows
+        return self.query_stride * self.blocks_of_rows
 
     @property
     def weight_bytes(self) -> int:
         return 16 * TOKENS * self.blocks_of_rows
-
-    @property
-    def initial_bytes(self) -> int:
-        return 2 * 4 * 8 * self.blocks_of_rows
 
     @property
     def note_bytes(self) -> int:
@@ -100,7 +105,7 @@ class WidePlan(Plan):
 
     @property
     def team_bytes(self) -> int:
-        own = 2 * (self.query_bytes + self.initial_bytes) + self.config.groups * self.group_bytes
+        own = 2 * self.query_bytes + self.config.groups * self.group_bytes
         return -(-own // 128) * 128
 
     @property
@@ -166,9 +171,7 @@ class _Warpgroup:
         self.in_team, self.group, self.warp = in_team, in_team >> 2, in_team & 3
         own = shared + plan.ring_bytes + team * plan.team_bytes
         self.queries_at = own
-        self.initial_at = own + 2 * plan.query_bytes
-        self.weights_at = own + 2 * (plan.query_bytes + plan.initial_bytes)
-        self.weights_at = self.weights_at + self.group * plan.group_bytes
+        self.weights_at = own + 2 * plan.query_bytes + self.group * plan.group_bytes
         self.notes_at = self.weights_at + 2 * plan.weight_bytes
         self.team_barrier = team + 1
         self.barrier = team * plan.config.groups + self.group + (1 + plan.teams)
@@ -207,19 +210,29 @@ class _Warpgroup:
             )
         return out
 
-    def query_buffer(self, turn: V) -> tuple[V, V]:
-        return (
-            self.queries_at + turn * self.plan.query_bytes,
-            self.initial_at + turn * self.plan.initial_bytes,
-        )
+    def query_buffer(self, turn: V) -> V:
+        return self.queries_at + turn * self.plan.query_bytes
 
     def _own_rows(self, n: V, half: V, turn: V) -> V:
-        at, _ = self.query_buffer(turn)
-        return at + n * (16 * self.plan.shape.head_dim) + half * 128 + self.lane * 4
+        at = self.query_buffer(turn) + n * self.plan.query_stride
+        return at + half * 128 + self.lane * 4
+
+    def clear(self) -> None:
+        """Zeros behind the channels of Q', once."""
+        count = 2 * self.plan.blocks_of_rows
+        for i in range(-(-count // self.plan.team_warps)):
+            item = self.in_team + i * self.plan.team_warps
+            at = self.queries_at + item * self.plan.query_stride + 16 * self.plan.shape.head_dim
+            here = at + self.lane * 8
+
+            def put(here: V = here) -> None:
+                ptx.store(here, [i32(0)] * 2)
+
+            ptx.when(item < count, put)
 
     def put_scaled(self, tile: V, codes: _Tile, rows: list[list[V]], turn: V) -> None:
         """Q' of a tile, and the scores' starting values, of either half of the channels."""
-        s, columns = self.plan.shape, 8 * self.plan.blocks_of_rows
+        s = self.plan.shape
         *_, scale_at, minimum_at = codes.key_at
         words = s.head_dim // 16
         for (n, half, valid), x in zip(self.pieces(), rows, strict=True):
@@ -234,16 +247,30 @@ class _Warpgroup:
                         two = [part(x[w]) * part(scale[w]) for w in (i, i + 1)]
                         made.append(ptx.pack_f16(*two))
                         ptx.store(at + 256 * (len(made) - 1), [made[-1]])
-                total = [f32(0.0)] * 4
-                for w in range(0, words, 2):
-                    a = [minimum[w], minimum[w], minimum[w + 1], minimum[w + 1]]
-                    total = ptx.mma("bf16", a, [x[w], x[w + 1]], total)
+                # Minima in the order that they were loaded: rows below 8 of a product have those
+                # of words w and w + 2, the others those of w + 1 and w + 3.
+                even = odd = [f32(0.0)] * 4
+                for w in range(0, words, 4):
+                    a = minimum[w : w + 4]
+                    even = ptx.mma("bf16", a, [x[w], x[w + 2]], even)
+                    odd = ptx.mma("bf16", a, [x[w + 1], x[w + 3]], odd)
                 minus_half = i32(0xB800B800)
                 for w in range(0, words, 2):
-                    total = ptx.mma("f16", [minus_half] * 4, made[w : w + 2], total)
-                start = self.query_buffer(turn)[1] + (half * columns + n * 8 + self.q * 2) * 4
-                first = [total[i] * codes.unit for i in range(2)]
-                ptx.when(self.g.equals(0), lambda: ptx.store(start, first))
+                    even = ptx.mma("f16", [minus_half] * 4, made[w : w + 2], even)
+                start = self.query_buffer(turn) + n * self.plan.query_stride + half * 4
+                start = start + (16 * s.head_dim) + self.q * 32
+                pairs = []
+                for i in range(2):
+                    total = (even[i] + odd[2 + i]) * INITIAL
+                    coarse = ptx.pack_f16(total, f32(0.0))
+                    rest = total - ptx.low_f16(coarse)
+                    pairs.append(ptx.pack_f16(total, rest))
+
+                def put_first() -> None:
+                    ptx.store(start, pairs[:1])
+                    ptx.store(start + 16, pairs[1:])
+
+                ptx.when(self.g.equals(0), put_first)
 
             ptx.when(valid, put)
 
@@ -260,26 +287,14 @@ class _Warpgroup:
 
             ptx.when(valid, put)
 
-    def initial(self, turn: V) -> Numbers:
-        _, at = self.query_buffer(turn)
-        columns = 8 * self.plan.blocks_of_rows
-        out = []
-        for n in range(self.plan.blocks_of_rows):
-            two = [
-                ptx.load(at + (half * columns + 8 * n) * 4 + self.q * 8, 2, "f32")
-                for half in range(2)
-            ]
-            total = [two[0][i] + two[1][i] for i in range(2)]
-            out.append([*total, *total])
-        return out
-
     # Products ---------------------------------------------------------------------------------
 
-    def scores(self, kind: str, steps: list[list[V]], first: Numbers, turn: V) -> Numbers:
-        s = self.plan.shape
-        at, _ = self.query_buffer(turn)
-        flat = [x for block in first for x in block]
-        (found,) = ptx.wgmma(kind, [(flat, steps, at)], k_stride=128, n_stride=16 * s.head_dim)
+    def scores(self, kind: str, steps: list[list[V]], turn: V) -> Numbers:
+        at = ptx.uniform(self.query_buffer(turn))
+        flat = [f32(0.0)] * (4 * self.plan.blocks_of_rows)
+        (found,) = ptx.wgmma(
+            kind, [(flat, steps, at)], k_stride=128, n_stride=self.plan.query_stride
+        )
         return _by_four(found)
 
     def add_values(
@@ -413,8 +428,8 @@ def _by_four(x: Sequence[V]) -> Numbers:
 def _attend_codes(
     me: _Warpgroup, state: _State, codes: _Tile, tile: V, chunk: int, turn: V
 ) -> None:
-    """To the warpgroup's 64 tokens number `chunk` of a tile: warp w to half w mod 2 of the run w / 2
-    of 32 tokens."""
+    """To the warpgroup's 64 tokens number `chunk` of a tile: warp w to half w mod 2 of 32-token run
+    w / 2."""
     s, blocks = me.plan.shape, me.plan.blocks_of_rows
     stride, words = s.head_dim // 2, s.head_dim // 32
     first = me.group * TOKENS + chunk * (TOKENS * me.plan.config.groups)
@@ -430,7 +445,9 @@ def _attend_codes(
     steps: list[list[V]] = []
     for i in range(words):
         steps += codes.fragments([x[i] for x in loaded[0]], [x[i] for x in loaded[1]])
-    scores = me.scores("f16", steps, me.initial(turn), turn)
+    first_values = ptx.select(me.q < 2, i32(0x04000400), 0)
+    steps.append([first_values, first_values, i32(0), i32(0)])
+    scores = me.scores("f16", steps, turn)
 
     *_, scale_at, minimum_at = codes.value_at
     (scale,) = ptx.load(tile + scale_at + mine * 2)
@@ -487,7 +504,7 @@ def _attend_exact(
     for half in (0, s.head_dim):
         rows = [ptx.load_wide(here + half + 8 * stride * y, words) for y in range(2)]
         steps += [[rows[y][w + i] for i in range(2) for y in range(2)] for w in range(0, words, 2)]
-    scores = me.scores("bf16", steps, [[f32(0.0)] * 4 for _ in range(blocks)], turn)
+    scores = me.scores("bf16", steps, turn)
     for n in range(blocks):
         for j in range(4):
             token = slot + me.warp * 16 + me.g + 8 * (j // 2)
@@ -588,6 +605,7 @@ def body(plan: WidePlan) -> Callable[[Sequence[V], V], None]:
             ptx.fence_barrier_init()
 
         ptx.when(thread.equals(0), initialize)
+        me.clear()
         ptx.sync_threads(i32(0), 128 * c.warpgroups)
 
         begin, end = _range(plan, lengths.total(), ptx.special("ctaid.x"), team)

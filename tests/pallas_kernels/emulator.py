@@ -410,6 +410,7 @@ REPLACEMENTS: dict[str, Any] = {
     "merge_bits": lambda a, b, mask: (a & mask) | (b & ~mask),
     "and_or": lambda a, mask, other: (a & mask) | other,
     "permute_bytes": permute_bytes,
+    "low_f16": lambda x: Lanes(pieces(x, np.float16)[:, 0], "f32"),
     "pack_f16": packed(np.float16),
     "pack_bf16": packed(ml_dtypes.bfloat16),
     "special": special,
