@@ -170,6 +170,7 @@ DRAFT_FIELDS = {
     "draft_group": "group_size",
     "draft_symmetric": "symmetric",
     "draft_layers": "layers",
+    "draft_lm_head_bits": "lm_head_bits",
 }
 
 
@@ -217,6 +218,12 @@ def _add_draft_options(parser: Parser, *, convert: bool = False) -> None:
         "--draft-layers",
         metavar="L",
         help="all, mlp, or names such as layers.*.down,layers.0.* (all)",
+    )
+    group.add_argument(
+        "--draft-lm-head-bits",
+        type=int,
+        metavar="B",
+        help="4: a copy of lm_head in 4 bits; 16: the target's own (16)",
     )
     group.add_argument(
         "--draft-from",

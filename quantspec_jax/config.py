@@ -236,6 +236,8 @@ class DraftConfig:
         `gptq`. `group_size` and `symmetric` (then nothing has minima) say where the search starts.
       formats: layers that are stored otherwise than `bits`, `group_size` and `symmetric` say, by
         name (`layers.3.down`): what a mixed-precision search or an import found.
+      lm_head_bits: 16: the draft's logits come from the target's lm_head (or tied embedding). 4:
+        from a copy of it, rounded to nearest in groups as above; pays off for a large vocabulary.
     """
 
     bits: int | None = 4
@@ -245,9 +247,11 @@ class DraftConfig:
     method: str = "rtn"
     average_bits: float | None = None
     formats: tuple[tuple[str, WeightFormat], ...] = ()
+    lm_head_bits: int = 16
 
     def __post_init__(self) -> None:
         require(self.bits in (4, 8, None), "draft bits", self.bits, "4, 8 or None")
+        require(self.lm_head_bits in (4, 16), "draft lm_head_bits", self.lm_head_bits, "4 or 16")
         WeightFormat(4, self.group_size)
         require(
             isinstance(self.layers, str) and all(self.patterns),
@@ -284,13 +288,14 @@ class DraftConfig:
 
     def describe(self) -> str:
         """One line for people: what the draft's weights are."""
+        head = ", lm_head 4-bit" if self.lm_head_bits == 4 else ""
         if self.bits is None:
-            return "full weights"
+            return f"full weights{head}"
         kind = "symmetric" if self.symmetric else "asymmetric"
         bits = f"{self.bits}-bit"
         if self.average_bits is not None:
             bits = f"mixed {self.average_bits:g}-bit"
-        return f"{bits} {self.method}, {kind}, group {self.group_size}, {self.layers}"
+        return f"{bits} {self.method}, {kind}, group {self.group_size}, {self.layers}{head}"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that `from_dict` reads back."""

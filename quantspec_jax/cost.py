@@ -59,6 +59,8 @@ def draft_weight_bytes(model: ModelConfig, draft: DraftConfig, itemsize: int = B
         for layer, stored in layer_formats(model, draft).items()
         if stored.bits != 16
     )
+    if draft.lm_head_bits == 4:
+        replaced += model.hidden_size * model.vocab_size
     return target_weight_bytes(model, itemsize) - itemsize * replaced + draft_bytes(model, draft)
 
 

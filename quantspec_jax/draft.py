@@ -86,7 +86,19 @@ def quantize_params(params: dict[str, Any], config: DraftConfig) -> dict[str, An
             if stored.bits != 16:
                 for part, weight in quantize_linear(block[name]["kernel"], stored).items():
                     entries[f"{layer}.{part}"] = weight
-    return nest(entries)
+    return nest(entries) | quantize_lm_head(params, config)
+
+
+def quantize_lm_head(params: dict[str, Any], config: DraftConfig) -> dict[str, Any]:
+    """The draft's own lm_head, {"lm_head": {"kernel": 4-bit groups}}, or {} where it has none."""
+    if config.lm_head_bits == 16:
+        return {}
+    kernel = params["lm_head"]["kernel"] if "lm_head" in params else params["embedding"].T
+    return {"lm_head": quantize_linear(kernel, _lm_head_format(config))}
+
+
+def _lm_head_format(config: DraftConfig) -> WeightFormat:
+    return WeightFormat(4, config.group_size, config.symmetric)
 
 
 def merge(params: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -112,10 +124,15 @@ def bits_per_weight(model: ModelConfig, config: DraftConfig) -> float:
 def draft_bytes(model: ModelConfig, config: DraftConfig) -> int:
     """Bytes of the draft's own arrays."""
     shapes = parameter_shapes(model)
+    weights = [
+        (shapes[f"{layer}.kernel"].shape, stored)
+        for layer, stored in layer_formats(model, config).items()
+        if stored.bits != 16
+    ]
+    if config.lm_head_bits == 4:
+        weights.append(((model.hidden_size, model.vocab_size), _lm_head_format(config)))
     total = 0
-    for layer, stored in layer_formats(model, config).items():
-        if stored.bits != 16:
-            kin, n = shapes[f"{layer}.kernel"].shape
-            filled = -(-kin // stored.group_size) * stored.group_size
-            total += stored.stored_bits(filled, n) // 8
+    for (kin, n), stored in weights:
+        filled = -(-kin // stored.group_size) * stored.group_size
+        total += stored.stored_bits(filled, n) // 8
     return total

@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--draft-group", type=int, default=128)
     parser.add_argument("--draft-symmetric", action="store_true")
+    parser.add_argument("--draft-lm-head-bits", type=int, default=16, help="4 or 16")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--rounds", type=int, default=20, help="rounds a measurement")
     parser.add_argument("--repeat", type=int, default=5, help="measurements; the median counts")
@@ -405,7 +406,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = PRESETS[args.preset]
     longest = max(args.context)
     require(longest <= model.max_context, "--context", longest, f"at most {model.max_context}")
-    config = DraftConfig(group_size=args.draft_group, symmetric=args.draft_symmetric)
+    config = DraftConfig(
+        group_size=args.draft_group,
+        symmetric=args.draft_symmetric,
+        lm_head_bits=args.draft_lm_head_bits,
+    )
     weights = parameter_count(model) * jnp.dtype(args.dtype).itemsize
     require_memory(args.preset, {"weights": weights, "draft": draft_bytes(model, config)})
     ceiling = read_ceiling()

@@ -18,7 +18,7 @@ from quantspec_jax.calibrate.gptq import Moments
 from quantspec_jax.calibrate.resume import Finished
 from quantspec_jax.calibrate.streams import Block, Pair
 from quantspec_jax.config import DraftConfig, ModelConfig, WeightFormat, require
-from quantspec_jax.draft import layer_formats
+from quantspec_jax.draft import layer_formats, quantize_lm_head
 from quantspec_jax.models.decoder import Params
 from quantspec_jax.models.parameters import LINEAR_LAYERS
 
@@ -75,7 +75,7 @@ def calibrate(
         else:
             _, hidden = _through(config, block, hidden, functools.partial(_kept, entry))
     own = {str(i): entry for i, entry in enumerate(entries) if entry}
-    return draft, {"layers": own} if own else {}
+    return draft, ({"layers": own} if own else {}) | quantize_lm_head(params, draft)
 
 
 def _checked(config: ModelConfig, tokens: Any) -> jax.Array:

@@ -36,6 +36,7 @@ DRAFTS = (
     DraftConfig(group_size=48, layers="mlp"),
     DraftConfig(group_size=32, formats=(("layers.1.q", WeightFormat(8, 16)),)),
     DraftConfig(bits=None),
+    DraftConfig(group_size=32, lm_head_bits=4),
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_model
 
 from pallas_kernels.int4_matmul.reference import dequantize
-from quantspec_jax.config import DraftConfig, WeightFormat
+from quantspec_jax.config import DraftConfig, ModelConfig, WeightFormat
 from quantspec_jax.draft import (
     bits_per_weight,
     draft_bytes,
@@ -18,7 +18,7 @@ from quantspec_jax.draft import (
     quantize_linear,
     quantize_params,
 )
-from quantspec_jax.models.decoder import linear
+from quantspec_jax.models.decoder import init_params, linear, unembed
 
 CONFIGS = (
     DraftConfig(group_size=16),
@@ -26,6 +26,7 @@ CONFIGS = (
     DraftConfig(bits=8, group_size=32, symmetric=True),
     DraftConfig(group_size=24, layers="layers.0.*,*.down"),
     DraftConfig(group_size=32, formats=(("layers.1.q", WeightFormat(8, 16, True)),)),
+    DraftConfig(bits=None, group_size=48, lm_head_bits=4),
 )
 
 
@@ -55,6 +56,21 @@ def test_draft_bytes_are_those_of_its_arrays(draft):
     config, params, _ = tiny_model()
     own = quantize_params(params, draft)
     assert draft_bytes(config, draft) == sum(x.nbytes for x in jax.tree.leaves(own))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_lm_head_of_its_own_makes_the_drafts_logits(tied):
+    """Tied or not, logits come from 4-bit weights, and the embedding stays the target's."""
+    config = ModelConfig("llama", 320, 64, 96, 1, 4, 2, 16, 512, tie_embeddings=tied)
+    params = init_params(config, jax.random.key(0))
+    own = quantize_params(params, DraftConfig(bits=None, group_size=32, lm_head_bits=4))
+    draft = merge(params, own)
+    assert draft["embedding"] is params["embedding"]
+    hidden = jax.random.normal(jax.random.key(1), (1, 3, 64))
+    expected = hidden @ dequantize(own["lm_head"]["kernel"])
+    np.testing.assert_allclose(unembed(draft, hidden, "xla"), expected, rtol=1e-4, atol=1e-5)
+    exact = unembed(params, hidden)
+    assert 0.02 < float(jnp.linalg.norm(expected - exact) / jnp.linalg.norm(exact)) < 0.15
 
 
 @pytest.mark.parametrize("draft", CONFIGS)
