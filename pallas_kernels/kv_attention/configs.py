@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from pallas_kernels import dispatch, tuned
 from pallas_kernels.kv_attention.mosaic_gpu import Config, Plan, Shape
@@ -41,7 +42,7 @@ def candidates(shape: Shape) -> Iterator[Config]:
 
 def choose(shape: Shape) -> Config | None:
     """The measured configuration, else the first that fits; None where none does."""
-    found = tuned.find(dispatch.device_name(), KERNEL, key(shape))
+    found: Any = tuned.find(dispatch.device_name(), KERNEL, key(shape))
     if found is not None:
         return Config(**found)
     return next(candidates(shape), None)

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pallas_kernels import ptx
+from pallas_kernels import dispatch, ptx
 from pallas_kernels.kv_attention.mosaic_gpu import (
     HEADROOM,
     LOG2E,
@@ -699,10 +699,14 @@ def body(plan: WidePlan) -> Callable[[Sequence[V], V], None]:
     return run
 
 
-def candidates(shape: Shape) -> list[Config]:
-    """Configurations to measure."""
-    return [
-        Config(warpgroups, 1, 1, 1, groups=groups)
-        for warpgroups, groups in ((4, 2), (2, 1), (2, 2), (3, 1), (4, 1))
-        if WidePlan(shape, Config(warpgroups, 1, 1, 1, groups=groups), 1).fits()
-    ]
+def candidates(shape: Shape) -> Iterator[Config]:
+    """Configurations that the kernel can run on the shape, best guess first."""
+    if unsupported(shape) is not None:
+        return
+    for warpgroups, groups in ((4, 2), (2, 1), (2, 2), (3, 1)):
+        one = Config(warpgroups, 1, 1, 1, groups=groups, even=True, online=True)
+        plan = WidePlan(shape, one, 1)
+        room = dispatch.SHARED_BYTES - 4096 - plan.teams * plan.team_bytes
+        stages = min(room // (plan.teams * plan.stage_bytes), 8)
+        if plan.fits() and stages >= 2:
+            yield dataclasses.replace(one, stages=stages)

@@ -16,7 +16,7 @@ from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul_kernel
 from pallas_kernels.int4_matmul import reference as matmul_reference
 from pallas_kernels.kv_attention import api as attention
-from pallas_kernels.kv_attention import configs, mosaic_gpu
+from pallas_kernels.kv_attention import configs, mosaic_gpu, wide
 from pallas_kernels.quantize_pack import api as quantize
 
 pytestmark = pytest.mark.gpu
@@ -30,7 +30,13 @@ def _cuda_and_exact_references():
         yield
 
 
-def check_attention(call, view: str, strict: bool = False, config=None) -> None:
+def reference(call, view: str, strict: bool = False):
+    options = {"view": view, "sm_scale": 0.11, "strict": strict}
+    run = functools.partial(attention.kv_attention, **options, backend="xla")
+    return jax.jit(run)(*without_poison(call))
+
+
+def check_attention(call, view: str, expected, strict: bool = False, config=None) -> None:
     options = {"view": view, "sm_scale": 0.11, "strict": strict}
     if config is None:
         run = functools.partial(attention.kv_attention, **options, backend="mosaic_gpu")
@@ -38,9 +44,6 @@ def check_attention(call, view: str, strict: bool = False, config=None) -> None:
         run = functools.partial(mosaic_gpu.kv_attention, **options, config=config)
     run = jax.jit(run)
     found, again = run(*call), run(*call)
-    expected = jax.jit(functools.partial(attention.kv_attention, **options, backend="xla"))(
-        *without_poison(call)
-    )
     for a, b in zip(found, again, strict=True):
         np.testing.assert_array_equal(a, b)
     assert relative_error(found[0], expected[0]) <= 2e-3
@@ -67,7 +70,7 @@ def test_attention_over_ragged_lengths(view, head_dim, group_size, group, tokens
         tiles=9,
         positions=positions,
     )
-    check_attention(call, view)
+    check_attention(call, view, reference(call, view))
 
 
 @pytest.mark.parametrize("view", ["int4", "int8"])
@@ -77,8 +80,34 @@ def test_attention_in_every_configuration(view):
         positions=[2400, 300],
     )  # fmt: skip
     options = {"view": view, "sm_scale": 0.11, "strict": False}
-    for config in configs.candidates(mosaic_gpu.shape_of(call[0], call[1], call[3], **options)):
-        check_attention(call, view, config=config)
+    shape = mosaic_gpu.shape_of(call[0], call[1], call[3], **options)
+    expected = reference(call, view)
+    for config in (*configs.candidates(shape), *wide.candidates(shape)):
+        check_attention(call, view, expected, config=config)
+
+
+@pytest.mark.parametrize(("head_dim", "group_size"), [(128, 128), (64, 64), (64, 128)])
+@pytest.mark.parametrize(("group", "tokens"), [(4, 3), (4, 5), (8, 8)])
+@pytest.mark.parametrize("strict", [False, True])
+def test_attention_with_the_products_of_warpgroups(head_dim, group_size, group, tokens, strict):
+    """Over ragged lengths, with 2, 3 and 8 blocks of query rows."""
+    g = group_size
+    positions = [0, 1, g - 1, g, g + 1, 2 * g, 3 * g - tokens, 5 * g + 7]
+    call = attention_call(
+        "int8",
+        kv_heads=2,
+        group=group,
+        tokens=tokens,
+        head_dim=head_dim,
+        group_size=g,
+        tiles=9,
+        positions=positions,
+    )
+    options = {"view": "int8", "sm_scale": 0.11, "strict": strict}
+    shape = mosaic_gpu.shape_of(call[0], call[1], call[3], **options)
+    expected = reference(call, "int8", strict)
+    for config in list(wide.candidates(shape))[:2]:
+        check_attention(call, "int8", expected, strict, config)
 
 
 def test_strict_attention_and_rows_that_see_nothing():

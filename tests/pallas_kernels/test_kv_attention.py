@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import emulator
+import jax
 import numpy as np
 import pytest
 from kernel_cases import attention_call, relative_error, without_poison
@@ -56,3 +59,22 @@ def test_work_is_dealt_evenly_and_merged_in_one_pass(blocks):
         positions=[20, 32 * 9, 130],
     )  # fmt: skip
     check(call, "int4", attention.Config(1, 1, 1, 2, even=True, online=True), blocks=blocks)
+
+
+@pytest.mark.parametrize(("head_dim", "group", "tokens"), [(128, 4, 8), (64, 4, 5), (128, 8, 8)])
+def test_products_of_warpgroups_lower(head_dim, group, tokens, monkeypatch):
+    """Every configuration that is offered fits, and lowers for CUDA without a GPU."""
+    monkeypatch.undo()
+    call = attention_call(
+        "int8", kv_heads=2, group=group, tokens=tokens, head_dim=head_dim, group_size=128, tiles=3,
+        positions=[384, 5],
+    )  # fmt: skip
+    options = {"view": "int8", "sm_scale": 0.1, "strict": False}
+    shape = attention.shape_of(call[0], call[1], call[3], **options)
+    found = list(wide.candidates(shape))
+    assert found
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), call)
+    for config in found:
+        run = jax.jit(functools.partial(attention.kv_attention, **options, config=config))
+        text = run.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("custom_call @mosaic_gpu") == 2
