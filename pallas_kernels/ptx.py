@@ -214,6 +214,10 @@ def reciprocal(x: V) -> V:
     return asm("rcp.approx.ftz.f32 $0, $1;", ["f32"], [x])[0]
 
 
+def reciprocal_sqrt(x: V) -> V:
+    return asm("rsqrt.approx.ftz.f32 $0, $1;", ["f32"], [x])[0]
+
+
 def maximum(a: V, b: V) -> V:
     """A NaN gives the other operand."""
     return asm("max.f32 $0, $1, $2;", ["f32"], [a, b])[0]

@@ -97,6 +97,7 @@ def full_logits(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.A
         (None,) * config.num_layers,
         attend,
         rope_length=s,
+        backend="xla",
     )
     return unembed(params, hidden)
 

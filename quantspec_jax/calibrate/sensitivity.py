@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.add_rms_norm.reference import rms_norm
 from quantspec_jax.calibrate import streams
 from quantspec_jax.calibrate.streams import Block, Pair
 from quantspec_jax.config import ModelConfig, WeightFormat, require
 from quantspec_jax.draft import quantize_linear
-from quantspec_jax.models.decoder import Params, rms_norm, unembed
+from quantspec_jax.models.decoder import Params, unembed
 from quantspec_jax.models.parameters import LINEAR_LAYERS, parameter_shapes
 
 Formats = dict[str, WeightFormat]

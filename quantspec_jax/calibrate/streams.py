@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.add_rms_norm.reference import rms_norm
 from pallas_kernels.int4_matmul.reference import dequantize
 from pallas_kernels.kv_attention.reference import dequantize_keys, dequantize_values
 from pallas_kernels.layout import QuantizedWeight
@@ -19,7 +20,6 @@ from pallas_kernels.quantize_pack.reference import quantize_keys, quantize_value
 from quantspec_jax.calibrate.gptq import Moments
 from quantspec_jax.config import ModelConfig
 from quantspec_jax.models.attention import causal_attention
-from quantspec_jax.models.decoder import rms_norm
 from quantspec_jax.models.rope import rope_frequencies, rope_tables, rotate
 
 HIGHEST = jax.lax.Precision.HIGHEST

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.add_rms_norm.api import add_rms_norm
+from pallas_kernels.add_rms_norm.reference import rms_norm
 from pallas_kernels.int4_matmul.api import int4_matmuls
 from pallas_kernels.layout import QuantizedWeight
 from quantspec_jax.config import ModelConfig
@@ -90,16 +92,9 @@ def precision(dtype: Any) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / √(mean x² + ε) · weight over the last axis, in float32."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
-    return (wide * weight.astype(jnp.float32)).astype(x.dtype)
-
-
 def linear(x: jax.Array, weights: Params, backend: str) -> jax.Array:
-    """[..., Kin] → [..., N] in x's type."""
-    return linears(x, [weights], backend)[0]
+    """[..., Kin] → [..., N]: in x's type, or float32 where the weights are packed."""
+    return _add_bias(_products(x, [weights], backend)[0], weights)
 
 
 def linears(x: jax.Array, layers: Sequence[Params], backend: str) -> list[jax.Array]:
@@ -185,21 +180,25 @@ def forward(
     def heads(y: jax.Array) -> jax.Array:
         return y.reshape(b, s, -1, config.head_dim)
 
+    def add_norm(x: jax.Array, y: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return add_rms_norm(x, y, weight, config.rms_norm_eps, backend=backend)
+
+    blocks = [params["layers"][str(i)] for i in range(len(layers))]
+    after = [block["attention_norm"] for block in blocks[1:]] + [params["final_norm"]]
+    h = rms_norm(x, blocks[0]["attention_norm"], config.rms_norm_eps)
     new_layers = []
-    for i, state in enumerate(layers):
-        block = params["layers"][str(i)]
-        h = rms_norm(x, block["attention_norm"], config.rms_norm_eps)
+    for block, state, next_norm in zip(blocks, layers, after, strict=True):
         q, k, v = map(heads, linears(h, [block[name] for name in ("q", "k", "v")], backend))
         if config.qk_norm:
             q = rms_norm(q, block["q_norm"], config.rms_norm_eps)
             k = rms_norm(k, block["k_norm"], config.rms_norm_eps)
         out, state = attend(state, rotate(q, cos, sin), rotate(k, cos, sin), v)
         new_layers.append(state)
-        x = x + linear(out.astype(x.dtype).reshape(b, s, -1), block["o"], backend)
-        h = rms_norm(x, block["mlp_norm"], config.rms_norm_eps)
+        y = linear(out.astype(x.dtype).reshape(b, s, -1), block["o"], backend)
+        x, h = add_norm(x, y, block["mlp_norm"])
         gate, up = linears(h, [block["gate"], block["up"]], backend)
-        x = x + linear(jax.nn.silu(gate) * up, block["down"], backend)
-    return rms_norm(x, params["final_norm"], config.rms_norm_eps), tuple(new_layers)
+        x, h = add_norm(x, linear(jax.nn.silu(gate) * up, block["down"], backend), next_norm)
+    return h, tuple(new_layers)
 
 
 def unembed(params: Params, hidden: jax.Array, backend: str = "auto") -> jax.Array:

@@ -404,6 +404,7 @@ REPLACEMENTS: dict[str, Any] = {
     ),
     "exp2": lanes_of(np.exp2, "f32"),
     "log2": lanes_of(np.log2, "f32"),
+    "reciprocal_sqrt": lanes_of(lambda x: 1 / np.sqrt(x), "f32"),
     "maximum": lanes_of(np.fmax, "f32"),
     "minimum": lambda a, b: Lanes(np.minimum(a.signed(), a.like(b).signed()), a.kind),
     "at_least": lambda a, b: Lanes(np.maximum(a.signed(), a.like(b).signed()), a.kind),

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from kernel_cases import attention_call, random_weight, relative_error, without_poison
 
+from pallas_kernels.add_rms_norm import mosaic_gpu as norm
+from pallas_kernels.add_rms_norm import reference as norm_reference
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
 from pallas_kernels.int4_matmul import reference as matmul_reference
 from pallas_kernels.kv_attention import mosaic_gpu as attention
@@ -19,7 +21,7 @@ from pallas_kernels.quantize_pack import reference as quantize_reference
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch):
-    emulator.install(monkeypatch, attention, matmul, quantize)
+    emulator.install(monkeypatch, attention, matmul, norm, quantize)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,21 @@ def test_int4_matmul(rows, inputs, outputs, group, symmetric, config):
     for y, w in zip(matmul.int4_matmuls(x, weights, config=config), weights, strict=True):
         dense = matmul_reference.dequantize(w)[:inputs]
         assert relative_error(y, x.astype(jnp.float32) @ dense) <= 1e-5
+
+
+@pytest.mark.parametrize("y_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("rows", "channels"), [(1, 64), (3, 1032), (2, 4160)])
+def test_add_rms_norm(rows, channels, y_dtype):
+    """Fewer channels than threads, a few more, and two chunks of some threads."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = (3 * jax.random.normal(keys[0], (1, rows, channels))).astype(jnp.bfloat16)
+    y = jax.random.normal(keys[1], x.shape).astype(y_dtype)
+    weight = jax.random.normal(keys[2], (channels,)).astype(jnp.bfloat16)
+    found = norm.add_rms_norm(x, y, weight, eps=1e-5)
+    expected = norm_reference.add_rms_norm(x, y, weight, 1e-5)
+    np.testing.assert_array_equal(found[0], expected[0])
+    wide = expected[1].astype(jnp.float32)  # a sum in another order may round otherwise
+    np.testing.assert_allclose(found[1].astype(jnp.float32), wide, rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("which", ["quantize_keys", "quantize_values"])

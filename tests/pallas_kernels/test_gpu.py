@@ -11,6 +11,7 @@ import pytest
 from kernel_cases import attention_call, random_weight, relative_error, without_poison
 
 from pallas_kernels import dispatch
+from pallas_kernels.add_rms_norm import api as norm
 from pallas_kernels.int4_matmul import api as matmul
 from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul_kernel
@@ -189,3 +190,20 @@ def test_quantized_bit_for_bit(which, head_dim, group_size):
     )
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("y_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("rows", "channels"), [(1, 576), (5, 4096), (16, 3584), (300, 16384)])
+def test_add_rms_norm(rows, channels, y_dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = (3 * jax.random.normal(keys[0], (1, rows, channels))).astype(jnp.bfloat16)
+    y = jax.random.normal(keys[1], x.shape).astype(y_dtype)
+    weight = jax.random.normal(keys[2], (channels,)).astype(jnp.bfloat16)
+    run = jax.jit(norm.add_rms_norm, static_argnames=("eps", "backend"))
+    found = run(x, y, weight, eps=1e-5, backend="mosaic_gpu")
+    again = run(x, y, weight, eps=1e-5, backend="mosaic_gpu")
+    expected = run(x, y, weight, eps=1e-5, backend="xla")
+    for a, b in zip(found, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert relative_error(found[1], expected[1].astype(jnp.float32)) <= 1e-3

@@ -10,6 +10,7 @@ import pytest
 from kernel_cases import attention_call, random_weight
 
 from pallas_kernels import dispatch
+from pallas_kernels.add_rms_norm import mosaic_gpu as norm
 from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
 from pallas_kernels.kv_attention import configs, mosaic_gpu
@@ -109,3 +110,18 @@ def test_auto_says_once_what_it_leaves_to_xla(monkeypatch):
     assert not dispatch.use_mosaic_gpu("auto", "kv_attention", "head_dim is 80")
     with pytest.raises(NotImplementedError, match="head_dim is 80"):
         dispatch.use_mosaic_gpu("mosaic_gpu", "kv_attention", "head_dim is 80")
+
+
+@pytest.mark.parametrize("y_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("channels", [576, 4096, 16384])
+def test_add_rms_norm(channels, y_dtype):
+    x = jnp.zeros((2, 5, channels), jnp.bfloat16)
+    assert norm.unsupported(x) is None
+    text = lower(functools.partial(norm.add_rms_norm, eps=1e-6), x, x.astype(y_dtype), x[0, 0])
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+def test_add_rms_norm_says_what_it_cannot_do():
+    assert "multiples of 8" in norm.unsupported(jnp.zeros((1, 60), jnp.bfloat16))
+    assert "16384" in norm.unsupported(jnp.zeros((1, 16392), jnp.bfloat16))
+    assert "bfloat16" in norm.unsupported(jnp.zeros((1, 64)))

@@ -53,7 +53,8 @@ def kernels(text: str) -> list[str]:
 def names(text: str) -> list[str]:
     """The kernels' functions, calls of one form sharing one."""
     found = re.findall(
-        r"func.func private @(int4_matmuls|kv_attention|quantize_\w+?)(?:_\d+)?\(", text
+        r"func.func private @(add_rms_norm|int4_matmuls|kv_attention|quantize_\w+?)(?:_\d+)?\(",
+        text,
     )
     return sorted(found)
 
@@ -68,16 +69,17 @@ def test_each_kernel_is_in_the_program_once_however_many_layers_call_it(bits):
     # One launch for q, k, v, one for o, for gate and up, for down. The second planes of 8 bits have
     # no minima: they are launches of their own.
     matmuls = ["int4_matmuls"] * (4 if bits == 4 else 8)
-    attention = ["kv_attention"] * 2  # the draft's and the target's
+    norms = ["add_rms_norm"] * 2  # the draft's and the target's
+    attention = ["kv_attention"] * 2
     for text in (one, three):
-        assert names(text) == [*matmuls, *attention, "quantize_keys", "quantize_values"]
+        assert names(text) == [*norms, *matmuls, *attention, "quantize_keys", "quantize_values"]
         # Attention is two kernels, the pass over the cache and the merge of its parts.
         assert len(kernels(text)) == len(names(text)) + 2
         assert len(set(kernels(text))) == len(kernels(text))
     assert len(three) < 1.5 * len(one)
 
 
-def test_plain_decoding_has_attention_alone():
+def test_plain_decoding_has_attention_and_norms_alone():
     text = lowered(MODEL, 0, "full", DraftConfig())
-    assert names(text) == ["kv_attention"]
-    assert len(kernels(text)) == 2
+    assert names(text) == ["add_rms_norm", "kv_attention"]
+    assert len(kernels(text)) == 3
