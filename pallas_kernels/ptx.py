@@ -155,16 +155,11 @@ def asm(
     results: Sequence[str],
     args: Sequence[V],
     *,
-    updated: int = 0,
     effects: bool = False,
 ) -> list[V]:
-    """PTX. $0, $1, … are first the results (types by name), then the arguments.
-
-    The first `updated` arguments are what as many results hold before.
-    """
+    """PTX. $0, $1, … are first the results (types by name), then the arguments."""
     constraints = ["=" + _LETTERS[name] for name in results]
-    constraints += [str(i) for i in range(updated)]
-    constraints += [_LETTERS[str(a.type)] for a in args[updated:]]
+    constraints += [_LETTERS[str(a.type)] for a in args]
     if effects:
         constraints.append("~{memory}")
     types = [_type(name) for name in results]
@@ -262,13 +257,6 @@ def high_bf16(pair: V) -> V:
     return (pair & 0xFFFF0000).as_float()
 
 
-def low_f16(pair: V) -> V:
-    """float32 of the lower float16 of a word."""
-    return asm(
-        "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16 $0, low; }", ["f32"], [pair]
-    )[0]
-
-
 def pack_f16(low: V, high: V) -> V:
     return asm("cvt.rn.f16x2.f32 $0, $1, $2;", ["i32"], [high, low])[0]
 
@@ -343,64 +331,6 @@ def mma(kind: str, a: Sequence[V], b: Sequence[V], c: Sequence[V]) -> list[V]:
     )
 
 
-def store_matrices_transposed(where: V, x: Sequence[V]) -> None:
-    """2 or 4 matrices as `transpose_8x8` takes them to shared memory, transposed; lane i gives the
-    address of row i of the transposed ones."""
-    names = ",".join(f"${i + 1}" for i in range(len(x)))
-    asm(
-        f"stmatrix.sync.aligned.m8n8.x{len(x)}.trans.shared.b16 [$0], {{{names}}};",
-        [],
-        [where, *x],
-        effects=True,
-    )
-
-
-def wgmma(
-    kind: str,
-    products: Sequence[tuple[Sequence[V], Sequence[Sequence[V]], V]],
-    *,
-    k_stride: int,
-    n_stride: int,
-) -> list[list[V]]:
-    """Products of a warpgroup: C[64, N] += A[64, 16 s] B[16 s, N], float32 sums, of which warp w
-    holds rows 16 w to 16 w + 15. Returns when they are done.
-
-    Of each product: the sums, N/8 blocks as `mma`'s c; of each of s steps, a as `mma` takes it; and
-    the address of B in shared memory, pieces of 8 columns × 8 k, 128 bytes each (column, k), whose
-    neighbours along k and n are `k_stride` and `n_stride` bytes away. Whoever wrote B has called
-    `fence_async` before the barrier.
-    """
-    sums = [x for acc, _, _ in products for x in acc]
-    args = list(sums)
-    text = [".reg .pred yes; .reg .b32 low, high; .reg .b64 b; setp.eq.u32 yes, 0, 0;"]
-    text += [f"mov.b32 high, {n_stride >> 4}; wgmma.fence.sync.aligned;"]
-    first = 0
-    for acc, steps, address in products:
-        out = ",".join(f"${first + i}" for i in range(len(acc)))
-        first += len(acc)
-        at = len(sums) + len(args)
-        args.append(((address & 0x3FFFF) >> 4) | (k_stride >> 4 << 16))
-        for i, a in enumerate(steps):
-            left = ",".join(f"${len(sums) + len(args) + j}" for j in range(4))
-            args += a
-            text.append(f"add.u32 low, ${at}, {(2 * k_stride >> 4) * i}; mov.b64 b, {{low, high}};")
-            text.append(
-                f"wgmma.mma_async.sync.aligned.m64n{2 * len(acc)}k16.f32.{kind}.{kind} "
-                f"{{{out}}}, {{{left}}}, b, yes, 1, 1, 0;"
-            )
-    text.append("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;")
-    found = iter(
-        asm(
-            "{ " + " ".join(text) + " }",
-            ["f32"] * len(sums),
-            args,
-            updated=len(sums),
-            effects=True,
-        )
-    )
-    return [[next(found) for _ in acc] for acc, _, _ in products]
-
-
 def sync_warp() -> None:
     asm("bar.warp.sync -1;", [], [], effects=True)
 
@@ -408,18 +338,6 @@ def sync_warp() -> None:
 def sync_threads(barrier: V, threads: int) -> None:
     """Named barrier of `threads` threads, whole warps."""
     asm(f"bar.sync $0, {threads};", [], [barrier], effects=True)
-
-
-def sync_threads_any(barrier: V, threads: int, condition: V) -> V:
-    """As `sync_threads`; whether any of the threads brought a true condition."""
-    out = asm(
-        "{ .reg .pred p, r; setp.ne.u32 p, $2, 0; "
-        f"barrier.cta.red.or.pred r, $1, {threads}, p; selp.u32 $0, 1, 0, r; }}",
-        ["i32"],
-        [barrier, select(condition, i32(1), 0)],
-        effects=True,
-    )[0]
-    return out > 0
 
 
 # Memory -----------------------------------------------------------------------------------------
@@ -494,11 +412,6 @@ def barrier_init(barrier: V, arrivals: int) -> None:
 
 def fence_barrier_init() -> None:
     asm("fence.mbarrier_init.release.cluster;", [], [], effects=True)
-
-
-def fence_async() -> None:
-    """Order this thread's shared-memory accesses before later bulk copies."""
-    asm("fence.proxy.async.shared::cta;", [], [], effects=True)
 
 
 def barrier_arrive(barrier: V) -> None:

@@ -66,18 +66,12 @@ class Config:
     token_warps    warps that share a tile, each with its part of the tokens
     column_blocks  of 8 query rows that a warp multiplies with what it has converted
     stages         tiles a team of warps has in shared memory, read or in flight
-    groups         warpgroups that share a tile in the kernel of `wide`; 0: that of this file
-    even           deal the work evenly to the blocks first, then to a block's teams
-    online         merge in one pass over the partial results
     """
 
     warpgroups: int
     token_warps: int
     column_blocks: int
     stages: int
-    groups: int = 0
-    even: bool = False
-    online: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,36 +206,6 @@ def _part_of(total: V, parts: int, unit: V) -> V:
     larger = extra * (per + 1)
     late = extra + (unit - larger) // ptx.at_least(per, 1)
     return ptx.select(unit < larger, unit // (per + 1), late)
-
-
-def _range(plan: Plan, total: V, block: V, team: V) -> tuple[V, V]:
-    """First unit of a team of a block, and the first that is not."""
-    everyone = plan.blocks * plan.teams
-    me = block * plan.teams + team
-    begin, end = _share(total, everyone, me), _share(total, everyone, me + 1)
-    if not plan.config.even:
-        return begin, end
-    first = _share(total, plan.blocks, block)
-    mine = _share(total, plan.blocks, block + 1) - first
-    # With less than a unit a team, teams without any are the last: the merge relies on it.
-    few = total < everyone
-    return (
-        ptx.select(few, begin, first + _share(mine, plan.teams, team)),
-        ptx.select(few, end, first + _share(mine, plan.teams, team + 1)),
-    )
-
-
-def _team_of(plan: Plan, total: V, unit: V) -> V:
-    """The team (block · teams + team of the block) that holds `unit`: the inverse of `_range`."""
-    everyone = plan.blocks * plan.teams
-    flat = _part_of(total, everyone, unit)
-    if not plan.config.even:
-        return flat
-    block = _part_of(total, plan.blocks, unit)
-    first = _share(total, plan.blocks, block)
-    mine = _share(total, plan.blocks, block + 1) - first
-    team = _part_of(mine, plan.teams, unit - first)
-    return ptx.select(total < everyone, flat, block * plan.teams + team)
 
 
 class _Lengths:
@@ -831,7 +795,8 @@ def _attention_body(plan: Plan):
 
         total = lengths.total()
         me = ptx.special("ctaid.x") * plan.teams + team
-        begin, end = _range(plan, total, ptx.special("ctaid.x"), team)
+        everyone = plan.blocks * plan.teams
+        begin, end = _share(total, everyone, me), _share(total, everyone, me + 1)
 
         def work() -> None:
             first = lengths.locate(begin)
@@ -961,21 +926,16 @@ def _write_partial(
             ptx.when(row < s.rows, write)
 
 
-MERGE_WARPGROUPS = 2
+MERGE_WARPGROUPS = 4
 MERGE_AT_ONCE = 8
-
-
-def _merge_warpgroups(plan: Plan) -> int:
-    """Of a block of the merge."""
-    return 4 if plan.config.online else MERGE_WARPGROUPS
 
 
 def _merge_body(plan: Plan):
     """Partial results of a query row → its output and log-sum-exp. One block a row."""
-    s, online = plan.shape, plan.config.online
-    warps = 4 * _merge_warpgroups(plan)
+    s = plan.shape
+    warps = 4 * MERGE_WARPGROUPS
     channels = s.head_dim // 32
-    numbers = channels + 1 + online
+    numbers = channels + 2
 
     def body(addresses: Sequence[V], shared: V) -> None:
         quantized, start, partial, statistics, output, log_sum_exp = addresses
@@ -998,25 +958,17 @@ def _merge_body(plan: Plan):
             )
         units = lengths.units(b)[1]
         first_unit = before + k * units
-        first = (_team_of(plan, total, first_unit) + bk) * plan.writers
-        last = (_team_of(plan, total, first_unit + units - 1) + bk + 1) * plan.writers
+        teams = plan.blocks * plan.teams
+        first = (_part_of(total, teams, first_unit) + bk) * plan.writers
+        last = (_part_of(total, teams, first_unit + units - 1) + bk + 1) * plan.writers
 
         def statistic(slot: V) -> list[V]:
             index = slot.to_i64() * s.rows + row.to_i64()
             return ptx.load(statistics + index * 8, 2, "f32")
 
-        def find_top(slot: V, carry: list[V]) -> list[V]:
-            return [ptx.maximum(carry[0], statistic(slot)[0])]
-
-        top = f32(NOTHING)
-        if not online:
-            (top,) = ptx.loop(first + lane, last, [top], find_top, step=32)
-            for distance in (1, 2, 4, 8, 16):
-                top = ptx.maximum(top, ptx.shuffle_xor(top, distance))
-
         def add(slot: V, carry: list[V]) -> list[V]:
-            sums, top_here = list(carry), top
-            loaded = []
+            *sums, old = carry
+            loaded, top = [], old
             for i in range(MERGE_AT_ONCE):
                 here = slot + warps * i
                 valid = here < last
@@ -1024,21 +976,18 @@ def _merge_body(plan: Plan):
                 index = safe.to_i64() * s.rows + row.to_i64()
                 at = partial + index * (4 * s.head_dim) + (lane * (4 * channels)).to_i64()
                 loaded.append((valid, statistic(safe), ptx.load_wide(at, channels)))
-            if online:
-                old = top_here = sums.pop()
-                for valid, (reference, _), _ in loaded:
-                    larger = ptx.maximum(top_here, reference)
-                    top_here = ptx.select(valid, larger, top_here)
-                factor = ptx.exp2(old - top_here)
-                sums = [x * factor for x in sums]
+            for valid, (reference, _), _ in loaded:
+                top = ptx.select(valid, ptx.maximum(top, reference), top)
+            factor = ptx.exp2(old - top)
+            sums = [x * factor for x in sums]
             for valid, (reference, weight), values in loaded:
-                factor = ptx.select(valid, ptx.exp2(reference - top_here), f32(0.0))
+                factor = ptx.select(valid, ptx.exp2(reference - top), f32(0.0))
                 sums[0] = ptx.fma(factor, weight, sums[0])
                 for j in range(channels):
                     sums[1 + j] = ptx.fma(factor, values[j].as_float(), sums[1 + j])
-            return [*sums, top_here] if online else sums
+            return [*sums, top]
 
-        nothing = [f32(0.0)] * (1 + channels) + [f32(NOTHING)] * online
+        nothing = [f32(0.0)] * (1 + channels) + [f32(NOTHING)]
         sums = ptx.loop(first + warp, last, nothing, add, step=warps * MERGE_AT_ONCE)
         at = shared + warp * (128 * numbers) + lane * 4
         for j, x in enumerate(sums):
@@ -1049,13 +998,10 @@ def _merge_body(plan: Plan):
             def part(w: int, j: int) -> V:
                 return ptx.load(shared + lane * 4 + 128 * (w * numbers + j), 1, "f32")[0]
 
-            highest = top
-            factors = [f32(1.0)] * warps
-            if online:
-                tops = [part(w, 1 + channels) for w in range(warps)]
-                for x in tops:
-                    highest = ptx.maximum(highest, x)
-                factors = [ptx.exp2(x - highest) for x in tops]
+            highest, *others = tops = [part(w, 1 + channels) for w in range(warps)]
+            for x in others:
+                highest = ptx.maximum(highest, x)
+            factors = [ptx.exp2(x - highest) for x in tops]
             final = []
             for j in range(1 + channels):
                 x = f32(0.0)
@@ -1141,19 +1087,13 @@ def kv_attention(
     """See `pallas_kernels.kv_attention.api.kv_attention`; bf16 queries and buffer."""
     shape = shape_of(q, keys, key_buffer, view=view, sm_scale=sm_scale, strict=strict)
     plan = Plan(shape, config, blocks)
-    body = _attention_body(plan)
-    if config.groups:
-        from pallas_kernels.kv_attention import wide
-
-        plan = wide.WidePlan(shape, config, blocks)
-        body = wide.body(plan)
     operands = [quantized_length, start, q, key_buffer, value_buffer]
     for part in (keys, values):
         if part is not None:
             operands += [part.upper, part.lower][: shape.planes]
             operands += [part.scale, part.minimum]
     partial, statistics = ptx.kernel(
-        body,
+        _attention_body(plan),
         [
             jax.ShapeDtypeStruct((plan.partials, shape.rows, shape.head_dim), jnp.float32),
             jax.ShapeDtypeStruct((plan.partials, shape.rows, 2), jnp.float32),
@@ -1171,7 +1111,7 @@ def kv_attention(
         ],
         name="kv_attention_merge",
         blocks=shape.batch * shape.kv_heads * shape.rows,
-        warpgroups=_merge_warpgroups(plan),
-        shared_bytes=4 * _merge_warpgroups(plan) * 128 * (1 + config.online + shape.head_dim // 32),
+        warpgroups=MERGE_WARPGROUPS,
+        shared_bytes=4 * MERGE_WARPGROUPS * 128 * (2 + shape.head_dim // 32),
     )
     return merge(quantized_length, start, partial, statistics)

@@ -140,7 +140,6 @@ class Block:
         self.barriers: dict[int, Barrier] = {}
         self.changed = threading.Condition()
         self.named: dict[tuple[int, int], threading.Barrier] = {}
-        self.found: dict[tuple[int, int], bool] = {}  # by named barrier: a condition of any thread
 
     def named_barrier(self, number: int, threads: int) -> threading.Barrier:
         with self.changed:
@@ -252,34 +251,6 @@ def load_matrices_transposed(where):
     return [word(np.ascontiguousarray(m.T).reshape(32, 2)) for m in rows]
 
 
-def store_matrices_transposed(where, x):
-    for i, matrix in enumerate(x):
-        rows = pieces(matrix, np.uint16).reshape(8, 8).T
-        mask = LANES < 8
-        at = Lanes(np.roll(where.array, -8 * i), where.kind)
-        wide_rows = np.zeros((32, 8), np.uint16)
-        wide_rows[:8] = rows
-        masked(mask, lambda: scatter(at, wide_rows.view(np.uint8)))  # noqa: B023
-
-
-def wgmma(kind, products, *, k_stride, n_stride):
-    """What the products give this warp: its 16 rows do not depend on the other warps'."""
-    number, out = np.uint16, []
-    for acc, steps, address in products:
-        blocks = [list(acc[i : i + 4]) for i in range(0, len(acc), 4)]
-        memory, start = bank(address), one(address)
-        assert start % 16 == 0
-        for i, a in enumerate(steps):
-            for n, block in enumerate(blocks):
-                b = []
-                for half in range(2):
-                    at = start + (2 * i + half) * k_stride + n * n_stride
-                    b.append(word(memory[at : at + 128].view(number).reshape(32, 2)))
-                blocks[n] = mma(kind, a, b, block)
-        out.append([x for block in blocks for x in block])
-    return out
-
-
 def lanes_of(fn: Callable[..., Any], kind: str) -> Callable[..., Lanes]:
     return lambda *args: Lanes(fn(*[x.array for x in args]), kind)
 
@@ -376,19 +347,6 @@ def store_peer(where, four):
     HERE.block = here
 
 
-def sync_threads_any(barrier, threads, condition):
-    key = (one(barrier), threads)
-    meeting, found = HERE.block.named_barrier(*key), HERE.block.found
-    with HERE.block.changed:
-        found[key] = found.get(key, False) or bool(condition.array.any())
-    meeting.wait(PATIENCE_SECONDS)
-    out = found[key]
-    if meeting.wait(PATIENCE_SECONDS) == 0:
-        found[key] = False
-    meeting.wait(PATIENCE_SECONDS)
-    return Lanes(out, "i1")
-
-
 def any_lane(condition):
     return Lanes(condition.array[HERE.mask].any(), "i1")
 
@@ -411,7 +369,6 @@ REPLACEMENTS: dict[str, Any] = {
     "merge_bits": lambda a, b, mask: (a & mask) | (b & ~mask),
     "and_or": lambda a, mask, other: (a & mask) | other,
     "permute_bytes": permute_bytes,
-    "low_f16": lambda x: Lanes(pieces(x, np.float16)[:, 0], "f32"),
     "pack_f16": packed(np.float16),
     "pack_bf16": packed(ml_dtypes.bfloat16),
     "special": special,
@@ -422,10 +379,6 @@ REPLACEMENTS: dict[str, Any] = {
     "transpose_8x8": transpose_8x8,
     "load_matrices_transposed": load_matrices_transposed,
     "mma": mma,
-    "store_matrices_transposed": store_matrices_transposed,
-    "wgmma": wgmma,
-    "sync_threads_any": sync_threads_any,
-    "fence_async": lambda: None,
     "sync_warp": lambda: None,
     "sync_threads": sync_threads,
     "load": load,

@@ -17,7 +17,7 @@ from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul_kernel
 from pallas_kernels.int4_matmul import reference as matmul_reference
 from pallas_kernels.kv_attention import api as attention
-from pallas_kernels.kv_attention import configs, mosaic_gpu, wide
+from pallas_kernels.kv_attention import configs, mosaic_gpu
 from pallas_kernels.quantize_pack import api as quantize
 
 pytestmark = pytest.mark.gpu
@@ -83,32 +83,8 @@ def test_attention_in_every_configuration(view):
     options = {"view": view, "sm_scale": 0.11, "strict": False}
     shape = mosaic_gpu.shape_of(call[0], call[1], call[3], **options)
     expected = reference(call, view)
-    for config in (*configs.candidates(shape), *wide.candidates(shape)):
+    for config in configs.candidates(shape):
         check_attention(call, view, expected, config=config)
-
-
-@pytest.mark.parametrize(("head_dim", "group_size"), [(128, 128), (64, 64), (64, 128)])
-@pytest.mark.parametrize(("group", "tokens"), [(4, 3), (4, 5), (8, 8)])
-@pytest.mark.parametrize("strict", [False, True])
-def test_attention_with_the_products_of_warpgroups(head_dim, group_size, group, tokens, strict):
-    """Over ragged lengths, with 2, 3 and 8 blocks of query rows."""
-    g = group_size
-    positions = [0, 1, g - 1, g, g + 1, 2 * g, 3 * g - tokens, 5 * g + 7]
-    call = attention_call(
-        "int8",
-        kv_heads=2,
-        group=group,
-        tokens=tokens,
-        head_dim=head_dim,
-        group_size=g,
-        tiles=9,
-        positions=positions,
-    )
-    options = {"view": "int8", "sm_scale": 0.11, "strict": strict}
-    shape = mosaic_gpu.shape_of(call[0], call[1], call[3], **options)
-    expected = reference(call, "int8", strict)
-    for config in list(wide.candidates(shape))[:2]:
-        check_attention(call, "int8", expected, strict, config)
 
 
 def test_strict_attention_and_rows_that_see_nothing():
