@@ -21,7 +21,7 @@ from quantspec_jax.bench import record
 CHILD = """
 import sys, time
 import quantspec_jax as qs
-model = qs.load(sys.argv[1], dtype="float32")
+model = qs.load(sys.argv[1], dtype=sys.argv[4])
 ids = model.tokenizer(open(sys.argv[2], encoding="utf-8").read()[20_000:40_000])["input_ids"]
 config = qs.GenerateConfig(max_new_tokens=64, ignore_eos=True)
 pieces = qs.stream(model, ids[:int(sys.argv[3])], config)
@@ -37,7 +37,7 @@ def measure(args: argparse.Namespace, cache: str) -> tuple[float, float]:
     """(seconds to the first text, seconds to the end) of a new process."""
     begin = time.time()
     out = subprocess.run(
-        [sys.executable, "-c", CHILD, args.model, args.text, str(args.prompt_tokens)],
+        [sys.executable, "-c", CHILD, args.model, args.text, str(args.prompt_tokens), args.dtype],
         env={**os.environ, "QUANTSPEC_CACHE_DIR": cache},
         capture_output=True,
         text=True,
@@ -52,6 +52,7 @@ def main() -> int:
     parser.add_argument("--text", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--prompt-tokens", type=int, default=1000)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as cache:
@@ -67,7 +68,7 @@ def main() -> int:
             )
             print(rows[-1], file=sys.stderr, flush=True)
     command = "python benchmarks/first_token.py --model M --text TEXT --output FILE"
-    record.write(args.output, command, rows, model=Path(args.model).stem, dtype="float32")
+    record.write(args.output, command, rows, model=Path(args.model).stem, dtype=args.dtype)
     return 0
 
 

@@ -1,12 +1,13 @@
-"""Greedy QuantSpec against autoregressive decoding with the same int8 view, in float32.
+"""Greedy QuantSpec against autoregressive decoding with the same int8 view.
 
     python benchmarks/identity.py --model M --text A.txt --text B.txt --output benchmarks/NAME.json
 
 For every γ, 8 prompts alone and in ragged batches of 4: the tokens have to be identical to those of
 autoregressive decoding with passes of the same shape (γ + 1 rows, same batch), where XLA's
-arithmetic is the same. Against passes of one row a sequence may first differ at a numerical tie;
-such places are listed with the gap between the two best logits and with how far the logits of the
-two runs lie apart there. Finished cells are kept: the command goes on where it was stopped.
+arithmetic is the same. Against passes of one row, or in bfloat16, a sequence may first differ at a
+numerical tie; such places are listed with the gap between the two best logits and with how far the
+logits of passes of both shapes lie apart there. Finished cells
+are kept: the command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def compare(model, inputs, gamma, new, max_length) -> dict:
         "tokens_per_round": float(np.mean([s["tokens_per_round"] for s in ours.stats])),
         "seconds": time.perf_counter() - begin,
     }
-    return row | {"tokens": ours.tokens}
+    return row | {"tokens": ours.tokens, "theirs": theirs.tokens}
 
 
 def main() -> int:
@@ -142,9 +143,10 @@ def main() -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--new-tokens", type=int, default=600)
     parser.add_argument("--prompts", type=int, nargs="+", default=list(range(len(LENGTHS))))
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
     args = parser.parse_args()
 
-    model = qs.load(args.model, dtype="float32")
+    model = qs.load(args.model, dtype=args.dtype)
     every = prompts(model, args.text)
     max_length = 6144
     done = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
@@ -160,21 +162,26 @@ def main() -> int:
                 if (gamma, tuple(map(len, inputs))) in finished:
                     continue
                 row = compare(model, inputs, gamma, args.new_tokens, max_length)
-                tokens = row.pop("tokens")
-                row["differs_from_one_row"] = []
-                for i, ours in zip(chosen, tokens, strict=True):
+                settings = config(gamma, args.new_tokens, False, max_length)
+                tokens, same = row.pop("tokens"), row.pop("theirs")
+                for i in chosen:
                     if i not in alone:
                         alone[i] = qs.generate(model, [every[i]], narrow).tokens[0]
-                    settings = config(gamma, args.new_tokens, False, max_length)
-                    found = tie(model, every[i], ours, alone[i], settings, narrow)
-                    if found:
-                        row["differs_from_one_row"].append(
-                            {"prompt_tokens": len(every[i]), **found}
-                        )
+                for name, others in (
+                    ("differs_from_same_rows", same),
+                    ("differs_from_one_row", [alone[i] for i in chosen]),
+                ):
+                    ties = (
+                        {"prompt_tokens": len(every[i]), **found}
+                        for i, ours, theirs in zip(chosen, tokens, others, strict=True)
+                        if (found := tie(model, every[i], ours, theirs, settings, narrow))
+                    )
+                    row[name] = list(ties)
                 rows.append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
                 command = "python benchmarks/identity.py --model M --text A --text B --output FILE"
-                record.write(args.output, command, rows, model=Path(args.model).stem)
+                name = Path(args.model).stem
+                record.write(args.output, command, rows, model=name, dtype=args.dtype)
     return 0 if all(row["identical"] for row in rows) else 1
 
 

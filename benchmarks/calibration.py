@@ -1,0 +1,72 @@
+"""How long calibrating a draft takes a block, at full size with random weights.
+
+    python benchmarks/calibration.py --preset llama-2-7b --output benchmarks/NAME.json
+
+Two blocks or more are calibrated; the first one compiles, so the whole model is reckoned from the
+others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import jax
+
+from quantspec_jax.bench import record
+from quantspec_jax.bench.decode import random_params
+from quantspec_jax.calibrate import blocks, calibrate
+from quantspec_jax.calibrate.resume import Finished
+from quantspec_jax.config import DraftConfig
+from quantspec_jax.models.presets import PRESETS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="llama-2-7b")
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--chunks", type=int, default=16)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+
+    whole = PRESETS[args.preset]
+    model = dataclasses.replace(whole, num_layers=args.blocks)
+    params = jax.block_until_ready(random_params(model, args.dtype))
+    shape = (args.chunks, args.length)
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, model.vocab_size)
+    ends = []
+
+    class Timed(Finished):
+        def save(self, i: int, entries: dict) -> None:
+            jax.block_until_ready(entries)
+            ends.append(time.perf_counter())
+            print(f"block {i}", file=sys.stderr, flush=True)
+
+    begin = time.perf_counter()
+    with mock.patch.object(blocks, "Finished", Timed):
+        calibrate(model, params, tokens, DraftConfig(method="gptq"))
+    seconds = [end - start for start, end in zip([begin, *ends], ends, strict=False)]
+    later = sum(seconds[1:]) / len(seconds[1:])
+    row = {
+        "preset": args.preset,
+        "calibration_tokens": args.chunks * args.length,
+        "first_block_seconds": seconds[0],
+        "later_block_seconds": later,
+        "whole_model_minutes": (seconds[0] + later * (whole.num_layers - 1)) / 60,
+        "peak_device_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+    }
+    print(json.dumps(row), file=sys.stderr)
+    command = f"python benchmarks/calibration.py --preset {args.preset} --output FILE"
+    record.write(args.output, command, [row], weights="random", dtype=args.dtype)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
