@@ -42,6 +42,10 @@ def roofline(runs: list[dict[str, Any]]) -> list[str]:
         "floor_milliseconds": "floor, ms",
         "milliseconds_a_round": "reached, ms",
         "percent_of_floor": "% of floor",
+        "profile attention": "attention",
+        "profile matmuls": "matmuls",
+        "profile elementwise": "elementwise",
+        "profile gaps": "gaps",
         "launches_a_token": "launches a token",
         "tokens_per_second": "tokens/s",
         "speed_up": "speed-up",
@@ -49,7 +53,7 @@ def roofline(runs: list[dict[str, Any]]) -> list[str]:
     rows = [
         [run.get("preset", ""), *(cell(name, row.get(name)) for name in names), run["device"]]
         for run in runs
-        for row in run.get("rows", [])
+        for row in map(flatten, run.get("rows", []))
         if "floor_milliseconds" in row
     ]
     if not rows:
@@ -57,7 +61,8 @@ def roofline(runs: list[dict[str, Any]]) -> list[str]:
     columns = ["model", *names.values(), "device"]
     lines = [
         "**Roofline** · the floor of a round is the time that reading its bytes takes, weights and "
-        "cache once a pass, at the read ceiling measured in the run",
+        "cache once a pass, at the read ceiling measured in the run; what was reached is split by "
+        "kind of kernel, in ms from a trace (elementwise: norms and copies into the cache, too)",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + " --- |" * len(columns),
@@ -82,6 +87,9 @@ def table(run: dict[str, Any], path: Path) -> str:
     if settings:
         lines[-1] += "; " + ", ".join(f"{words(n)} {cell(n, v)}" for n, v in settings.items())
     lines.append("")
+    if "floor_milliseconds" in columns:
+        lines.append("Its rows are in the table above.")
+        return "\n".join(lines) + "\n"
     if columns:
         lines.append("| " + " | ".join(map(words, columns)) + " |")
         lines.append("|" + " --- |" * len(columns))

@@ -1,0 +1,103 @@
+"""Errors of the attention kernel on a real model's cache, against float32.
+
+    python benchmarks/kernel_error.py --model M --text TEXT --output benchmarks/NAME.json
+
+A text fills the cache; then one pass reads it, each layer with its own queries, once by the kernel
+and once by the XLA reference in float32. An error is ‖kernel − reference‖ / ‖reference‖.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import quantspec_jax as qs
+from pallas_kernels.kv_attention.api import kv_attention
+from quantspec_jax.api import program_for
+from quantspec_jax.bench import record
+from quantspec_jax.cache import append
+from quantspec_jax.generate.sampling import sampling_arrays
+from quantspec_jax.models.decoder import forward
+
+SKIP = 20_000  # characters
+
+
+def filled(model: qs.Model, ids: list[int]):
+    """The state after a prompt."""
+    settings = qs.GenerateConfig(max_new_tokens=64)
+    program, padded = program_for(model, settings, len(ids))
+    row = np.zeros((1, padded), np.int32)
+    row[0, : len(ids)] = ids
+    prefill = jax.jit(qs.prefill, static_argnames=("program", "capacity"))
+    return prefill(
+        model.params,
+        row,
+        jnp.full(1, len(ids), jnp.int32),
+        sampling_arrays(settings, 1),
+        jax.random.split(jax.random.key(0), 1),
+        jnp.full(1, -1, jnp.int32),
+        jnp.full(1, 64, jnp.int32),
+        program=program,
+        capacity=64,
+    ), program
+
+
+def errors(model: qs.Model, ids: list[int], view: str, tokens: int) -> dict[str, float]:
+    """The largest error of all layers, before and after rounding to bfloat16."""
+    state, program = filled(model, ids[:-tokens])
+    cache = state.cache
+
+    @jax.jit
+    def one_pass(params, layers):
+        def attend(layer, q, k, v):
+            layer = append(layer, k.swapaxes(1, 2), v.swapaxes(1, 2), cache.length)
+            call = (
+                *(layer.keys, layer.values, layer.key_buffer, layer.value_buffer),
+                *(cache.quantized_length, cache.length),
+            )
+            options = {"view": view, "sm_scale": model.config.head_dim**-0.5}
+            found = kv_attention(q, *call, **options, backend="mosaic_gpu")[0]
+            with jax.default_matmul_precision("highest"):
+                exact = kv_attention(q, *call, **options, backend="xla")[0]
+            scale = jnp.linalg.norm(exact)
+            rounded = found.astype(jnp.bfloat16).astype(jnp.float32)
+            off = [jnp.linalg.norm(x - exact) / scale for x in (found, rounded)]
+            return exact, jnp.stack(off)
+
+        positions = cache.length[:, None] + jnp.arange(tokens)
+        last = jnp.array([ids[-tokens:]], jnp.int32)
+        length = program.cache.max_length
+        return forward(params, model.config, last, positions, layers, attend, rope_length=length)[1]
+
+    found = np.stack(jax.device_get(one_pass(model.params, cache.layers)))
+    return {"error": float(found[:, 0].max()), "error_after_rounding": float(found[:, 1].max())}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", required=True, type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--context", type=int, default=4000)
+    args = parser.parse_args()
+    model = qs.load(args.model, dtype="bfloat16")
+    text = args.text.read_text(encoding="utf-8")[SKIP:]
+    ids = model.tokenizer(text)["input_ids"][: args.context]
+    rows = []
+    for view, tokens in (("int4", 1), ("int8", 1), ("int8", 5), ("int8", 8)):
+        found = errors(model, ids, view, tokens)
+        rows.append({"view": view, "query_tokens": tokens, "context": len(ids), **found})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    command = "python benchmarks/kernel_error.py --model M --text TEXT --output FILE"
+    record.write(args.output, command, rows, model=Path(args.model).stem, text=args.text.stem)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

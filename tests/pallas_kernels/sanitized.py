@@ -1,0 +1,61 @@
+"""Every kernel once on small shapes, for NVIDIA's checkers. Not a test of its own:
+
+compute-sanitizer --tool memcheck python tests/pallas_kernels/sanitized.py
+compute-sanitizer --tool racecheck python tests/pallas_kernels/sanitized.py
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from kernel_cases import attention_call, random_weight
+
+from pallas_kernels.add_rms_norm.api import add_rms_norm
+from pallas_kernels.int4_matmul.api import int4_matmuls
+from pallas_kernels.kv_attention.api import kv_attention
+from pallas_kernels.quantize_pack.api import quantize_keys, quantize_values
+
+
+def calls():
+    """(kernel, its arguments); made on the host, so that the device runs little else."""
+    for view, head_dim, group, tokens in (
+        ("int4", 128, 1, 1),
+        ("int4", 64, 3, 1),
+        ("int8", 128, 4, 5),
+        ("int8", 96, 2, 8),
+        ("full", 128, 4, 1),
+    ):
+        call = attention_call(
+            view, kv_heads=2, group=group, tokens=tokens, head_dim=head_dim, group_size=128,
+            tiles=4, positions=[0, 127, 128, 700],
+        )  # fmt: skip
+        yield functools.partial(kv_attention, view=view, sm_scale=0.1), call
+    for rows, inputs, outputs, group, symmetric in (
+        (1, 1024, (256, 128), 128, False),
+        (8, 300, (208,), 64, True),
+        (16, 160, (64, 32), 32, False),
+    ):
+        weights = [random_weight(inputs, n, group, symmetric, i) for i, n in enumerate(outputs)]
+        x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)
+        yield int4_matmuls, (x, weights)
+    for kernel in (quantize_keys, quantize_values):
+        x = jax.random.normal(jax.random.key(2), (2, 3, 256, 128)).astype(jnp.bfloat16)
+        yield functools.partial(kernel, group_size=128), (x,)
+    x = jax.random.normal(jax.random.key(3), (5, 1032)).astype(jnp.bfloat16)
+    yield functools.partial(add_rms_norm, eps=1e-6), (x, x, x[0])
+
+
+def main() -> None:
+    cpu, device = jax.devices("cpu")[0], jax.devices()[0]
+    with jax.default_device(cpu):
+        made = list(calls())
+    for kernel, arguments in made:
+        call = jax.jit(functools.partial(kernel, backend="mosaic_gpu"))
+        jax.block_until_ready(call(*jax.device_put(arguments, device)))
+        print(kernel, flush=True)
+
+
+if __name__ == "__main__":
+    main()
