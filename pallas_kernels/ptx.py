@@ -257,6 +257,16 @@ def high_bf16(pair: V) -> V:
     return (pair & 0xFFFF0000).as_float()
 
 
+def unpack_f16(pair: V) -> list[V]:
+    """float32 of the lower and of the upper float16 of a word."""
+    return asm(
+        "{ .reg .b16 low, high; mov.b32 {low, high}, $2;"
+        " cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
+        ["f32", "f32"],
+        [pair],
+    )
+
+
 def pack_f16(low: V, high: V) -> V:
     return asm("cvt.rn.f16x2.f32 $0, $1, $2;", ["i32"], [high, low])[0]
 

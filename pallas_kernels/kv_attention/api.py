@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.kv_attention import reference
@@ -23,6 +24,7 @@ def kv_attention(
     view: str,
     sm_scale: float,
     strict: bool = False,
+    out_dtype: Any = jnp.float32,
     backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Attend from S consecutive tokens to the planes and the full-precision buffer.
@@ -43,10 +45,11 @@ def kv_attention(
       view: `int8` reads both planes, `int4` the upper one alone; `full` goes with no planes.
       sm_scale: factor on the scores, 1/√D as a rule.
       strict: leave out the row's own position.
+      out_dtype: of the output; with bf16 queries the kernel writes float32 or bfloat16.
       backend: `auto`, `mosaic_gpu` or `xla`.
 
     Returns:
-      [B, S, H, D] float32 output and [B, S, H] float32 log-sum-exp of the scores (−∞ and output 0
+      [B, S, H, D] output and [B, S, H] float32 log-sum-exp of the scores (−∞ and output 0
       where a row sees nothing).
     """
     operands = (q, keys, values, key_buffer, value_buffer, quantized_length, start)
@@ -58,10 +61,18 @@ def kv_attention(
         config = configs.choose(shape)
         assert config is not None
         kernel = dispatch.shared(
-            mosaic_gpu.kv_attention, ("view", "sm_scale", "strict", "config", "blocks")
+            mosaic_gpu.kv_attention,
+            ("view", "sm_scale", "strict", "config", "out_dtype", "blocks"),
         )
-        return kernel(*operands, **options, config=config, blocks=dispatch.multiprocessors())
-    return reference.kv_attention(*operands, **options)
+        return kernel(
+            *operands,
+            **options,
+            config=config,
+            out_dtype=jnp.dtype(out_dtype),
+            blocks=dispatch.multiprocessors(),
+        )
+    out, log_sum_exp = reference.kv_attention(*operands, **options)
+    return out.astype(out_dtype), log_sum_exp
 
 
 def _mosaic_gpu(

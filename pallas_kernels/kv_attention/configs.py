@@ -20,21 +20,35 @@ def key(shape: Shape) -> str:
     )
 
 
+def _layouts(shape: Shape) -> Iterator[tuple[int, bool]]:
+    """(column blocks, queries in shared memory): how many of 8 rows meet what a warp converts."""
+    needed = -(-shape.rows // 8)
+    if shape.head_dim <= 128 and needed > 1:
+        if shape.planes:
+            if needed > 2:
+                # As many as the registers hold, and no more than the rows need.
+                yield -(-needed // -(-needed // 4)), True
+            yield from ((2, False), (2, True)) if needed <= 2 else ((2, True), (2, False))
+        else:
+            yield 2, False
+    yield 1, False
+
+
 def candidates(shape: Shape) -> Iterator[Config]:
     """Configurations that the kernel can run on the shape, best guess first."""
-    wide = shape.rows > 8 and shape.head_dim <= 128
-    for column_blocks in (2, 1) if wide else (1,):
+    for column_blocks, shared in _layouts(shape):
         # 12 warps leave 168 registers a thread; two blocks of rows or a wide head need more.
-        few = column_blocks == 2 or shape.head_dim > 128
-        for warpgroups in (2, 3, 4, 1) if few else (3, 2, 4, 1):
-            for token_warps in (1,) if shape.view == "full" else (2, 4, 1):
+        few = column_blocks > 1 or shape.head_dim > 128
+        token_warps_first = (4, 2, 1) if column_blocks > 2 else (2, 4, 1)
+        for warpgroups in (2, 3, 1) if shared else (2, 3, 4, 1) if few else (3, 2, 4, 1):
+            for token_warps in (1,) if shape.view == "full" else token_warps_first:
                 if shape.view != "full" and shape.group_size % (32 * token_warps):
                     continue
-                one = Config(warpgroups, token_warps, column_blocks, 1)
+                one = Config(warpgroups, token_warps, column_blocks, 1, shared)
                 plan = Plan(shape, one, 1)
                 if plan.team_warps > 4 * warpgroups or 4 * warpgroups % plan.team_warps:
                     continue
-                room = dispatch.SHARED_BYTES - 4096
+                room = dispatch.SHARED_BYTES - 4096 - plan.teams * plan.query_bytes
                 stages = min(room // (plan.teams * plan.stage_bytes), 8)
                 if stages >= 2:
                     yield dataclasses.replace(one, stages=stages)

@@ -37,8 +37,9 @@ take 0.137 ms.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -66,12 +67,15 @@ class Config:
     token_warps    warps that share a tile, each with its part of the tokens
     column_blocks  of 8 query rows that a warp multiplies with what it has converted
     stages         tiles a team of warps has in shared memory, read or in flight
+    shared         the scaled queries of a tile lie in shared memory: each warp of the team makes a
+                   part for all, and none holds them in registers
     """
 
     warpgroups: int
     token_warps: int
     column_blocks: int
     stages: int
+    shared: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +174,19 @@ class Plan:
         return self.barrier_bytes + self.teams * self.config.stages * self.stage_bytes
 
     @property
+    def query_blocks(self) -> int:
+        """Blocks of 8 query rows that a team works on."""
+        return self.column_groups * self.config.column_blocks
+
+    @property
+    def query_bytes(self) -> int:
+        """A team's scaled queries in shared memory, and a float32 number a row."""
+        block = 8 * (2 * self.shape.head_dim + 4)
+        return -(-self.query_blocks * block // 128) * 128 if self.config.shared else 0
+
+    @property
     def shared_bytes(self) -> int:
-        return self.ring_bytes
+        return self.ring_bytes + self.teams * self.query_bytes
 
     @property
     def writers(self) -> int:
@@ -389,13 +404,15 @@ class _Rows:
     of the head: `low` and `high`, words of two bf16.
     """
 
-    def __init__(self, plan: Plan, operands: _Operands, b: V, k: V, first_row: V, lane: V):
+    def __init__(
+        self, plan: Plan, operands: _Operands, b: V, k: V, first_row: V, lane: V, blocks: int
+    ):
         s = plan.shape
         g, q = lane >> 2, lane & 3
         self.low: list[list[V]] = []
         self.high: list[list[V]] = []
         words = s.head_dim // 16
-        for n in range(plan.config.column_blocks):
+        for n in range(blocks):
             row = first_row + 8 * n + g
             valid = row < s.rows
             safe = ptx.select(valid, row, i32(0))
@@ -451,51 +468,46 @@ class _State:
 
 
 def _softmax(
-    plan: Plan, state: _State, scores: list[list[list[V]]], alpha: float, scales: list[list[V]]
-) -> tuple[list[list[list[V]]], list[list[list[list[V]]]]]:
-    """Probabilities of scores[block][half][4], and their products with scales[group][half · 2 + y].
+    plan: Plan,
+    state: _State,
+    scores: list[list[list[V]]],
+    alpha: float,
+    bias: list[list[V]],
+    scales: list[list[V]],
+    use: Callable[[_State, list[list[list[V]]]], tuple[list[V], V]],
+) -> list[V]:
+    """Probabilities p = 2^(α scores[block][half][4] + bias[block][column] + origin), and what `use`
+    makes of them: words, and the largest number of this lane that is to stay below LARGEST.
 
-    The reference of the running softmax moves only where a product would leave float16's range:
-    rarely, so that the sums are rarely rescaled.
+    The reference of the running softmax moves only where that number would leave float16's range:
+    rarely, so that the sums are rarely rescaled. A product with `scales`[group][half · 2 + y] then
+    fits. `use` updates the state that it is given.
     """
     blocks, halves = len(scores), len(scores[0])
 
-    def weigh() -> tuple[Any, Any]:
-        p = [
-            [
-                [ptx.exp2(ptx.fma(c[i], f32(alpha), state.origin[n][i % 2])) for i in range(4)]
-                for c in scores[n]
-            ]
-            for n in range(blocks)
-        ]
-        scaled = (
-            [
+    def attend(to: _State) -> tuple[list[V], V]:
+        p = []
+        for n in range(blocks):
+            added = [a + b for a, b in zip(to.origin[n], bias[n], strict=True)]
+            p.append(
                 [
-                    [[x[i] * group[2 * h + i // 2] for i in range(4)] for h, x in enumerate(p[n])]
-                    for group in scales
+                    [ptx.exp2(ptx.fma(c[i], f32(alpha), added[i % 2])) for i in range(4)]
+                    for c in scores[n]
                 ]
-                for n in range(blocks)
-            ]
-            if scales
-            else []
-        )
-        return p, scaled
+            )
+        for n in range(blocks):
+            for x in p[n]:
+                for i in range(4):
+                    to.total[n][i % 2] = to.total[n][i % 2] + x[i]
+        return use(to, p)
 
-    def flatten(p: Any, scaled: Any) -> list[V]:
-        out = [x for block in p for half in block for x in half]
-        return out + [x for block in scaled for group in block for half in group for x in half]
-
-    p, scaled = weigh()
-    checked = flatten(p, scaled)[blocks * halves * 4 :] if scales else flatten(p, scaled)
-    largest = checked[0]
-    for x in checked[1:]:
-        largest = ptx.asm("max.NaN.f32 $0, $1, $2;", ["f32"], [largest, x])[0]
+    kept = _State(plan, state.flat())
+    words, largest = attend(kept)
     fits = largest <= LARGEST
     overflow = ptx.any_lane(ptx.select(fits, i32(0), 1).equals(1))
-    fast = flatten(p, scaled)
 
     def move() -> Sequence[V]:
-        new = _State(plan, state.flat())
+        moved = _State(plan, state.flat())
         origin: list[list[V]] = []
         for n in range(blocks):
             pair = []
@@ -503,7 +515,7 @@ def _softmax(
                 top = f32(NOTHING)
                 for h in range(halves):
                     for y in range(2):
-                        x = scores[n][h][2 * y + i] * f32(alpha)
+                        x = ptx.fma(scores[n][h][2 * y + i], f32(alpha), bias[n][i])
                         if scales:
                             scale = scales[0][2 * h + y]
                             for other in scales[1:]:
@@ -518,36 +530,64 @@ def _softmax(
                     ptx.asm("min.f32 $0, $1, $2;", ["f32"], [candidate, state.origin[n][i]])[0]
                 )
             origin.append(pair)
-        new.rescale(origin)
-        saved, state.origin = state.origin, origin
-        again = flatten(*weigh())
-        state.origin = saved
-        return [*new.flat(), *again]
+        moved.rescale(origin)
+        again, _ = attend(moved)
+        return [*moved.flat(), *again]
 
-    out = ptx.choose(overflow, move, lambda: [*state.flat(), *fast], [*state.flat(), *fast])
+    fast = [*kept.flat(), *words]
+    out = ptx.choose(overflow, move, lambda: fast, fast)
     count = len(state.flat())
     state.__init__(plan, out[:count])  # type: ignore[misc]
-    rest = iter(out[count:])
-    p = [[[next(rest) for _ in range(4)] for _ in range(halves)] for _ in range(blocks)]
-    scaled = (
-        [
-            [[[next(rest) for _ in range(4)] for _ in range(halves)] for _ in scales]
-            for _ in range(blocks)
-        ]
-        if scales
-        else []
-    )
-    for n in range(blocks):
-        for i in range(2):
-            for h in range(halves):
-                for y in range(2):
-                    state.total[n][i] = state.total[n][i] + p[n][h][2 * y + i]
-    return p, scaled
+    return out[count:]
+
+
+def _largest(instruction: str, kind: str, values: list[V]) -> V:
+    out = values[0]
+    for x in values[1:]:
+        (out,) = ptx.asm(f"{instruction} $0, $1, $2;", [kind], [out, x])
+    return out
 
 
 def _unit(shape: Shape) -> float:
     """What 1 is in the sums: a step of the upper plane in the bits of a float16 subnormal."""
     return {0: 1.0, 1: 2.0**-24, 2: 2.0**-20}[shape.planes]
+
+
+class _Queries:
+    """Scaled queries of a warp as matrix operands, and the scores' bias, in registers."""
+
+    def __init__(self, operands: list[list[list[V]]], bias: list[list[V]]):
+        self.operands, self.bias = operands, bias
+
+    def pairs(self, block: int, word: int) -> list[list[V]]:
+        """Operands of the two steps that a word of codes is for."""
+        return self.operands[block][2 * word : 2 * word + 2]
+
+
+class _SharedQueries(_Queries):
+    """The same in a team's shared memory: of a block of 8 rows, 512 bytes a word of codes, in which
+    each lane finds its own 16; after all blocks a float32 bias a row."""
+
+    def __init__(self, plan: Plan, where: V, first_block: V, lane: V):
+        self.plan, self.lane = plan, lane
+        self.block_bytes = 16 * plan.shape.head_dim
+        self.where, self.first_block = where, first_block
+        self.bias_at = where + plan.query_blocks * self.block_bytes + (lane & 3) * 8
+
+    def write(self, block: V, operands: list[list[V]], bias: list[V]) -> None:
+        for i in range(len(operands) // 2):
+            at = self.where + block * self.block_bytes + self.lane * 16 + 512 * i
+            ptx.store(at, [*operands[2 * i], *operands[2 * i + 1]])
+        ptx.when(self.lane < 4, lambda: ptx.store(self.bias_at + block * 32, bias))
+
+    def read_bias(self) -> None:
+        blocks = range(self.plan.config.column_blocks)
+        self.bias = [ptx.load(self.bias_at + (self.first_block + n) * 32, 2, "f32") for n in blocks]
+
+    def pairs(self, block: int, word: int) -> list[list[V]]:
+        at = self.where + (self.first_block + block) * self.block_bytes
+        words = ptx.load(at + self.lane * 16 + 512 * word, 4)
+        return [words[:2], words[2:]]
 
 
 class _Tile:
@@ -559,10 +599,14 @@ class _Tile:
     planes a byte 16 u + l + 8 takes their place, and none is needed.
     """
 
-    def __init__(self, plan: Plan, rows: _Rows, lane: V):
-        self.plan, self.rows, self.lane = plan, rows, lane
+    def __init__(self, plan: Plan, lane: V):
+        self.plan, self.lane = plan, lane
         self.g, self.q = lane >> 2, lane & 3
         s = plan.shape
+        # Of 16 tokens, a lane's rows g and g + 8 are 2 g and 2 g + 1 in the draft view, and in the
+        # target view `order` and order + 2: there neighbours g read neighbouring rows of keys, from
+        # all banks, and the value codes are sorted as cheaply.
+        self.order = (self.g >> 1) * 4 + (self.g & 1)
         self.both = s.planes == 2
         # What the codes are short of in the draft and target views, in steps.
         self.unit = _unit(s)
@@ -574,8 +618,11 @@ class _Tile:
         parts = len(sections) // 2
         self.key_at, self.value_at = starts[:parts], starts[parts:]
 
-    def queries(self, tile: V) -> tuple[Any, list[list[V]]]:
-        """Key scales folded into the queries: (operands[block][step], initial scores[block])."""
+    def queries(self, tile: V, rows: _Rows) -> tuple[list[list[list[V]]], list[list[V]]]:
+        """Key scales folded into the queries: (operands[block][step], bias[block][column]).
+
+        The bias is what the scores are short of, for key minima and the codes' offset.
+        """
         s = self.plan.shape
         here = tile + self.q * (s.head_dim // 4)
         *_, scale_at, minimum_at = self.key_at
@@ -583,39 +630,61 @@ class _Tile:
             [ptx.load_wide(here + at + half, 2 * self.words) for half in (0, s.head_dim)]
             for at in (scale_at, minimum_at)
         )
-        operands, initial = [], []
-        for low, high in zip(self.rows.low, self.rows.high, strict=True):
+        operands, bias = [], []
+        for low, high in zip(rows.low, rows.high, strict=True):
             steps = []
             for i in range(self.words):
-                for part in (ptx.low_bf16, ptx.high_bf16):
+                halves = (ptx.low_bf16, ptx.high_bf16)
+                for step in range(2):
+                    # Channels in the order of `fragments`: neighbours, or every other one.
+                    parts = (
+                        [(part, 2 * i + step) for part in halves]
+                        if self.both
+                        else [(halves[step], 2 * i), (halves[step], 2 * i + 1)]
+                    )
                     pair = []
                     for x, numbers, factor in (
                         (low, scale[0], 1.0),
                         (high, scale[1], self.high_factor),
                     ):
                         two = []
-                        for w in (2 * i, 2 * i + 1):
+                        for part, w in parts:
                             value = part(x[w])
                             if factor != 1.0:
                                 value = value * factor
                             two.append(value * part(numbers[w]))
                         pair.append(ptx.pack_f16(*two))
                     steps.append(pair)
-            total = [f32(0.0)] * 4
-            for x, numbers in ((low, minimum[0]), (high, minimum[1])):
+            # Sums of their own, since each product waits for the last one of its sum.
+            sums = [[f32(0.0)] * 4 for _ in range(4)]
+            for j, (x, numbers) in enumerate(((low, minimum[0]), (high, minimum[1]))):
                 for w in range(0, 2 * self.words, 2):
                     a = [numbers[w], numbers[w], numbers[w + 1], numbers[w + 1]]
-                    total = ptx.mma("bf16", a, [x[w], x[w + 1]], total)
+                    sums[j] = ptx.mma("bf16", a, [x[w], x[w + 1]], sums[j])
             constants = {0.5: 0xB800B800, 1 / 32: 0xA800A800}  # −1/2 and −1/32 twice
             first = i32(constants[self.half])
             second = first if self.both else i32(constants[0.5])
-            for pair in steps:
-                total = ptx.mma("f16", [first, first, second, second], pair, total)
+            for i, pair in enumerate(steps):
+                j = 2 + i % 2
+                sums[j] = ptx.mma("f16", [first, first, second, second], pair, sums[j])
             operands.append(steps)
-            initial.append([x * self.unit for x in total])
-        return operands, initial
+            factor = s.sm_scale * LOG2E
+            bias.append(
+                [(sums[0][i] + sums[1][i] + (sums[2][i] + sums[3][i])) * factor for i in (0, 1)]
+            )
+        return operands, bias
 
-    def fragments(self, upper: list[V], lower: list[V] | None) -> list[list[V]]:
+    def numbers(self, where: V) -> V:
+        """A word of this lane's two of the 16 numbers at `where`."""
+        if not self.both:
+            return ptx.load(where + self.g * 4)[0]
+        low, high = ptx.load(where + (self.g >> 1) * 8, 2)
+        odd = (self.g & 1).equals(1)
+        return ptx.select(
+            odd, ptx.permute_bytes(low, high, 0x7632), ptx.permute_bytes(low, high, 0x5410)
+        )
+
+    def fragments(self, upper: list[V], lower: list[V] | None = None) -> list[list[V]]:
         """Matrix operands of two steps from one word of each of rows g and g + 8."""
         if lower is None:
             steps = []
@@ -628,47 +697,51 @@ class _Tile:
         both = [*low, *high]
         zero = i32(0)
         return [
-            [w & 0x00FF00FF for w in both],
-            [ptx.permute_bytes(w, zero, 0x4341) for w in both],
+            [ptx.permute_bytes(w, zero, 0x4140) for w in both],
+            [ptx.permute_bytes(w, zero, 0x4342) for w in both],
         ]
 
-    def scores(self, tile: V, first: V, operands: Any, initial: Any) -> list[list[list[V]]]:
+    def scores(self, tile: V, first: V, operands: _Queries) -> list[list[list[V]]]:
         """Of 32 tokens from `first` on: [block][half of the tokens][4], in units."""
         s = self.plan.shape
         blocks = self.plan.config.column_blocks
         stride = s.head_dim // 2
-        out: list[list[list[V]]] = [[] for _ in range(blocks)]
+        out = [[[f32(0.0)] * 4 for _ in range(2)] for _ in range(blocks)]
+        loaded = []
         for half in range(2):
-            row = (first + 16 * half + self.g * 2) * stride + self.q * (4 * self.words)
-            loaded = [
-                [ptx.load_wide(tile + at + row + y * stride, self.words) for y in range(2)]
-                for at in self.key_at[: s.planes]
+            token = first + 16 * half + (self.order if self.both else self.g * 2)
+            row = token * stride + self.q * (4 * self.words)
+            far = (2 if self.both else 1) * stride
+            loaded.append(
+                [
+                    [ptx.load_wide(tile + at + row + y * far, self.words) for y in range(2)]
+                    for at in self.key_at[: s.planes]
+                ]
+            )
+        for i in range(self.words):
+            steps = [
+                self.fragments(*[[x[i] for x in plane] for plane in planes]) for planes in loaded
             ]
-            sums = [list(x) for x in initial]
-            for i in range(self.words):
-                upper = [x[i] for x in loaded[0]]
-                lower = [x[i] for x in loaded[1]] if self.both else None
-                for step, a in enumerate(self.fragments(upper, lower)):
-                    for n in range(blocks):
-                        sums[n] = ptx.mma("f16", a, operands[n][2 * i + step], sums[n])
             for n in range(blocks):
-                out[n].append(sums[n])
+                for step, b in enumerate(operands.pairs(n, i)):
+                    for half in range(2):
+                        out[n][half] = ptx.mma("f16", steps[half][step], b, out[n][half])
         return out
 
-    def accumulate(self, state: _State, tile: V, first: V, operands: Any, initial: Any) -> None:
+    def accumulate(self, state: _State, tile: V, first: V, operands: _Queries) -> None:
         """Attend to 32 tokens from `first` on."""
         s = self.plan.shape
         blocks = self.plan.config.column_blocks
-        scores = self.scores(tile, first, operands, initial)
+        scores = self.scores(tile, first, operands)
         *_, scale_at, minimum_at = self.value_at
         scales: list[list[V]] = []
         minima: list[list[V]] = []
         for v in range(s.value_groups):
-            at = tile + (first + self.g * 2) * 2 + v * 2 * s.group_size
+            at = tile + first * 2 + v * 2 * s.group_size
             group_scale, group_minimum = [], []
             for half in range(2):
-                (scale,) = ptx.load(at + scale_at + 32 * half)
-                (minimum,) = ptx.load(at + minimum_at + 32 * half)
+                scale = self.numbers(at + scale_at + 32 * half)
+                minimum = self.numbers(at + minimum_at + 32 * half)
                 for part in (ptx.low_bf16, ptx.high_bf16):
                     exact = part(scale)
                     group_minimum.append(ptx.fma(exact, f32(-self.half), part(minimum)))
@@ -677,26 +750,29 @@ class _Tile:
             scales.append(group_scale)
             minima.append(group_minimum)
         alpha = s.sm_scale * LOG2E / self.unit
-        p, scaled = _softmax(self.plan, state, scores, alpha, scales)
-        for n in range(blocks):
-            for v in range(s.value_groups):
-                for h in range(2):
-                    for j in range(4):
-                        state.offset[n][v][j % 2] = ptx.fma(
-                            p[n][h][j], minima[v][2 * h + j // 2], state.offset[n][v][j % 2]
-                        )
-        weights = [
-            [
-                [
-                    [
-                        ptx.transpose_8x8(ptx.pack_f16(half[2 * y], half[2 * y + 1]))
-                        for half in group
-                    ]
-                    for y in range(2)
-                ]
-                for group in scaled[n]
+
+        def use(to: _State, p: list[list[list[V]]]) -> tuple[list[V], V]:
+            for n in range(blocks):
+                for v in range(s.value_groups):
+                    for h in range(2):
+                        for j in range(4):
+                            to.offset[n][v][j % 2] = ptx.fma(
+                                p[n][h][j], minima[v][2 * h + j // 2], to.offset[n][v][j % 2]
+                            )
+            words = [
+                ptx.pack_f16(*[half[2 * y + i] * group[2 * h + y] for i in range(2)])
+                for block in p
+                for group in scales
+                for y in range(2)
+                for h, half in enumerate(block)
             ]
-            for n in range(blocks)
+            both = _largest("max.NaN.f16x2", "i32", words)
+            return words, _largest("max.NaN.f32", "f32", ptx.unpack_f16(both))
+
+        words = iter(_softmax(self.plan, state, scores, alpha, operands.bias, scales, use))
+        weights = [
+            [[[ptx.transpose_8x8(next(words)) for _ in range(2)] for _ in range(2)] for _ in scales]
+            for _ in range(blocks)
         ]
         run = (first // 32) * (16 * s.head_dim) + self.lane * 4
         for m in range(s.head_dim // 16):
@@ -741,12 +817,18 @@ class _FullPrecision:
             for j in range(4):
                 token = slot + self.g + 8 * (j // 2)
                 scores[n][j] = ptx.select(token <= visible[n][j % 2], scores[n][j], f32(-math.inf))
-        p, _ = _softmax(self.plan, state, [[x] for x in scores], s.sm_scale * LOG2E, [])
+
+        def use(_: _State, p: list[list[list[V]]]) -> tuple[list[V], V]:
+            flat = [x for block in p for x in block[0]]
+            return flat, _largest("max.NaN.f32", "f32", flat)
+
+        one_half, none = [[x] for x in scores], [[f32(0.0)] * 2] * blocks
+        p = _softmax(self.plan, state, one_half, s.sm_scale * LOG2E, none, [], use)
         weights = []
         for n in range(blocks):
             parts: list[list[V]] = [[], []]
             for y in range(2):
-                two = [p[n][0][2 * y + i] * self.unit for i in range(2)]
+                two = [p[4 * n + 2 * y + i] * self.unit for i in range(2)]
                 coarse = ptx.pack_bf16(*two)
                 rest = [two[0] - ptx.low_bf16(coarse), two[1] - ptx.high_bf16(coarse)]
                 parts[0].append(ptx.transpose_8x8(coarse))
@@ -803,6 +885,7 @@ def _attention_body(plan: Plan):
             last = lengths.locate(end - 1)
             leader = (in_team * 32 + lane).equals(0)
             pipeline = _Pipeline(plan, operands, lengths, shared=shared, team=team, leader=leader)
+            scaled_at = shared + plan.ring_bytes + team * plan.query_bytes
             producer = pipeline.start(*first, end, begin)
             for _ in range(c.stages - 1):
                 producer = pipeline.produce(producer)
@@ -815,11 +898,11 @@ def _attention_body(plan: Plan):
                 (start,) = ptx.load(operands["start"] + b.to_i64() * 4)
                 stop = ptx.minimum(units, skip + left)
 
-                def load_rows() -> _Rows:
-                    return _Rows(plan, operands, b, k, first_row, lane)
+                def load_rows(first_row: V = first_row, blocks: int = c.column_blocks) -> _Rows:
+                    return _Rows(plan, operands, b, k, first_row, lane, blocks)
 
                 # One block of rows stays in registers; of more, there would be none left.
-                kept = load_rows() if c.column_blocks == 1 else None
+                kept = load_rows() if c.column_blocks == 1 and not c.shared else None
                 visible = []
                 for n in range(c.column_blocks):
                     row = [first_row + 8 * n + q * 2 + i for i in range(2)]
@@ -828,29 +911,52 @@ def _attention_body(plan: Plan):
                 unit = _unit(s)
                 count = len(_State(plan).flat())
 
-                def step(carry: list[V], compute: Any) -> list[V]:
+                def step(
+                    carry: list[V], compute: Any, prepare: Callable[[], Any] = lambda: None
+                ) -> list[V]:
                     stage, phase, *rest = carry
                     producer = pipeline.produce(rest[:8])
                     state = _State(plan, rest[8:])
+                    prepared = prepare()
                     ptx.barrier_wait(pipeline.full(stage), phase)
-                    compute(state, pipeline.data(stage))
+                    compute(state, pipeline.data(stage), prepared)
                     ptx.sync_warp()
                     ptx.when(lane.equals(0), lambda: ptx.barrier_arrive(pipeline.empty(stage)))
                     stage, phase = pipeline.next(stage, phase)
                     return [stage, phase, *producer, *state.flat()]
 
                 def tile_step(_: V, carry: list[V]) -> list[V]:
-                    def compute(state: _State, data: V) -> None:
-                        tile = _Tile(plan, kept or load_rows(), lane)
-                        queries, initial = tile.queries(data)
+                    # Blocks of rows that this warp scales: its own, or its part of the team's.
+                    mine = [in_team + n for n in range(0, plan.query_blocks, plan.team_warps)]
+
+                    def rows() -> list[_Rows]:
+                        return [load_rows(n * 8, 1) for n in mine] if c.shared else []
+
+                    def compute(state: _State, data: V, rows: list[_Rows]) -> None:
+                        tile = _Tile(plan, lane)
+                        queries: _Queries
+                        if c.shared:
+                            made = [tile.queries(data, x) for x in rows]
+                            queries = scaled = _SharedQueries(plan, scaled_at, first_row >> 3, lane)
+                            # All have read those of the last tile; then all have written theirs.
+                            ptx.sync_threads(team + 1, 32 * plan.team_warps)
+                            for block, (pairs, bias) in zip(mine, made, strict=True):
+                                ptx.when(
+                                    block < plan.query_blocks,
+                                    functools.partial(scaled.write, block, pairs[0], bias[0]),
+                                )
+                            ptx.sync_threads(team + 1, 32 * plan.team_warps)
+                            scaled.read_bias()
+                        else:
+                            queries = _Queries(*tile.queries(data, kept or load_rows()))
                         share = s.group_size // c.token_warps
                         for j in range(0, share, 32):
-                            tile.accumulate(state, data, token_warp * share + j, queries, initial)
+                            tile.accumulate(state, data, token_warp * share + j, queries)
 
-                    return step(carry, compute)
+                    return step(carry, compute, rows)
 
                 def exact_step(i: V, carry: list[V]) -> list[V]:
-                    def compute(state: _State, data: V) -> None:
+                    def compute(state: _State, data: V, _: Any) -> None:
                         active = token_warp < plan.unit_rows // 16
                         mine = ptx.select(active, token_warp * 16, 0)
                         keys = data + mine * (2 * s.head_dim)
@@ -930,7 +1036,22 @@ MERGE_WARPGROUPS = 4
 MERGE_AT_ONCE = 8
 
 
-def _merge_body(plan: Plan):
+def _store_output(where: V, values: list[V], dtype: Any) -> None:
+    """Neighbouring numbers of a lane, as float32 or bfloat16."""
+    if dtype == jnp.float32:
+        words = values
+    elif len(values) % 2:
+        for i, x in enumerate(values):
+            ptx.store_half(where + 2 * i, ptx.pack_bf16(x, f32(0.0)))
+        return
+    else:
+        words = [ptx.pack_bf16(*values[i : i + 2]) for i in range(0, len(values), 2)]
+    step = next(n for n in (4, 2, 1) if len(words) % n == 0)
+    for j in range(0, len(words), step):
+        ptx.store(where + 4 * j, words[j : j + step])
+
+
+def _merge_body(plan: Plan, out_dtype: Any):
     """Partial results of a query row → its output and log-sum-exp. One block a row."""
     s = plan.shape
     warps = 4 * MERGE_WARPGROUPS
@@ -1012,11 +1133,9 @@ def _merge_body(plan: Plan):
             some = weight > 0.0
             inverse = ptx.select(some, f32(1.0) / weight, f32(0.0))
             index = _row_offset(s, b, k, row)
-            at = output + index * (4 * s.head_dim) + (lane * (4 * channels)).to_i64()
-            results = [x * inverse for x in values]
-            step = next(n for n in (4, 2, 1) if channels % n == 0)
-            for j in range(0, channels, step):
-                ptx.store(at + 4 * j, results[j : j + step])
+            size = jnp.dtype(out_dtype).itemsize
+            at = output + index * (size * s.head_dim) + (lane * (size * channels)).to_i64()
+            _store_output(at, [x * inverse for x in values], out_dtype)
             found = (highest + ptx.log2(weight)) * math.log(2)
             ptx.when(
                 lane.equals(0),
@@ -1082,6 +1201,7 @@ def kv_attention(
     sm_scale: float,
     strict: bool,
     config: Config,
+    out_dtype: Any = jnp.float32,
     blocks: int = dispatch.DEFAULT_MULTIPROCESSORS,
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.kv_attention.api.kv_attention`; bf16 queries and buffer."""
@@ -1104,9 +1224,9 @@ def kv_attention(
         shared_bytes=plan.shared_bytes,
     )(*operands)
     merge = ptx.kernel(
-        _merge_body(plan),
+        _merge_body(plan, out_dtype),
         [
-            jax.ShapeDtypeStruct(q.shape, jnp.float32),
+            jax.ShapeDtypeStruct(q.shape, out_dtype),
             jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
         ],
         name="kv_attention_merge",

@@ -48,6 +48,7 @@ def cache_pass(
             start,
             view=view,
             sm_scale=sm_scale,
+            out_dtype=q.dtype,
             backend=program.backend,
         )
         return out, layer

@@ -369,6 +369,7 @@ REPLACEMENTS: dict[str, Any] = {
     "merge_bits": lambda a, b, mask: (a & mask) | (b & ~mask),
     "and_or": lambda a, mask, other: (a & mask) | other,
     "permute_bytes": permute_bytes,
+    "unpack_f16": lambda x: [Lanes(pieces(x, np.float16)[:, i], "f32") for i in range(2)],
     "pack_f16": packed(np.float16),
     "pack_bf16": packed(ml_dtypes.bfloat16),
     "special": special,

@@ -74,10 +74,10 @@ def test_attention_over_ragged_lengths(view, head_dim, group_size, group, tokens
     check_attention(call, view, reference(call, view))
 
 
-@pytest.mark.parametrize("view", ["int4", "int8"])
-def test_attention_in_every_configuration(view):
+@pytest.mark.parametrize(("view", "tokens"), [("int4", 4), ("int8", 4), ("int8", 5), ("int8", 8)])
+def test_attention_in_every_configuration(view, tokens):
     call = attention_call(
-        view, kv_heads=2, group=4, tokens=4, head_dim=128, group_size=128, tiles=20,
+        view, kv_heads=2, group=4, tokens=tokens, head_dim=128, group_size=128, tiles=20,
         positions=[2400, 300],
     )  # fmt: skip
     options = {"view": view, "sm_scale": 0.11, "strict": False}
@@ -85,6 +85,19 @@ def test_attention_in_every_configuration(view):
     expected = reference(call, view)
     for config in configs.candidates(shape):
         check_attention(call, view, expected, config=config)
+
+
+def test_attention_rounded_to_bfloat16():
+    call = attention_call(
+        "int4", kv_heads=2, group=2, tokens=1, head_dim=128, group_size=128, tiles=4,
+        positions=[600],
+    )  # fmt: skip
+    run = functools.partial(attention.kv_attention, view="int4", sm_scale=0.1, backend="mosaic_gpu")
+    exact, rounded = (
+        jax.jit(run)(*call),
+        jax.jit(functools.partial(run, out_dtype=jnp.bfloat16))(*call),
+    )
+    np.testing.assert_array_equal(exact[0].astype(jnp.bfloat16), rounded[0])
 
 
 def test_strict_attention_and_rows_that_see_nothing():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import emulator
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_cases import attention_call, relative_error, without_poison
@@ -19,6 +22,7 @@ def _emulated(monkeypatch):
 def check(call, view: str, config: attention.Config, strict: bool = False, blocks: int = 2):
     options = {"view": view, "sm_scale": 0.11, "strict": strict}
     found = attention.kv_attention(*call, **options, config=config, blocks=blocks)
+    assert found[0].dtype == jnp.float32
     expected = attention_reference.kv_attention(*without_poison(call), **options)
     assert relative_error(found[0], expected[0]) <= 2e-3
     np.testing.assert_allclose(found[1], expected[1], atol=5e-3)
@@ -32,3 +36,40 @@ def test_partial_results_are_merged(blocks):
         positions=[20, 32 * 9, 130],
     )  # fmt: skip
     check(call, "int4", attention.Config(1, 1, 1, 2), blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    ("view", "tokens", "config", "strict"),
+    [
+        # One block of rows a warp; more blocks than warps; two warps with blocks of their own.
+        ("int8", 4, attention.Config(1, 2, 2, 2, True), False),
+        ("int8", 5, attention.Config(1, 2, 3, 2, True), True),
+        ("int4", 8, attention.Config(1, 1, 2, 2, True), False),
+    ],
+)
+def test_queries_in_shared_memory(view, tokens, config, strict):
+    call = attention_call(
+        view, kv_heads=1, group=4, tokens=tokens, head_dim=32, group_size=64, tiles=4,
+        positions=[260],
+    )  # fmt: skip
+    check(call, view, config, strict)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_output_rounded_by_the_merge(head_dim):
+    call = attention_call(
+        "int4", kv_heads=2, group=1, tokens=2, head_dim=head_dim, group_size=32, tiles=2,
+        positions=[60],
+    )  # fmt: skip
+    run = functools.partial(
+        attention.kv_attention,
+        *call,
+        view="int4",
+        sm_scale=0.1,
+        strict=False,
+        config=attention.Config(1, 1, 1, 2),
+        blocks=1,
+    )
+    exact, rounded = run(), run(out_dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(exact[0].astype(jnp.bfloat16), rounded[0])
+    np.testing.assert_array_equal(exact[1], rounded[1])

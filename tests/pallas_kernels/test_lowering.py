@@ -57,6 +57,21 @@ def test_attention(view, head_dim, group_size, group, tokens):
     assert text.count("custom_call @mosaic_gpu") == 2
 
 
+@pytest.mark.parametrize("tokens", [5, 8])
+def test_attention_with_rounded_output(tokens):
+    """And with three and four blocks of query rows."""
+    call = attention_call(
+        "int8", kv_heads=2, group=4, tokens=tokens, head_dim=128, group_size=128, tiles=3,
+        positions=[384],
+    )  # fmt: skip
+    options = {"view": "int8", "sm_scale": 0.1, "strict": False}
+    config = mosaic_gpu.Config(2, 4, -(-tokens // 2), 3, shared=True)
+    run = functools.partial(
+        mosaic_gpu.kv_attention, **options, config=config, out_dtype=jnp.bfloat16
+    )
+    assert lower(run, *call).count("custom_call @mosaic_gpu") == 2
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize(("rows", "outputs"), [(1, (512, 512)), (16, (576,)), (3, (256, 64, 64))])
