@@ -1,60 +1,79 @@
-"""Products of a few activation rows with packed 4-bit weights."""
+"""Products of a few activation rows with packed 4-bit weights.
+
+The Pallas kernel reads *tiled* weights (`layout.tile`, once, when a model comes to its device). It
+takes others too, and then tiles them in each call: a pass over the weight, far more than the
+product costs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.int4_matmul import reference
-from pallas_kernels.layout import QuantizedWeight
+from pallas_kernels.layout import QuantizedWeight, TiledWeight, untile
+
+Weight = QuantizedWeight | TiledWeight
 
 
-def int4_matmul(x: jax.Array, weight: QuantizedWeight, *, backend: str = "auto") -> jax.Array:
-    """[..., Kin] activations times a packed [Kin, N] weight → [..., N] float32."""
-    return int4_matmuls(x, [weight], backend=backend)[0]
+def int4_matmul(
+    x: jax.Array, weight: Weight, *, out_dtype: Any = jnp.float32, backend: str = "auto"
+) -> jax.Array:
+    """[..., Kin] activations times a packed [Kin, N] weight → [..., N]."""
+    return int4_matmuls(x, [weight], out_dtype=out_dtype, backend=backend)[0]
 
 
 def int4_matmuls(
-    x: jax.Array, weights: Sequence[QuantizedWeight], *, backend: str = "auto"
+    x: jax.Array,
+    weights: Sequence[Weight],
+    *,
+    out_dtype: Any = jnp.float32,
+    backend: str = "auto",
 ) -> list[jax.Array]:
-    """[..., Kin] activations times several packed [Kin, N] weights: a [..., N] float32 each.
+    """[..., Kin] activations times several packed [Kin, N] weights: a [..., N] each.
 
-    Weights whose groups are alike (`_form`) are one launch, one pass over memory.
+    Weights whose groups are alike (`_form`) are one launch, one pass over memory. Sums are float32
+    and become `out_dtype`, float32 or bfloat16, in the end.
     """
+    if jnp.dtype(out_dtype) not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"out_dtype is {out_dtype}; it can be float32 or bfloat16")
     products: dict[int, jax.Array] = {}
     for form in dict.fromkeys(map(_form, weights)):
         alike = [i for i, weight in enumerate(weights) if _form(weight) == form]
-        found = _launch(x, [weights[i] for i in alike], backend)
+        found = _launch(x, [weights[i] for i in alike], out_dtype, backend)
         products.update(zip(alike, found, strict=True))
     return [products[i] for i in range(len(weights))]
 
 
-def _form(weight: QuantizedWeight) -> tuple[int, ...]:
+def _form(weight: Weight) -> tuple[int, ...]:
     """What weights of one launch have in common: groups, their size, whether there are minima."""
-    return (*weight.packed.shape[:2], weight.minimum is None)
+    return (weight.groups, weight.group_size, weight.symmetric)
 
 
-def _launch(x: jax.Array, weights: Sequence[QuantizedWeight], backend: str) -> list[jax.Array]:
+def _launch(
+    x: jax.Array, weights: Sequence[Weight], out_dtype: Any, backend: str
+) -> list[jax.Array]:
     if _mosaic_gpu(x, weights, backend):
         from pallas_kernels.int4_matmul import configs, mosaic_gpu
 
         config = configs.choose(mosaic_gpu.shape_of(x, weights))
-        kernel = dispatch.shared(mosaic_gpu.int4_matmuls, ("config",))
-        return kernel(x, weights, config=config)
-    return [reference.int4_matmul(x, weight) for weight in weights]
+        kernel = dispatch.shared(mosaic_gpu.int4_matmuls, ("config", "out_dtype"))
+        return kernel(x, weights, config=config, out_dtype=jnp.dtype(out_dtype))
+    plain = [untile(w) if isinstance(w, TiledWeight) else w for w in weights]
+    return [reference.int4_matmul(x, weight).astype(out_dtype) for weight in plain]
 
 
-def int4_gated(
-    x: jax.Array, gate: QuantizedWeight, up: QuantizedWeight, *, backend: str = "auto"
-) -> jax.Array:
+def int4_gated(x: jax.Array, gate: Weight, up: Weight, *, backend: str = "auto") -> jax.Array:
     """silu(x·gate) · (x·up), [..., Kin] → [..., N] float32, in one pass over both weights."""
     a, b = int4_matmuls(x, [gate, up], backend=backend)
     return jax.nn.silu(a) * b
 
 
-def _mosaic_gpu(x: jax.Array, weights: Sequence[QuantizedWeight], backend: str) -> bool:
+def _mosaic_gpu(x: jax.Array, weights: Sequence[Weight], backend: str) -> bool:
     """Whether the Pallas kernel takes the call. CUDA code is imported only where it can."""
     if backend == "xla" or dispatch.device() is None:
         return dispatch.use_mosaic_gpu(backend, "int4_matmul", None)

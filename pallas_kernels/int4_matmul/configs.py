@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 from pallas_kernels import dispatch, tuned
 from pallas_kernels.int4_matmul.mosaic_gpu import Config, Plan, Shape
+from pallas_kernels.layout import STRIP
 
 KERNEL = "int4_matmul"
+RATE = 4.4e6  # bytes a microsecond that an H200 reads
+SIZES = ((1, 2), (1, 3), (1, 4), (1, 6), (2, 1), (2, 2), (2, 3), (2, 4), (4, 1), (4, 2), (4, 3))
 
 
 def key(shape: Shape) -> str:
@@ -22,106 +24,76 @@ def key(shape: Shape) -> str:
     )
 
 
-def _cost(shape: Shape, config: Config) -> float:
-    """Time of a configuration, roughly, in units of what the bytes alone would take."""
-    return _cluster_cost(shape, config) if config.cluster else _split_cost(shape, config)
-
-
-def _split_cost(shape: Shape, config: Config) -> float:
-    """Where XLA adds up the splits.
-
-    The slowest warp's groups, waves of blocks counted, and partial sums written and read: these
-    are small, and take 2.5 times what their bytes would. That and the tenth are measured.
-    """
-    plan = Plan(shape, config)
-    # Two blocks of one warpgroup take a multiprocessor's registers; a larger block fills it.
-    resident = dispatch.multiprocessors() * (2 if config.warpgroups == 1 else 1)
-    waves = -(-plan.blocks // resident)
-    deepest = -(-shape.groups // (config.splits * plan.sharing)) * plan.sharing
-    slots = waves * resident * config.warpgroups * deepest
-    work = sum(shape.outputs) / plan.outputs * shape.groups
-    partial = 8 * config.splits * shape.rows if config.splits > 1 else 0
-    traffic = 2.5 * partial / (shape.groups * shape.group_size / 2)
-    return (1.0 if config.beside == 4 else 1.1) * slots / work + traffic
+def _registers(shape: Shape, strips: int) -> int:
+    """A thread's, at most."""
+    if shape.rows == 1:
+        return 72 + 2 * strips
+    return 72 + 6 * strips if shape.column_blocks == 1 else 104 + 10 * strips
 
 
 def _resident(shape: Shape, config: Config) -> int:
-    """Blocks that run at once: by registers, shared memory, and how clusters fit in 16."""
-    registers = 128 if shape.rows == 1 else 160 if shape.column_blocks == 1 else 240
-    registers = min(registers, 512 // config.warpgroups)
-    each = min(
-        512 // (config.warpgroups * registers),
-        dispatch.SHARED_BYTES // (Plan(shape, config).shared_bytes + 512),
+    """Blocks that a multiprocessor runs at once."""
+    threads = 128 * config.warpgroups
+    return min(
+        65536 // (threads * _registers(shape, config.strips)),
+        dispatch.SHARED_BYTES // (Plan(shape, config).shared_bytes + 1024),
+        2048 // threads,
     )
-    if config.cluster == 1:
-        return dispatch.multiprocessors() * each
-    return dispatch.multiprocessors() // 16 * (16 * each // config.cluster) * config.cluster
 
 
-def _cluster_cost(shape: Shape, config: Config) -> float:
-    """Where blocks add up: the mean of two bounds, memory's and the busiest multiprocessor's.
-
-    Memory is shared evenly by the blocks that run; it needs some 8 MB asked for at a time.
-    """
-    plan = Plan(shape, config)
+def _microseconds(shape: Shape, config: Config) -> float:
+    """What a configuration may take, launch left out."""
+    plan, processors = Plan(shape, config), dispatch.multiprocessors()
     resident = _resident(shape, config)
-    if not resident:
+    slots = processors * resident
+    if config.cluster > 1:  # of multiprocessors that are neighbours, at least 16 together
+        slots = processors // 16 * (16 * resident // config.cluster) * config.cluster
+    if not slots:
         return float("inf")
-    parts = shape.parts if config.whole else 1
-    block = config.beside * -(-plan.units // config.cluster) * parts
-    total = sum(-(-n // 128) for n in shape.outputs) * shape.groups * shape.parts
-    waves, running = -(-plan.blocks // resident), min(plan.blocks, resident)
-    memory = waves * running * block / total
-    busiest = -(-plan.blocks // dispatch.multiprocessors()) * dispatch.multiprocessors()
-    ahead = min(config.stages, -(-plan.units // (config.cluster * plan.sharing)) * parts)
-    asked = running * config.warpgroups * 4 * ahead * shape.stage_bytes
-    # Scales are read, and sums scaled, for each part; few registers spill with many rows.
-    more = 1.0 if config.whole or shape.parts == 1 else 1.03
-    more *= 1.5 if config.warpgroups > 2 and shape.column_blocks > 1 else 1.0
-    # What a wave begins with and ends with is not hidden by the other blocks.
-    starved = 0.5 * max(0.0, 1 - asked / 8e6) + 0.05 * (waves - 1)
-    return more * (memory + busiest * block / total) / 2 + starved + 0.01 * config.cluster
+    share = -(-shape.groups // config.cluster)
+    # Memory is dealt evenly to what runs; a multiprocessor with more to do than others is slower.
+    even = sum(shape.outputs) / STRIP * shape.groups * shape.strip_bytes / RATE
+    busiest = float(-(-plan.blocks // processors) * processors)
+    busiest *= config.strips * share * shape.strip_bytes / RATE
+    # Each block reads the activations of its groups from L2, twice as fast.
+    activations = plan.blocks * shape.rows * share * shape.group_size * 2 / (2 * RATE)
+    ahead = min(config.stages, -(-share // plan.warps)) * plan.warps * plan.stage_bytes
+    starved = max(0.0, 1 - ahead * min(plan.blocks, slots) / processors / 64e3)
+    waves = -(-plan.blocks // slots)
+    edges = 0.5 * (waves - 1) + (0.7 + 0.05 * config.cluster) * (config.cluster > 1)
+    # A warp takes some 0.07 for a strip of a group; beside others' loads, but for its last piece.
+    strips = -(-plan.blocks // processors) * config.strips * share
+    together = min(12, plan.warps * -(-min(plan.blocks, slots) // processors))
+    products = 0.07 * (config.strips + 0.3 * strips / together)
+    memory = (even + busiest) / 2 + activations + 0.5 * starved * even
+    return memory + products + edges + 0.01 * plan.blocks * share / processors
 
 
 def candidates(shape: Shape) -> list[Config]:
     """Configurations that the kernel can run on the shape, best guess first."""
-
-    def all_of_them() -> Iterator[Config]:
-        for splits in range(1, min(shape.groups, 32) + 1):
-            for warpgroups, stages in ((1, 3), (1, 4), (4, 2), (4, 3)):
-                for beside in (4, 1):
-                    yield Config(warpgroups, stages, splits, beside)
-        sizes = ((1, 3), (1, 4), (2, 3), (4, 2), (4, 3))
-        whole = (False, True) if shape.parts > 1 else (True,)
-        for size, cluster, beside, unit in itertools.product(sizes, range(1, 9), (1, 2, 4), whole):
-            yield Config(*size, splits=1, beside=beside, cluster=cluster, whole=unit)
-
-    fitting = [c for c in all_of_them() if Plan(shape, c).shared_bytes <= dispatch.SHARED_BYTES]
-    return sorted(fitting, key=lambda config: _cost(shape, config))
+    found = []
+    most = -(-max(shape.outputs) // STRIP)
+    for (warpgroups, stages), strips, cluster in itertools.product(
+        SIZES, range(1, 17), range(1, 9)
+    ):
+        config = Config(warpgroups, stages, strips, cluster)
+        share = -(-shape.groups // cluster)
+        useful = strips <= most and (stages - 1) * 4 * warpgroups < share and cluster <= share
+        if useful and _resident(shape, config):
+            found.append(config)
+    return sorted(found, key=lambda config: _microseconds(shape, config))
 
 
 def diverse(shape: Shape) -> list[Config]:
-    """A few configurations worth measuring: the best guesses for each size of block."""
-    found = []
-    ordered = candidates(shape)
-    for warpgroups, stages, beside in ((1, 3, 4), (1, 4, 4), (4, 2, 4), (1, 3, 1), (1, 4, 1)):
-        same = [
-            c
-            for c in ordered
-            if not c.cluster and (c.warpgroups, c.stages, c.beside) == (warpgroups, stages, beside)
-        ]
-        found += same[: 2 if warpgroups == 1 else 1]
-    for warpgroups, beside in itertools.product((1, 2, 4), (1, 2)):
-        same = [
-            c for c in ordered if c.cluster and (c.warpgroups, c.beside) == (warpgroups, beside)
-        ]
-        found += same[:1]
-    return found
+    """A few configurations worth measuring: the best guesses of each kind."""
+    found: dict[tuple[int, int, bool], Config] = {}
+    for config in candidates(shape):
+        alone = _resident(shape, config) == 1
+        found.setdefault((config.warpgroups, min(config.cluster, 3), alone), config)
+    return list(found.values())[:12]
 
 
 def choose(shape: Shape) -> Config:
     """The measured configuration, else the rule's."""
     found: Any = tuned.find(dispatch.device_name(), KERNEL, key(shape))
-    if found is not None:
-        return Config(**found)
-    return next(c for c in candidates(shape) if not c.cluster)
+    return candidates(shape)[0] if found is None else Config(**found)

@@ -22,7 +22,7 @@ from pallas_kernels.int4_matmul import api as matmul
 from pallas_kernels.int4_matmul import reference as matmul_reference
 from pallas_kernels.kv_attention import api as attention
 from pallas_kernels.kv_attention import reference as attention_reference
-from pallas_kernels.layout import Planes, QuantizedWeight
+from pallas_kernels.layout import Planes, QuantizedWeight, tile, untile
 from pallas_kernels.quantize_pack import api as quantize
 from quantspec_jax.bench import record
 
@@ -284,7 +284,7 @@ def random_weight(key: jax.Array, inputs: int, outputs: int) -> QuantizedWeight:
 
 
 def _matmul(ceilings: dict[str, float], args: argparse.Namespace) -> Any:
-    make = jax.jit(random_weight, static_argnums=(1, 2))
+    make = jax.jit(lambda *of: tile(random_weight(*of)), static_argnums=(1, 2))
     for name, (inputs, outputs) in MATMUL.items():
         num_bytes = sum(outputs) * inputs * (0.5 + 4 / GROUP_SIZE)
         weights = [
@@ -301,7 +301,9 @@ def _matmul(ceilings: dict[str, float], args: argparse.Namespace) -> Any:
             x, first = calls[0]
             with jax.default_matmul_precision("highest"):
                 expected = [
-                    jnp.matmul(x.astype(jnp.float32), matmul_reference.dequantize(w)[:inputs])
+                    jnp.matmul(
+                        x.astype(jnp.float32), matmul_reference.dequantize(untile(w))[:inputs]
+                    )
                     for w in first
                 ]
             yield _row(
@@ -319,7 +321,7 @@ def _matmul(ceilings: dict[str, float], args: argparse.Namespace) -> Any:
 def _matmul_peers(calls: Sequence[Any], rows: int) -> dict[str, float]:
     """Milliseconds of the same product with bf16 weights."""
     x, weights = calls[0]
-    shapes = [(x.shape[-1], w.scale.shape[-1]) for w in weights]
+    shapes = [(x.shape[-1], w.outputs) for w in weights]
     dense = [
         (call[0], [_normal(jax.random.key(i), shape) for shape in shapes])
         for i, call in enumerate(calls[:4])

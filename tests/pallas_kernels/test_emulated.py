@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import attention_call, random_weight, relative_error, without_poison
+from kernel_cases import attention_call, relative_error, without_poison
 
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
 from pallas_kernels.add_rms_norm import reference as norm_reference
-from pallas_kernels.int4_matmul import mosaic_gpu as matmul
-from pallas_kernels.int4_matmul import reference as matmul_reference
 from pallas_kernels.kv_attention import mosaic_gpu as attention
 from pallas_kernels.kv_attention import reference as attention_reference
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
@@ -21,7 +19,7 @@ from pallas_kernels.quantize_pack import reference as quantize_reference
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch):
-    emulator.install(monkeypatch, attention, matmul, norm, quantize)
+    emulator.install(monkeypatch, attention, norm, quantize)
 
 
 @pytest.mark.parametrize(
@@ -51,22 +49,6 @@ def test_attention(view, head_dim, group_size, group, tokens, config, strict):
     expected = attention_reference.kv_attention(*without_poison(call), **options)
     assert relative_error(found[0], expected[0]) <= 2e-3
     np.testing.assert_allclose(found[1], expected[1], atol=5e-3)
-
-
-@pytest.mark.parametrize(
-    ("rows", "inputs", "outputs", "group", "symmetric", "config"),
-    [
-        (1, 128, (128, 64), 128, False, matmul.Config(1, 3, 1)),
-        (9, 100, (48,), 32, True, matmul.Config(1, 2, 3)),
-        (2, 160, (64, 32), 32, False, matmul.Config(1, 3, 1, beside=1)),
-    ],
-)
-def test_int4_matmul(rows, inputs, outputs, group, symmetric, config):
-    weights = [random_weight(inputs, n, group, symmetric, i) for i, n in enumerate(outputs)]
-    x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)
-    for y, w in zip(matmul.int4_matmuls(x, weights, config=config), weights, strict=True):
-        dense = matmul_reference.dequantize(w)[:inputs]
-        assert relative_error(y, x.astype(jnp.float32) @ dense) <= 1e-5
 
 
 @pytest.mark.parametrize("y_dtype", ["bfloat16", "float32"])

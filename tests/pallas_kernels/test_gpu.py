@@ -18,6 +18,7 @@ from pallas_kernels.int4_matmul import mosaic_gpu as matmul_kernel
 from pallas_kernels.int4_matmul import reference as matmul_reference
 from pallas_kernels.kv_attention import api as attention
 from pallas_kernels.kv_attention import configs, mosaic_gpu
+from pallas_kernels.layout import tile
 from pallas_kernels.quantize_pack import api as quantize
 
 pytestmark = pytest.mark.gpu
@@ -141,26 +142,33 @@ def test_the_draft_never_reads_the_lower_plane():
         (1000, (512, 256, 256), 128, True),
         (576, (1536, 1536), 64, False),
         (576, (576,), 32, False),
+        (4096, (4096, 1040), 128, False),
     ],
 )
 def test_int4_matmul(rows, inputs, outputs, group, symmetric):
     weights = [random_weight(inputs, n, group, symmetric, i) for i, n in enumerate(outputs)]
     x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)
-    found = matmul.int4_matmuls(x, weights, backend="mosaic_gpu")
-    for y, again, w in zip(
-        found, matmul.int4_matmuls(x, weights, backend="mosaic_gpu"), weights, strict=True
-    ):
+    run = jax.jit(functools.partial(matmul.int4_matmuls, backend="mosaic_gpu"))
+    found, tiled = run(x, weights), [tile(w) for w in weights]
+    for y, again, w in zip(found, run(x, tiled), weights, strict=True):
         np.testing.assert_array_equal(y, again)
         dense = matmul_reference.dequantize(w)[:inputs]
         assert relative_error(y, x.astype(jnp.float32) @ dense) <= 1e-4
+    for y, rounded in zip(
+        found, matmul.int4_matmuls(x, tiled, out_dtype=jnp.bfloat16), strict=True
+    ):
+        np.testing.assert_array_equal(y.astype(jnp.bfloat16), rounded)
 
 
-def test_int4_matmul_in_every_configuration():
-    weight = random_weight(512, 1024, 128, False)
-    x = jax.random.normal(jax.random.key(1), (3, 512)).astype(jnp.bfloat16)
+@pytest.mark.parametrize("rows", [3, 16])
+def test_int4_matmul_in_every_configuration(rows):
+    weight = random_weight(1024, 1040, 128, False)
+    x = jax.random.normal(jax.random.key(1), (rows, 1024)).astype(jnp.bfloat16)
     expected = x.astype(jnp.float32) @ matmul_reference.dequantize(weight)
     for config in matmul_configs.diverse(matmul_kernel.shape_of(x, [weight])):
-        (y,) = jax.jit(functools.partial(matmul_kernel.int4_matmuls, config=config))(x, [weight])
+        run = jax.jit(functools.partial(matmul_kernel.int4_matmuls, config=config))
+        (y,), (again,) = run(x, [weight]), run(x, [weight])
+        np.testing.assert_array_equal(y, again)
         assert relative_error(y, expected) <= 1e-4
 
 

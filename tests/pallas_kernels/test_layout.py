@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_cases import random_weight
 
 from pallas_kernels import layout
 
@@ -48,3 +49,32 @@ def test_a_word_of_keys_and_of_values_holds_what_its_product_sums_over():
 
     assert (np.ptp(words(layout.pack_keys, token), axis=1) == 0).all()
     assert (np.ptp(words(layout.pack_values, channel), axis=1) == 0).all()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_tiling_is_invertible_and_adds_no_byte(group, symmetric):
+    weight = random_weight(3 * group - 5, 48, group, symmetric)
+    tiled = jax.jit(layout.tile)(weight)
+    assert tiled.strips.nbytes == sum(x.nbytes for x in jax.tree.leaves(weight))
+    for name in ("groups", "group_size", "outputs", "symmetric"):
+        assert getattr(tiled, name) == getattr(weight, name)
+    for a, b in zip(jax.jit(layout.untile)(tiled), weight, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_strip_is_sixteen_outputs_of_a_group():
+    """Whatever else changes, the strip stays as it is."""
+    weight, other = (random_weight(256, 48, 128, False, seed) for seed in (0, 1))
+    mixed = jax.tree.map(lambda a, b: b.at[1, ..., 16:32].set(a[1, ..., 16:32]), weight, other)
+    tiled, changed = layout.tile(weight), layout.tile(mixed)
+    np.testing.assert_array_equal(tiled.strips[1, 1], changed.strips[1, 1])
+    assert (tiled.strips != changed.strips).any(-1).sum() == 5
+
+
+def test_what_cannot_be_tiled():
+    with pytest.raises(ValueError, match="24 outputs and groups of 32"):
+        layout.tile(random_weight(64, 24, 32, False))

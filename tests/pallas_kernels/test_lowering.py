@@ -14,6 +14,7 @@ from pallas_kernels.add_rms_norm import mosaic_gpu as norm
 from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
 from pallas_kernels.kv_attention import configs, mosaic_gpu
+from pallas_kernels.layout import tile
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
 
 
@@ -74,14 +75,19 @@ def test_attention_with_rounded_output(tokens):
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize(("rows", "outputs"), [(1, (512, 512)), (16, (576,)), (3, (256, 64, 64))])
-def test_int4_matmul(rows, outputs, group, symmetric):
-    weights = [random_weight(576, n, group, symmetric) for n in outputs]
+@pytest.mark.parametrize(
+    ("rows", "outputs", "cluster"), [(1, (512, 512), 1), (16, (576,), 1), (3, (256, 64, 64), 2)]
+)
+def test_int4_matmul(rows, outputs, cluster, group, symmetric):
+    weights = [tile(random_weight(576, n, group, symmetric)) for n in outputs]
     x = jnp.zeros((rows, 576), jnp.bfloat16)
     assert matmul.unsupported(x, weights) is None
-    config = matmul_configs.choose(matmul.shape_of(x, weights))
-    text = lower(functools.partial(matmul.int4_matmuls, config=config), x, weights)
-    assert text.count("custom_call @mosaic_gpu") == 1
+    found = matmul_configs.candidates(matmul.shape_of(x, weights))
+    config = next(c for c in found if c.cluster == cluster)
+    run = functools.partial(matmul.int4_matmuls, config=config, out_dtype=jnp.bfloat16)
+    text = lower(run, x, weights)
+    assert text.count("custom_call") == text.count("custom_call @mosaic_gpu") == 1
+    assert "reduce" not in text
 
 
 @pytest.mark.parametrize(("head_dim", "group_size"), [(64, 32), (128, 128), (256, 64)])

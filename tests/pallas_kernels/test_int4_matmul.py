@@ -1,0 +1,86 @@
+"""The 4-bit product: the kernel run by the emulator, its configurations, and both backends' API."""
+
+from __future__ import annotations
+
+import emulator
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import random_weight, relative_error
+
+from pallas_kernels import dispatch, ptx
+from pallas_kernels.int4_matmul import api, configs, reference
+from pallas_kernels.int4_matmul import mosaic_gpu as matmul
+from pallas_kernels.int4_matmul.mosaic_gpu import Config, Plan, Shape
+from pallas_kernels.layout import tile
+
+
+def operands(rows, inputs, outputs, group, symmetric):
+    weights = [random_weight(inputs, n, group, symmetric, i) for i, n in enumerate(outputs)]
+    x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)
+    return x, weights
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "group", "symmetric", "config"),
+    [
+        # A weight's last block has fewer strips; a ring that is filled twice; idle warps.
+        (1, 640, (64, 32), 128, False, Config(1, 1, 3)),
+        (5, 320, (48,), 32, False, Config(1, 2, 2)),
+        (2, 100, (32,), 64, False, Config(2, 1, 2)),
+        # Blocks that add up in each other's shared memory, with uneven shares; two column blocks.
+        (9, 100, (48,), 32, True, Config(1, 1, 2, 2)),
+        (3, 320, (80, 16), 64, True, Config(1, 1, 4, 3)),
+        (16, 384, (32,), 128, False, Config(1, 1, 1, 2)),
+    ],
+)
+def test_every_product_is_the_dense_one(
+    monkeypatch, rows, inputs, outputs, group, symmetric, config
+):
+    emulator.install(monkeypatch, matmul)
+    x, weights = operands(rows, inputs, outputs, group, symmetric)
+    for y, w in zip(matmul.int4_matmuls(x, weights, config=config), weights, strict=True):
+        dense = reference.dequantize(w)[:inputs]
+        assert relative_error(y, x.astype(jnp.float32) @ dense) <= 1e-5
+
+
+def test_results_are_rounded_once(monkeypatch):
+    emulator.install(monkeypatch, matmul)
+    x, weights = operands(2, 64, (32,), 32, False)
+    config = Config(1, 1, 1)
+    (wide,) = matmul.int4_matmuls(x, weights, config=config)
+    (narrow,) = matmul.int4_matmuls(x, weights, config=config, out_dtype=jnp.bfloat16)
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(wide.astype(jnp.bfloat16), narrow)
+
+
+def test_a_tiled_weight_is_the_same_weight():
+    x, (weight,) = operands(3, 100, (48,), 32, False)
+    expected = api.int4_matmul(x, weight)
+    np.testing.assert_array_equal(api.int4_matmul(x, tile(weight)), expected)
+    both = api.int4_matmuls(x, [tile(weight), weight], out_dtype=jnp.bfloat16)
+    for y in both:
+        np.testing.assert_array_equal(y, expected.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match="out_dtype is float16; it can be float32 or bfloat16"):
+        api.int4_matmul(x, weight, out_dtype="float16")
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize(
+    ("groups", "group_size", "outputs"),
+    [(32, 128, (11008, 11008)), (86, 128, (4096,)), (1, 32, (16,)), (32, 128, (128256,))],
+)
+def test_configurations_fit_and_the_best_guess_fills_the_chip(rows, groups, group_size, outputs):
+    shape = Shape(rows, groups, group_size, outputs, False)
+    found = configs.candidates(shape)
+    assert found
+    assert all(Plan(shape, c).shared_bytes <= dispatch.SHARED_BYTES for c in found)
+    assert set(configs.diverse(shape)) <= set(found)
+    strips = sum(outputs) // 16
+    assert Plan(shape, found[0]).blocks >= min(strips, 0.85 * dispatch.DEFAULT_MULTIPROCESSORS)
+
+
+def test_a_cluster_has_to_divide_the_blocks():
+    with pytest.raises(ValueError, match="there are 3 blocks; a multiple of the cluster's 2"):
+        ptx.kernel(lambda *_: None, (), name="none", blocks=3, warpgroups=1, cluster=2)
