@@ -20,18 +20,31 @@ blocks; a team that crosses from one head to the next writes one partial result 
 Tokens or channels are the rows of m16n8k16 products, queries their 8 columns: codes are converted
 in registers, from words that already lie in the order the instruction wants, with 5 instructions
 for 8 codes (`_Tile`). Key scales are folded into the queries, once a tile; key minima give the
-scores' starting value; value scales go into the probabilities; value minima are summed on the side.
-The running maximum moves only when a probability would leave float16, so that sums are rarely
-rescaled. A second kernel merges the partial results by log-sum-exp.
+scores' bias; value scales go into the probabilities; value minima are summed on the side. The
+running maximum moves only when a probability would leave float16, so that sums are rarely rescaled.
+A second kernel merges the partial results by log-sum-exp, and rounds to bfloat16 if asked to.
 
-Floor: the bytes over the read ceiling (4,390 GB/s), 0.130 ms for the draft (32 key-value heads,
-131,072 tokens) and 0.252 ms for the target. Reached on an H200, merge included: 0.144 ms and
-0.262 ms, 90% and 96%. The rest is what a launch costs at any size: between 32,768 and 131,072
-tokens each further byte comes at 98% of the ceiling, and about 10 µs come on top, 3.4 of them the
-merge. With 8 key-value heads and 8 query tokens a converted value meets 32 columns. Then the
-products bound it: they alone take nine tenths of the time that the memory would, and beside their
-sums only 8 warps fit to hide what they wait for; 0.117 ms, 54%. More warps spill registers, and
-take 0.137 ms.
+Up to 8 query rows a head: memory bounds it, and what a launch costs at any size. On an H200 that
+reads 4,590 GB/s, merge included, per cent of the time that the bytes alone would take:
+
+    kv heads   view    query tokens   length                    reached
+    32         int4    1              131,072                   87%
+    32         int4    1              32,768                    70%
+    8          int4    1 (× 4 heads)  131,072                   68%
+    32         int4    1              16 of 1,024 to 32,768     83%
+    32         int8    8              131,072                   90%
+
+About 10 µs come on top of the bytes at any length, 3 of them the merge; of the 47 µs of the third
+row the bytes are 31. Each further byte comes at 98% of the ceiling.
+
+With 8 key-value heads and 8 query tokens × 4 heads a converted value meets 32 columns, and what
+the schedulers issue is the bound. Where each warp took 16 of them (two column blocks), two warps
+converted the same codes, and four scaled the queries, each two blocks of them. That was 1,560
+instructions a tile and scheduler, 160 of them products, and reached 52%, 0.116 ms. With four column
+blocks and the scaled queries in shared memory (`Config.shared`), codes are converted once: 1,150
+instructions, 144 of them products, where the memory takes about 1,700 cycles a tile. The sums of
+four blocks fill the registers: two warps a scheduler are left to hide what each waits for. So it is
+independent products that hide it: those of 32 tokens and four blocks form 8 sums of scores.
 """
 
 from __future__ import annotations
