@@ -14,7 +14,7 @@ memory, and all groups of input channels, or, with clusters, an even share of th
 
 A piece is one bulk copy into a ring that a warp has for itself: its first lane orders the first
 pieces before anything else, and a further one when the warp is done with one. No two warps wait
-for each other before all groups are multiplied.
+for each other before all groups are multiplied. (`Config.direct`: lanes load what they need.)
 
 Outputs are the rows of m16n8k16 products, activations their 8 columns. A word of a strip is one
 lane's part of one product: a code in the low bits of bf16 128.0 is 128 + code, exactly, so that 3
@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -51,15 +51,18 @@ class Config:
     """How a product is laid on the chip.
 
     warpgroups  a block; its warps share the groups of input channels
-    stages      groups that a warp has in shared memory, read or in flight
+    stages      groups that a warp has in shared memory, read or in flight; where `direct`, in
+                registers, in flight
     strips      a block's, of 16 outputs each
     cluster     blocks, 1 to 8, that have the same strips and share the groups
+    direct      lanes load what they multiply from global memory; no ring
     """
 
     warpgroups: int
     stages: int
     strips: int
     cluster: int = 1
+    direct: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +118,8 @@ class Plan:
     @property
     def warp_bytes(self) -> int:
         """A warp's ring, and its sums in the end."""
-        return max(self.config.stages * self.stage_bytes, self.shape.rows * self.row_bytes)
+        stages = 0 if self.config.direct else self.config.stages
+        return max(stages * self.stage_bytes, self.shape.rows * self.row_bytes)
 
     @property
     def quads(self) -> int:
@@ -208,9 +212,9 @@ class _Warp:
             out += ptx.load_wide(self.x + at.to_i64(), 2 * self.steps)
         return out
 
-    def add_group(self, piece: V, x: list[V], sums: list[V]) -> list[V]:
-        """sums [strips][column blocks][4] += a group's products."""
-        s, blocks = self.plan.shape, self.plan.shape.column_blocks
+    def add_group(self, words: Iterable[list[V]], x: list[V], sums: list[V]) -> list[V]:
+        """sums [strips][column blocks][4] += a group's products; words: `strip`'s of each."""
+        blocks = self.plan.shape.column_blocks
         inputs = [x[2 * i : 2 * i + 2] for i in range(blocks * self.steps)]  # [blocks][steps]
         zeros = [f32(0.0)] * 4
         totals = [zeros] * blocks  # Σ x
@@ -218,15 +222,14 @@ class _Warp:
             for i in range(self.steps):
                 totals[n] = ptx.mma("bf16", [i32(ONES)] * 4, inputs[n * self.steps + i], totals[n])
         out: list[V] = []
-        for t in range(self.plan.config.strips):
-            strip = piece + t * s.strip_bytes
+        for t, strip in enumerate(words):
             products = [zeros] * blocks
-            for i, word in enumerate(self._words(strip)):
+            for i, word in enumerate(strip[: self.steps]):
                 shifted = [word, word >> 4, word >> 8, word >> 12]
                 a = [ptx.and_or(w, 0x000F000F, i32(MAGIC)) for w in shifted]
                 for n in range(blocks):
                     products[n] = ptx.mma("bf16", a, inputs[n * self.steps + i], products[n])
-            scale, offset = self._numbers(strip)
+            scale, offset = _factors(strip[self.steps :])
             for n in range(blocks):
                 for j in range(4):
                     y = sums[(t * blocks + n) * 4 + j]
@@ -234,23 +237,16 @@ class _Warp:
                     out.append(ptx.fma(offset[j // 2], totals[n][j % 2], y))
         return out
 
-    def _words(self, strip: V) -> list[V]:
-        """This lane's codes of a strip: a word for each step."""
-        each = min(4, self.steps)
+    def strip(self, where: V, in_global: bool = False) -> list[V]:
+        """This lane's words of a strip: codes of each step, scales, minima."""
+        s, each = self.plan.shape, min(4, self.steps)
+        lane, g = self.lane * (4 * each), self.g * (4 if s.symmetric else 8)
+        if in_global:
+            lane, g = lane.to_i64(), g.to_i64()
         out: list[V] = []
         for chunk in range(self.steps // each):
-            out += ptx.load(strip + chunk * (128 * each) + self.lane * (4 * each), each)
-        return out
-
-    def _numbers(self, strip: V) -> tuple[list[V], list[V]]:
-        """What the sums of 128 + code and what those of x are multiplied with, of two outputs."""
-        s = self.plan.shape
-        each = 1 if s.symmetric else 2
-        found = ptx.load(strip + 8 * s.group_size + self.g * (4 * each), each)
-        scale, *minimum = [[ptx.low_bf16(word), ptx.high_bf16(word)] for word in found]
-        if s.symmetric:
-            return scale, [x * -136.0 for x in scale]
-        return scale, [ptx.fma(x, f32(-128.0), m) for x, m in zip(scale, minimum[0], strict=True)]
+            out += ptx.load(where + lane + chunk * (128 * each), each)
+        return out + ptx.load(where + g + 8 * s.group_size, 1 if s.symmetric else 2)
 
     def keep(self, where: V, sums: list[V]) -> None:
         """Leave sums in shared memory, rows of the block's outputs."""
@@ -266,6 +262,17 @@ class _Warp:
                         ptx.store(at + 4 * STRIP * t, [four[i], four[2 + i]])
 
                 ptx.when(row < p.shape.rows, put)
+
+
+def _factors(numbers: list[V]) -> tuple[list[V], list[V]]:
+    """What the sums of 128 + code and what those of x are multiplied with, of two outputs.
+
+    numbers: a word of scales and, unless the weight is symmetric, one of minima.
+    """
+    scale, *rest = [[ptx.low_bf16(word), ptx.high_bf16(word)] for word in numbers]
+    if not rest:
+        return scale, [x * -136.0 for x in scale]
+    return scale, [ptx.fma(x, f32(-128.0), m) for x, m in zip(scale, rest[0], strict=True)]
 
 
 def _chosen(plan: Plan, weights: Sequence[V], results: Sequence[V], block: V) -> list[V]:
@@ -296,28 +303,57 @@ def _body(plan: Plan, out_bytes: int) -> Callable[[Sequence[V], V], None]:
         end = (rank + 1) * s.groups // c.cluster
         begin = rank * s.groups // c.cluster + warp
         turns = ptx.ceil_div(ptx.at_least(end - begin, 0), plan.warps)
-        ring = _Ring(plan, shared, warp, lane, turns)
+        work, ring = _Warp(plan, x, lane), _Ring(plan, shared, warp, lane, turns)
         group_bytes = (strips * s.strip_bytes).to_i64()
-        ring.start(
-            weight + begin.to_i64() * group_bytes + first.to_i64() * s.strip_bytes,
-            group_bytes * plan.warps,
-            ptx.minimum(strips - first, c.strips) * s.strip_bytes,
-        )
-
-        work = _Warp(plan, x, lane)
+        source = weight + ptx.minimum(begin, s.groups - 1).to_i64() * group_bytes
+        if not c.direct:
+            ring.start(
+                source + first.to_i64() * s.strip_bytes,
+                group_bytes * plan.warps,
+                ptx.minimum(strips - first, c.strips) * s.strip_bytes,
+            )
 
         def inputs_of(turn: V) -> list[V]:
             return work.activations(ptx.minimum(begin + turn * plan.warps, s.groups - 1))
 
+        def fetch(turn: V) -> list[V]:
+            """All of a turn in registers; past the last turn, the last one's."""
+            turn = ptx.at_least(ptx.minimum(turn, turns - 1), 0)
+            piece = source + turn.to_i64() * (group_bytes * plan.warps)
+            places = [ptx.minimum(first + t, strips - 1) for t in range(c.strips)]
+            pieces = [piece + at.to_i64() * s.strip_bytes for at in places]
+            words = [word for at in pieces for word in work.strip(at, in_global=True)]
+            return [*inputs_of(turn), *words]
+
+        def direct_steps(turn: V, carry: list[V]) -> list[V]:
+            """As many turns as are in flight: each is loaded to where it will be used."""
+            sums, held = carry[:size], carry[size:]
+            each = len(held) // c.stages
+            for i in range(c.stages):
+                mine = held[i * each : (i + 1) * each]
+                valid = turn + i < turns
+                inputs = [ptx.select(valid, word, i32(0)) for word in mine[:width]]
+                count = (each - width) // c.strips
+                words = [mine[width + t * count :][:count] for t in range(c.strips)]
+                sums = work.add_group(words, inputs, sums)
+                held[i * each : (i + 1) * each] = fetch(turn + (i + c.stages))
+            return [*sums, *held]
+
         def step(turn: V, carry: list[V]) -> list[V]:
             following = inputs_of(turn + 1)
-            sums = work.add_group(ring.wait(turn), carry[size:], carry[:size])
+            piece = ring.wait(turn)
+            words = (work.strip(piece + t * s.strip_bytes) for t in range(c.strips))
+            sums = work.add_group(words, carry[size:], carry[:size])
             ring.leave(turn)
             return [*sums, *following]
 
-        size = c.strips * s.column_blocks * 4
-        carry = [*[f32(0.0)] * size, *inputs_of(i32(0))]
-        sums = ptx.loop(i32(0), turns, carry, step)[:size]
+        size, width = c.strips * s.column_blocks * 4, 2 * work.steps * s.column_blocks
+        sums = [f32(0.0)] * size
+        if c.direct:
+            ahead = [word for i in range(c.stages) for word in fetch(i32(i))]
+            sums = ptx.loop(i32(0), turns, [*sums, *ahead], direct_steps, c.stages)[:size]
+        else:
+            sums = ptx.loop(i32(0), turns, [*sums, *inputs_of(i32(0))], step)[:size]
         work.keep(ring.data, sums)  # the ring is empty
         ptx.sync_threads(i32(1), 32 * plan.warps)
         row_quads = c.strips * STRIP // 4

@@ -33,6 +33,9 @@ def operands(rows, inputs, outputs, group, symmetric):
         (9, 100, (48,), 32, True, Config(1, 1, 2, 2)),
         (3, 320, (80, 16), 64, True, Config(1, 1, 4, 3)),
         (16, 384, (32,), 128, False, Config(1, 1, 1, 2)),
+        # Without a ring: a warp with two turns, others with one or none.
+        (3, 160, (48,), 32, False, Config(1, 2, 2, direct=True)),
+        (1, 300, (16,), 128, True, Config(1, 1, 1, direct=True)),
     ],
 )
 def test_every_product_is_the_dense_one(
@@ -74,9 +77,9 @@ def test_a_tiled_weight_is_the_same_weight():
 def test_configurations_fit_and_the_best_guess_fills_the_chip(rows, groups, group_size, outputs):
     shape = Shape(rows, groups, group_size, outputs, False)
     found = configs.candidates(shape)
-    assert found
-    assert all(Plan(shape, c).shared_bytes <= dispatch.SHARED_BYTES for c in found)
-    assert set(configs.diverse(shape)) <= set(found)
+    assert {c.direct for c in configs.diverse(shape)} == {False, True}
+    for config in (*found, *configs.diverse(shape)):
+        assert Plan(shape, config).shared_bytes <= dispatch.SHARED_BYTES
     strips = sum(outputs) // 16
     assert Plan(shape, found[0]).blocks >= min(strips, 0.85 * dispatch.DEFAULT_MULTIPROCESSORS)
 
