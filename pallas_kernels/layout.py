@@ -189,6 +189,14 @@ class TiledWeight(NamedTuple):
         return self.strips.shape[-1] % 64 == 32
 
 
+PackedWeight = QuantizedWeight | TiledWeight
+
+
+def can_tile(weight: QuantizedWeight) -> bool:
+    """Whether `tile` takes the weight."""
+    return weight.outputs % STRIP == 0 and weight.group_size in (32, 64, 128)
+
+
 def _steps(group: int) -> tuple[int, int]:
     """(chunks, steps of a chunk): a step is 16 input channels."""
     step = math.gcd(group // 16, 4)
@@ -198,7 +206,7 @@ def _steps(group: int) -> tuple[int, int]:
 def tile(weight: QuantizedWeight) -> TiledWeight:
     """The weight in strips; N a multiple of 16, groups of 32, 64 or 128."""
     groups, group, n = weight.groups, weight.group_size, weight.outputs
-    if n % STRIP or group not in (32, 64, 128):
+    if not can_tile(weight):
         raise ValueError(
             f"the weight has {n} outputs and groups of {group}; "
             f"multiples of {STRIP} and groups of 32, 64 and 128 can be tiled"

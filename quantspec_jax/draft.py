@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
 from pallas_kernels.int4_matmul.reference import dequantize
-from pallas_kernels.layout import QuantizedWeight, pack
+from pallas_kernels.layout import QuantizedWeight, can_tile, pack, tile
 from quantspec_jax.config import DraftConfig, ModelConfig, WeightFormat, require
 from quantspec_jax.models.parameters import LINEAR_LAYERS, linear_layers, nest, parameter_shapes
 
@@ -99,6 +100,21 @@ def quantize_lm_head(params: dict[str, Any], config: DraftConfig) -> dict[str, A
 
 def _lm_head_format(config: DraftConfig) -> WeightFormat:
     return WeightFormat(4, config.group_size, config.symmetric)
+
+
+def arrange(own: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """The draft's own entries as the default device's kernels read them: 4-bit weights tiled where
+    the product's kernel takes them with activations of type `dtype`, all else as it is."""
+    if dispatch.device() is None or dtype != jnp.bfloat16:
+        return own
+
+    def tiled(leaf: Any) -> Any:
+        return _tile(leaf) if isinstance(leaf, QuantizedWeight) and can_tile(leaf) else leaf
+
+    return jax.tree.map(tiled, own, is_leaf=lambda leaf: isinstance(leaf, QuantizedWeight))
+
+
+_tile = jax.jit(tile)
 
 
 def merge(params: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

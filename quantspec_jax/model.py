@@ -12,7 +12,7 @@ import numpy as np
 
 from quantspec_jax import compilation_cache
 from quantspec_jax.config import DraftConfig, ModelConfig, require
-from quantspec_jax.draft import layer_formats, merge, quantize_params
+from quantspec_jax.draft import arrange, layer_formats, merge, quantize_params
 from quantspec_jax.models.attention import causal_attention
 from quantspec_jax.models.decoder import Params, check_params, forward, unembed
 
@@ -59,7 +59,8 @@ class Model:
         entries = self._draft_entries
         if entries is None:
             entries = quantize_params(self.params, self.draft)
-        return merge(self.params, entries)
+        self._draft_entries = None  # may be held in another arrangement from now on
+        return merge(self.params, arrange(entries, self.dtype))
 
     @property
     def has_draft_arrays(self) -> bool:

@@ -15,13 +15,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.int4_matmul import reference
-from pallas_kernels.layout import QuantizedWeight, TiledWeight, untile
-
-Weight = QuantizedWeight | TiledWeight
+from pallas_kernels.layout import PackedWeight, TiledWeight, untile
 
 
 def int4_matmul(
-    x: jax.Array, weight: Weight, *, out_dtype: Any = jnp.float32, backend: str = "auto"
+    x: jax.Array, weight: PackedWeight, *, out_dtype: Any = jnp.float32, backend: str = "auto"
 ) -> jax.Array:
     """[..., Kin] activations times a packed [Kin, N] weight → [..., N]."""
     return int4_matmuls(x, [weight], out_dtype=out_dtype, backend=backend)[0]
@@ -29,7 +27,7 @@ def int4_matmul(
 
 def int4_matmuls(
     x: jax.Array,
-    weights: Sequence[Weight],
+    weights: Sequence[PackedWeight],
     *,
     out_dtype: Any = jnp.float32,
     backend: str = "auto",
@@ -49,13 +47,13 @@ def int4_matmuls(
     return [products[i] for i in range(len(weights))]
 
 
-def _form(weight: Weight) -> tuple[int, ...]:
+def _form(weight: PackedWeight) -> tuple[int, ...]:
     """What weights of one launch have in common: groups, their size, whether there are minima."""
     return (weight.groups, weight.group_size, weight.symmetric)
 
 
 def _launch(
-    x: jax.Array, weights: Sequence[Weight], out_dtype: Any, backend: str
+    x: jax.Array, weights: Sequence[PackedWeight], out_dtype: Any, backend: str
 ) -> list[jax.Array]:
     if _mosaic_gpu(x, weights, backend):
         from pallas_kernels.int4_matmul import configs, mosaic_gpu
@@ -67,13 +65,15 @@ def _launch(
     return [reference.int4_matmul(x, weight).astype(out_dtype) for weight in plain]
 
 
-def int4_gated(x: jax.Array, gate: Weight, up: Weight, *, backend: str = "auto") -> jax.Array:
+def int4_gated(
+    x: jax.Array, gate: PackedWeight, up: PackedWeight, *, backend: str = "auto"
+) -> jax.Array:
     """silu(x·gate) · (x·up), [..., Kin] → [..., N] float32, in one pass over both weights."""
     a, b = int4_matmuls(x, [gate, up], backend=backend)
     return jax.nn.silu(a) * b
 
 
-def _mosaic_gpu(x: jax.Array, weights: Sequence[Weight], backend: str) -> bool:
+def _mosaic_gpu(x: jax.Array, weights: Sequence[PackedWeight], backend: str) -> bool:
     """Whether the Pallas kernel takes the call. CUDA code is imported only where it can."""
     if backend == "xla" or dispatch.device() is None:
         return dispatch.use_mosaic_gpu(backend, "int4_matmul", None)

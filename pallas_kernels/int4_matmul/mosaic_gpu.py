@@ -36,14 +36,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import ptx
-from pallas_kernels.layout import STRIP, QuantizedWeight, TiledWeight, tile
+from pallas_kernels.layout import STRIP, PackedWeight, TiledWeight, tile
 from pallas_kernels.ptx import V, f32, i32
 
 MAX_ROWS = 16
 ONES = 0x3F803F80  # two bf16 1.0
 MAGIC = 0x43004300  # two bf16 128.0: with a code in the low bits, 128 + code
-
-Weight = QuantizedWeight | TiledWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -421,7 +419,7 @@ def _rows(x: Any) -> int:
     return rows
 
 
-def unsupported(x: Any, weights: Sequence[Weight]) -> str | None:
+def unsupported(x: Any, weights: Sequence[PackedWeight]) -> str | None:
     """Why the kernel cannot do a call, or None."""
     if x.dtype != jnp.bfloat16:
         return "activations have to be bfloat16"
@@ -440,7 +438,7 @@ def unsupported(x: Any, weights: Sequence[Weight]) -> str | None:
     return None
 
 
-def shape_of(x: Any, weights: Sequence[Weight]) -> Shape:
+def shape_of(x: Any, weights: Sequence[PackedWeight]) -> Shape:
     """The shape that a call specializes the kernel to."""
     first = weights[0]
     outputs = tuple(w.outputs for w in weights)
@@ -448,7 +446,7 @@ def shape_of(x: Any, weights: Sequence[Weight]) -> Shape:
 
 
 def int4_matmuls(
-    x: jax.Array, weights: Sequence[Weight], *, config: Config, out_dtype: Any = jnp.float32
+    x: jax.Array, weights: Sequence[PackedWeight], *, config: Config, out_dtype: Any = jnp.float32
 ) -> list[jax.Array]:
     """See `pallas_kernels.int4_matmul.api.int4_matmuls`; bf16 activations."""
     shape = shape_of(x, weights)

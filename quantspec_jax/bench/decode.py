@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.layout import QuantizedWeight
+from pallas_kernels.layout import PackedWeight
 from pallas_kernels.timing import traced
 from quantspec_jax.api import backend_in_use
 from quantspec_jax.bench import record
@@ -41,7 +41,7 @@ from quantspec_jax.config import (
     require,
 )
 from quantspec_jax.cost import Costs, bytes_read, cache_read_bytes, weight_bytes
-from quantspec_jax.draft import draft_bytes, merge, quantize_params
+from quantspec_jax.draft import arrange, draft_bytes, merge, quantize_params
 from quantspec_jax.generate.adapt import MOST_DRAFTED
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.sampling import Sampling, sampling_arrays
@@ -329,8 +329,8 @@ def _counters(state: DecodeState) -> tuple[int, ...]:
 
 def _own_bytes(draft: Params) -> int:
     """Bytes of the draft's own arrays."""
-    leaves = jax.tree.leaves(draft, is_leaf=lambda x: isinstance(x, QuantizedWeight))
-    return tree_bytes([leaf for leaf in leaves if isinstance(leaf, QuantizedWeight)])
+    leaves = jax.tree.leaves(draft, is_leaf=lambda x: isinstance(x, PackedWeight))
+    return tree_bytes([leaf for leaf in leaves if isinstance(leaf, PackedWeight)])
 
 
 def measured_costs(rows: list[dict[str, Any]]) -> Costs | None:
@@ -415,7 +415,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     require_memory(args.preset, {"weights": weights, "draft": draft_bytes(model, config)})
     ceiling = read_ceiling()
     params = random_params(model, args.dtype)
-    draft = merge(params, quantize_params(params, config))
+    draft = merge(params, arrange(quantize_params(params, config), jnp.dtype(args.dtype)))
     setting = Setting(model, params, draft, config, args)
     rows, predictions = [], []
     for context in args.context:

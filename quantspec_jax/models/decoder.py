@@ -22,7 +22,7 @@ from flax import nnx
 from pallas_kernels.add_rms_norm.api import add_rms_norm
 from pallas_kernels.add_rms_norm.reference import rms_norm
 from pallas_kernels.int4_matmul.api import int4_matmuls
-from pallas_kernels.layout import QuantizedWeight
+from pallas_kernels.layout import PackedWeight
 from quantspec_jax.config import ModelConfig
 from quantspec_jax.models.parameters import Spec, flatten, nest, parameter_shapes
 from quantspec_jax.models.rope import rope_frequencies, rope_tables, rotate
@@ -93,20 +93,20 @@ def precision(dtype: Any) -> jax.lax.Precision | None:
 
 
 def linear(x: jax.Array, weights: Params, backend: str) -> jax.Array:
-    """[..., Kin] → [..., N]: in x's type, or float32 where the weights are packed."""
-    return _add_bias(_products(x, [weights], backend)[0], weights)
+    """[..., Kin] → [..., N] in x's type, or float32."""
+    return _add_bias(_products(x, [weights], backend, x.dtype)[0], weights)
 
 
 def linears(x: jax.Array, layers: Sequence[Params], backend: str) -> list[jax.Array]:
     """Several linear layers of the same input: [..., Kin] → [..., N] each, in x's type.
 
-    A layer's `kernel` is an array or a `QuantizedWeight`; beside the latter there may be
+    A layer's `kernel` is an array or a `PackedWeight`; beside the latter there may be
     `residual`, a second one whose product adds to its own, and `order`, int32 [Kin]: the kernel's
     input channel i is channel order[i] of x. `bias` is added to either.
     """
     return [
         _add_bias(y, weights).astype(x.dtype)
-        for y, weights in zip(_products(x, layers, backend), layers, strict=True)
+        for y, weights in zip(_products(x, layers, backend, x.dtype), layers, strict=True)
     ]
 
 
@@ -114,30 +114,36 @@ def _add_bias(y: jax.Array, weights: Params) -> jax.Array:
     return y + weights["bias"].astype(y.dtype) if "bias" in weights else y
 
 
-def _products(x: jax.Array, layers: Sequence[Params], backend: str) -> list[jax.Array]:
-    """x times each layer's kernel; float32 where it is packed. All packed ones that read x in the
-    same order are one call."""
+def _products(
+    x: jax.Array, layers: Sequence[Params], backend: str, out_dtype: Any = jnp.float32
+) -> list[jax.Array]:
+    """x times each layer's kernel; of packed ones float32, or `out_dtype` where nothing is to be
+    added. All packed ones that read x in the same order are one call."""
     products: list[jax.Array | None] = [None] * len(layers)
     for i, weights in enumerate(layers):
         if products[i] is not None:
             continue
-        if not isinstance(weights["kernel"], QuantizedWeight):
+        if not isinstance(weights["kernel"], PackedWeight):
             products[i] = jnp.matmul(x, weights["kernel"], precision=precision(x.dtype))
             continue
         order = weights.get("order")
         together = [
             j
             for j, other in enumerate(layers)
-            if isinstance(other["kernel"], QuantizedWeight) and other.get("order") is order
+            if isinstance(other["kernel"], PackedWeight) and other.get("order") is order
         ]
-        found = _packed_products(x, [layers[j] for j in together], order, backend)
+        found = _packed_products(x, [layers[j] for j in together], order, backend, out_dtype)
         for j, y in zip(together, found, strict=True):
             products[j] = y
     return products  # type: ignore[return-value]
 
 
 def _packed_products(
-    x: jax.Array, layers: Sequence[Params], order: jax.Array | None, backend: str
+    x: jax.Array,
+    layers: Sequence[Params],
+    order: jax.Array | None,
+    backend: str,
+    out_dtype: Any,
 ) -> list[jax.Array]:
     """x, its channels in `order`, times layers of one or two 4-bit planes, in one call."""
     if order is not None:
@@ -145,7 +151,9 @@ def _packed_products(
     planes = [
         weights[name] for weights in layers for name in ("kernel", "residual") if name in weights
     ]
-    found = iter(int4_matmuls(x, planes, backend=backend))
+    if any("residual" in weights or "bias" in weights for weights in layers):
+        out_dtype = jnp.float32
+    found = iter(int4_matmuls(x, planes, out_dtype=out_dtype, backend=backend))
     return [
         next(found) + next(found) if "residual" in weights else next(found) for weights in layers
     ]
@@ -203,7 +211,7 @@ def forward(
 
 def unembed(params: Params, hidden: jax.Array, backend: str = "auto") -> jax.Array:
     """[..., E] hidden states → [..., N] float32 logits."""
-    if "lm_head" in params and isinstance(params["lm_head"]["kernel"], QuantizedWeight):
+    if "lm_head" in params and isinstance(params["lm_head"]["kernel"], PackedWeight):
         return _products(hidden, [params["lm_head"]], backend)[0]
     # A tied embedding is [N, E]: contract its second axis, so that nothing is transposed.
     weight, axis = (

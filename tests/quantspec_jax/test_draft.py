@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from tiny import tiny_model
 
+from pallas_kernels import dispatch
 from pallas_kernels.int4_matmul.reference import dequantize
+from pallas_kernels.layout import QuantizedWeight, TiledWeight, untile
 from quantspec_jax.config import DraftConfig, ModelConfig, WeightFormat
 from quantspec_jax.draft import (
+    arrange,
     bits_per_weight,
     draft_bytes,
     layer_formats,
@@ -28,6 +31,9 @@ CONFIGS = (
     DraftConfig(group_size=32, formats=(("layers.1.q", WeightFormat(8, 16, True)),)),
     DraftConfig(bits=None, group_size=48, lm_head_bits=4),
 )
+
+
+FORMAT_NOT_TILED = (("layers.1.q", WeightFormat(4, 16)),)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -56,6 +62,20 @@ def test_draft_bytes_are_those_of_its_arrays(draft):
     config, params, _ = tiny_model()
     own = quantize_params(params, draft)
     assert draft_bytes(config, draft) == sum(x.nbytes for x in jax.tree.leaves(own))
+
+
+def test_weights_are_tiled_where_the_kernel_runs(monkeypatch):
+    """For bf16 activations on a device that has the kernel, and weights that it takes."""
+    _, params, _ = tiny_model()
+    own = quantize_params(params, DraftConfig(group_size=32, formats=FORMAT_NOT_TILED))
+    assert arrange(own, jnp.bfloat16) is own
+    monkeypatch.setattr(dispatch, "device", object)
+    assert arrange(own, jnp.float32) is own
+    found = arrange(own, jnp.bfloat16)["layers"]
+    before = own["layers"]["0"]["down"]["kernel"]
+    assert isinstance(found["0"]["down"]["kernel"], TiledWeight)
+    np.testing.assert_array_equal(untile(found["0"]["down"]["kernel"]).packed, before.packed)
+    assert isinstance(found["1"]["q"]["kernel"], QuantizedWeight)
 
 
 @pytest.mark.parametrize("tied", [False, True])
