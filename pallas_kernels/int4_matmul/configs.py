@@ -84,32 +84,13 @@ def candidates(shape: Shape) -> list[Config]:
     return sorted(found, key=lambda config: _microseconds(shape, config))
 
 
-def direct_candidates(shape: Shape) -> list[Config]:
-    """Configurations without a ring: of each size of block, what fills the chip most evenly."""
-    processors = dispatch.multiprocessors()
-
-    def busiest(config: Config) -> float:
-        """Strips of a multiprocessor; what a block does whatever it has is a fifth of a strip."""
-        return -(-Plan(shape, config).blocks // processors) * (config.strips + 0.2)
-
-    def fits(config: Config) -> bool:
-        registers = 32 + 4 * config.strips + config.stages * (12 * config.strips + 16)
-        return registers * shape.column_blocks * 128 * config.warpgroups <= 65536
-
-    found = []
-    for warpgroups, stages in ((4, 1), (4, 2), (2, 1), (2, 2)):
-        all_of = [Config(warpgroups, stages, n, direct=True) for n in (1, 2, 3, 4, 6)]
-        found += sorted(filter(fits, all_of), key=busiest)[:1]
-    return found
-
-
 def diverse(shape: Shape) -> list[Config]:
     """A few configurations worth measuring: the best guesses of each kind."""
     found: dict[tuple[int, int, bool], Config] = {}
     for config in candidates(shape):
         alone = _resident(shape, config) == 1
         found.setdefault((config.warpgroups, min(config.cluster, 3), alone), config)
-    return [*found.values()][:9] + direct_candidates(shape)
+    return [*found.values()][:9]
 
 
 def choose(shape: Shape) -> Config:

@@ -14,7 +14,7 @@ memory, and all groups of input channels, or, with clusters, an even share of th
 
 A piece is one bulk copy into a ring that a warp has for itself: its first lane orders the first
 pieces before anything else, and a further one when the warp is done with one. No two warps wait
-for each other before all groups are multiplied. (`Config.direct`: lanes load what they need.)
+for each other before all groups are multiplied.
 
 Outputs are the rows of m16n8k16 products, activations their 8 columns. A word of a strip is one
 lane's part of one product: a code in the low bits of bf16 128.0 is 128 + code, exactly, so that 3
@@ -49,18 +49,15 @@ class Config:
     """How a product is laid on the chip.
 
     warpgroups  a block; its warps share the groups of input channels
-    stages      groups that a warp has in shared memory, read or in flight; where `direct`, in
-                registers, in flight
+    stages      groups that a warp has in shared memory, read or in flight
     strips      a block's, of 16 outputs each
     cluster     blocks, 1 to 8, that have the same strips and share the groups
-    direct      lanes load what they multiply from global memory; no ring
     """
 
     warpgroups: int
     stages: int
     strips: int
     cluster: int = 1
-    direct: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +113,7 @@ class Plan:
     @property
     def warp_bytes(self) -> int:
         """A warp's ring, and its sums in the end."""
-        stages = 0 if self.config.direct else self.config.stages
-        return max(stages * self.stage_bytes, self.shape.rows * self.row_bytes)
+        return max(self.config.stages * self.stage_bytes, self.shape.rows * self.row_bytes)
 
     @property
     def quads(self) -> int:
@@ -235,12 +231,10 @@ class _Warp:
                     out.append(ptx.fma(offset[j // 2], totals[n][j % 2], y))
         return out
 
-    def strip(self, where: V, in_global: bool = False) -> list[V]:
+    def strip(self, where: V) -> list[V]:
         """This lane's words of a strip: codes of each step, scales, minima."""
         s, each = self.plan.shape, min(4, self.steps)
         lane, g = self.lane * (4 * each), self.g * (4 if s.symmetric else 8)
-        if in_global:
-            lane, g = lane.to_i64(), g.to_i64()
         out: list[V] = []
         for chunk in range(self.steps // each):
             out += ptx.load(where + lane + chunk * (128 * each), each)
@@ -304,38 +298,14 @@ def _body(plan: Plan, out_bytes: int) -> Callable[[Sequence[V], V], None]:
         work, ring = _Warp(plan, x, lane), _Ring(plan, shared, warp, lane, turns)
         group_bytes = (strips * s.strip_bytes).to_i64()
         source = weight + ptx.minimum(begin, s.groups - 1).to_i64() * group_bytes
-        if not c.direct:
-            ring.start(
-                source + first.to_i64() * s.strip_bytes,
-                group_bytes * plan.warps,
-                ptx.minimum(strips - first, c.strips) * s.strip_bytes,
-            )
+        ring.start(
+            source + first.to_i64() * s.strip_bytes,
+            group_bytes * plan.warps,
+            ptx.minimum(strips - first, c.strips) * s.strip_bytes,
+        )
 
         def inputs_of(turn: V) -> list[V]:
             return work.activations(ptx.minimum(begin + turn * plan.warps, s.groups - 1))
-
-        def fetch(turn: V) -> list[V]:
-            """All of a turn in registers; past the last turn, the last one's."""
-            turn = ptx.at_least(ptx.minimum(turn, turns - 1), 0)
-            piece = source + turn.to_i64() * (group_bytes * plan.warps)
-            places = [ptx.minimum(first + t, strips - 1) for t in range(c.strips)]
-            pieces = [piece + at.to_i64() * s.strip_bytes for at in places]
-            words = [word for at in pieces for word in work.strip(at, in_global=True)]
-            return [*inputs_of(turn), *words]
-
-        def direct_steps(turn: V, carry: list[V]) -> list[V]:
-            """As many turns as are in flight: each is loaded to where it will be used."""
-            sums, held = carry[:size], carry[size:]
-            each = len(held) // c.stages
-            for i in range(c.stages):
-                mine = held[i * each : (i + 1) * each]
-                valid = turn + i < turns
-                inputs = [ptx.select(valid, word, i32(0)) for word in mine[:width]]
-                count = (each - width) // c.strips
-                words = [mine[width + t * count :][:count] for t in range(c.strips)]
-                sums = work.add_group(words, inputs, sums)
-                held[i * each : (i + 1) * each] = fetch(turn + (i + c.stages))
-            return [*sums, *held]
 
         def step(turn: V, carry: list[V]) -> list[V]:
             following = inputs_of(turn + 1)
@@ -345,13 +315,9 @@ def _body(plan: Plan, out_bytes: int) -> Callable[[Sequence[V], V], None]:
             ring.leave(turn)
             return [*sums, *following]
 
-        size, width = c.strips * s.column_blocks * 4, 2 * work.steps * s.column_blocks
+        size = c.strips * s.column_blocks * 4
         sums = [f32(0.0)] * size
-        if c.direct:
-            ahead = [word for i in range(c.stages) for word in fetch(i32(i))]
-            sums = ptx.loop(i32(0), turns, [*sums, *ahead], direct_steps, c.stages)[:size]
-        else:
-            sums = ptx.loop(i32(0), turns, [*sums, *inputs_of(i32(0))], step)[:size]
+        sums = ptx.loop(i32(0), turns, [*sums, *inputs_of(i32(0))], step)[:size]
         work.keep(ring.data, sums)  # the ring is empty
         ptx.sync_threads(i32(1), 32 * plan.warps)
         row_quads = c.strips * STRIP // 4
