@@ -417,14 +417,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     params = random_params(model, args.dtype)
     draft = merge(params, arrange(quantize_params(params, config), jnp.dtype(args.dtype)))
     setting = Setting(model, params, draft, config, args)
-    rows, predictions = [], []
-    for context in args.context:
-        here = measure_context(setting, context, ceiling)
-        rows += here
-        found = prediction(here, setting.costs(context), context, alpha)
-        if found is not None:
-            predictions.append(found)
-            print(_prediction_line(found), file=sys.stderr, flush=True)
+    rows: list[dict[str, Any]] = []
+    predictions: list[dict[str, Any]] = []
     result = {
         "preset": args.preset,
         "weights": "random",
@@ -436,8 +430,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "read_ceiling_gb_per_second": ceiling / 1e9,
         "predictions": predictions,
     }
-    if args.output:
-        record.write(Path(args.output), record.command("decode", args), rows, **result)
+    for context in args.context:
+        here = measure_context(setting, context, ceiling)
+        rows += here
+        found = prediction(here, setting.costs(context), context, alpha)
+        if found is not None:
+            predictions.append(found)
+            print(_prediction_line(found), file=sys.stderr, flush=True)
+        if args.output:  # after each context, so that an interruption loses one at most
+            record.write(Path(args.output), record.command("decode", args), rows, **result)
     if plot_path is not None:
         plot(rows, f"{args.preset}, batch {args.batch}, {record.device_name()}", plot_path)
     device = {"device": record.device_name(), "versions": record.versions()}
