@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def roofline(runs: list[dict[str, Any]]) -> list[str]:
     rows = [
         [run.get("preset", ""), *(cell(name, row.get(name)) for name in names), run["device"]]
         for run in runs
-        for row in map(flatten, run.get("rows", []))
+        for row in map(_with_simulation(run), map(flatten, run.get("rows", [])))
         if "floor_milliseconds" in row
     ]
     if not rows:
@@ -69,6 +70,17 @@ def roofline(runs: list[dict[str, Any]]) -> list[str]:
         *("| " + " | ".join(row) + " |" for row in rows),
     ]
     return ["\n".join(lines) + "\n"]
+
+
+def _with_simulation(run: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Marks the mode of a row whose acceptance is none of the model's."""
+
+    def marked(row: dict[str, Any]) -> dict[str, Any]:
+        if not row.get("acceptance_is_simulated"):
+            return row
+        return row | {"mode": f"{row['mode']}, acceptance {run['simulated_acceptance']} simulated"}
+
+    return marked
 
 
 def table(run: dict[str, Any], path: Path) -> str:

@@ -11,6 +11,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="measure configurations of these first, and keep the best in the device's file",
     )
+    parser.add_argument("--output", metavar="FILE", help="write the run as JSON, row by row")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -78,17 +80,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ceilings = measured_ceilings()
     rows: list[dict[str, Any]] = []
     measures = {"attention": _attention, "matmul": _matmul, "quantize": _quantize}
+    rates = {f"{name}_ceiling_gb_per_second": rate for name, rate in ceilings.items()}
     for name in args.kernel:
         for row in measures[name](ceilings, args):
             print(_line(row), file=sys.stderr, flush=True)
             rows.append(row)
-    return {
-        "device": record.device_name(),
-        "versions": record.versions(),
-        "read_ceiling_gb_per_second": ceilings["read"],
-        "copy_ceiling_gb_per_second": ceilings["copy"],
-        "rows": rows,
-    }
+            if args.output:
+                record.write(Path(args.output), record.command("kernels", args), rows, **rates)
+    device = {"device": record.device_name(), "versions": record.versions()}
+    return {**device, **rates, "rows": rows}
 
 
 def _line(row: dict[str, Any]) -> str:
