@@ -149,16 +149,29 @@ class Candidate:
             return "--draft-bits none"
         symmetric = " --draft-symmetric" if config.symmetric else ""
         layers = "" if config.layers == "all" else f" --draft-layers '{config.layers}'"
-        return f"--draft-bits {config.bits} --draft-group {config.group_size}{symmetric}{layers}"
+        head = " --draft-lm-head-bits 4" if config.lm_head_bits == 4 else ""
+        return (
+            f"--draft-bits {config.bits} --draft-group {config.group_size}{symmetric}{layers}{head}"
+        )
+
+    @property
+    def conversion(self) -> str | None:
+        """The options of `quantspec convert` that make this draft, where it takes a calibration."""
+        config = self.config
+        if config is None or config.method != "gptq" or config.formats:
+            return None
+        return f"--draft gptq --draft-bits {config.bits} --draft-group {config.group_size}"
 
 
 # Greedy and at temperature 1, SmolLM2-135M-Instruct: the mean over benchmarks/draft-sweep-*.json,
-# 2,048 tokens of two novels. A small model: larger ones lose less to rounding.
+# 2,048 tokens of two novels; calibrated on the other one, benchmarks/draft-weights-*.json. A small
+# model: larger ones lose less to rounding.
 DEFAULT_FORMATS: tuple[tuple[DraftConfig, float, float], ...] = (
     (DraftConfig(group_size=128, symmetric=True), 0.746, 0.804),
     (DraftConfig(group_size=128), 0.782, 0.826),
     (DraftConfig(group_size=64), 0.819, 0.860),
     (DraftConfig(group_size=64, layers="mlp"), 0.833, 0.870),
+    (DraftConfig(group_size=64, method="gptq"), 0.906, 0.929),
     (DraftConfig(bits=8, group_size=64), 0.964, 0.973),
     (DraftConfig(bits=None), 0.970, 0.975),
 )
@@ -346,9 +359,11 @@ def plan(setting: Setting, candidates: Sequence[Candidate]) -> dict[str, Any]:
     reasons = _misfits(setting, plain, rows)
     recommendation = None
     if best in rows:
-        options = candidates[rows.index(best)].options
-        recommendation = _recommendation("quantspec", "int8", best, options)
+        chosen = candidates[rows.index(best)]
+        recommendation = _recommendation("quantspec", "int8", best, chosen.options)
         reasons = [*_draft_reasons(setting, plain, rows, best), *reasons]
+        if chosen.conversion is not None:
+            reasons.append(f"unless it is stored already: quantspec convert {chosen.conversion}")
     elif best is not None:
         view = next(view for view in PLAIN if plain[view] is best)
         recommendation = _recommendation("autoregressive", view, best, "")

@@ -152,6 +152,15 @@ def test_a_given_acceptance_is_that_of_the_stored_draft():
         assert row["draft_read_bytes"] == bytes_read(LLAMA, stored, 1024).draft
 
 
+def test_a_calibrated_draft_comes_with_what_makes_it():
+    calibrated = DraftConfig(group_size=64, method="gptq")
+    found = plan(Setting(LLAMA, 32768, DEVICE), [candidate(0.9, calibrated)])
+    made = "quantspec convert --draft gptq --draft-bits 4 --draft-group 64"
+    assert any(reason.endswith(made) for reason in found["reasons"])
+    found = plan(Setting(LLAMA, 32768, DEVICE), [candidate(0.9)])
+    assert not any("convert" in reason for reason in found["reasons"])
+
+
 def test_acceptance_at_temperature_1_is_another():
     greedy, sampled = default_candidates(), default_candidates(sampled=True)
     assert all(s.acceptance > g.acceptance for g, s in zip(greedy, sampled, strict=True))
@@ -254,6 +263,7 @@ DEFAULT_RUNS = (
     "draft-sweep-moby-dick-cpu-2026-11-22.json",
     "draft-sweep-pride-and-prejudice-cpu-2026-11-22.json",
 )
+CALIBRATED_RUN = "draft-weights-cpu-2026-11-22.json"
 PLAN = ["plan", "--preset", "llama-2-7b", "--context", "32768"]
 
 
@@ -270,8 +280,20 @@ def test_json_is_all_of_standard_output(capsys):
     arguments = ["generate", "--model", "m", "--prompt", "p", *options]
     parsed = cli.make_parser(arguments).parse_args(arguments)
     assert parsed.gamma == recommendation["gamma"]
-    assert cli.draft_config(parsed).describe() == recommendation["draft"]
-    assert result["reasons"]
+    # A calibrated draft: the options that make it are those of `convert`.
+    (made,) = [r for r in result["reasons"] if "quantspec convert " in r]
+    arguments = ["convert", "m", "out", *made.partition("quantspec convert ")[2].split()]
+    parsed = cli.make_parser(arguments).parse_args(arguments)
+    assert cli.draft_config(parsed, parsed.draft).describe() == recommendation["draft"]
+
+
+def test_options_of_a_rounded_draft_make_it():
+    for each in default_candidates():
+        if each.options:
+            arguments = ["generate", "--model", "m", "--prompt", "p", *each.options.split()]
+            arguments = [word.strip("'") for word in arguments]
+            parsed = cli.make_parser(arguments).parse_args(arguments)
+            assert cli.draft_config(parsed) == each.config
 
 
 def test_the_table_shows_every_candidate_and_the_reasons(capsys):
@@ -339,7 +361,14 @@ def test_default_acceptance_is_that_of_the_recorded_sweeps():
     """The mean over the texts, in three decimals."""
     folder = Path(__file__).parents[2] / "benchmarks"
     runs = [json.loads((folder / name).read_text()) for name in DEFAULT_RUNS]
+    calibrated = json.loads((folder / CALIBRATED_RUN).read_text())["rows"]
     for config, *acceptance in DEFAULT_FORMATS:
+        if config.method == "gptq":
+            rows = [r for r in calibrated if r["method"] == "calibrated, asymmetric 64"]
+            means = [sum(row[f"{kind}_acceptance"] for row in rows) / len(rows) for kind in KINDS]
+            assert {row["measured_on"] for row in rows} == {"moby-dick", "pride-and-prejudice"}
+            assert acceptance == pytest.approx(means, abs=6e-4)
+            continue
         rows = [r for run in runs for r in run["rows"] if r["draft"] == config.describe()]
         assert len(rows) == len(runs)
         means = [sum(row[f"{kind}_acceptance"] for row in rows) / 2 for kind in KINDS]
