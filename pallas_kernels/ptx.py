@@ -384,16 +384,6 @@ def load_wide(where: V, words: int) -> list[V]:
     return out
 
 
-def load_global_once(where: V, words: int) -> list[V]:
-    """Words from global memory that no other thread will ask for again (kept out of L1)."""
-    names = ", ".join(f"${i}" for i in range(words))
-    suffix = "" if words == 1 else f".v{words}"
-    braces = names if words == 1 else "{" + names + "}"
-    return asm(
-        f"ld.global.nc.L1::no_allocate{suffix}.b32 {braces}, [${words}];", ["i32"] * words, [where]
-    )
-
-
 def store(where: V, values: Sequence[V]) -> None:
     """1, 2 or 4 neighbouring words, aligned to their size."""
     if len(values) == 1:
@@ -456,30 +446,6 @@ def bulk_copy(target: V, source: V, num_bytes: V, barrier: V) -> None:
         [target, source, num_bytes, barrier],
         effects=True,
     )
-
-
-def copy_async(target: V, source: V, size: V, line: int = 0) -> None:
-    """16 bytes from global to shared memory, by this thread: the first `size`, then zeros.
-
-    line: 128 or 256, bytes that L2 is to fetch around them.
-    """
-    hint = f".L2::{line}B" if line else ""
-    asm(
-        f"cp.async.cg.shared.global{hint} [$0], [$1], 16, $2;",
-        [],
-        [target, source, size],
-        effects=True,
-    )
-
-
-def copy_async_commit() -> None:
-    """Close the group of copies ordered since the last one."""
-    asm("cp.async.commit_group;", [], [], effects=True)
-
-
-def copy_async_wait(pending: int) -> None:
-    """Wait until at most `pending` of this thread's groups are under way."""
-    asm(f"cp.async.wait_group {pending};", [], [], effects=True)
 
 
 # Clusters: blocks that run at the same time and reach each other's shared memory -----------------

@@ -322,12 +322,6 @@ def bulk_copy(target, source, num_bytes, barrier):
     _update(barrier, 0, -count)
 
 
-def copy_async(target, source, size, line=0):
-    rows = gather(source, 16)
-    rows[np.arange(16) >= size.array[:, None]] = 0
-    scatter(target, rows)
-
-
 def sync_threads(barrier, threads):
     HERE.block.named_barrier(one(barrier), threads).wait(PATIENCE_SECONDS)
 
@@ -391,9 +385,6 @@ REPLACEMENTS: dict[str, Any] = {
     "barrier_expect": lambda barrier, n: _update(barrier, 1, one(n)),
     "barrier_wait": barrier_wait,
     "bulk_copy": bulk_copy,
-    "copy_async": copy_async,
-    "copy_async_commit": lambda: None,
-    "copy_async_wait": lambda pending: None,
     "peer_address": peer_address,
     "store_peer": store_peer,
     "sync_cluster": lambda: HERE.block.cluster_barrier.wait(PATIENCE_SECONDS),
