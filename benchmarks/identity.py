@@ -6,8 +6,8 @@ For every γ, 8 prompts alone and in ragged batches of 4: the tokens have to be 
 autoregressive decoding with passes of the same shape (γ + 1 rows, same batch), where XLA's
 arithmetic is the same. Against passes of one row, or in bfloat16, a sequence may first differ at a
 numerical tie; such places are listed with the gap between the two best logits and with how far the
-logits of passes of both shapes lie apart there. Finished cells
-are kept: the command goes on where it was stopped.
+logits of passes of both shapes lie apart there. Finished cells are kept: the command goes on where
+it was stopped.
 """
 
 from __future__ import annotations

@@ -145,14 +145,7 @@ class Candidate:
         config = self.config
         if config is None or config.method != "rtn" or config.formats:
             return ""
-        if config.bits is None:
-            return "--draft-bits none"
-        symmetric = " --draft-symmetric" if config.symmetric else ""
-        layers = "" if config.layers == "all" else f" --draft-layers '{config.layers}'"
-        head = " --draft-lm-head-bits 4" if config.lm_head_bits == 4 else ""
-        return (
-            f"--draft-bits {config.bits} --draft-group {config.group_size}{symmetric}{layers}{head}"
-        )
+        return "--draft-bits none" if config.bits is None else _format_options(config)
 
     @property
     def conversion(self) -> str | None:
@@ -160,7 +153,16 @@ class Candidate:
         config = self.config
         if config is None or config.method != "gptq" or config.formats:
             return None
-        return f"--draft gptq --draft-bits {config.bits} --draft-group {config.group_size}"
+        return f"--draft gptq {_format_options(config)}"
+
+
+def _format_options(config: DraftConfig) -> str:
+    """The command line's options for what a draft stores."""
+    bits = config.bits if config.average_bits is None else config.average_bits
+    symmetric = " --draft-symmetric" if config.symmetric else ""
+    layers = "" if config.layers == "all" else f" --draft-layers '{config.layers}'"
+    head = " --draft-lm-head-bits 4" if config.lm_head_bits == 4 else ""
+    return f"--draft-bits {bits} --draft-group {config.group_size}{symmetric}{layers}{head}"
 
 
 # Greedy and at temperature 1, SmolLM2-135M-Instruct: the mean over benchmarks/draft-sweep-*.json,

@@ -21,7 +21,8 @@ lane's part of one product: a code in the low bits of bf16 128.0 is 128 + code, 
 shifts and 4 logic operations convert 8 codes. The group's scale multiplies the group's sums, in
 float32; minima and the 128 go with Σ x, which is a product with ones.
 
-Floor: the bytes over the read ceiling. Reached on an H200 that reads 4,584 GB/s, µs and per cent:
+Floor: the bytes over the read ceiling. Reached on an H200 that reads 4,584 GB/s by the
+configurations measured best, µs and per cent (medians, while choosing them):
 
     inputs → outputs              floor    one row       8 rows
     4,096 → 2 × 11,008            10.5     14.0  75%     15.0  70%
@@ -32,7 +33,7 @@ Floor: the bytes over the read ceiling. Reached on an H200 that reads 4,584 GB/s
     4,096 → 4,096                  1.9      4.8  41%      5.4  36%
     4,096 → 128,256               60.9     68.6  89%     73.3  83%
 
-Some 3 µs are launch and first loads at any size; from 20 MB to 280 MB a further byte comes at 97%
+Some 3 µs are launch and first loads at any size; from 24 MB to 279 MB a further byte comes at 92%
 of the ceiling. With 8 rows and many inputs the activations are the bound: each of 128 blocks reads
 all that its groups need, 11 MB of them for 11,008 inputs, from L2.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -281,17 +282,32 @@ def test_json_is_all_of_standard_output(capsys):
     parsed = cli.make_parser(arguments).parse_args(arguments)
     assert parsed.gamma == recommendation["gamma"]
     # A calibrated draft: the options that make it are those of `convert`.
+    assert result["reasons"]
     (made,) = [r for r in result["reasons"] if "quantspec convert " in r]
     arguments = ["convert", "m", "out", *made.partition("quantspec convert ")[2].split()]
     parsed = cli.make_parser(arguments).parse_args(arguments)
     assert cli.draft_config(parsed, parsed.draft).describe() == recommendation["draft"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"group_size": 128, "symmetric": True, "layers": "mlp"},
+        {"lm_head_bits": 4, "average_bits": 4.75},
+    ],
+)
+def test_conversion_of_a_calibrated_draft_makes_it(options):
+    calibrated = DraftConfig(method="gptq", **options)
+    arguments = ["convert", "m", "out", *shlex.split(candidate(0.9, calibrated).conversion)]
+    parsed = cli.make_parser(arguments).parse_args(arguments)
+    assert cli.draft_config(parsed, parsed.draft) == calibrated
+
+
 def test_options_of_a_rounded_draft_make_it():
     for each in default_candidates():
         if each.options:
-            arguments = ["generate", "--model", "m", "--prompt", "p", *each.options.split()]
-            arguments = [word.strip("'") for word in arguments]
+            options = shlex.split(each.options)
+            arguments = ["generate", "--model", "m", "--prompt", "p", *options]
             parsed = cli.make_parser(arguments).parse_args(arguments)
             assert cli.draft_config(parsed) == each.config
 
