@@ -13,6 +13,8 @@ it was stopped.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import sys
 import time
@@ -25,12 +27,14 @@ import numpy as np
 import quantspec_jax as qs
 from quantspec_jax.api import program_for
 from quantspec_jax.bench import record
+from quantspec_jax.cache import flush, rollback
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.verify import verify
 
 LENGTHS = (1000, 1200, 1500, 1800, 2200, 2700, 3300, 4000)
 SKIP = 20_000  # characters
 NO_EOS = jnp.full(1, -1, jnp.int32)
+prefill = jax.jit(qs.prefill, static_argnames=("program", "capacity"))
 
 
 def prompts(model: qs.Model, texts: list[str]) -> list[list[int]]:
@@ -55,61 +59,59 @@ def config(gamma: int, new: int, speculative: bool, max_length: int) -> qs.Gener
     )
 
 
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="cache")
+def given_pass(params, cache, pending, proposals, count, *, program):
+    """Logits of a pass over given tokens, `count` of which stay in the cache."""
+    start, quantized = cache.length, cache.quantized_length
+    logits, layers = verify(params, program, cache.layers, pending, proposals, start, quantized)
+    cache = rollback(dataclasses.replace(cache, layers=layers), start + count)
+    return logits, flush(cache, program.backend)
+
+
 def logits_after(
-    model: qs.Model, prompt: list[int], made: int, settings: qs.GenerateConfig
-) -> tuple[list[int], np.ndarray]:
-    """Decode `made` tokens autoregressively; they, and the logits of the next one."""
+    model: qs.Model, prompt: list[int], tokens: list[int], settings: qs.GenerateConfig
+) -> np.ndarray:
+    """Logits after a prompt and these new tokens, decoded in passes of the settings' rows."""
     program, padded = program_for(model, settings, len(prompt))
     row = np.zeros((1, padded), np.int32)
     row[0, : len(prompt)] = prompt
     sampling = sampling_arrays(settings, 1)
-    limit = jnp.full(1, made + 1, jnp.int32)
+    limit, length = jnp.full(1, 2, jnp.int32), jnp.full(1, len(prompt), jnp.int32)
     keys = jax.random.split(jax.random.key(0), 1)
-    length = jnp.full(1, len(prompt), jnp.int32)
-    state = jax.jit(qs.prefill, static_argnames=("program", "capacity"))(
-        model.params,
-        row,
-        length,
-        sampling,
-        keys,
-        NO_EOS,
-        limit,
-        program=program,
-        capacity=1024,
-    )
-    state = jax.jit(qs.generate_tokens, static_argnames="program")(
-        model.params, {}, state, sampling, NO_EOS, made - 1, program=program
-    )
-    nothing = jnp.zeros((1, 0), jnp.int32)
-    logits, _ = jax.jit(verify, static_argnames="program")(
-        model.params,
-        program=program,
-        layers=state.cache.layers,
-        pending=state.pending,
-        proposals=nothing,
-        start=state.cache.length,
-        quantized_length=state.cache.quantized_length,
-    )
-    return np.asarray(state.tokens)[0, :made].tolist(), np.asarray(logits)[0, 0]
+    cache = prefill(
+        *(model.params, row, length, sampling, keys, NO_EOS, limit), program=program, capacity=2
+    ).cache
+    rows, group, at = program.cache.pass_width, program.cache.group_size, 0
+    while True:
+        room = group - int(cache.length[0]) % group
+        count = min(rows, room, len(tokens) - at)
+        fed = np.zeros((1, rows), np.int32)
+        fed[0, :count] = tokens[at : at + count]
+        logits, cache = given_pass(
+            *(model.params, cache, jnp.asarray(fed[:, 0]), jnp.asarray(fed[:, 1:])),
+            jnp.int32(count),
+            program=program,
+        )
+        at += count
+        if at == len(tokens):
+            return np.asarray(logits)[0, count - 1]
 
 
 def tie(model, prompt, ours, theirs, settings, narrow) -> dict | None:
-    """Where two runs first differ, how close the two best logits are there, and how far the runs'
-    logits lie apart."""
+    """Where two runs first differ, how close the two best logits are there, and how far those of
+    passes of many rows and of one lie apart, for the same tokens."""
     differing = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
     if not differing:
         return None
     at = differing[0]
     if at == 0:
         return {"position": 0, "gap": None, "noise": None}
-    (_, wide_logits), (_, narrow_logits) = (
-        logits_after(model, prompt, at, s) for s in (settings, narrow)
-    )
-    best = np.sort(narrow_logits)[-2:]
+    wide, one_row = (logits_after(model, prompt, ours[:at], s) for s in (settings, narrow))
+    best = np.sort(one_row)[-2:]
     return {
         "position": at,
         "gap": float(best[1] - best[0]),
-        "noise": float(np.abs(wide_logits - narrow_logits).max()),
+        "noise": float(np.abs(wide - one_row).max()),
     }
 
 

@@ -310,6 +310,19 @@ def any_lane(condition: V) -> V:
     return out > 0
 
 
+def any_thread(condition: V, barrier: V, threads: int) -> V:
+    """Named barrier of `threads` threads, whole warps: whether the condition holds in any."""
+    word = select(condition, i32(1), 0)
+    out = asm(
+        "{ .reg .pred p, r; setp.ne.u32 p, $1, 0;"
+        f" barrier.cta.red.or.pred r, $2, {threads}, p; selp.u32 $0, 1, 0, r; }}",
+        ["i32"],
+        [word, barrier],
+        effects=True,
+    )[0]
+    return out > 0
+
+
 def transpose_8x8(x: V) -> V:
     """An 8×8 matrix of 16-bit numbers, a row per four lanes, transposed across the warp."""
     return asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", ["i32"], [x], effects=True)[0]

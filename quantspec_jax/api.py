@@ -7,6 +7,7 @@ A thin host around `prefill` and `generate_tokens`. The host looks at the state 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from pallas_kernels.dispatch import use_mosaic_gpu
 from quantspec_jax.cache import cache_bytes, create
@@ -23,7 +25,7 @@ from quantspec_jax.draft import draft_bytes
 from quantspec_jax.generate.adapt import MOST_DRAFTED
 from quantspec_jax.generate.bucket import bucket
 from quantspec_jax.generate.loop import generate_tokens
-from quantspec_jax.generate.prefill import prefill
+from quantspec_jax.generate.prefill import COMPILED, begin, end, layer, prefill
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.memory import free_bytes, require_memory, temporary_bytes, tree_bytes
@@ -49,7 +51,6 @@ class Generation:
     stats: list[dict[str, Any]]
 
 
-_prefill = jax.jit(prefill, static_argnames=("program", "capacity"))
 _generate_tokens = jax.jit(generate_tokens, static_argnames="program", donate_argnames="state")
 _executables: dict[Any, Any] = {}
 
@@ -167,9 +168,14 @@ class _Run:
     """One call of `generate`: the device's state, and the host's view of it between chunks."""
 
     def __init__(
-        self, model: Model, prompts: list[list[int]], config: GenerateConfig, key: jax.Array | None
+        self,
+        model: Model,
+        prompts: list[list[int]],
+        config: GenerateConfig,
+        key: jax.Array | None,
+        progress: bool = False,
     ):
-        self.model, self.prompts, self.config = model, prompts, config
+        self.model, self.prompts, self.config, self.progress = model, prompts, config, progress
         batch = len(prompts)
         self.backend = backend_in_use(config.backend)
         self.program, padded = program_for(model, config, max(map(len, prompts)), batch)
@@ -185,6 +191,7 @@ class _Run:
             row[: len(prompt)] = prompt
         self._keys = sequence_keys(key, batch)
         self._memory = _Memory(model, self.program, batch)
+        self._last: Any = None  # the program that was run last
 
     def chunks(self) -> Iterator[list[str]]:
         """Decode; yield the new text of each sequence after the prefill and after each chunk."""
@@ -196,39 +203,69 @@ class _Run:
         self._memory.made.add("draft")
         rounds = jnp.int32(config.rounds_per_chunk)
 
-        state = self._timed(
-            "prefill",
-            _prefill,
-            model.params,
-            jnp.asarray(self._padded),
-            jnp.asarray([len(p) for p in self.prompts], jnp.int32),
-            sampling,
-            self._keys,
-            eos,
-            jnp.full(batch, config.max_new_tokens, jnp.int32),
-            program=program,
-            capacity=bucket(config.max_new_tokens),
-        )
-        self._memory.made.add("cache")
+        with self._bar() as bar:
+            started, compiled = time.perf_counter(), self.clock.compile
+            state = prefill(
+                model.params,
+                jnp.asarray(self._padded),
+                jnp.asarray([len(p) for p in self.prompts], jnp.int32),
+                sampling,
+                self._keys,
+                eos,
+                jnp.full(batch, config.max_new_tokens, jnp.int32),
+                program=program,
+                capacity=bucket(config.max_new_tokens),
+                run=functools.partial(self._stage, bar),
+            )
+            jax.block_until_ready(state)
+            spent = time.perf_counter() - started
+            self.clock.prefill = spent - (self.clock.compile - compiled)
         self.cache_bytes = cache_bytes(state.cache, program.cache.max_length)
         yield self._look(state)
         while not self.finished.all():
             state = dataclasses.replace(state, finished=jnp.asarray(self.finished))
             args = (model.params, draft_params, state, sampling, eos, rounds)
-            state = self._timed("decode", _generate_tokens, *args, program=program)
+            state = self._decode(*args, program=program)
             yield self._look(state)
         for stream in self.streams:
             stream.finish()
 
-    def _timed(self, part: str, function: Any, *args: Any, **static: Any) -> DecodeState:
+    def _bar(self) -> tqdm:
+        """Progress of the prompt's blocks, on a terminal."""
+        disable = None if self.progress else True
+        layers = self.model.config.num_layers
+        return tqdm(total=layers, desc="prompt", unit=" layers", leave=False, disable=disable)
+
+    def _ready(self, function: Any, *args: Any, results: int = 0, **static: Any) -> Any:
+        """The compiled program; at its first use it and `results` bytes are known to fit beside
+        what lies on the device."""
         executable, seconds = _compile(function, *args, **static)
         self.clock.compile += seconds
-        self._memory.parts["temporaries"] = temporary_bytes(executable)
-        self._memory.check()
+        if function is not self._last:
+            self._last = function
+            self._memory.parts["temporaries"] = temporary_bytes(executable) + results
+            self._memory.check()
+        return executable
+
+    def _stage(self, bar: tqdm, stage: Any, *args: Any, **static: Any) -> Any:
+        """Run a stage of the prefill; the host waits for it only to show how far it is."""
+        results = 0
+        if stage is begin:  # hidden states lie on the device until the end
+            hidden = 2 * self._padded.size * self.model.config.hidden_size
+            results = hidden * jnp.dtype(self.model.dtype).itemsize
+        elif stage is end:
+            self._memory.made.add("cache")
+        out = self._ready(COMPILED[stage], *args, results=results, **static)(*args)
+        if stage is layer and not bar.disable:
+            jax.block_until_ready(out)
+            bar.update()
+        return out
+
+    def _decode(self, *args: Any, **static: Any) -> DecodeState:
+        executable = self._ready(_generate_tokens, *args, **static)
         begin = time.perf_counter()
         state = jax.block_until_ready(executable(*args))
-        spent = time.perf_counter() - begin
-        setattr(self.clock, part, getattr(self.clock, part) + spent)
+        self.clock.decode += time.perf_counter() - begin
         return state
 
     def _look(self, state: DecodeState) -> list[str]:
@@ -308,10 +345,14 @@ def backend_in_use(backend: str) -> str:
 
 
 def _start(
-    model: Model, prompts: Any, config: GenerateConfig | None, key: jax.Array | None
+    model: Model,
+    prompts: Any,
+    config: GenerateConfig | None,
+    key: jax.Array | None,
+    progress: bool = False,
 ) -> _Run:
     ids = read_prompts(prompts, model.tokenizer, model.config.vocab_size)
-    return _Run(model, ids, config or GenerateConfig(), key)
+    return _Run(model, ids, config or GenerateConfig(), key, progress)
 
 
 def generate(
@@ -321,6 +362,7 @@ def generate(
     key: jax.Array | None = None,
     *,
     on_text: OnText | None = None,
+    progress: bool = False,
 ) -> Generation:
     """Continue prompts.
 
@@ -331,6 +373,8 @@ def generate(
       key: a typed PRNG key, folded with each sequence's index, or an array of one a sequence.
         Default `jax.random.key(0)`.
       on_text: called with (index of the prompt, new text) as text becomes final.
+      progress: show on a terminal (standard error) how far the prompt is; the device then waits for
+        the host after each layer.
 
     An interruption (Ctrl-C) ends the decoding; what was produced so far is returned, its
     `finish_reason` is `interrupted`.
@@ -340,7 +384,7 @@ def generate(
         device's memory.
       NotImplementedError: the backend cannot do it.
     """
-    run = _start(model, prompts, config, key)
+    run = _start(model, prompts, config, key, progress)
     try:
         for pieces in run.chunks():
             for i, piece in enumerate(pieces):

@@ -439,6 +439,7 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
         config,
         jax.random.key(args.seed),
         on_text=(lambda _, piece: _write(piece)) if streaming else None,
+        progress=True,
     )
     outputs = [
         {"text": text, "tokens": tokens, **stats}

@@ -21,21 +21,23 @@ lane's part of one product: a code in the low bits of bf16 128.0 is 128 + code, 
 shifts and 4 logic operations convert 8 codes. The group's scale multiplies the group's sums, in
 float32; minima and the 128 go with Σ x, which is a product with ones.
 
-Floor: the bytes over the read ceiling. Reached on an H200 that reads 4,584 GB/s by the
-configurations measured best, µs and per cent (medians, while choosing them):
+Floor: the bytes over the read ceiling. Reached on an H200 that reads 4,657 GB/s by the
+configurations measured best, µs and per cent (the last row: while choosing them):
 
     inputs → outputs              floor    one row       8 rows
-    4,096 → 2 × 11,008            10.5     14.0  75%     15.0  70%
-    4,096 → 2 × 14,336            13.6     17.3  78%     18.2  75%
-    11,008 → 4,096                 5.2      8.4  62%      9.6  54%
-    14,336 → 4,096                 6.8     10.1  68%     11.3  60%
-    4,096 → 3 × 4,096              5.8      9.1  64%      9.8  60%
-    4,096 → 4,096                  1.9      4.8  41%      5.4  36%
+    4,096 → 2 × 11,008            10.3     14.0  73%     14.9  69%
+    4,096 → 2 × 14,336            13.4     17.2  78%     18.3  73%
+    11,008 → 4,096                 5.1      8.4  61%      9.7  53%
+    14,336 → 4,096                 6.7     10.0  67%     11.2  60%
+    4,096 → 3 × 4,096              5.7      9.1  63%      9.8  59%
+    4,096 → 4,096                  1.9      4.8  40%      5.4  35%
     4,096 → 128,256               60.9     68.6  89%     73.3  83%
 
 Some 3 µs are launch and first loads at any size; from 24 MB to 279 MB a further byte comes at 92%
 of the ceiling. With 8 rows and many inputs the activations are the bound: each of 128 blocks reads
-all that its groups need, 11 MB of them for 11,008 inputs, from L2.
+all that its groups need, 11 MB of them for 11,008 inputs, from L2. Blocks of more strips read fewer
+(5.6 MB for 8 strips and clusters of 4), and take longer: 12.3 µs with 70 KB in flight a
+multiprocessor, 15.2 with 139 KB; the pieces then arrive together, and computing starts late.
 """
 
 from __future__ import annotations

@@ -20,23 +20,25 @@ def key(shape: Shape) -> str:
     )
 
 
-def _layouts(shape: Shape) -> Iterator[tuple[int, bool]]:
-    """(column blocks, queries in shared memory): how many of 8 rows meet what a warp converts."""
+def _layouts(shape: Shape) -> Iterator[tuple[int, bool, bool]]:
+    """(column blocks, queries, and probabilities, in shared memory): how many blocks of 8 rows meet
+    what a warp converts."""
     needed = -(-shape.rows // 8)
     if shape.head_dim <= 128 and needed > 1:
         if shape.planes:
-            if needed > 2:
-                # As many as the registers hold, and no more than the rows need.
-                yield -(-needed // -(-needed // 4)), True
-            yield from ((2, False), (2, True)) if needed <= 2 else ((2, True), (2, False))
+            # As many as the registers hold, and no more than the rows need.
+            most = -(-needed // -(-needed // 4))
+            if shape.value_groups == 1:
+                yield most, True, True
+            yield from dict.fromkeys([(most, True, False), (2, True, False), (2, False, False)])
         else:
-            yield 2, False
-    yield 1, False
+            yield 2, False, False
+    yield 1, False, False
 
 
 def candidates(shape: Shape) -> Iterator[Config]:
     """Configurations that the kernel can run on the shape, best guess first."""
-    for column_blocks, shared in _layouts(shape):
+    for column_blocks, shared, exchange in _layouts(shape):
         # 12 warps leave 168 registers a thread; two blocks of rows or a wide head need more.
         few = column_blocks > 1 or shape.head_dim > 128
         token_warps_first = (4, 2, 1) if column_blocks > 2 else (2, 4, 1)
@@ -44,11 +46,14 @@ def candidates(shape: Shape) -> Iterator[Config]:
             for token_warps in (1,) if shape.view == "full" else token_warps_first:
                 if shape.view != "full" and shape.group_size % (32 * token_warps):
                     continue
-                one = Config(warpgroups, token_warps, column_blocks, 1, shared)
+                if exchange and shape.head_dim % (16 * token_warps):
+                    continue
+                one = Config(warpgroups, token_warps, column_blocks, 1, shared, exchange)
                 plan = Plan(shape, one, 1)
                 if plan.team_warps > 4 * warpgroups or 4 * warpgroups % plan.team_warps:
                     continue
-                room = dispatch.SHARED_BYTES - 4096 - plan.teams * plan.query_bytes
+                own = plan.query_bytes + plan.exchange_bytes
+                room = dispatch.SHARED_BYTES - 4096 - plan.teams * own
                 stages = min(room // (plan.teams * plan.stage_bytes), 8)
                 if stages >= 2:
                     yield dataclasses.replace(one, stages=stages)

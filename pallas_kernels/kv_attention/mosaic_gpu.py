@@ -25,34 +25,38 @@ running maximum moves only when a probability would leave float16, so that sums 
 A second kernel merges the partial results by log-sum-exp, and rounds to bfloat16 if asked to.
 
 Up to 8 query rows a head: memory bounds it, and what a launch costs at any size. On an H200 that
-reads 4,670 GB/s, merge included, per cent of the time that the bytes alone would take:
+reads 4,587 GB/s, merge included, per cent of the time that the bytes alone would take:
 
     kv heads   view    query tokens   length                    ms        reached
-    32         int4    1              131,072                   0.138     88%
-    32         int4    1              32,768                    0.042     73%
-    8          int4    1 (× 4 heads)  131,072                   0.042     72%
-    32         int4    1              16 of 1,024 to 32,768     0.298     84%
-    32         int8    5              131,072                   0.257     92%
-    32         int8    8              131,072                   0.259     92%
-    8          int8    5 (× 4 heads)  131,072                   0.094     63%
-    8          int8    8 (× 4 heads)  131,072                   0.109     54%
-    32         full    1              131,072                   0.488     94%
+    32         int4    1              131,072                   0.140     89%
+    32         int4    1              32,768                    0.042     75%
+    8          int4    1 (× 4 heads)  131,072                   0.042     73%
+    32         int4    1              16 of 1,024 to 32,768     0.303     85%
+    32         int8    5              131,072                   0.258     94%
+    32         int8    8              131,072                   0.258     94%
+    8          int8    4 (× 4 heads)  131,072                   0.079     76%
+    8          int8    5 (× 4 heads)  131,072                   0.097     62%
+    8          int8    8 (× 4 heads)  131,072                   0.104     58%
+    32         full    1              131,072                   0.505     93%
 
 At 32,768 tokens 11 µs come on top of the bytes, 3 of them the merge. From there to 131,072 each
-further byte comes at 95% of the ceiling. (The row of 5 tokens and 8 heads is of a tuning run.)
+further byte comes at 95% of the ceiling. (The rows of 4 and 5 tokens with 8 heads are of a tuning
+run.)
 
-With 8 key-value heads and 8 query tokens × 4 heads a converted value meets 32 columns, and what
-the schedulers issue is the bound. Where each warp took 16 of them (two column blocks), two warps
-converted the same codes, and four scaled the queries, each two blocks of them: 1,560 instructions a
-tile and scheduler, 160 of them products, 52% and 0.116 ms. With the scaled queries in shared memory
-(`Config.shared`) they are scaled once: 54%. Four column blocks convert codes once, too, 1,150
-instructions where the memory takes about 1,700 cycles a tile, but their sums fill the registers,
-and with two warps a scheduler what each waits for is not hidden: 48%. Three blocks, for 20 columns,
-leave registers enough: 63% where two blocks reach 50%.
+With 8 key-value heads and 8 query tokens × 4 heads a converted value meets 32 columns, and latency
+is the bound: two warps a scheduler, that issue an instruction in 2.5 cycles together. Where each
+warp takes 16 of the columns for half of the tokens, two warps convert the same codes, and the sums
+of all channels fill the registers: 52%. With `Config.exchange` a warp computes the probabilities of
+a quarter of the tokens for all columns, leaves them in shared memory, and sums up a quarter of the
+channels over all tokens: each code is converted once, and sums take 32 registers instead of 64.
+Tried without gain: loops instead of unrolled tokens (48%), twice the tokens between two checks of
+the reference (52%), one barrier less a tile (53%), 12 and 16 warps of one column block (44, 36%).
 
-Errors, ‖found − exact‖ / ‖exact‖ before rounding: up to 1.5e-3 on random caches. On SmolLM2, after
-4,000 tokens, 1e-2 in its worst layer (benchmarks/kernel_error.py): queries times scales are
-float16, which by simulation moves a score of 70 by 0.01.
+Errors, ‖found − exact‖ / ‖exact‖ before rounding: up to 1.5e-3 on random caches; 1.0e-3 in the
+worst layer of SmolLM2 after 4,000 tokens (benchmarks/kernel_error.py). Queries times scales are
+float16, which weighs most where an attention sink has a score of 70. Products with what their
+rounding leaves would be exact, and take 1 to 13% more time; codes counted from their middle halve
+the error (`_Tile.queries`).
 """
 
 from __future__ import annotations
@@ -90,6 +94,8 @@ class Config:
     stages         tiles a team of warps has in shared memory, read or in flight
     shared         the scaled queries of a tile lie in shared memory: each warp of the team makes a
                    part for all, and none holds them in registers
+    exchange       so do the probabilities: a warp computes those of its part of the tokens, and
+                   multiplies all of them with its part of the values' channels
     """
 
     warpgroups: int
@@ -97,6 +103,7 @@ class Config:
     column_blocks: int
     stages: int
     shared: bool = False
+    exchange: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,13 +213,25 @@ class Plan:
         return -(-self.query_blocks * block // 128) * 128 if self.config.shared else 0
 
     @property
+    def exchange_bytes(self) -> int:
+        """A team's probabilities in shared memory: 512 bytes a warp and block."""
+        blocks = self.team_warps * self.config.column_blocks
+        return 512 * blocks if self.config.exchange else 0
+
+    @property
+    def channel_blocks(self) -> int:
+        """Of 16 channels of the values, that a warp sums up."""
+        parts = self.config.token_warps if self.config.exchange else 1
+        return self.shape.head_dim // (16 * parts)
+
+    @property
     def shared_bytes(self) -> int:
-        return self.ring_bytes + self.teams * self.query_bytes
+        return self.ring_bytes + self.teams * (self.query_bytes + self.exchange_bytes)
 
     @property
     def writers(self) -> int:
         """Partial results of a team and head: each for other tokens."""
-        return self.config.token_warps
+        return 1 if self.config.exchange else self.config.token_warps
 
     @property
     def partials(self) -> int:
@@ -454,8 +473,7 @@ class _State:
 
     def __init__(self, plan: Plan, values: Sequence[V] | None = None):
         s, blocks = plan.shape, plan.config.column_blocks
-        self.blocks, self.groups, self.channels = blocks, s.value_groups, s.head_dim // 16
-        self.width = s.value_width // 16
+        self.blocks, self.groups, self.channels = blocks, s.value_groups, plan.channel_blocks
         count = blocks * (2 + 2 + 2 * self.groups + 4 * self.channels)
         if values is None:
             origin = [f32(-NOTHING)] * (2 * blocks)
@@ -496,13 +514,15 @@ def _softmax(
     bias: list[list[V]],
     scales: list[list[V]],
     use: Callable[[_State, list[list[list[V]]]], tuple[list[V], V]],
+    team: _Exchange | None = None,
 ) -> list[V]:
     """Probabilities p = 2^(α scores[block][half][4] + bias[block][column] + origin), and what `use`
     makes of them: words, and the largest number of this lane that is to stay below LARGEST.
 
     The reference of the running softmax moves only where that number would leave float16's range:
     rarely, so that the sums are rarely rescaled. A product with `scales`[group][half · 2 + y] then
-    fits. `use` updates the state that it is given.
+    fits. `use` updates the state that it is given. With a `team` its warps move together, and the
+    words are left to them all.
     """
     blocks, halves = len(scores), len(scores[0])
 
@@ -525,7 +545,12 @@ def _softmax(
     kept = _State(plan, state.flat())
     words, largest = attend(kept)
     fits = largest <= LARGEST
-    overflow = ptx.any_lane(ptx.select(fits, i32(0), 1).equals(1))
+    overflow = ptx.select(fits, i32(0), 1).equals(1)
+    if team is None:
+        overflow = ptx.any_lane(overflow)
+    else:
+        team.publish(words)
+        overflow = team.any(overflow)
 
     def move() -> Sequence[V]:
         moved = _State(plan, state.flat())
@@ -551,11 +576,15 @@ def _softmax(
                     ptx.asm("min.f32 $0, $1, $2;", ["f32"], [candidate, state.origin[n][i]])[0]
                 )
             origin.append(pair)
-        moved.rescale(origin)
+        moved.rescale(origin if team is None else team.lowest(origin))
         again, _ = attend(moved)
-        return [*moved.flat(), *again]
+        if team is None:
+            return [*moved.flat(), *again]
+        team.publish(again)
+        team.sync()
+        return moved.flat()
 
-    fast = [*kept.flat(), *words]
+    fast = kept.flat() if team else [*kept.flat(), *words]
     out = ptx.choose(overflow, move, lambda: fast, fast)
     count = len(state.flat())
     state.__init__(plan, out[:count])  # type: ignore[misc]
@@ -611,6 +640,69 @@ class _SharedQueries(_Queries):
         return [words[:2], words[2:]]
 
 
+class _Exchange:
+    """What the warps of a team that have the same query rows leave to each other in shared memory:
+    a warp's operands of the products with values, 512 bytes a block of 8 rows, in which each lane
+    finds its own 16. The whole team meets at its barrier."""
+
+    def __init__(self, plan: Plan, where: V, team: V, token_warp: V, lane: V):
+        self.plan, self.where, self.lane = plan, where, lane
+        self.barrier, self.threads = team + 1, 32 * plan.team_warps
+        self.blocks, self.warps = plan.config.column_blocks, plan.config.token_warps
+        self.mine = where + token_warp * (512 * self.blocks)
+
+    def sync(self) -> None:
+        ptx.sync_threads(self.barrier, self.threads)
+
+    def any(self, condition: V) -> V:
+        """Whether it holds in any thread of the team; all meet."""
+        return ptx.any_thread(condition, self.barrier, self.threads)
+
+    def publish(self, words: list[V]) -> None:
+        """Four words a block, as `_softmax` made them."""
+        for n in range(self.blocks):
+            four = [ptx.transpose_8x8(x) for x in words[4 * n : 4 * n + 4]]
+            ptx.store(self.mine + 512 * n + self.lane * 16, four)
+
+    def read(self, warp: int, block: int) -> list[V]:
+        return ptx.load(self.where + 512 * (self.blocks * warp + block) + self.lane * 16, 4)
+
+    def collect(self, pairs: list[list[V]]) -> list[list[list[V]]]:
+        """[warp][pair]: what all warps have for the columns 2q and 2q + 1, by lane 4 g + q."""
+        q = self.lane & 3
+        self.sync()
+        for n, pair in enumerate(pairs):
+            at = self.mine + 32 * n + q * 8
+            ptx.when(self.lane < 4, functools.partial(ptx.store, at, pair))
+        self.sync()
+        found = [
+            [
+                ptx.load(self.where + 512 * self.blocks * w + 32 * n + q * 8, 2, "f32")
+                for n in range(len(pairs))
+            ]
+            for w in range(self.warps)
+        ]
+        self.sync()
+        return found
+
+    def lowest(self, pairs: list[list[V]]) -> list[list[V]]:
+        """The smallest of all warps'."""
+        return [
+            [_largest("min.f32", "f32", list(each)) for each in zip(*all_warps, strict=True)]
+            for all_warps in zip(*self.collect(pairs), strict=True)
+        ]
+
+    def added(self, pairs: list[list[V]]) -> list[list[V]]:
+        """The sums over all warps."""
+        out = []
+        for all_warps in zip(*self.collect(pairs), strict=True):
+            first, *others = all_warps
+            for pair in others:
+                first = [a + b for a, b in zip(first, pair, strict=True)]
+            out.append(first)
+        return out
+
+
 class _Tile:
     """Computation of a warp on its tokens of a tile of codes in shared memory.
 
@@ -642,7 +734,9 @@ class _Tile:
     def queries(self, tile: V, rows: _Rows) -> tuple[list[list[list[V]]], list[list[V]]]:
         """Key scales folded into the queries: (operands[block][step], bias[block][column]).
 
-        The bias is what the scores are short of, for key minima and the codes' offset.
+        The bias is what the scores are short of, for key minima and the codes' offset. It also
+        moves the codes' origin to their middle, where float16's rounding of the scaled queries
+        weighs least: Σ x₁₆ (u − 8) + 8 Σ x, x the scaled queries and x₁₆ the rounded ones.
         """
         s = self.plan.shape
         here = tile + self.q * (s.head_dim // 4)
@@ -677,21 +771,29 @@ class _Tile:
                         pair.append(ptx.pack_f16(*two))
                     steps.append(pair)
             # Sums of their own, since each product waits for the last one of its sum.
-            sums = [[f32(0.0)] * 4 for _ in range(4)]
-            for j, (x, numbers) in enumerate(((low, minimum[0]), (high, minimum[1]))):
+            sums = [[f32(0.0)] * 4 for _ in range(6)]
+            exact = ((low, minimum[0]), (high, minimum[1]), (low, scale[0]), (high, scale[1]))
+            for j, (x, numbers) in enumerate(exact):
                 for w in range(0, 2 * self.words, 2):
                     a = [numbers[w], numbers[w], numbers[w + 1], numbers[w + 1]]
                     sums[j] = ptx.mma("bf16", a, [x[w], x[w + 1]], sums[j])
-            constants = {0.5: 0xB800B800, 1 / 32: 0xA800A800}  # −1/2 and −1/32 twice
-            first = i32(constants[self.half])
-            second = first if self.both else i32(constants[0.5])
+            first = i32(0xC800C800)  # −8 twice
+            second = first if self.both else i32(0xD800D800)  # −8 · 16
             for i, pair in enumerate(steps):
-                j = 2 + i % 2
+                j = 4 + i % 2
                 sums[j] = ptx.mma("f16", [first, first, second, second], pair, sums[j])
             operands.append(steps)
             factor = s.sm_scale * LOG2E
             bias.append(
-                [(sums[0][i] + sums[1][i] + (sums[2][i] + sums[3][i])) * factor for i in (0, 1)]
+                [
+                    ptx.fma(
+                        sums[2][i] + sums[3][i],
+                        f32(8 - self.half),
+                        sums[0][i] + sums[1][i] + (sums[4][i] + sums[5][i]),
+                    )
+                    * factor
+                    for i in (0, 1)
+                ]
             )
         return operands, bias
 
@@ -749,8 +851,17 @@ class _Tile:
                         out[n][half] = ptx.mma("f16", steps[half][step], b, out[n][half])
         return out
 
-    def accumulate(self, state: _State, tile: V, first: V, operands: _Queries) -> None:
-        """Attend to 32 tokens from `first` on."""
+    def accumulate(
+        self,
+        state: _State,
+        tile: V,
+        first: V,
+        operands: _Queries,
+        team: _Exchange | None = None,
+        mine: V | None = None,
+    ) -> None:
+        """Attend to 32 tokens from `first` on; with a `team`, this warp, number `mine` of it, sums
+        up its part of the channels over the tokens of all."""
         s = self.plan.shape
         blocks = self.plan.config.column_blocks
         scores = self.scores(tile, first, operands)
@@ -790,22 +901,38 @@ class _Tile:
             both = _largest("max.NaN.f16x2", "i32", words)
             return words, _largest("max.NaN.f32", "f32", ptx.unpack_f16(both))
 
-        words = iter(_softmax(self.plan, state, scores, alpha, operands.bias, scales, use))
+        found = _softmax(self.plan, state, scores, alpha, operands.bias, scales, use, team)
+        if team is not None:
+            assert mine is not None
+            here = tile + self.lane * 4 + mine * (256 * self.plan.channel_blocks)
+            for warp in range(team.warps):
+                operand = [team.read(warp, n) for n in range(blocks)]
+                for m in range(self.plan.channel_blocks):
+                    at = here + (16 * s.head_dim * warp + 256 * m)
+                    for step, a in enumerate(self.value_fragments(at)):
+                        for n in range(blocks):
+                            b = operand[n][2 * step : 2 * step + 2]
+                            state.sums[n][m] = ptx.mma("f16", a, b, state.sums[n][m])
+            return
+        words = iter(found)
         weights = [
             [[[ptx.transpose_8x8(next(words)) for _ in range(2)] for _ in range(2)] for _ in scales]
             for _ in range(blocks)
         ]
-        run = (first // 32) * (16 * s.head_dim) + self.lane * 4
+        run = tile + (first // 32) * (16 * s.head_dim) + self.lane * 4
         for m in range(s.head_dim // 16):
-            loaded = [
-                [ptx.load(tile + at + run + 256 * m + 128 * y)[0] for y in range(2)]
-                for at in self.value_at[: s.planes]
-            ]
-            lower = loaded[1] if self.both else None
-            for step, a in enumerate(self.fragments(loaded[0], lower)):
+            for step, a in enumerate(self.value_fragments(run + 256 * m)):
                 for n in range(blocks):
                     b = weights[n][16 * m // s.value_width][step]
                     state.sums[n][m] = ptx.mma("f16", a, b, state.sums[n][m])
+
+    def value_fragments(self, where: V) -> list[list[V]]:
+        """Matrix operands of two steps: 32 tokens and the 16 channels at `where`."""
+        loaded = [
+            [ptx.load(where + at + 128 * y)[0] for y in range(2)]
+            for at in self.value_at[: self.plan.shape.planes]
+        ]
+        return self.fragments(*loaded)
 
 
 class _FullPrecision:
@@ -816,11 +943,22 @@ class _FullPrecision:
         self.g, self.q = lane >> 2, lane & 3
 
     def accumulate(
-        self, state: _State, keys: V, values: V, slot: V, used: V, visible: list[list[V]]
+        self,
+        state: _State,
+        keys: V,
+        values: V,
+        slot: V,
+        used: V,
+        visible: list[list[V]],
+        team: _Exchange | None = None,
+        mine: V | None = None,
+        first: V | None = None,
     ) -> None:
         """Attend to the tokens of slots slot … slot + 15; `keys`, `values` their rows.
 
-        Column i of block n sees slots up to visible[n][i]; slots from `used` on hold anything.
+        Column i of block n sees slots up to visible[n][i]; slots from `used` on hold anything. With
+        a `team`, `values` are those of the unit's `first` slot on, and this warp, number `mine` of
+        it, sums up its part of the channels over the tokens of all.
         """
         s = self.plan.shape
         blocks = self.plan.config.column_blocks
@@ -841,20 +979,48 @@ class _FullPrecision:
 
         def use(_: _State, p: list[list[list[V]]]) -> tuple[list[V], V]:
             flat = [x for block in p for x in block[0]]
-            return flat, _largest("max.NaN.f32", "f32", flat)
+            return self.split(flat), _largest("max.NaN.f32", "f32", flat)
 
         one_half, none = [[x] for x in scores], [[f32(0.0)] * 2] * blocks
-        p = _softmax(self.plan, state, one_half, s.sm_scale * LOG2E, none, [], use)
-        weights = []
-        for n in range(blocks):
-            parts: list[list[V]] = [[], []]
+        alpha = s.sm_scale * LOG2E
+        if team is not None:
+            team.sync()  # all have read what the last unit's warps left
+        found = _softmax(self.plan, state, one_half, alpha, none, [], use, team)
+        if team is None:
+            self.weigh(
+                state,
+                values,
+                slot,
+                used,
+                [[ptx.transpose_8x8(x) for x in found[4 * n : 4 * n + 4]] for n in range(blocks)],
+            )
+            return
+        assert mine is not None
+        assert first is not None
+        here = values + mine * (32 * self.plan.channel_blocks)
+        for warp in range(self.plan.unit_rows // 16):
+            operands = [team.read(warp, n) for n in range(blocks)]
+            at = here + 16 * stride * warp
+            self.weigh(state, at, first + 16 * warp, used, operands)
+
+    def split(self, p: list[V]) -> list[V]:
+        """Four probabilities of each block → two words of their bf16, two of what that is short
+        of."""
+        words = []
+        for n in range(0, len(p), 4):
+            coarse, rest = [], []
             for y in range(2):
-                two = [p[4 * n + 2 * y + i] * self.unit for i in range(2)]
-                coarse = ptx.pack_bf16(*two)
-                rest = [two[0] - ptx.low_bf16(coarse), two[1] - ptx.high_bf16(coarse)]
-                parts[0].append(ptx.transpose_8x8(coarse))
-                parts[1].append(ptx.transpose_8x8(ptx.pack_bf16(*rest)))
-            weights.append(parts)
+                two = [p[n + 2 * y + i] * self.unit for i in range(2)]
+                near = ptx.pack_bf16(*two)
+                coarse.append(near)
+                far = [two[0] - ptx.low_bf16(near), two[1] - ptx.high_bf16(near)]
+                rest.append(ptx.pack_bf16(*far))
+            words += [*coarse, *rest]
+        return words
+
+    def weigh(self, state: _State, values: V, slot: V, used: V, operands: list[list[V]]) -> None:
+        """Add the products of 16 tokens' probabilities, four words a block, with their values."""
+        stride = 2 * self.plan.shape.head_dim
         masks = []
         for y in range(2):
             token = slot + self.q * 2 + 8 * y
@@ -865,12 +1031,12 @@ class _FullPrecision:
         # neighbouring runs of 8 channels.
         row = (self.lane & 7) + ((self.lane >> 4) & 1) * 8
         where = values + row * stride + ((self.lane >> 3) & 1) * 16
-        for m in range(s.head_dim // 16):
+        for m in range(self.plan.channel_blocks):
             a = ptx.load_matrices_transposed(where + 32 * m)
             a = [x & masks[i // 2] for i, x in enumerate(a)]
-            for n in range(blocks):
-                for part in weights[n]:
-                    state.sums[n][m] = ptx.mma("bf16", a, part, state.sums[n][m])
+            for n, four in enumerate(operands):
+                for b in (four[:2], four[2:]):
+                    state.sums[n][m] = ptx.mma("bf16", a, b, state.sums[n][m])
 
 
 def _attention_body(plan: Plan):
@@ -906,7 +1072,12 @@ def _attention_body(plan: Plan):
             last = lengths.locate(end - 1)
             leader = (in_team * 32 + lane).equals(0)
             pipeline = _Pipeline(plan, operands, lengths, shared=shared, team=team, leader=leader)
-            scaled_at = shared + plan.ring_bytes + team * plan.query_bytes
+            own = shared + plan.ring_bytes + team * (plan.query_bytes + plan.exchange_bytes)
+            scaled_at, words_at = own, own + plan.query_bytes
+            exchange = None
+            if c.exchange:
+                words_at = words_at + columns * (512 * c.token_warps * c.column_blocks)
+                exchange = _Exchange(plan, words_at, team, token_warp, lane)
             producer = pipeline.start(*first, end, begin)
             for _ in range(c.stages - 1):
                 producer = pipeline.produce(producer)
@@ -972,7 +1143,8 @@ def _attention_body(plan: Plan):
                             queries = _Queries(*tile.queries(data, kept or load_rows()))
                         share = s.group_size // c.token_warps
                         for j in range(0, share, 32):
-                            tile.accumulate(state, data, token_warp * share + j, queries)
+                            first = token_warp * share + j
+                            tile.accumulate(state, data, first, queries, exchange, token_warp)
 
                     return step(carry, compute, rows)
 
@@ -981,11 +1153,15 @@ def _attention_body(plan: Plan):
                         active = token_warp < plan.unit_rows // 16
                         mine = ptx.select(active, token_warp * 16, 0)
                         keys = data + mine * (2 * s.head_dim)
-                        values = keys + plan.unit_rows * 2 * s.head_dim
-                        slot = (i - tiles) * plan.unit_rows + mine
-                        slot = ptx.select(active, slot, 1 << 30)
+                        whole = data if exchange else keys
+                        values = whole + plan.unit_rows * 2 * s.head_dim
+                        unit_slot = (i - tiles) * plan.unit_rows
+                        slot = ptx.select(active, unit_slot + mine, 1 << 30)
                         exact = _FullPrecision(plan, kept or load_rows(), lane)
-                        exact.accumulate(state, keys, values, slot, used, visible)
+                        exact.accumulate(
+                            *(state, keys, values, slot, used, visible),
+                            *(exchange, token_warp, unit_slot),
+                        )
 
                     return step(carry, compute)
 
@@ -996,8 +1172,13 @@ def _attention_body(plan: Plan):
                 stage, phase, *rest = flow
                 state = _State(plan, rest[8:])
                 assert len(state.flat()) == count
-                slot = (me + bk) * c.token_warps + token_warp
-                _write_partial(plan, operands, state, slot, first_row, lane, unit)
+                slot = (me + bk) * plan.writers
+                if exchange is None:
+                    slot = slot + token_warp
+                _write_partial(
+                    *(plan, operands, state, slot, first_row, lane, unit),
+                    *(exchange, token_warp),
+                )
                 return [left - (stop - skip), i32(0), stage, phase, *rest[:8]]
 
             b0, k0, u0 = first
@@ -1016,35 +1197,52 @@ def _attention_body(plan: Plan):
 
 
 def _write_partial(
-    plan: Plan, operands: _Operands, state: _State, slot: V, first_row: V, lane: V, unit: float
+    plan: Plan,
+    operands: _Operands,
+    state: _State,
+    slot: V,
+    first_row: V,
+    lane: V,
+    unit: float,
+    team: _Exchange | None,
+    part: V,
 ) -> None:
     """Σ p v in [slots, R, D] and (reference, Σ p) in [slots, R, 2], before any division."""
     s = plan.shape
     g, q = lane >> 2, lane & 3
     base = slot.to_i64() * s.rows
-    for n in range(plan.config.column_blocks):
+    blocks = range(plan.config.column_blocks)
+
+    def sum_lanes(x: V) -> V:
+        for distance in (4, 8, 16):
+            x = x + ptx.shuffle_xor(x, distance)
+        return x
+
+    # Of each block: Σ p, and Σ p m̂ of each group of channels.
+    sums = [[[sum_lanes(x) for x in v] for v in (state.total[n], *state.offset[n])] for n in blocks]
+    if team is not None:
+        added = team.added([pair for block in sums for pair in block])
+        each = 1 + s.value_groups
+        sums = [added[each * n : each * (n + 1)] for n in blocks]
+    for n in blocks:
         for i in range(2):
             row = first_row + 8 * n + q * 2 + i
-
-            def sum_lanes(x: V) -> V:
-                for distance in (4, 8, 16):
-                    x = x + ptx.shuffle_xor(x, distance)
-                return x
-
-            total = sum_lanes(state.total[n][i])
-            offsets = [sum_lanes(v[i]) for v in state.offset[n]]
+            total, *offsets = [pair[i] for pair in sums[n]]
 
             def write(n: int = n, i: int = i, row: V = row, total: V = total, offsets=offsets):
                 index = base + row.to_i64()
+                first_warp = g.equals(0) if team is None else (part + g).equals(0)
                 ptx.when(
-                    g.equals(0),
+                    first_warp,
                     lambda: ptx.store(
                         operands["statistics"] + index * 8,
                         [f32(0.0) - state.origin[n][i], total],
                     ),
                 )
                 at = operands["output"] + index * (4 * s.head_dim) + (g * 4).to_i64()
-                for m in range(s.head_dim // 16):
+                if team is not None:
+                    at = at + (part * (64 * plan.channel_blocks)).to_i64()
+                for m in range(plan.channel_blocks):
                     for y in range(2):
                         offset = offsets[(16 * m) // s.value_width]
                         x = ptx.fma(state.sums[n][m][2 * y + i], f32(1 / unit), offset)

@@ -1,12 +1,13 @@
 """`quantspec bench prefill`: long prompts at full size, from tokens to the quantized cache.
 
-The model has the shapes of a preset, random weights and a random prompt. One call runs the prompt,
-fills the cache layer by layer and chooses the first token, for which alone logits are computed.
+The model has the shapes of a preset, random weights and a random prompt. The prompt runs block by
+block, each filling its layer of the cache, and logits are computed for its last position alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -21,7 +22,7 @@ from quantspec_jax.bench import record
 from quantspec_jax.bench.decode import GROUP_SIZE, random_params
 from quantspec_jax.config import BACKENDS, CacheConfig, GenerateConfig, ModelConfig, require
 from quantspec_jax.cost import linear_weights
-from quantspec_jax.generate.prefill import prefill
+from quantspec_jax.generate.prefill import COMPILED, prefill
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.state import Program
 from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
@@ -58,24 +59,28 @@ def measure(
         jnp.full(1, -1, jnp.int32),
         jnp.full(batch, GROUP_SIZE, jnp.int32),
     )
-    static = {"program": program, "capacity": GROUP_SIZE}
-    step = jax.jit(prefill, static_argnames=tuple(static))
-    weights, state = tree_bytes(params), tree_bytes(step.eval_shape(*call, **static))
+    run_prefill = functools.partial(prefill, program=program, capacity=GROUP_SIZE)
+    shapes = jax.eval_shape(run_prefill, *call)
+    weights, state = tree_bytes(params), tree_bytes(shapes)
     what = f"a prompt of {context} tokens, batch {batch},"
-    parts = {"weights": weights, "cache": state}
+    hidden = 2 * batch * context * model.hidden_size * jnp.dtype(args.dtype).itemsize
+    parts = {"weights": weights, "cache": state, "temporaries": hidden}
     require_memory(what, parts, weights)
-    begin = time.perf_counter()
-    compiled = step.lower(*call, **static).compile()
-    compile_seconds = time.perf_counter() - begin
-    parts["temporaries"] = temporary_bytes(compiled)
-    require_memory(what, parts, weights)
-    jax.block_until_ready(compiled(*call))
+    compiled: dict[Any, Any] = {}
+
+    def run(stage: Any, *arrays: Any, **static: Any) -> Any:
+        if stage not in compiled:
+            compiled[stage] = COMPILED[stage].lower(*arrays, **static).compile()
+            found = hidden + temporary_bytes(compiled[stage])
+            parts["temporaries"] = max(parts["temporaries"], found)
+        return compiled[stage](*arrays)
+
     seconds = []
-    for _ in range(args.repeat):
+    for _ in range(args.repeat + 1):  # the first one compiles
         begin = time.perf_counter()
-        jax.block_until_ready(compiled(*call))
+        jax.block_until_ready(run_prefill(*call, run=run))
         seconds.append(time.perf_counter() - begin)
-    median = statistics.median(seconds)
+    median = statistics.median(seconds[1:])
     return {
         "preset": preset,
         "context": context,
@@ -87,7 +92,7 @@ def measure(
         "state_bytes": state,
         "temporary_bytes": parts["temporaries"],
         "peak_bytes": sum(parts.values()),
-        "compile_seconds": compile_seconds,
+        "first_run_seconds": seconds[0],
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +13,16 @@ from quantspec_jax.cache import HierarchicalKVCache, LayerCache, from_prompt, qu
 from quantspec_jax.generate.sampling import Role, Sampling, choose
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.models.attention import prompt_attention
-from quantspec_jax.models.decoder import Params, forward, unembed
+from quantspec_jax.models.decoder import Params, block_params, embed, run_block, unembed
+from quantspec_jax.models.rope import rope_frequencies, rope_tables
+
+# run(stage, *arrays, **static): how `prefill` calls its stages.
+Run = Callable[..., Any]
+
+
+def inline(stage: Callable[..., Any], *args: Any, **static: Any) -> Any:
+    """Stages as parts of the caller's program."""
+    return stage(*args, **static)
 
 
 def prefill(
@@ -25,39 +36,81 @@ def prefill(
     *,
     program: Program,
     capacity: int,
+    run: Run = inline,
 ) -> DecodeState:
     """Run the prompts in full precision, fill the cache layer by layer and choose the first token.
+
+    A pure function of arrays. Its stages, `begin`, `layer` for each block and `end`, are called by
+    `run`, which may compile each of them: then all blocks are one small program, and the host sees
+    how far the prompt is.
 
     Args:
       prompts: [B, P] int32, padded on the right; lengths: [B] int32, from 1 to P.
       keys: [B] typed PRNG keys. eos_ids: [E] int32, −1 as padding. limit: [B], tokens to make.
       capacity: M, how many new tokens the state has room for.
     """
-    b, p = prompts.shape
+    x, h = run(begin, params, prompts, program=program)
+    layers = []
+    for i in range(program.model.num_layers):
+        x, h, made = run(layer, *block_params(params, i), x, h, lengths, program=program)
+        layers.append(made)
+    rest = (lengths, sampling, keys, eos_ids, limit)
+    state = run(end, params, prompts, h, *rest, program=program, capacity=capacity)
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=tuple(layers)))
+
+
+def begin(params: Params, prompts: jax.Array, *, program: Program) -> tuple[jax.Array, jax.Array]:
+    """[B, P] prompts → the residual stream and its norm before the first block, [B, P, E]."""
+    return embed(params, program.model, prompts)
+
+
+def layer(
+    block: Params,
+    next_norm: jax.Array,
+    x: jax.Array,
+    h: jax.Array,
+    lengths: jax.Array,
+    *,
+    program: Program,
+) -> tuple[jax.Array, jax.Array, LayerCache]:
+    """One block on whole prompts: the stream and its norm after it, and the layer's cache."""
     config = program.model
 
     def attend(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerCache]:
         out = prompt_attention(q, k, v, config.head_dim**-0.5, program.backend)
-        layer = from_prompt(
+        made = from_prompt(
             k.swapaxes(1, 2), v.swapaxes(1, 2), lengths, program.cache, program.backend
         )
-        return out, layer
+        # The next block waits for this one's planes: else XLA, given all blocks at once, may keep
+        # their keys and values in full precision (64 GiB of Llama-2-7B's at 131,072 tokens).
+        return jax.lax.optimization_barrier((out, made))
 
-    positions = jnp.broadcast_to(jnp.arange(p), (b, p))
-    states: tuple[Any, ...] = (None,) * config.num_layers
-    hidden, layers = forward(
-        params,
-        config,
-        prompts,
-        positions,
-        states,
-        attend,
-        rope_length=program.cache.max_length,
-        backend=program.backend,
-    )
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    frequencies = rope_frequencies(config.rope, config.head_dim, program.cache.max_length)
+    rope = rope_tables(*frequencies, positions)
+    return run_block(block, next_norm, config, x, h, rope, None, attend, backend=program.backend)
+
+
+def end(
+    params: Params,
+    prompts: jax.Array,
+    hidden: jax.Array,
+    lengths: jax.Array,
+    sampling: Sampling,
+    keys: jax.Array,
+    eos_ids: jax.Array,
+    limit: jax.Array,
+    *,
+    program: Program,
+    capacity: int,
+) -> DecodeState:
+    """The first token, from [B, P, E] hidden states after the final norm, and the state before the
+    first round, the cache's layers left out."""
+    b, p = prompts.shape
+    config = program.model
     rows = jnp.arange(b)
     logits = unembed(params, hidden[rows, lengths - 1], program.backend)
-    in_prompt = positions < lengths[:, None]
+    in_prompt = jnp.arange(p) < lengths[:, None]
     seen = jnp.zeros((b, config.vocab_size), bool).at[rows[:, None], prompts].max(in_prompt)
     token, _ = choose(logits, seen, sampling, keys, lengths, Role.TARGET)
 
@@ -68,7 +121,7 @@ def prefill(
     zero = jnp.zeros(b, jnp.int32)
     one = zero + 1
     return DecodeState(
-        cache=HierarchicalKVCache(layers, lengths, flushed, g),
+        cache=HierarchicalKVCache((), lengths, flushed, g),
         keys=keys,
         seen=seen.at[rows, token].set(True),
         pending=token,
@@ -81,3 +134,11 @@ def prefill(
         accepted=zero,
         evidence=jnp.zeros((b, 2), jnp.float32),
     )
+
+
+# The stages as programs of their own.
+COMPILED: dict[Callable[..., Any], Any] = {
+    begin: jax.jit(begin, static_argnames="program"),
+    layer: jax.jit(layer, static_argnames="program", donate_argnames=("x", "h")),
+    end: jax.jit(end, static_argnames=("program", "capacity")),
+}

@@ -181,9 +181,45 @@ def forward(
     Returns:
       [B, S, E] hidden states after the final norm, and the L new states.
     """
-    b, s = tokens.shape
+    rope = rope_tables(*rope_frequencies(config.rope, config.head_dim, rope_length), positions)
+    x, h = embed(params, config, tokens)
+    new_layers = []
+    for i, state in enumerate(layers):
+        block, norm = block_params(params, i)
+        x, h, state = run_block(block, norm, config, x, h, rope, state, attend, backend=backend)
+        new_layers.append(state)
+    return h, tuple(new_layers)
+
+
+def embed(params: Params, config: ModelConfig, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, S] tokens → [B, S, E] residual stream, and its norm that the first block reads."""
     x = params["embedding"][tokens]
-    cos, sin = rope_tables(*rope_frequencies(config.rope, config.head_dim, rope_length), positions)
+    return x, rms_norm(x, params["layers"]["0"]["attention_norm"], config.rms_norm_eps)
+
+
+def block_params(params: Params, i: int) -> tuple[Params, jax.Array]:
+    """What `run_block` takes for block i: its parameters, and the norm that comes after it."""
+    layers = params["layers"]
+    following = layers.get(str(i + 1))
+    norm = params["final_norm"] if following is None else following["attention_norm"]
+    return layers[str(i)], norm
+
+
+def run_block(
+    block: Params,
+    next_norm: jax.Array,
+    config: ModelConfig,
+    x: jax.Array,
+    h: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    state: Any,
+    attend: Attend,
+    *,
+    backend: str,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """One block: the residual stream x and its norm h, [B, S, E] → those after it, and the state
+    that `attend` left. Each sum of the stream is normed where it is made, in one kernel."""
+    b, s = x.shape[:2]
 
     def heads(y: jax.Array) -> jax.Array:
         return y.reshape(b, s, -1, config.head_dim)
@@ -191,22 +227,16 @@ def forward(
     def add_norm(x: jax.Array, y: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         return add_rms_norm(x, y, weight, config.rms_norm_eps, backend=backend)
 
-    blocks = [params["layers"][str(i)] for i in range(len(layers))]
-    after = [block["attention_norm"] for block in blocks[1:]] + [params["final_norm"]]
-    h = rms_norm(x, blocks[0]["attention_norm"], config.rms_norm_eps)
-    new_layers = []
-    for block, state, next_norm in zip(blocks, layers, after, strict=True):
-        q, k, v = map(heads, linears(h, [block[name] for name in ("q", "k", "v")], backend))
-        if config.qk_norm:
-            q = rms_norm(q, block["q_norm"], config.rms_norm_eps)
-            k = rms_norm(k, block["k_norm"], config.rms_norm_eps)
-        out, state = attend(state, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        new_layers.append(state)
-        y = linear(out.astype(x.dtype).reshape(b, s, -1), block["o"], backend)
-        x, h = add_norm(x, y, block["mlp_norm"])
-        gate, up = linears(h, [block["gate"], block["up"]], backend)
-        x, h = add_norm(x, linear(jax.nn.silu(gate) * up, block["down"], backend), next_norm)
-    return h, tuple(new_layers)
+    q, k, v = map(heads, linears(h, [block[name] for name in ("q", "k", "v")], backend))
+    if config.qk_norm:
+        q = rms_norm(q, block["q_norm"], config.rms_norm_eps)
+        k = rms_norm(k, block["k_norm"], config.rms_norm_eps)
+    out, state = attend(state, rotate(q, *rope), rotate(k, *rope), v)
+    y = linear(out.astype(x.dtype).reshape(b, s, -1), block["o"], backend)
+    x, h = add_norm(x, y, block["mlp_norm"])
+    gate, up = linears(h, [block["gate"], block["up"]], backend)
+    x, h = add_norm(x, linear(jax.nn.silu(gate) * up, block["down"], backend), next_norm)
+    return x, h, state
 
 
 def unembed(params: Params, hidden: jax.Array, backend: str = "auto") -> jax.Array:

@@ -140,6 +140,7 @@ class Block:
         self.barriers: dict[int, Barrier] = {}
         self.changed = threading.Condition()
         self.named: dict[tuple[int, int], threading.Barrier] = {}
+        self.votes: dict[tuple[int, int], list[bool]] = {}
 
     def named_barrier(self, number: int, threads: int) -> threading.Barrier:
         with self.changed:
@@ -345,6 +346,16 @@ def any_lane(condition):
     return Lanes(condition.array[HERE.mask].any(), "i1")
 
 
+def any_thread(condition, barrier, threads):
+    block, number = HERE.block, one(barrier)
+    turns = HERE.__dict__.setdefault("turns", {})  # of this warp's votes
+    turn = turns[block, number] = turns.get((block, number), 0) + 1
+    votes = block.votes.setdefault((number, turn), [])
+    votes.append(bool(condition.array[HERE.mask].any()))
+    block.named_barrier(number, threads).wait(PATIENCE_SECONDS)
+    return Lanes(any(votes), "i1")
+
+
 REPLACEMENTS: dict[str, Any] = {
     "i32": lambda n: Lanes(np.uint32(n & 0xFFFFFFFF), "i32"),
     "f32": lambda x: Lanes(np.float32(x), "f32"),
@@ -371,6 +382,7 @@ REPLACEMENTS: dict[str, Any] = {
     "shuffle_xor_bits": lambda x, distance: Lanes(x.array[LANES ^ distance], x.kind),
     "shuffle_xor": lambda x, distance: Lanes(x.array[LANES ^ distance], x.kind),
     "any_lane": any_lane,
+    "any_thread": any_thread,
     "transpose_8x8": transpose_8x8,
     "load_matrices_transposed": load_matrices_transposed,
     "mma": mma,

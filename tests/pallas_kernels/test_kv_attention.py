@@ -45,11 +45,14 @@ def test_partial_results_are_merged(blocks):
         ("int8", 4, attention.Config(1, 2, 2, 2, True), False),
         ("int8", 5, attention.Config(1, 2, 3, 2, True), True),
         ("int4", 8, attention.Config(1, 1, 2, 2, True), False),
+        # Probabilities, too: a warp has half of the channels; one team, then two.
+        ("int8", 4, attention.Config(1, 2, 2, 2, True, True), False),
+        ("int4", 5, attention.Config(1, 2, 3, 2, True, True), True),
     ],
 )
 def test_queries_in_shared_memory(view, tokens, config, strict):
     call = attention_call(
-        view, kv_heads=1, group=4, tokens=tokens, head_dim=32, group_size=64, tiles=4,
+        view, kv_heads=2, group=4, tokens=tokens, head_dim=32, group_size=64, tiles=4,
         positions=[260],
     )  # fmt: skip
     check(call, view, config, strict)

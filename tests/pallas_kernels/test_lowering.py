@@ -58,15 +58,15 @@ def test_attention(view, head_dim, group_size, group, tokens):
     assert text.count("custom_call @mosaic_gpu") == 2
 
 
-@pytest.mark.parametrize("tokens", [5, 8])
-def test_attention_with_rounded_output(tokens):
-    """And with three and four blocks of query rows."""
+@pytest.mark.parametrize(("tokens", "exchange"), [(5, False), (8, True)])
+def test_attention_with_rounded_output(tokens, exchange):
+    """And with three and four blocks of query rows, and probabilities in shared memory."""
     call = attention_call(
         "int8", kv_heads=2, group=4, tokens=tokens, head_dim=128, group_size=128, tiles=3,
         positions=[384],
     )  # fmt: skip
     options = {"view": "int8", "sm_scale": 0.1, "strict": False}
-    config = mosaic_gpu.Config(2, 4, -(-tokens // 2), 3, shared=True)
+    config = mosaic_gpu.Config(2, 4, -(-tokens // 2), 2, shared=True, exchange=exchange)
     run = functools.partial(
         mosaic_gpu.kv_attention, **options, config=config, out_dtype=jnp.bfloat16
     )

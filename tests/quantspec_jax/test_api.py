@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import types
 
 import jax
@@ -204,6 +205,18 @@ def test_the_named_backend_is_never_replaced(model):
         pytest.skip("the backend exists here")
     with pytest.raises(NotImplementedError, match="mosaic_gpu"):
         qs.generate(model, [[1]], qs.GenerateConfig(**FAST, backend="mosaic_gpu"))
+
+
+def test_progress_of_the_prompt_is_shown_on_a_terminal(model, capsys, monkeypatch):
+    config = qs.GenerateConfig(max_new_tokens=2)
+    silent = qs.generate(model, [[1] * 60], config, progress=True).tokens
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert qs.generate(model, [[1] * 60], config, progress=True).tokens == silent
+    layers = model.config.num_layers
+    shown = capsys.readouterr().err
+    assert "prompt" in shown
+    assert f"/{layers} " in shown
 
 
 def test_logits_refuse_ids_outside_the_vocabulary(model):
