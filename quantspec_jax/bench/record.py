@@ -47,7 +47,7 @@ def command(bench: str, args: Any) -> str:
     """What to type to repeat a run of `quantspec bench`: all its options, the defaults too."""
     parts = [f"quantspec bench {bench}"]
     for name, value in vars(args).items():
-        if name in NOT_SETTINGS or value in (None, False):
+        if name in NOT_SETTINGS or value is None or value is False or value == []:
             continue
         option = "--" + name.replace("_", "-")
         values = [] if value is True else value if isinstance(value, list) else [value]

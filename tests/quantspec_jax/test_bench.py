@@ -14,8 +14,9 @@ import pytest
 
 from quantspec_jax import memory
 from quantspec_jax.bench import decode as bench
+from quantspec_jax.bench import record
 from quantspec_jax.bench.launches import launches_a_round
-from quantspec_jax.cli import main
+from quantspec_jax.cli import main, make_parser
 from quantspec_jax.config import DraftConfig, ModelConfig
 from quantspec_jax.cost import Costs, bytes_read
 from quantspec_jax.draft import draft_bytes
@@ -204,3 +205,11 @@ def test_a_prefill_is_timed_and_its_memory_counted(tiny_preset, capsys):
 def test_bad_options_are_refused(wrong, tiny_preset, capsys):
     assert main(["bench", "decode", "--preset", "tiny", *wrong]) == 2
     assert wrong[0] in capsys.readouterr().err
+
+
+def test_the_recorded_command_gives_the_same_options():
+    """An empty list is no option, and a zero is one."""
+    for line in ("kernels --kernel attention", "decode --simulate-acceptance 0 --context 512"):
+        given = make_parser(["bench"]).parse_args(["bench", *line.split()])
+        typed = record.command(given.bench, given).split()[1:]
+        assert make_parser(["bench"]).parse_args(typed) == given
