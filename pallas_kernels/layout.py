@@ -158,8 +158,8 @@ class TiledWeight(NamedTuple):
         numbers  [g] of 8: bf16 scale of outputs 2g and 2g + 1; unless symmetric, their minima
 
     Lane 4 g + q has in the word of step i the codes of outputs 2g and 2g + 1 and of 4 channels from
-    c = group/4 · q + 4 i on; a pair of channels is 16 bits apart, as one `and` leaves it in a word
-    of two bf16:
+    c = 32 (i // 2) + 8 q + 4 (i % 2) on, so that the four lanes of a g read activations in pieces of
+    64 bytes; a pair of channels is 16 bits apart, as one `and` leaves it in a word of two bf16:
 
         nibble   0         1            2         3            4         5            6, 7
         output   2g        2g + 1       2g        2g + 1       2g        2g + 1       2g, 2g + 1
@@ -197,10 +197,10 @@ def can_tile(weight: QuantizedWeight) -> bool:
     return weight.outputs % STRIP == 0 and weight.group_size in (32, 64, 128)
 
 
-def _steps(group: int) -> tuple[int, int]:
-    """(chunks, steps of a chunk): a step is 16 input channels."""
-    step = math.gcd(group // 16, 4)
-    return group // 16 // step, step
+def _chunks(group: int) -> tuple[int, int]:
+    """(chunks, pairs of steps of a chunk): a step is 16 input channels."""
+    pairs = math.gcd(group // 32, 2)
+    return group // 32 // pairs, pairs
 
 
 def tile(weight: QuantizedWeight) -> TiledWeight:
@@ -212,10 +212,11 @@ def tile(weight: QuantizedWeight) -> TiledWeight:
             f"multiples of {STRIP} and groups of 32, 64 and 128 can be tiled"
         )
     codes = jnp.concatenate(unsigned_halves(weight.packed), -2)
-    # group, q, chunk, step, pair of channels, channel of the pair, strip, g, output of the two
-    split = codes.reshape(groups, 4, *_steps(group), 2, 2, n // STRIP, 8, 2)
+    # group, chunk, pair of steps, q, step of the pair, pair of channels, channel of the pair, strip,
+    # g, output of the two
+    split = codes.reshape(groups, *_chunks(group), 4, 2, 2, 2, n // STRIP, 8, 2)
     pairs = split[..., 0] | (split[..., 1] << 4)
-    packed = pairs.transpose(0, 6, 2, 7, 1, 3, 5, 4).reshape(groups, n // STRIP, 8 * group)
+    packed = pairs.transpose(0, 7, 1, 8, 3, 2, 4, 6, 5).reshape(groups, n // STRIP, 8 * group)
     numbers = [weight.scale] + ([] if weight.minimum is None else [weight.minimum])
     both = jnp.stack([x.astype(jnp.bfloat16).reshape(groups, -1, 8, 2) for x in numbers], -2)
     tail = jax.lax.bitcast_convert_type(both, jnp.uint8).reshape(groups, n // STRIP, -1)
@@ -225,10 +226,10 @@ def tile(weight: QuantizedWeight) -> TiledWeight:
 def untile(weight: TiledWeight) -> QuantizedWeight:
     """The inverse of `tile`."""
     groups, group, n = weight.groups, weight.group_size, weight.outputs
-    chunks, steps = _steps(group)
+    chunks, steps = _chunks(group)
     packed, tail = jnp.split(weight.strips, [8 * group], -1)
-    pairs = packed.reshape(groups, n // STRIP, chunks, 8, 4, steps, 2, 2)
-    split = jnp.stack(unsigned_halves(pairs.transpose(0, 4, 2, 5, 7, 6, 1, 3)), -1)
+    pairs = packed.reshape(groups, n // STRIP, chunks, 8, 4, steps, 2, 2, 2)
+    split = jnp.stack(unsigned_halves(pairs.transpose(0, 2, 5, 4, 6, 8, 7, 1, 3)), -1)
     codes = split.reshape(groups, group, n)
     halves = codes[:, : group // 2] | (codes[:, group // 2 :] << 4)
     numbers = jax.lax.bitcast_convert_type(

@@ -216,9 +216,10 @@ class _Warp:
         for n in range(s.column_blocks):
             # Rows beyond the last repeat it; nobody reads their results.
             row = ptx.minimum(self.g + 8 * n, s.rows - 1)
-            channel = group * s.group_size + self.q * (s.group_size // 4)
+            channel = group * s.group_size + self.q * 8
             at = row * (2 * s.groups * s.group_size) + channel * 2
-            out += ptx.load_wide(self.x + at.to_i64(), 2 * self.steps)
+            for i in range(0, s.group_size, 32):
+                out += ptx.load(self.x + (at + 2 * i).to_i64(), 4)
         return out
 
     def add_group(self, words: Iterable[list[V]], x: list[V], sums: list[V]) -> list[V]:

@@ -41,7 +41,7 @@ def candidates(shape: Shape) -> Iterator[Config]:
     for column_blocks, shared, exchange in _layouts(shape):
         # 12 warps leave 168 registers a thread; two blocks of rows or a wide head need more.
         few = column_blocks > 1 or shape.head_dim > 128
-        token_warps_first = (4, 2, 1) if column_blocks > 2 else (2, 4, 1)
+        token_warps_first = (4, 2, 1) if exchange or column_blocks > 2 else (2, 4, 1)
         for warpgroups in (2, 3, 1) if shared else (2, 3, 4, 1) if few else (3, 2, 4, 1):
             for token_warps in (1,) if shape.view == "full" else token_warps_first:
                 if shape.view != "full" and shape.group_size % (32 * token_warps):

@@ -855,15 +855,17 @@ class _Tile:
         self,
         state: _State,
         tile: V,
-        first: V,
+        mine: V,
+        turn: int,
         operands: _Queries,
         team: _Exchange | None = None,
-        mine: V | None = None,
     ) -> None:
-        """Attend to 32 tokens from `first` on; with a `team`, this warp, number `mine` of it, sums
-        up its part of the channels over the tokens of all."""
+        """Attend to 32 tokens, number `turn` of the part of warp `mine`; with a `team`, this warp
+        sums up its part of the channels over the tokens of all."""
         s = self.plan.shape
         blocks = self.plan.config.column_blocks
+        turns = s.group_size // (32 * self.plan.config.token_warps)
+        first = (mine * turns + turn) * 32
         scores = self.scores(tile, first, operands)
         *_, scale_at, minimum_at = self.value_at
         scales: list[list[V]] = []
@@ -901,14 +903,15 @@ class _Tile:
             both = _largest("max.NaN.f16x2", "i32", words)
             return words, _largest("max.NaN.f32", "f32", ptx.unpack_f16(both))
 
+        if team is not None and turn:
+            team.sync()  # all have read what they left in the last turn
         found = _softmax(self.plan, state, scores, alpha, operands.bias, scales, use, team)
         if team is not None:
-            assert mine is not None
             here = tile + self.lane * 4 + mine * (256 * self.plan.channel_blocks)
             for warp in range(team.warps):
                 operand = [team.read(warp, n) for n in range(blocks)]
                 for m in range(self.plan.channel_blocks):
-                    at = here + (16 * s.head_dim * warp + 256 * m)
+                    at = here + (16 * s.head_dim * (turns * warp + turn) + 256 * m)
                     for step, a in enumerate(self.value_fragments(at)):
                         for n in range(blocks):
                             b = operand[n][2 * step : 2 * step + 2]
@@ -1141,10 +1144,8 @@ def _attention_body(plan: Plan):
                             scaled.read_bias()
                         else:
                             queries = _Queries(*tile.queries(data, kept or load_rows()))
-                        share = s.group_size // c.token_warps
-                        for j in range(0, share, 32):
-                            first = token_warp * share + j
-                            tile.accumulate(state, data, first, queries, exchange, token_warp)
+                        for turn in range(s.group_size // (32 * c.token_warps)):
+                            tile.accumulate(state, data, token_warp, turn, queries, exchange)
 
                     return step(carry, compute, rows)
 

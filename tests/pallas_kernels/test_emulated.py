@@ -29,6 +29,10 @@ def _emulated(monkeypatch):
         ("int4", 128, 128, 1, 2, attention.Config(1, 4, 1, 2), True),
         ("int8", 64, 32, 3, 5, attention.Config(1, 1, 2, 2), False),
         ("int8", 96, 64, 2, 8, attention.Config(1, 2, 1, 3), False),
+        ("int8", 64, 64, 3, 5, attention.Config(1, 1, 2, 2, True), False),
+        ("int8", 64, 128, 3, 5, attention.Config(1, 2, 2, 2, True, True), False),
+        ("int8", 128, 128, 3, 3, attention.Config(1, 4, 2, 2, True, True), False),
+        ("int4", 64, 64, 4, 5, attention.Config(1, 2, 2, 2, True, True), True),
         ("full", 64, 64, 1, 2, attention.Config(1, 1, 1, 3), False),
     ],
 )
