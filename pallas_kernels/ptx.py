@@ -275,6 +275,11 @@ def pack_bf16(low: V, high: V) -> V:
     return asm("cvt.rn.bf16x2.f32 $0, $1, $2;", ["i32"], [high, low])[0]
 
 
+def multiply_bf16(a: V, b: V) -> V:
+    """Products of the two bf16 of a word."""
+    return asm("mul.rn.bf16x2 $0, $1, $2;", ["i32"], [a, b])[0]
+
+
 # Lanes, warps, blocks ---------------------------------------------------------------------------
 
 

@@ -46,26 +46,29 @@ def _microseconds(shape: Shape, config: Config) -> float:
     plan, processors = Plan(shape, config), dispatch.multiprocessors()
     resident = _resident(shape, config)
     slots = processors * resident
-    if config.cluster > 1:  # of multiprocessors that are neighbours, at least 16 together
-        slots = processors // 16 * (16 * resident // config.cluster) * config.cluster
-    if not slots:
+    if config.cluster > 2:  # of multiprocessors that are neighbours: some are left over
+        slots = slots * 3 // 4
+    if not slots or config.cluster > 2 and plan.blocks > slots:
         return float("inf")
     share = -(-shape.groups // config.cluster)
     # Memory is dealt evenly to what runs; a multiprocessor with more to do than others is slower.
     even = sum(shape.outputs) / STRIP * shape.groups * shape.strip_bytes / RATE
     busiest = float(-(-plan.blocks // processors) * processors)
     busiest *= config.strips * share * shape.strip_bytes / RATE
-    # Each block reads the activations of its groups from L2, twice as fast.
-    activations = plan.blocks * shape.rows * share * shape.group_size * 2 / (2 * RATE)
+    # Each block reads the activations of its groups, from L2.
+    activations = plan.blocks * shape.rows * share * shape.group_size * 2 / (7 * RATE)
+    # Too little in flight, and memory waits; too much, and activations wait behind the weights.
     ahead = min(config.stages, -(-share // plan.warps)) * plan.warps * plan.stage_bytes
-    starved = max(0.0, 1 - ahead * min(plan.blocks, slots) / processors / 64e3)
+    ahead *= min(plan.blocks, slots) / processors
+    starved = max(0.0, 1 - ahead / 64e3)
+    flooded = min(1.0, max(0.0, ahead / 90e3 - 1) * 6)
     waves = -(-plan.blocks // slots)
-    edges = 0.5 * (waves - 1) + (0.7 + 0.05 * config.cluster) * (config.cluster > 1)
-    # A warp takes some 0.07 for a strip of a group; beside others' loads, but for its last piece.
+    edges = 0.5 * (waves - 1) + (0.9 + 0.05 * config.cluster) * (config.cluster > 1)
+    # A warp takes some 0.06 for a strip of a group; beside others' loads, but for its last piece.
     strips = -(-plan.blocks // processors) * config.strips * share
     together = min(12, plan.warps * -(-min(plan.blocks, slots) // processors))
-    products = 0.07 * (config.strips + 0.3 * strips / together)
-    memory = (even + busiest) / 2 + activations + 0.5 * starved * even
+    products = 0.06 * (config.strips + 0.3 * strips / together)
+    memory = (even + busiest) / 2 + activations + 0.5 * starved * even + flooded
     return memory + products + edges + 0.01 * plan.blocks * share / processors
 
 

@@ -55,8 +55,9 @@ from pallas_kernels.layout import STRIP, PackedWeight, TiledWeight, tile
 from pallas_kernels.ptx import V, f32, i32
 
 MAX_ROWS = 16
-ONES = 0x3F803F80  # two bf16 1.0
-MAGIC = 0x43004300  # two bf16 128.0: with a code in the low bits, 128 + code
+LARGE, SMALL = 0x5F805F80, 0x1F801F80  # two bf16 2⁶⁴, and 2⁻⁶⁴
+NEIGHBOURS = 8  # blocks
+UNIT = 2.0 ** (133 - 64)  # what a product with a code in the lowest bits and 2⁶⁴ x is short of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +165,11 @@ class _Ring:
         self.barriers = shared + warp * (8 * self.stages)
         self.data = shared + plan.barrier_bytes + warp * plan.warp_bytes
 
-    def start(self, source: V, step: V, num_bytes: V) -> None:
-        """Order the first pieces: `num_bytes` each, `step` bytes apart from `source` on."""
-        self.source, self.step, self.num_bytes = source, step, num_bytes
+    def start(self, source: V, group_bytes: V, num_bytes: V, group: Callable[[V], V]) -> None:
+        """Order the first pieces: `num_bytes` each, of the group of a turn, which lies so many
+        times `group_bytes` after `source`."""
+        self.source, self.group_bytes, self.num_bytes = source, group_bytes, num_bytes
+        self.group = group
 
         def prepare() -> None:
             for i in range(self.stages):
@@ -183,7 +186,7 @@ class _Ring:
         barrier = self.barriers + slot * 8
         ptx.barrier_expect(barrier, self.num_bytes)
         target = self.data + slot * self.plan.stage_bytes
-        source = self.source + turn.to_i64() * self.step
+        source = self.source + self.group(turn).to_i64() * self.group_bytes
         ptx.bulk_copy(target, source, self.num_bytes, barrier)
 
     def wait(self, turn: V) -> V:
@@ -225,18 +228,18 @@ class _Warp:
     def add_group(self, words: Iterable[list[V]], x: list[V], sums: list[V]) -> list[V]:
         """sums [strips][column blocks][4] += a group's products; words: `strip`'s of each."""
         blocks = self.plan.shape.column_blocks
+        x = [ptx.multiply_bf16(word, i32(LARGE)) for word in x]
         inputs = [x[2 * i : 2 * i + 2] for i in range(blocks * self.steps)]  # [blocks][steps]
         zeros = [f32(0.0)] * 4
         totals = [zeros] * blocks  # Σ x
         for n in range(blocks):
             for i in range(self.steps):
-                totals[n] = ptx.mma("bf16", [i32(ONES)] * 4, inputs[n * self.steps + i], totals[n])
+                totals[n] = ptx.mma("bf16", [i32(SMALL)] * 4, inputs[n * self.steps + i], totals[n])
         out: list[V] = []
         for t, strip in enumerate(words):
             products = [zeros] * blocks
             for i, word in enumerate(strip[: self.steps]):
-                shifted = [word, word >> 4, word >> 8, word >> 12]
-                a = [ptx.and_or(w, 0x000F000F, i32(MAGIC)) for w in shifted]
+                a = [w & mask for w in (word, word >> 8) for mask in (0x000F000F, 0x00F000F0)]
                 for n in range(blocks):
                     products[n] = ptx.mma("bf16", a, inputs[n * self.steps + i], products[n])
             scale, offset = _factors(strip[self.steps :])
@@ -278,9 +281,8 @@ def _factors(numbers: list[V]) -> tuple[list[V], list[V]]:
     numbers: a word of scales and, unless the weight is symmetric, one of minima.
     """
     scale, *rest = [[ptx.low_bf16(word), ptx.high_bf16(word)] for word in numbers]
-    if not rest:
-        return scale, [x * -136.0 for x in scale]
-    return scale, [ptx.fma(x, f32(-128.0), m) for x, m in zip(scale, rest[0], strict=True)]
+    minimum = rest[0] if rest else [x * -8.0 for x in scale]
+    return [scale[0] * UNIT, scale[1] * (UNIT / 16)], minimum
 
 
 def _chosen(plan: Plan, weights: Sequence[V], results: Sequence[V], block: V) -> list[V]:
@@ -308,20 +310,28 @@ def _body(plan: Plan, out_bytes: int) -> Callable[[Sequence[V], V], None]:
         weight, result, outputs, before = _chosen(plan, rest[:count], rest[count:], block)
         strips, first = outputs // STRIP, (block - before) * c.strips
 
-        end = (rank + 1) * s.groups // c.cluster
-        begin = rank * s.groups // c.cluster + warp
-        turns = ptx.ceil_div(ptx.at_least(end - begin, 0), plan.warps)
+        begin, end = (i * s.groups // c.cluster for i in (rank, rank + 1))
+        count = end - begin
+        turns = ptx.ceil_div(ptx.at_least(count - warp, 0), plan.warps)
+        # Blocks that are no neighbours begin at different groups: their activations would else be
+        # asked for by all at once.
+        first_group = block // NEIGHBOURS * count // -(-sum(plan.output_blocks) // NEIGHBOURS)
+
+        def group(turn: V) -> V:
+            at = first_group + warp + turn * plan.warps
+            at = ptx.select(at < count, at, at - count)
+            return begin + ptx.minimum(at, count - 1)
+
         work, ring = _Warp(plan, x, lane), _Ring(plan, shared, warp, lane, turns)
-        group_bytes = (strips * s.strip_bytes).to_i64()
-        source = weight + ptx.minimum(begin, s.groups - 1).to_i64() * group_bytes
         ring.start(
-            source + first.to_i64() * s.strip_bytes,
-            group_bytes * plan.warps,
+            weight + first.to_i64() * s.strip_bytes,
+            (strips * s.strip_bytes).to_i64(),
             ptx.minimum(strips - first, c.strips) * s.strip_bytes,
+            group,
         )
 
         def inputs_of(turn: V) -> list[V]:
-            return work.activations(ptx.minimum(begin + turn * plan.warps, s.groups - 1))
+            return work.activations(group(turn))
 
         def step(turn: V, carry: list[V]) -> list[V]:
             following = inputs_of(turn + 1)

@@ -377,6 +377,9 @@ REPLACEMENTS: dict[str, Any] = {
     "unpack_f16": lambda x: [Lanes(pieces(x, np.float16)[:, i], "f32") for i in range(2)],
     "pack_f16": packed(np.float16),
     "pack_bf16": packed(ml_dtypes.bfloat16),
+    "multiply_bf16": lambda a, b: word(
+        pieces(a, ml_dtypes.bfloat16) * pieces(b, ml_dtypes.bfloat16)
+    ),
     "special": special,
     "uniform": lambda x: Lanes(x.array[0], x.kind),
     "shuffle_xor_bits": lambda x, distance: Lanes(x.array[LANES ^ distance], x.kind),
