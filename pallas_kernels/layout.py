@@ -158,8 +158,8 @@ class TiledWeight(NamedTuple):
         numbers  [g] of 8: bf16 scale of outputs 2g and 2g + 1; unless symmetric, their minima
 
     Lane 4 g + q has in the word of step i the codes of outputs 2g and 2g + 1 and of 4 channels from
-    c = 32 (i // 2) + 8 q + 4 (i % 2) on, so that the four lanes of a g read activations in pieces of
-    64 bytes; a pair of channels is 16 bits apart, as one `and` leaves it in a word of two bf16:
+    c = 32 (i // 2) + 8 q + 4 (i % 2) on, so that the four lanes of a g read 64 bytes of activations
+    at once; a pair of channels is 16 bits apart, as one `and` leaves it in a word of two bf16:
 
         nibble   0         1            2         3            4         5            6, 7
         output   2g        2g + 1       2g        2g + 1       2g        2g + 1       2g, 2g + 1
@@ -212,7 +212,7 @@ def tile(weight: QuantizedWeight) -> TiledWeight:
             f"multiples of {STRIP} and groups of 32, 64 and 128 can be tiled"
         )
     codes = jnp.concatenate(unsigned_halves(weight.packed), -2)
-    # group, chunk, pair of steps, q, step of the pair, pair of channels, channel of the pair, strip,
+    # group, chunk, pair of steps, q, step of the two, pair of channels, channel of the two, strip,
     # g, output of the two
     split = codes.reshape(groups, *_chunks(group), 4, 2, 2, 2, n // STRIP, 8, 2)
     pairs = split[..., 0] | (split[..., 1] << 4)

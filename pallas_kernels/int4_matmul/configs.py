@@ -48,7 +48,7 @@ def _microseconds(shape: Shape, config: Config) -> float:
     slots = processors * resident
     if config.cluster > 2:  # of multiprocessors that are neighbours: some are left over
         slots = slots * 3 // 4
-    if not slots or config.cluster > 2 and plan.blocks > slots:
+    if not slots or (config.cluster > 2 and plan.blocks > slots):
         return float("inf")
     share = -(-shape.groups // config.cluster)
     # Memory is dealt evenly to what runs; a multiprocessor with more to do than others is slower.
