@@ -157,24 +157,35 @@ def append(layer: LayerCache, keys: jax.Array, values: jax.Array, start: jax.Arr
     rows, slots = keys.shape[2], layer.key_buffer.shape[2]
     half = slots if layer.keys is None else slots // 2
     slot = start % slots
-    # The last window of S slots inside the half that reaches `slot`; what precedes it is kept.
-    first = jnp.minimum(slot, (slot // half + 1) * half - rows)
-    skip = slot - first
-
-    def write(buffer: jax.Array, new: jax.Array) -> jax.Array:
-        for i in range(new.shape[0]):
-            at = (i, 0, first[i], 0)
-            old = jax.lax.dynamic_slice(buffer, at, (1, *new.shape[1:]))
-            moved = jnp.roll(new[i : i + 1].astype(buffer.dtype), skip[i], 2)
-            kept = jnp.arange(rows)[:, None] < skip[i]
-            buffer = jax.lax.dynamic_update_slice(buffer, jnp.where(kept, old, moved), at)
-        return buffer
-
+    write = _write_one if keys.shape[0] == 1 else _write_batch
     return dataclasses.replace(
         layer,
-        key_buffer=write(layer.key_buffer, keys),
-        value_buffer=write(layer.value_buffer, values),
+        key_buffer=write(layer.key_buffer, keys, slot, half),
+        value_buffer=write(layer.value_buffer, values, slot, half),
     )
+
+
+def _write_one(buffer: jax.Array, new: jax.Array, slot: jax.Array, half: int) -> jax.Array:
+    """Rows of one sequence, as a slice: the last window of S slots inside the half that reaches
+    `slot`, in which what precedes it is kept."""
+    rows = new.shape[2]
+    first = jnp.minimum(slot, (slot // half + 1) * half - rows)[0]
+    skip = slot[0] - first
+    at = (0, 0, first, 0)
+    old = jax.lax.dynamic_slice(buffer, at, new.shape)
+    moved = jnp.roll(new.astype(buffer.dtype), skip, 2)
+    kept = jnp.arange(rows)[:, None] < skip
+    return jax.lax.dynamic_update_slice(buffer, jnp.where(kept, old, moved), at)
+
+
+def _write_batch(buffer: jax.Array, new: jax.Array, slot: jax.Array, half: int) -> jax.Array:
+    """Rows of all sequences, in one scatter however many there are."""
+    b, _, rows, _ = new.shape
+    index = slot[:, None] + jnp.arange(rows)
+    inside = index // half == (slot // half)[:, None]
+    index = jnp.where(inside, index, buffer.shape[2])
+    at = buffer.at[jnp.arange(b)[:, None], :, index]
+    return at.set(new.swapaxes(1, 2).astype(buffer.dtype), mode="drop", unique_indices=True)
 
 
 def rollback(cache: HierarchicalKVCache, length: jax.Array) -> HierarchicalKVCache:
@@ -194,25 +205,31 @@ def flush(cache: HierarchicalKVCache, backend: str = "auto") -> HierarchicalKVCa
         return cache
     g = cache.group_size
     due, tile = flush_due(cache), cache.quantized_length // g
-    layers = tuple(_flush_layer(layer, due, tile, g, backend) for layer in cache.layers)
+    order = jnp.argsort(~due)  # those that are due come first
+
+    # A loop over them: as much work as there is to do, in as little code for any batch.
+    def one(n: jax.Array, layers: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
+        b = order[n]
+        return tuple(_flush_sequence(layer, b, tile[b], g, backend) for layer in layers)
+
+    layers = jax.lax.fori_loop(0, due.sum(), one, cache.layers)
     moved = cache.quantized_length + jnp.where(due, g, 0)
     return dataclasses.replace(cache, layers=layers, quantized_length=moved)
 
 
-def _flush_layer(
-    layer: LayerCache, due: jax.Array, tile: jax.Array, group_size: int, backend: str
+def _flush_sequence(
+    layer: LayerCache, b: jax.Array, tile: jax.Array, group_size: int, backend: str
 ) -> LayerCache:
-    slot = tile % 2 * group_size  # of F1, [B]
+    """F1 of sequence b as tile number `tile` of its planes."""
 
     def write(planes: Planes | None, buffer: jax.Array, quantize: Any) -> Planes:
         assert planes is not None
-        older = [
-            jax.lax.dynamic_slice_in_dim(buffer[i : i + 1], slot[i], group_size, 2)
-            for i in range(buffer.shape[0])
-        ]
-        new = quantize(jnp.concatenate(older), group_size, backend=backend)
+        _, k, _, d = buffer.shape
+        at = (b, 0, tile % 2 * group_size, 0)
+        older = jax.lax.dynamic_slice(buffer, at, (1, k, group_size, d))
+        new = quantize(older, group_size, backend=backend)
         return Planes(
-            *(_write_tile(*leaves, due, tile) for leaves in zip(planes, new, strict=True))
+            *(_write_tile(*leaves, b, tile) for leaves in zip(planes, new, strict=True))
         )
 
     return dataclasses.replace(
@@ -222,17 +239,14 @@ def _flush_layer(
     )
 
 
-def _write_tile(leaf: jax.Array, new: jax.Array, due: jax.Array, tile: jax.Array) -> jax.Array:
-    """Write `new` [B, K, 1, ...] as tile number `tile` [B] of each sequence that is due."""
+def _write_tile(leaf: jax.Array, new: jax.Array, b: jax.Array, tile: jax.Array) -> jax.Array:
+    """Write `new` [1, K, 1, ...] as tile number `tile` of sequence b."""
     if leaf.dtype == jnp.bfloat16:  # as integers: XLA's CPU backend would convert the whole array
         bits = jax.lax.bitcast_convert_type(leaf, jnp.uint16)
-        bits = _write_tile(bits, jax.lax.bitcast_convert_type(new, jnp.uint16), due, tile)
+        bits = _write_tile(bits, jax.lax.bitcast_convert_type(new, jnp.uint16), b, tile)
         return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
-    for i in range(leaf.shape[0]):
-        at: tuple[Any, ...] = (i, 0, tile[i], *[0] * (leaf.ndim - 3))
-        old = jax.lax.dynamic_slice(leaf, at, (1, *new.shape[1:]))
-        leaf = jax.lax.dynamic_update_slice(leaf, jnp.where(due[i], new[i : i + 1], old), at)
-    return leaf
+    at = (b, 0, tile, *[0] * (leaf.ndim - 3))
+    return jax.lax.dynamic_update_slice(leaf, new, at)
 
 
 def logical_axes(cache: HierarchicalKVCache) -> HierarchicalKVCache:
