@@ -228,9 +228,7 @@ def _flush_sequence(
         at = (b, 0, tile % 2 * group_size, 0)
         older = jax.lax.dynamic_slice(buffer, at, (1, k, group_size, d))
         new = quantize(older, group_size, backend=backend)
-        return Planes(
-            *(_write_tile(*leaves, b, tile) for leaves in zip(planes, new, strict=True))
-        )
+        return Planes(*(_write_tile(*leaves, b, tile) for leaves in zip(planes, new, strict=True)))
 
     return dataclasses.replace(
         layer,

@@ -14,6 +14,9 @@ from quantspec_jax.generate.verify import cache_pass
 from quantspec_jax.models.decoder import Params
 
 
+CHUNKS = (4, 2, 1)  # steps that follow each other without a look at how many there are to be
+
+
 class Proposals(NamedTuple):
     """tokens [B, γ] int32, and the distributions [B, γ, N] float32 they were drawn from; zeros
     beyond what a round drafted."""
@@ -61,5 +64,21 @@ def draft(
     nothing = Proposals(
         jnp.zeros(shape, jnp.int32), jnp.zeros((*shape, program.model.vocab_size), jnp.float32)
     )
-    layers, _, _, found = jax.lax.fori_loop(0, gamma, step, (layers, pending, seen, nothing))
-    return found, layers
+    carry = (layers, pending, seen, nothing)
+    if isinstance(gamma, int):
+        layers, _, _, found = jax.lax.fori_loop(0, gamma, step, carry)
+        return found, layers
+
+    # A GPU waits for the host before each turn of a loop whose length is not known.
+    done = jnp.zeros_like(gamma)
+    for size in CHUNKS:
+        times = (gamma - done) // size
+
+        def chunk(n, carry, done=done, size=size):
+            return jax.lax.fori_loop(
+                0, size, lambda i, carry: step(done + n * size + i, carry), carry
+            )
+
+        carry = jax.lax.fori_loop(0, times, chunk, carry)
+        done = done + times * size
+    return carry[3], carry[0]
