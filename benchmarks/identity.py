@@ -155,6 +155,11 @@ def main() -> int:
     rows = done["rows"]
     finished = {(r["gamma"], tuple(r["prompt_tokens"])) for r in rows}
     narrow = config(0, args.new_tokens, False, max_length)
+    given = {name: getattr(args, name) for name in ("gamma", "batch", "prompts")}
+    command = "python benchmarks/identity.py --model M --text A --text B --output FILE"
+    command += f" --dtype {args.dtype} --new-tokens {args.new_tokens}"
+    for name, values in given.items():
+        command += " ".join(map(str, (f" --{name}", *values)))
     alone: dict[int, list[int]] = {}
     for gamma in args.gamma:
         for batch in args.batch:
@@ -181,7 +186,6 @@ def main() -> int:
                     row[name] = list(ties)
                 rows.append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
-                command = "python benchmarks/identity.py --model M --text A --text B --output FILE"
                 name = Path(args.model).stem
                 record.write(args.output, command, rows, model=name, dtype=args.dtype)
     return 0 if all(row["identical"] for row in rows) else 1

@@ -17,27 +17,36 @@ pieces before anything else, and a further one when the warp is done with one. N
 for each other before all groups are multiplied.
 
 Outputs are the rows of m16n8k16 products, activations their 8 columns. A word of a strip is one
-lane's part of one product: a code in the low bits of bf16 128.0 is 128 + code, exactly, so that 3
-shifts and 4 logic operations convert 8 codes. The group's scale multiplies the group's sums, in
-float32; minima and the 128 go with Σ x, which is a product with ones.
+lane's part of one product: four bits at the end of a bf16 are code · 2⁻¹³³, exactly, a subnormal,
+and four bits further up 16 times that, so that one shift and four `and` convert 8 codes. Every
+other output is 16 times too large, which its scale makes good. Activations are taken 2⁶⁴ times, so
+that products are normal numbers of float32: below 2⁶⁴ they may have any size. The group's scale
+multiplies the group's sums, in float32; minima go with Σ x, which is a product with ones.
 
-Floor: the bytes over the read ceiling. Reached on an H200 that reads 4,657 GB/s by the
-configurations measured best, µs and per cent (the last row: while choosing them):
+Floor: the bytes over the read ceiling. Reached on an H200 that reads 4,601 GB/s, µs and per cent
+(the last row: while choosing its configuration):
 
     inputs → outputs              floor    one row       8 rows
-    4,096 → 2 × 11,008            10.3     14.0  73%     14.9  69%
-    4,096 → 2 × 14,336            13.4     17.2  78%     18.3  73%
-    11,008 → 4,096                 5.1      8.4  61%      9.7  53%
-    14,336 → 4,096                 6.7     10.0  67%     11.2  60%
-    4,096 → 3 × 4,096              5.7      9.1  63%      9.8  59%
-    4,096 → 4,096                  1.9      4.8  40%      5.4  35%
-    4,096 → 128,256               60.9     68.6  89%     73.3  83%
+    4,096 → 2 × 11,008            10.4     13.7  76%     14.1  74%
+    4,096 → 2 × 14,336            13.6     17.1  79%     17.9  76%
+    11,008 → 4,096                 5.2      7.7  67%      8.5  61%
+    14,336 → 4,096                 6.8      9.3  73%     10.2  67%
+    4,096 → 3 × 4,096              5.8      8.4  69%      9.3  62%
+    4,096 → 4,096                  1.9      4.5  43%      5.0  39%
+    4,096 → 128,256               61.8     67.7  89%     70.0  86%
 
-Some 3 µs are launch and first loads at any size; from 24 MB to 279 MB a further byte comes at 92%
-of the ceiling. With 8 rows and many inputs the activations are the bound: each of 128 blocks reads
-all that its groups need, 11 MB of them for 11,008 inputs, from L2. Blocks of more strips read fewer
-(5.6 MB for 8 strips and clusters of 4), and take longer: 12.3 µs with 70 KB in flight a
-multiprocessor, 15.2 with 139 KB; the pieces then arrive together, and computing starts late.
+What bounds it, on 11,008 → 4,096: bringing the weights into shared memory takes 7.2 µs by itself,
+0.7 of them an empty kernel. Products added 0.9 when 8 codes took 7 instructions, for all warps get
+their last pieces at about the same time; with 5 it is 0.3 less. Activations of 8 rows add 0.7: each
+of 128 blocks reads all of them, 22 MB together, from L2 (from L1 they would add 0.1). Two things
+count there: lanes that read whole sectors (`layout.TiledWeight`), worth 0.8, and blocks that begin
+at different groups, worth 0.5 to 0.8, since one place of L2 would else serve everyone at a time.
+
+Tried without gain: activations one turn earlier (+0.5 to 1), by the copy engine (+0.6) or by
+asynchronous copies (+0.5) into shared memory; more stages (+1: activations wait behind weights);
+strips of two blocks' worth with clusters of two, that share the groups and so read half of the
+activations (+0.6: leaving sums to each other takes longer); clusters of four, which do not all fit
+on the chip at once (+7); more sums, for shorter chains of products (±0).
 """
 
 from __future__ import annotations
@@ -55,9 +64,11 @@ from pallas_kernels.layout import STRIP, PackedWeight, TiledWeight, tile
 from pallas_kernels.ptx import V, f32, i32
 
 MAX_ROWS = 16
+NEIGHBOURS = 8  # blocks that begin at the same group
 LARGE, SMALL = 0x5F805F80, 0x1F801F80  # two bf16 2⁶⁴, and 2⁻⁶⁴
-NEIGHBOURS = 8  # blocks
-UNIT = 2.0 ** (133 - 64)  # what a product with a code in the lowest bits and 2⁶⁴ x is short of
+UNIT = 2.0 ** (
+    133 - 64
+)  # a product with 2⁶⁴ x and a code in the lowest bits is this much too small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +287,7 @@ class _Warp:
 
 
 def _factors(numbers: list[V]) -> tuple[list[V], list[V]]:
-    """What the sums of 128 + code and what those of x are multiplied with, of two outputs.
+    """What a group's products and its Σ x are multiplied with, of two outputs.
 
     numbers: a word of scales and, unless the weight is symmetric, one of minima.
     """

@@ -154,7 +154,7 @@ def append(layer: LayerCache, keys: jax.Array, values: jax.Array, start: jax.Arr
     Rows beyond the end of the half of the ring that `start` lies in do not count (no pass that
     counts crosses a flush boundary) and are dropped: their slots still hold F1.
     """
-    rows, slots = keys.shape[2], layer.key_buffer.shape[2]
+    slots = layer.key_buffer.shape[2]
     half = slots if layer.keys is None else slots // 2
     slot = start % slots
     write = _write_one if keys.shape[0] == 1 else _write_batch

@@ -13,8 +13,10 @@ from quantspec_jax.generate.state import Program
 from quantspec_jax.generate.verify import cache_pass
 from quantspec_jax.models.decoder import Params
 
-
-CHUNKS = (4, 2, 1)  # steps that follow each other without a look at how many there are to be
+# A GPU waits for the host before each turn of a loop whose length the program does not know:
+# 0.13 ms for a draft step of Llama-2-7B on an H200, and more where the loop is in a CUDA graph. So
+# an adaptive draft takes some steps in a turn.
+CHUNKS = (4, 2, 1)
 
 
 class Proposals(NamedTuple):
@@ -69,7 +71,6 @@ def draft(
         layers, _, _, found = jax.lax.fori_loop(0, gamma, step, carry)
         return found, layers
 
-    # A GPU waits for the host before each turn of a loop whose length is not known.
     done = jnp.zeros_like(gamma)
     for size in CHUNKS:
         times = (gamma - done) // size

@@ -22,6 +22,7 @@ from tiny import (
 
 from quantspec_jax.config import DraftConfig, GenerateConfig
 from quantspec_jax.draft import merge, quantize_params
+from quantspec_jax.generate.draft import draft
 from quantspec_jax.generate.loop import generate_tokens, one_round
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.verify import cache_pass
@@ -52,6 +53,26 @@ def test_adaptive_gamma_changes_no_greedy_token():
     assert new_tokens(speculative) == new_tokens(run(0, width=5))
     mean = np.asarray(speculative.proposed) / np.asarray(speculative.rounds)
     assert ((mean > 0.1) & (mean < 3.5)).all(), "it drafts, and not always all"
+
+
+def test_a_draft_of_unknown_length_is_that_of_its_length():
+    p = program(8)
+    _, _, draft_params = tiny_model()
+    sampling = sampling_arrays(GenerateConfig(temperature=0.8), len(LENGTHS))
+    state = start(p, prompts(LENGTHS), LENGTHS, NEW, sampling)
+
+    def proposals(gamma):
+        cache = state.cache
+        before = (cache.layers, state.pending, state.seen, cache.length, cache.quantized_length)
+        return draft(draft_params, p, *before, sampling, state.keys, gamma)[0]
+
+    longest, drafted = jax.jit(lambda: proposals(8))(), jax.jit(proposals)
+    for gamma in range(9):
+        found = drafted(jnp.int32(gamma))
+        np.testing.assert_array_equal(found.tokens[:, :gamma], longest.tokens[:, :gamma])
+        for a, b in zip(found, longest, strict=True):
+            np.testing.assert_allclose(a[:, :gamma], b[:, :gamma], rtol=1e-5)
+            assert not a[:, gamma:].any()
 
 
 def test_only_proposals_inside_the_half_of_the_buffer_count():
