@@ -58,8 +58,8 @@ def _microseconds(shape: Shape, config: Config) -> float:
     # Each block reads the activations of its groups, from L2.
     activations = plan.blocks * shape.rows * share * shape.group_size * 2 / (7 * RATE)
     # Too little in flight, and memory waits; too much, and activations wait behind the weights.
-    ahead = min(config.stages, -(-share // plan.warps)) * plan.warps * plan.stage_bytes
-    ahead *= min(plan.blocks, slots) / processors
+    block_bytes = min(config.stages, -(-share // plan.warps)) * plan.warps * plan.stage_bytes
+    ahead = block_bytes * min(plan.blocks, slots) / processors
     starved = max(0.0, 1 - ahead / 64e3)
     flooded = min(1.0, max(0.0, ahead / 90e3 - 1) * 6)
     waves = -(-plan.blocks // slots)

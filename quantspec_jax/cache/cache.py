@@ -243,7 +243,7 @@ def _write_tile(leaf: jax.Array, new: jax.Array, b: jax.Array, tile: jax.Array) 
         bits = jax.lax.bitcast_convert_type(leaf, jnp.uint16)
         bits = _write_tile(bits, jax.lax.bitcast_convert_type(new, jnp.uint16), b, tile)
         return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
-    at = (b, 0, tile, *[0] * (leaf.ndim - 3))
+    at: tuple[Any, ...] = (b, 0, tile, *[0] * (leaf.ndim - 3))
     return jax.lax.dynamic_update_slice(leaf, new, at)
 
 
