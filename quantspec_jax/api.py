@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from quantspec_jax.cache import cache_bytes, create
 from quantspec_jax.config import CacheConfig, GenerateConfig, require
 from quantspec_jax.cost import bytes_read
 from quantspec_jax.draft import draft_bytes
-from quantspec_jax.generate.adapt import MOST_DRAFTED
+from quantspec_jax.generate.adapt import MOST_DRAFTED, NEVER, Timing, measured_cost
 from quantspec_jax.generate.bucket import bucket
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.prefill import COMPILED, begin, end, layer, prefill
@@ -155,6 +155,13 @@ class _Memory:
         require_memory(self.what, self.parts, sum(self.parts.get(name, 0) for name in self.made))
 
 
+class _Trial(NamedTuple):
+    """A chunk of `rounds` that takes a draft step to cost so much."""
+
+    cost: float
+    rounds: int
+
+
 @dataclasses.dataclass
 class _Clock:
     """Seconds by part; compilation is in neither of the other two."""
@@ -192,6 +199,7 @@ class _Run:
         self._keys = sequence_keys(key, batch)
         self._memory = _Memory(model, self.program, batch)
         self._last: Any = None  # the program that was run last
+        self.draft_cost = self.program.draft_cost
 
     def chunks(self) -> Iterator[list[str]]:
         """Decode; yield the new text of each sequence after the prefill and after each chunk."""
@@ -222,13 +230,39 @@ class _Run:
             self.clock.prefill = spent - (self.clock.compile - compiled)
         self.cache_bytes = cache_bytes(state.cache, program.cache.max_length)
         yield self._look(state)
+        trials = self._trials()
         while not self.finished.all():
+            trial = next(trials, None)
             state = dataclasses.replace(state, finished=jnp.asarray(self.finished))
-            args = (model.params, draft_params, state, sampling, eos, rounds)
+            if self.draft_cost is not None:
+                cost = self.draft_cost if trial is None else trial.cost
+                state = dataclasses.replace(state, draft_cost=jnp.float32(cost))
+            some = rounds if trial is None else jnp.int32(trial.rounds)
+            args = (model.params, draft_params, state, sampling, eos, some)
             state = self._decode(*args, program=program)
             yield self._look(state)
         for stream in self.streams:
             stream.finish()
+
+    def _trials(self) -> Iterator[_Trial]:
+        """Chunks of a few rounds, with drafts and without, to measure what a draft step costs; none
+        where the cost is given, or tokens would depend on it."""
+        config = self.config
+        bytes_cost = self.program.draft_cost
+        if bytes_cost is None or config.draft_cost is not None or config.temperature > 0:
+            return
+        yield _Trial(bytes_cost, 1)  # what runs for the first time takes longer
+        timings = []
+        for cost in (bytes_cost, NEVER):
+            before = self._timing()
+            yield _Trial(cost, 3)
+            timings.append(Timing(*(b - a for a, b in zip(before, self._timing(), strict=True))))
+        self.draft_cost = measured_cost(*timings) or bytes_cost
+
+    def _timing(self) -> Timing:
+        """Of the decoding so far; a round drafts as many tokens as its longest sequence counts."""
+        rounds, drafted = (max(self.counters[name]) for name in ("rounds", "proposed"))
+        return Timing(rounds, drafted, self.clock.decode)
 
     def _bar(self) -> tqdm:
         """Progress of the prompt's blocks, on a terminal."""
@@ -311,7 +345,7 @@ class _Run:
         rounds, proposed, accepted = (self.counters[k][i] for k in self.counters)
         new = len(self.streams[i].tokens)
         later = max(new - 1, 0)  # the first token is the prefill's
-        adaptive = self.program.draft_cost is not None
+        adaptive, mean = self.program.draft_cost is not None, proposed / rounds if rounds else None
         return {
             "finish_reason": self._finish_reason(i),
             "mode": config.mode,
@@ -331,7 +365,7 @@ class _Run:
             "decode_tokens_per_second": later / clock.decode if clock.decode else None,
             "compile_seconds": clock.compile,
             "cache_bytes": {name: n // batch for name, n in self.cache_bytes.items()},
-            **({"mean_gamma": proposed / rounds if rounds else None} if adaptive else {}),
+            **({"mean_gamma": mean, "draft_cost": self.draft_cost} if adaptive else {}),
         }
 
 

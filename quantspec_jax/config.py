@@ -318,11 +318,12 @@ class GenerateConfig:
     `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 mean off. `kv` None: `int8` in mode
     quantspec (where nothing else is allowed), `full` in mode autoregressive. `gamma`: tokens
     drafted a round (mode quantspec alone); "auto": as many in each round, 0 to 7, as pay off at the
-    acceptance of late and at `draft_cost`, what a draft step costs over a verification (None: the
-    bytes that they read). `pass_width`: rows an autoregressive pass is padded to.
-    `max_length`: tokens the cache is allocated for; None: what the prompts and `max_new_tokens`
-    need, rounded up to a bucket. `rounds_per_chunk`: rounds decoded on the device between two looks
-    of the host (streaming, stop strings, interruption).
+    acceptance of late and at `draft_cost`, what a draft step costs over a verification. None: it is
+    measured in the first rounds where decoding is greedy, and else taken from the bytes that they
+    read, since sampled tokens, but not greedy ones, depend on how many were drafted. `pass_width`:
+    rows an autoregressive pass is padded to. `max_length`: tokens the cache is allocated for; None:
+    what the prompts and `max_new_tokens` need, rounded up to a bucket. `rounds_per_chunk`: rounds
+    decoded on the device between two looks of the host (streaming, stop strings, interruption).
     """
 
     max_new_tokens: int = 256

@@ -142,6 +142,7 @@ def random_state(
         proposed=each(0),
         accepted=each(0),
         evidence=jnp.zeros((batch, 2), jnp.float32),
+        draft_cost=jnp.float32(program.draft_cost or 0),
     )
 
 

@@ -55,24 +55,35 @@ class Module:
             elif " = " in line and line.startswith(" "):
                 current.append(Operation(_kind(line.split(" = ", 1)[1]), line))
 
-    def launches(self, name: str, turns: float) -> float:
-        """Launches of a computation; loops of an unknown number of turns take `turns`."""
+    def launches(self, name: str, steps: float) -> float:
+        """Launches of a computation. Its loops of an unknown number of turns take `steps` steps,
+        each of them as large a part; a turn may be several steps, a loop in the loop."""
         total = 0.0
-        for operation in self.computations[name]:
+        operations = self.computations[name]
+        unknown = [x for x in operations if x.kind == "while" and x.turns is None]
+        for operation in operations:
             if operation.kind in LAUNCHES:
                 total += 1
+            elif operation in unknown:
+                turns = steps / self.steps(operation) / len(unknown)
+                total += self.turn(operation, steps) * turns
             elif operation.kind == "while":
-                total += self.turn(operation, turns) * (operation.turns or turns)
+                total += self.turn(operation, steps) * (operation.turns or 0)
             elif operation.kind == "call":
-                total += self.launches(operation.called("to_apply"), turns)
+                total += self.launches(operation.called("to_apply"), steps)
             elif operation.kind == "conditional":
-                total += self.launches(operation.branch, turns)
+                total += self.launches(operation.branch, steps)
         return total
 
-    def turn(self, loop: Operation, turns: float) -> float:
+    def turn(self, loop: Operation, steps: float) -> float:
         """Launches of one turn of a loop."""
-        condition = self.launches(loop.called("condition"), turns) if loop.turns is None else 0
-        return self.launches(loop.called("body"), turns) + condition
+        condition = self.launches(loop.called("condition"), steps) if loop.turns is None else 0
+        return self.launches(loop.called("body"), steps) + condition
+
+    def steps(self, loop: Operation) -> int:
+        """Steps of a turn: those of the loop in its body, or 1."""
+        inside = [x.turns for x in self.computations[loop.called("body")] if x.kind == "while"]
+        return next((n for n in inside if n), 1)
 
     def open_loop(self, name: str) -> Operation | None:
         """The first loop of an unknown number of turns in a computation."""

@@ -16,11 +16,34 @@ sequences: sampled tokens are then not those that a sequence draws alone. Greedy
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 MOST_DRAFTED = 7  # a pass of 8 rows is one block of the kernels' products
 FADING = 0.98  # of evidence, a round
+
+
+NEVER = 1e6  # a cost at which nothing is drafted
+
+
+class Timing(NamedTuple):
+    """Rounds, the tokens drafted in them, and how long they took."""
+
+    rounds: int
+    drafted: int
+    seconds: float
+
+
+def measured_cost(drafting: Timing, plain: Timing) -> float | None:
+    """c from rounds with drafts and rounds without; None where nothing was drafted, or no time
+    passed."""
+    if not (drafting.drafted and plain.rounds and plain.seconds > 0):
+        return None
+    verification = plain.seconds / plain.rounds
+    step = (drafting.seconds - drafting.rounds * verification) / drafting.drafted
+    return min(max(step / verification, 0.02), 10.0)
 
 
 def acceptance(evidence: jax.Array, draft_cost: float | jax.Array) -> jax.Array:

@@ -90,7 +90,7 @@ def one_round(
     gamma: jax.Array | int = program.gamma
     if program.draft_cost is not None:
         useful = jnp.minimum(room, state.limit - state.count - 1)
-        gamma = choose_gamma(state.evidence, useful, active, program.draft_cost, program.gamma)
+        gamma = choose_gamma(state.evidence, useful, active, state.draft_cost, program.gamma)
 
     if program.gamma:
         proposals, layers = draft(

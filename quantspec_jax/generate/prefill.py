@@ -133,6 +133,7 @@ def end(
         proposed=zero,
         accepted=zero,
         evidence=jnp.zeros((b, 2), jnp.float32),
+        draft_cost=jnp.float32(program.draft_cost or 0),
     )
 
 

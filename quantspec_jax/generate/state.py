@@ -22,8 +22,9 @@ class Program:
       backend: which kernels run.
       simulated_acceptance: for measurements with random weights alone: accept each proposal with
         this probability, whatever it is. The text then means nothing.
-      draft_cost: a draft step's cost over a verification's. Each round then drafts as many tokens,
-        0 to `gamma`, as pay off at that cost (`quantspec_jax.generate.adapt`). None: `gamma`.
+      draft_cost: a draft step's cost over a verification's, to begin with. Each round then drafts
+        as many tokens, 0 to `gamma`, as pay off at the cost that the state holds
+        (`quantspec_jax.generate.adapt`). None: `gamma`.
     """
 
     model: ModelConfig
@@ -60,6 +61,7 @@ class Program:
         "proposed",
         "accepted",
         "evidence",
+        "draft_cost",
     ],
     meta_fields=[],
 )
@@ -79,6 +81,8 @@ class DecodeState:
     rounds    [B] int32, rounds in which the sequence took part
     proposed, accepted  [B] int32, drafted tokens that counted, and those of them that were accepted
     evidence  [B, 2] float32, accepted and tried proposals of late (`quantspec_jax.generate.adapt`)
+    draft_cost  [] float32, what a draft step costs over a verification, where γ is adaptive. It may
+              be set anew between two calls; greedy tokens do not depend on it
     """
 
     cache: HierarchicalKVCache
@@ -93,3 +97,4 @@ class DecodeState:
     proposed: jax.Array
     accepted: jax.Array
     evidence: jax.Array
+    draft_cost: jax.Array

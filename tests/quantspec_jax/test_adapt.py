@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from quantspec_jax.cost import tokens_a_round
-from quantspec_jax.generate.adapt import MOST_DRAFTED, choose_gamma, observe
+from quantspec_jax.generate.adapt import (
+    MOST_DRAFTED,
+    NEVER,
+    Timing,
+    choose_gamma,
+    measured_cost,
+    observe,
+)
 
 G = 128
 ALPHAS = np.array([0.1, 0.3, 0.5, 0.7, 0.85, 0.93, 0.98])
@@ -77,6 +84,21 @@ def test_gamma_is_what_pays_for_the_batch(evidence, room, active, cost, expected
     arrays = jnp.asarray(evidence, jnp.float32), jnp.asarray(room), jnp.asarray(active)
     gamma = int(choose_gamma(*arrays, cost))
     assert gamma == expected if expected is not None else gamma > 0
+
+
+def test_the_cost_of_a_draft_step_from_timed_rounds():
+    plain = Timing(4, 0, 4 * 0.020)
+    drafting = Timing(3, 12, 3 * 0.020 + 12 * 0.008)
+    assert measured_cost(drafting, plain) == pytest.approx(0.4)
+    assert measured_cost(Timing(3, 0, 0.06), plain) is None
+    assert measured_cost(drafting, Timing(0, 0, 0.0)) is None
+    assert 0 < measured_cost(Timing(3, 12, 0.05), plain) < 0.1, "noise: no cost below zero"
+
+
+@pytest.mark.parametrize("evidence", [[0, 0], [99, 100], [1, 100]])
+def test_nothing_is_drafted_at_the_cost_that_says_so(evidence):
+    arrays = jnp.asarray([evidence], jnp.float32), jnp.asarray([50]), jnp.ones(1, bool)
+    assert int(choose_gamma(*arrays, jnp.float32(NEVER))) == 0
 
 
 def test_evidence_counts_what_was_tried():

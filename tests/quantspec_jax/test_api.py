@@ -58,6 +58,25 @@ def test_adaptive_gamma_is_reported_and_changes_no_token(model):
     stats = out.stats[0]
     assert stats["gamma"] == "auto"
     assert stats["mean_gamma"] == stats["proposed"] / stats["rounds"] < 7
+    assert stats["draft_cost"] == 0.3
+
+
+def test_the_cost_of_a_draft_step_is_measured_where_tokens_do_not_depend_on_it(model, monkeypatch):
+    prompt, seen = [[5, 6, 7] * 20], []
+    monkeypatch.setattr("quantspec_jax.api.measured_cost", lambda *x: seen.append(x) or 0.77)
+    greedy = qs.generate(model, prompt, qs.GenerateConfig(**FAST, gamma="auto"))
+    fixed = qs.GenerateConfig(**FAST, mode="autoregressive", kv="int8", pass_width=8)
+    assert greedy.tokens == qs.generate(model, prompt, fixed).tokens
+    assert greedy.stats[0]["draft_cost"] == 0.77
+    ((drafting, plain),) = seen
+    assert (drafting.rounds, plain.rounds, plain.drafted) == (3, 3, 0)
+    assert 1 <= drafting.drafted <= 21
+    assert drafting.seconds > 0 < plain.seconds
+
+    config = qs.GenerateConfig(**FAST, gamma="auto", temperature=0.8)
+    sampled = qs.generate(model, prompt, config)
+    assert sampled.stats[0]["draft_cost"] == program_for(model, config, 60)[0].draft_cost
+    assert len(seen) == 1
 
 
 def test_the_modelled_cost_of_a_draft_step_is_what_it_reads(model):

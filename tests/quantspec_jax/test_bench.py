@@ -123,12 +123,18 @@ def test_best_gamma_is_predicted_from_what_was_measured():
     assert found["gamma_by_bytes"] == 1
 
 
-def launches_with(steps):
-    """Of a loop of rounds in a loop of flushes, each round so many steps and a bit more."""
+def launches_with(steps, drafted=0.0, chunks=()):
+    """Of a loop of rounds in a loop of flushes, each round so many steps and a bit more; `drafted`
+    of them in loops of unknown length, whose turns are `chunks` steps."""
+
+    def advance(n, x):
+        return jax.lax.fori_loop(0, n, lambda _, x: jnp.sin(x @ x), x)
 
     def one_round(carry):
         x, i = carry
-        x = jax.lax.fori_loop(0, steps, lambda _, x: jnp.sin(x @ x), x)
+        x = advance(steps, x)
+        for n in chunks:
+            x = jax.lax.fori_loop(0, i, lambda _, x, n=n: advance(n, x), x)
         return jnp.cos(x), i + 1
 
     def until_flush(carry):
@@ -138,7 +144,8 @@ def launches_with(steps):
     def loop(x, n):
         return jax.lax.while_loop(lambda c: c[1] < n, until_flush, (x, 0))
 
-    return launches_a_round(jax.jit(loop).lower(jnp.ones((32, 32)), 9).compile().as_text())
+    compiled = jax.jit(loop).lower(jnp.ones((32, 32)), 9).compile()
+    return launches_a_round(compiled.as_text(), drafted)
 
 
 def test_launches_are_counted_by_the_turns_of_loops():
@@ -146,6 +153,8 @@ def test_launches_are_counted_by_the_turns_of_loops():
     step = (many - few) / 5
     assert step == int(step) >= 1
     assert few > 4 * step
+    none, some = (launches_with(4, drafted, (4, 2)) for drafted in (0, 3))
+    assert step <= (some - none) / 3 < 2 * step
     assert launches_a_round(jax.jit(jnp.sin).lower(1.0).compile().as_text()) is None
 
 
