@@ -256,7 +256,7 @@ class _Run:
         for cost in (bytes_cost, NEVER):
             before = self._timing()
             yield _Trial(cost, 3)
-            timings.append(Timing(*(b - a for a, b in zip(before, self._timing(), strict=True))))
+            timings.append(self._timing().since(before))
         self.draft_cost = measured_cost(*timings) or bytes_cost
 
     def _timing(self) -> Timing:

@@ -35,6 +35,12 @@ class Timing(NamedTuple):
     drafted: int
     seconds: float
 
+    def since(self, before: Timing) -> Timing:
+        """What came after `before`."""
+        return Timing(
+            self.rounds - before.rounds, self.drafted - before.drafted, self.seconds - before.seconds
+        )
+
 
 def measured_cost(drafting: Timing, plain: Timing) -> float | None:
     """c from rounds with drafts and rounds without; None where nothing was drafted, or no time
