@@ -38,7 +38,9 @@ class Timing(NamedTuple):
     def since(self, before: Timing) -> Timing:
         """What came after `before`."""
         return Timing(
-            self.rounds - before.rounds, self.drafted - before.drafted, self.seconds - before.seconds
+            self.rounds - before.rounds,
+            self.drafted - before.drafted,
+            self.seconds - before.seconds,
         )
 
 
