@@ -183,7 +183,7 @@ def _write_batch(buffer: jax.Array, new: jax.Array, slot: jax.Array, half: int) 
     b, _, rows, _ = new.shape
     index = slot[:, None] + jnp.arange(rows)
     inside = index // half == (slot // half)[:, None]
-    index = jnp.where(inside, index, buffer.shape[2])
+    index = jnp.where(inside, index, buffer.shape[2] + jnp.arange(rows))  # else beyond: dropped
     at = buffer.at[jnp.arange(b)[:, None], :, index]
     return at.set(new.swapaxes(1, 2).astype(buffer.dtype), mode="drop", unique_indices=True)
 

@@ -23,8 +23,6 @@ import jax.numpy as jnp
 
 MOST_DRAFTED = 7  # a pass of 8 rows is one block of the kernels' products
 FADING = 0.98  # of evidence, a round
-
-
 NEVER = 1e6  # a cost at which nothing is drafted
 
 
