@@ -237,11 +237,6 @@ def merge_bits(a: V, b: V, mask: int) -> V:
     return asm(f"lop3.b32 $0, $1, $2, {mask:#x}, 0xE4;", ["i32"], [a, b])[0]
 
 
-def and_or(a: V, mask: int, other: V) -> V:
-    """(a & mask) | other, in one instruction."""
-    return asm(f"lop3.b32 $0, $1, {mask:#x}, $2, 0xEA;", ["i32"], [a, other])[0]
-
-
 def permute_bytes(a: V, b: V, selector: int) -> V:
     """Bytes of (a: 0–3, b: 4–7) named by the selector's nibbles."""
     return asm(f"prmt.b32 $0, $1, $2, {selector:#x};", ["i32"], [a, b])[0]

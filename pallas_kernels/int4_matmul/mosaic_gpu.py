@@ -66,9 +66,7 @@ from pallas_kernels.ptx import V, f32, i32
 MAX_ROWS = 16
 NEIGHBOURS = 8  # blocks that begin at the same group
 LARGE, SMALL = 0x5F805F80, 0x1F801F80  # two bf16 2⁶⁴, and 2⁻⁶⁴
-UNIT = 2.0 ** (
-    133 - 64
-)  # a product with 2⁶⁴ x and a code in the lowest bits is this much too small
+UNIT = 2.0**69  # what a product is short of: 2⁶⁴ x times a code in the lowest bits, code · 2⁻¹³³
 
 
 @dataclasses.dataclass(frozen=True)

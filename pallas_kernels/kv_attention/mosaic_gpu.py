@@ -53,10 +53,10 @@ Tried without gain: loops instead of unrolled tokens (48%), twice the tokens bet
 the reference (52%), one barrier less a tile (53%), 12 and 16 warps of one column block (44, 36%).
 
 Errors, ‖found − exact‖ / ‖exact‖ before rounding: up to 1.5e-3 on random caches; 1.0e-3 in the
-worst layer of SmolLM2 after 4,000 tokens (benchmarks/kernel_error.py).
-Queries times scales are float16, which weighs most where an attention sink has a score of 70.
-Products with what their rounding leaves would be exact, and take 1 to 13% more time; codes counted
-from their middle halve the error (`_Tile.queries`).
+worst layer of SmolLM2 after 4,000 tokens (benchmarks/kernel_error.py). Queries times scales are
+float16, which weighs most where an attention sink has a score of 70. Products with what their
+rounding leaves would be exact, and take 1 to 13% more time; codes counted from their middle halve
+the error (`_Tile.queries`).
 """
 
 from __future__ import annotations

@@ -372,7 +372,6 @@ REPLACEMENTS: dict[str, Any] = {
     "minimum": lambda a, b: Lanes(np.minimum(a.signed(), a.like(b).signed()), a.kind),
     "at_least": lambda a, b: Lanes(np.maximum(a.signed(), a.like(b).signed()), a.kind),
     "merge_bits": lambda a, b, mask: (a & mask) | (b & ~mask),
-    "and_or": lambda a, mask, other: (a & mask) | other,
     "permute_bytes": permute_bytes,
     "unpack_f16": lambda x: [Lanes(pieces(x, np.float16)[:, i], "f32") for i in range(2)],
     "pack_f16": packed(np.float16),
