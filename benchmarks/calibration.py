@@ -63,7 +63,7 @@ def main() -> int:
         "peak_device_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }
     print(json.dumps(row), file=sys.stderr)
-    command = f"python benchmarks/calibration.py --preset {args.preset} --output FILE"
+    command = record.command("python benchmarks/calibration.py --output FILE", args)
     record.write(args.output, command, [row], weights="random", dtype=args.dtype)
     return 0
 

@@ -141,7 +141,8 @@ def main() -> int:
             }
             rows.append(row)
             print(row, file=sys.stderr, flush=True)
-    command = "python benchmarks/cpu_decode.py --model M.gguf --text TEXT --output FILE"
+    start = "python benchmarks/cpu_decode.py --model M.gguf --text TEXT --output FILE"
+    command = record.command(start, args)
     record.write(args.output, command, rows, model=Path(args.model).stem, dtype="float32")
     return 0
 

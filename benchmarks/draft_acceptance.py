@@ -180,8 +180,9 @@ def main() -> int:
     texts = " ".join(f"--text {Path(text).name}" for text in args.text)
     record.write(
         args.output,
-        f"python benchmarks/draft_acceptance.py --model M {texts} --prompts {args.prompts} "
-        f"--prompt-tokens {args.prompt_tokens} --new-tokens {args.new_tokens} --output FILE",
+        record.command(
+            f"python benchmarks/draft_acceptance.py --model M {texts} --output FILE", args
+        ),
         rows,
         model=Path(args.model).stem,
         dtype=model.dtype,

@@ -142,7 +142,8 @@ def main() -> int:
             }
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
-            command = "python benchmarks/draft_weights.py --model M --text A --text B --output FILE"
+            start = "python benchmarks/draft_weights.py --model M --text A --text B --output FILE"
+            command = record.command(start, args)
             record.write(args.output, command, rows, model=Path(args.model).stem)
     return 0
 

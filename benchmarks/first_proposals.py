@@ -72,10 +72,8 @@ def main() -> int:
         prompt = model.tokenizer(text[: 10 * args.prompt_tokens])["input_ids"][: args.prompt_tokens]
         rows.append({"text": Path(path).name, **measure(model, prompt, args.new_tokens)})
         print(rows[-1], file=sys.stderr)
-    command = (
-        "python benchmarks/first_proposals.py --model M.gguf --text A.txt --text B.txt "
-        f"--prompt-tokens {args.prompt_tokens} --new-tokens {args.new_tokens} --output FILE"
-    )
+    start = "python benchmarks/first_proposals.py --model M --text A --text B --output FILE"
+    command = record.command(start, args)
     record.write(args.output, command, rows, model=Path(args.model).stem, dtype=model.dtype)
     return int(any(abs(row["acceptance_rate"] - row["evaluated"]) > 0.03 for row in rows))
 

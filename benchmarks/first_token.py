@@ -69,7 +69,8 @@ def main() -> int:
                 }
             )
             print(rows[-1], file=sys.stderr, flush=True)
-    command = "python benchmarks/first_token.py --model M --text TEXT --output FILE"
+    start = "python benchmarks/first_token.py --model M --text TEXT --output FILE"
+    command = record.command(start, args)
     record.write(args.output, command, rows, model=Path(args.model).stem, dtype=args.dtype)
     return 0
 

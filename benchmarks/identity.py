@@ -155,11 +155,8 @@ def main() -> int:
     rows = done["rows"]
     finished = {(r["gamma"], tuple(r["prompt_tokens"])) for r in rows}
     narrow = config(0, args.new_tokens, False, max_length)
-    given = {name: getattr(args, name) for name in ("gamma", "batch", "prompts")}
-    command = "python benchmarks/identity.py --model M --text A --text B --output FILE"
-    command += f" --dtype {args.dtype} --new-tokens {args.new_tokens}"
-    for name, values in given.items():
-        command += " ".join(map(str, (f" --{name}", *values)))
+    start = "python benchmarks/identity.py --model M --text A --text B --output FILE"
+    command = record.command(start, args)
     alone: dict[int, list[int]] = {}
     for gamma in args.gamma:
         for batch in args.batch:

@@ -96,7 +96,8 @@ def main() -> int:
         found = errors(model, ids, view, tokens)
         rows.append({"view": view, "query_tokens": tokens, "context": len(ids), **found})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    command = "python benchmarks/kernel_error.py --model M --text TEXT --output FILE"
+    start = "python benchmarks/kernel_error.py --model M --text TEXT --output FILE"
+    command = record.command(start, args)
     record.write(args.output, command, rows, model=Path(args.model).stem, text=args.text.stem)
     return 0
 

@@ -71,7 +71,8 @@ def main() -> int:
             }
         )
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    command = "python benchmarks/real_text.py --model M --text TEXT --output FILE"
+    start = "python benchmarks/real_text.py --model M --text TEXT --output FILE"
+    command = record.command(start, args)
     more = {"model": Path(args.model).stem, "text": args.text.stem, "dtype": args.dtype}
     record.write(args.output, command, rows, **more)
     return 0

@@ -439,7 +439,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             predictions.append(found)
             print(_prediction_line(found), file=sys.stderr, flush=True)
         if args.output:  # after each context, so that an interruption loses one at most
-            record.write(Path(args.output), record.command("decode", args), rows, **result)
+            record.write(
+                Path(args.output), record.command("quantspec bench decode", args), rows, **result
+            )
     if plot_path is not None:
         plot(rows, f"{args.preset}, batch {args.batch}, {record.device_name()}", plot_path)
     device = {"device": record.device_name(), "versions": record.versions()}

@@ -81,12 +81,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     measures = {"attention": _attention, "matmul": _matmul, "quantize": _quantize}
     rates = {f"{name}_ceiling_gb_per_second": rate for name, rate in ceilings.items()}
+    command = record.command("quantspec bench kernels", args)
     for name in args.kernel:
         for row in measures[name](ceilings, args):
             print(_line(row), file=sys.stderr, flush=True)
             rows.append(row)
             if args.output:
-                record.write(Path(args.output), record.command("kernels", args), rows, **rates)
+                record.write(Path(args.output), command, rows, **rates)
     device = {"device": record.device_name(), "versions": record.versions()}
     return {**device, **rates, "rows": rows}
 

@@ -127,7 +127,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         del params
     result = {"weights": "random", "dtype": args.dtype, "backend": backend}
     if args.output:
-        record.write(Path(args.output), record.command("prefill", args), rows, **result)
+        record.write(
+            Path(args.output), record.command("quantspec bench prefill", args), rows, **result
+        )
     device = {"device": record.device_name(), "versions": record.versions()}
     return {**result, **device, "rows": rows}
 

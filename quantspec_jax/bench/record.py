@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,22 @@ def device_name() -> str:
     return f"{model}, {cores} cores"
 
 
-NOT_SETTINGS = ("command", "bench", "run", "json", "debug", "output", "plot")
+NOT_SETTINGS = (
+    *("command", "bench", "run", "json", "debug"),
+    *("model", "text", "output", "plot", "cache", "keep"),  # files
+)
 
 
-def command(bench: str, args: Any) -> str:
-    """What to type to repeat a run of `quantspec bench`: all its options, the defaults too."""
-    parts = [f"quantspec bench {bench}"]
+def command(start: str, args: Any) -> str:
+    """What to type to repeat a run: `start`, which is the program and its files, and all other
+    options, the defaults too."""
+    parts = [start]
     for name, value in vars(args).items():
         if name in NOT_SETTINGS or value is None or value is False or value == []:
             continue
         option = "--" + name.replace("_", "-")
         values = [] if value is True else value if isinstance(value, list) else [value]
-        parts.append(" ".join(map(str, (option, *values))))
+        parts.append(shlex.join(map(str, (option, *values))))
     return " ".join(parts)
 
 

@@ -220,5 +220,5 @@ def test_the_recorded_command_gives_the_same_options():
     """An empty list is no option, and a zero is one."""
     for line in ("kernels --kernel attention", "decode --simulate-acceptance 0 --context 512"):
         given = make_parser(["bench"]).parse_args(["bench", *line.split()])
-        typed = record.command(given.bench, given).split()[1:]
+        typed = record.command(f"quantspec bench {given.bench}", given).split()[1:]
         assert make_parser(["bench"]).parse_args(typed) == given
