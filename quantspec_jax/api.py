@@ -155,11 +155,11 @@ class _Memory:
         require_memory(self.what, self.parts, sum(self.parts.get(name, 0) for name in self.made))
 
 
-class _Trial(NamedTuple):
-    """A chunk of `rounds` that takes a draft step to cost so much."""
+class _Chunk(NamedTuple):
+    """Rounds between two looks of the host, and what a draft step is taken to cost in them."""
 
-    cost: float
     rounds: int
+    draft_cost: float
 
 
 @dataclasses.dataclass
@@ -209,7 +209,6 @@ class _Run:
         eos = jnp.asarray(eos_array(self.eos))
         draft_params = model.draft_params if program.gamma else {}
         self._memory.made.add("draft")
-        rounds = jnp.int32(config.rounds_per_chunk)
 
         with self._bar() as bar:
             started, compiled = time.perf_counter(), self.clock.compile
@@ -230,34 +229,35 @@ class _Run:
             self.clock.prefill = spent - (self.clock.compile - compiled)
         self.cache_bytes = cache_bytes(state.cache, program.cache.max_length)
         yield self._look(state)
-        trials = self._trials()
+        schedule = self._schedule()
         while not self.finished.all():
-            trial = next(trials, None)
-            state = dataclasses.replace(state, finished=jnp.asarray(self.finished))
-            if self.draft_cost is not None:
-                cost = self.draft_cost if trial is None else trial.cost
-                state = dataclasses.replace(state, draft_cost=jnp.float32(cost))
-            some = rounds if trial is None else jnp.int32(trial.rounds)
-            args = (model.params, draft_params, state, sampling, eos, some)
+            chunk = next(schedule)
+            state = dataclasses.replace(
+                state,
+                finished=jnp.asarray(self.finished),
+                draft_cost=jnp.float32(chunk.draft_cost),
+            )
+            args = (model.params, draft_params, state, sampling, eos, jnp.int32(chunk.rounds))
             state = self._decode(*args, program=program)
             yield self._look(state)
         for stream in self.streams:
             stream.finish()
 
-    def _trials(self) -> Iterator[_Trial]:
-        """Chunks of a few rounds, with drafts and without, to measure what a draft step costs; none
-        where the cost is given, or tokens would depend on it."""
-        config = self.config
+    def _schedule(self) -> Iterator[_Chunk]:
+        """Chunks without end. Where γ is adaptive and no cost is given, the first ones are a few
+        rounds with drafts and a few without, to measure it; not where tokens would depend on it."""
+        config, rounds = self.config, self.config.rounds_per_chunk
         bytes_cost = self.program.draft_cost
-        if bytes_cost is None or config.draft_cost is not None or config.temperature > 0:
-            return
-        yield _Trial(bytes_cost, 1)  # what runs for the first time takes longer
-        timings = []
-        for cost in (bytes_cost, NEVER):
-            before = self._timing()
-            yield _Trial(cost, 3)
-            timings.append(self._timing().since(before))
-        self.draft_cost = measured_cost(*timings) or bytes_cost
+        if bytes_cost and config.draft_cost is None and config.temperature == 0:
+            yield _Chunk(1, bytes_cost)  # what runs for the first time takes longer
+            timings = []
+            for cost in (bytes_cost, NEVER):
+                before = self._timing()
+                yield _Chunk(min(3, rounds), cost)
+                timings.append(self._timing().since(before))
+            self.draft_cost = measured_cost(*timings) or bytes_cost
+        while True:
+            yield _Chunk(rounds, self.draft_cost or 0)
 
     def _timing(self) -> Timing:
         """Of the decoding so far; a round drafts as many tokens as its longest sequence counts."""
@@ -345,7 +345,10 @@ class _Run:
         rounds, proposed, accepted = (self.counters[k][i] for k in self.counters)
         new = len(self.streams[i].tokens)
         later = max(new - 1, 0)  # the first token is the prefill's
-        adaptive, mean = self.program.draft_cost is not None, proposed / rounds if rounds else None
+        adaptive = {
+            "mean_gamma": proposed / rounds if rounds else None,
+            "draft_cost": self.draft_cost,
+        }
         return {
             "finish_reason": self._finish_reason(i),
             "mode": config.mode,
@@ -365,7 +368,7 @@ class _Run:
             "decode_tokens_per_second": later / clock.decode if clock.decode else None,
             "compile_seconds": clock.compile,
             "cache_bytes": {name: n // batch for name, n in self.cache_bytes.items()},
-            **({"mean_gamma": mean, "draft_cost": self.draft_cost} if adaptive else {}),
+            **(adaptive if self.program.draft_cost is not None else {}),
         }
 
 
