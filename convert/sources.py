@@ -11,18 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jax.typing import DTypeLike
+
 from convert import hub, stored
 from convert.gguf_config import parse_gguf_config
 from convert.gguf_file import GgufFile, read_gguf
 from convert.hf_config import parse_hf_config
 from convert.safetensors_file import read_safetensors
-from convert.tensors import StoredTensor
+from convert.tensors import FLOATS, StoredTensor
 from convert.weights import Parameter, gguf_parameters, hf_parameters, load_parameters
 from quantspec_jax.config import DraftConfig, ModelConfig, require
+from quantspec_jax.dtypes import BFLOAT16, FLOAT32, STORED, float_type
 from quantspec_jax.models.parameters import parameter_count
 from quantspec_jax.text.tokenizer import gguf_tokenizer, pretrained_tokenizer, saved_tokenizer
 
-_HF_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_SUFFIXES = (
     ".gguf",
@@ -64,13 +67,13 @@ class Checkpoint(ABC):
 
     @property
     @abstractmethod
-    def source_dtype(self) -> str:
-        """The float type that `convert` keeps: "float32", "bfloat16" or "float16"."""
+    def source_dtype(self) -> np.dtype:
+        """The float type that `convert` keeps."""
 
     @property
     def storage(self) -> str:
         """How the weights are stored, for people: the source's own types."""
-        return self.source_dtype
+        return self.source_dtype.name
 
     @functools.cached_property
     def tokenizer(self) -> Any | None:
@@ -84,9 +87,14 @@ class Checkpoint(ABC):
     def check(self) -> None:
         """Raises ValueError where the tensors do not fit the configuration, by their headers."""
 
-    @abstractmethod
-    def load(self, dtype: str, *, device: Any = None, progress: bool = False) -> dict[str, Any]:
+    def load(
+        self, dtype: DTypeLike, *, device: Any = None, progress: bool = False
+    ) -> dict[str, Any]:
         """The parameters in `dtype`: the nested tree of `parameter_shapes`, jax arrays."""
+        return self._load(float_type(dtype, allowed=STORED), device, progress)
+
+    @abstractmethod
+    def _load(self, dtype: np.dtype, device: Any, progress: bool) -> dict[str, Any]: ...
 
     def load_draft(self) -> tuple[DraftConfig, dict[str, Any]] | None:
         """The stored draft: its configuration and, in the same tree, its quantized kernels."""
@@ -107,7 +115,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         values = read_json(directory / "config.json")
         generation = directory / "generation_config.json"
         stated: Any = values.get("dtype") or values.get("torch_dtype")
-        self._stated_dtype: str = stated if stated in _HF_DTYPES.values() else "float32"
+        self._stated_dtype = next((d for d in STORED if stated == d.name), FLOAT32)
         super().__init__(
             source,
             parse_hf_config(
@@ -118,13 +126,13 @@ class HuggingFaceCheckpoint(Checkpoint):
         )
 
     @property
-    def source_dtype(self) -> str:
+    def source_dtype(self) -> np.dtype:
         """The type of most elements; the stated one while the weights are not downloaded."""
         if self._fetch and not _weight_files_exist(self.directory):
             return self._stated_dtype
-        elements: collections.Counter[str] = collections.Counter()
+        elements: collections.Counter[np.dtype] = collections.Counter()
         for parameter in self._parameters:
-            elements[_HF_DTYPES[parameter.tensor.kind]] += parameter.spec.size
+            elements[FLOATS[parameter.tensor.kind]] += parameter.spec.size
         return elements.most_common(1)[0][0]
 
     @functools.cached_property
@@ -135,7 +143,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     def check(self) -> None:
         _ = self._parameters
 
-    def load(self, dtype: str, *, device: Any = None, progress: bool = False) -> dict[str, Any]:
+    def _load(self, dtype: np.dtype, device: Any, progress: bool) -> dict[str, Any]:
         return load_parameters(self._parameters, dtype, device=device, progress=progress)
 
     def _load_tokenizer(self) -> Any | None:
@@ -152,8 +160,8 @@ class GgufCheckpoint(Checkpoint):
         super().__init__(source, parse_gguf_config(self._file))
 
     @property
-    def source_dtype(self) -> str:
-        return "bfloat16"
+    def source_dtype(self) -> np.dtype:
+        return BFLOAT16
 
     @property
     def storage(self) -> str:
@@ -170,7 +178,7 @@ class GgufCheckpoint(Checkpoint):
     def check(self) -> None:
         _ = self._parameters
 
-    def load(self, dtype: str, *, device: Any = None, progress: bool = False) -> dict[str, Any]:
+    def _load(self, dtype: np.dtype, device: Any, progress: bool) -> dict[str, Any]:
         return load_parameters(self._parameters, dtype, device=device, progress=progress)
 
     def _load_tokenizer(self) -> Any | None:
@@ -192,13 +200,13 @@ class ConvertedCheckpoint(Checkpoint):
         return self._header.draft
 
     @property
-    def source_dtype(self) -> str:
+    def source_dtype(self) -> np.dtype:
         return self._header.dtype
 
     def check(self) -> None:
         stored.check_weights(self.directory, self._header)
 
-    def load(self, dtype: str, *, device: Any = None, progress: bool = False) -> dict[str, Any]:
+    def _load(self, dtype: np.dtype, device: Any, progress: bool) -> dict[str, Any]:
         return stored.load_weights(self.directory, self.config, dtype, device)
 
     def load_draft(self) -> tuple[DraftConfig, dict[str, Any]] | None:

@@ -25,11 +25,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from convert.weights import DTYPES
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
 from quantspec_jax.config import DraftConfig, ModelConfig, require
 from quantspec_jax.draft import quantize_params
+from quantspec_jax.dtypes import STORED, float_type
 from quantspec_jax.models.parameters import flatten, nest, parameter_shapes
 
 FORMAT = "quantspec"
@@ -45,7 +46,7 @@ class Header:
     is not a quantized kernel, by path."""
 
     config: ModelConfig
-    dtype: str
+    dtype: np.dtype
     draft: DraftConfig | None = None
     draft_arrays: Mapping[str, tuple[tuple[int, ...], str]] = dataclasses.field(
         default_factory=dict
@@ -60,7 +61,7 @@ class Header:
             "layout_version": LAYOUT_VERSION,
             "model_type": self.config.family,
             "transformers_version": importlib.metadata.version("transformers"),
-            "dtype": self.dtype,
+            "dtype": self.dtype.name,
             "draft": self.draft.to_dict() if self.draft else None,
             "draft_arrays": dict(self.draft_arrays),
             "model": self.config.to_dict(),
@@ -80,7 +81,6 @@ def parse_header(values: dict[str, Any], where: Path) -> Header:
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is damaged: {type(error).__name__} {error}") from error
-    require(dtype in DTYPES, f"dtype in {where}", dtype, ", ".join(DTYPES))
     if draft is not None:
         version = values.get("layout_version")
         require(
@@ -89,7 +89,7 @@ def parse_header(values: dict[str, Any], where: Path) -> Header:
             version,
             f"{LAYOUT_VERSION} (the stored draft has another packing: convert the source again)",
         )
-    return Header(config, dtype, draft, arrays)
+    return Header(config, float_type(dtype, f"dtype in {where}", STORED), draft, arrays)
 
 
 def save_tree(directory: Path, tree: dict[str, Any]) -> None:
@@ -196,16 +196,15 @@ def check_weights(directory: Path, header: Header) -> None:
 
 
 def load_weights(
-    directory: Path, config: ModelConfig, dtype: str, device: jax.Device | None
+    directory: Path, config: ModelConfig, dtype: np.dtype, device: jax.Device | None
 ) -> dict[str, Any]:
     """The parameters in `dtype`."""
-    require(dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
     return _restore_tree(directory / "weights", _on(device, _weight_shapes(config, dtype)))
 
 
-def _weight_shapes(config: ModelConfig, dtype: str) -> dict[str, Any]:
+def _weight_shapes(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     shapes = parameter_shapes(config)
-    return nest({path: jax.ShapeDtypeStruct(s.shape, DTYPES[dtype]) for path, s in shapes.items()})
+    return nest({path: jax.ShapeDtypeStruct(s.shape, dtype) for path, s in shapes.items()})
 
 
 def _on(device: jax.Device | None, shapes: dict[str, Any]) -> dict[str, Any]:

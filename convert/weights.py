@@ -10,19 +10,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
-import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
 from convert.tensors import FLOATS, QUANTIZED, StoredTensor
-from quantspec_jax.config import ModelConfig, require
+from quantspec_jax.config import ModelConfig
+from quantspec_jax.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from quantspec_jax.models.parameters import Spec, nest, parameter_shapes
-
-DTYPES: dict[str, np.dtype] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
 
 # Elements decoded at a time. Decoding a block of quantized rows takes a few float32 copies of it;
 # transposing is fastest on few rows.
@@ -178,7 +172,7 @@ def _listed(items: list[str], most: int = 5, separator: str = ", ") -> str:
 
 def load_parameters(
     parameters: Iterable[Parameter],
-    dtype: str,
+    dtype: np.dtype,
     *,
     device: jax.Device | None = None,
     progress: bool = False,
@@ -187,7 +181,6 @@ def load_parameters(
 
     On the host there is never more than one tensor that is not yet part of the result.
     """
-    require(dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
     parameters = list(parameters)
     device = device or jax.devices()[0]
     flat = {}
@@ -202,7 +195,7 @@ def load_parameters(
         )
         stack.enter_context(bar)
         for parameter in parameters:
-            array = read_parameter(parameter, files[parameter.tensor.file], DTYPES[dtype])
+            array = read_parameter(parameter, files[parameter.tensor.file], dtype)
             # On the CPU the array takes over the aligned buffer; elsewhere wait until it is copied.
             flat[parameter.path] = jax.device_put(array, device)
             if device.platform != "cpu":
@@ -265,9 +258,9 @@ def _cast(chunk: np.ndarray, dtype: np.dtype, tensor: StoredTensor) -> np.ndarra
 def _all_finite(values: np.ndarray) -> bool:
     """Whether no exponent is all ones: integer work, several times faster than isfinite in bf16."""
     unsigned, exponent = {
-        np.dtype(np.float32): (np.uint32, 0x7F800000),
-        np.dtype(np.float16): (np.uint16, 0x7C00),
-        np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
+        FLOAT32: (np.uint32, 0x7F800000),
+        FLOAT16: (np.uint16, 0x7C00),
+        BFLOAT16: (np.uint16, 0x7F80),
     }[values.dtype]
     bits = np.ascontiguousarray(values).view(unsigned) & unsigned(exponent)
     return bits.size == 0 or int(bits.max()) < exponent

@@ -14,19 +14,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.typing import DTypeLike
 
 from convert import drafts, stored
 from convert.drafts import DraftSource
 from convert.sources import Checkpoint, HuggingFaceCheckpoint, open_source, read_json
-from convert.weights import DTYPES
-from quantspec_jax.config import DraftConfig, require
+from quantspec_jax.config import DraftConfig
+from quantspec_jax.dtypes import STORED, float_type
 
 
 def convert(
     source: str | Path,
     out_dir: str | Path,
     *,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     overwrite: bool = False,
     draft: DraftConfig | None = None,
     draft_text: str | None = None,
@@ -54,18 +56,18 @@ def convert(
     """
     out = Path(out_dir).expanduser()
     _check_target(out, overwrite)
-    require(dtype is None or dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
+    kept = None if dtype is None else float_type(dtype, allowed=STORED)
     drafts.check_arguments(draft, draft_text, draft_from)
     checkpoint = open_source(source)
     finished = out.parent / f".{out.name}.calibration"
     own = drafts.prepare(checkpoint, draft, draft_text, draft_from, finished)
     with _keep_finished_layers(finished, progress), _partial_directory(out) as partial:
         checkpoint.check()
-        dtype = dtype or checkpoint.source_dtype
-        _check_space(partial, checkpoint, dtype, own)
+        stored_dtype = checkpoint.source_dtype if kept is None else kept
+        _check_space(partial, checkpoint, stored_dtype, own)
         with _disk_errors(out):
             _write_tokenizer(checkpoint, partial)
-            _write_weights(checkpoint, partial, dtype, own, progress)
+            _write_weights(checkpoint, partial, stored_dtype, own, progress)
             _move_into_place(partial, out)
     return out
 
@@ -159,9 +161,9 @@ def _no_space(out: Path, detail: str) -> OSError:
 
 
 def _check_space(
-    partial: Path, checkpoint: Checkpoint, dtype: str, draft: DraftSource | None
+    partial: Path, checkpoint: Checkpoint, dtype: np.dtype, draft: DraftSource | None
 ) -> None:
-    needed = checkpoint.parameter_count * DTYPES[dtype].itemsize
+    needed = checkpoint.parameter_count * dtype.itemsize
     if draft is not None:
         needed += draft.num_bytes
     free = shutil.disk_usage(partial).free
@@ -181,7 +183,11 @@ def _write_tokenizer(checkpoint: Checkpoint, partial: Path) -> None:
 
 
 def _write_weights(
-    checkpoint: Checkpoint, partial: Path, dtype: str, draft: DraftSource | None, progress: bool
+    checkpoint: Checkpoint,
+    partial: Path,
+    dtype: np.dtype,
+    draft: DraftSource | None,
+    progress: bool,
 ) -> None:
     cpu = jax.local_devices(backend="cpu")[0]
     params = checkpoint.load(dtype, device=cpu, progress=progress)

@@ -105,7 +105,7 @@ def program_for(
 
 def _draft_cost(model: Model, context: int, group_size: int, batch: int) -> float:
     """Bytes that a draft step reads over those of a verification; rounded, as part of a program."""
-    itemsize = jnp.dtype(model.dtype).itemsize
+    itemsize = model.dtype.itemsize
     costs = bytes_read(
         model.config, model.draft, context, batch=batch, itemsize=itemsize, group_size=group_size
     )
@@ -286,7 +286,7 @@ class _Run:
         results = 0
         if stage is begin:  # hidden states lie on the device until the end
             hidden = 2 * self._padded.size * self.model.config.hidden_size
-            results = hidden * jnp.dtype(self.model.dtype).itemsize
+            results = hidden * self.model.dtype.itemsize
         elif stage is end:
             self._memory.made.add("cache")
         out = self._ready(COMPILED[stage], *args, results=results, **static)(*args)
@@ -355,7 +355,7 @@ class _Run:
             "kv": config.target_view,
             "gamma": config.gamma if self.program.gamma else None,
             "backend": self.backend,
-            "dtype": self.model.dtype,
+            "dtype": self.model.dtype.name,
             "prompt_tokens": len(self.prompts[i]),
             "new_tokens": new,
             "rounds": rounds,

@@ -430,7 +430,7 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     drafting = f", draft: {model.draft.describe()}" if config.mode == "quantspec" else ""
     _notice(
         f"backend {backend_in_use(config.backend)} on {jax.devices()[0].device_kind}, "
-        f"{model.dtype}{drafting}"
+        f"{model.dtype.name}{drafting}"
     )
     streaming = len(prompts) == 1 and not args.json
     out = qs.generate(
@@ -606,7 +606,7 @@ def run_sweep(args: argparse.Namespace, model: Model, tokens: Sequence[int]) -> 
         "text": Path(args.text).name,
         "context": args.context,
         "skip_characters": args.skip_characters,
-        "dtype": model.dtype,
+        "dtype": model.dtype.name,
         "predicted_for": args.preset or name,
     }
     result = {**settings, **found, "rows": rows}

@@ -6,6 +6,10 @@ import dataclasses
 import fnmatch
 from typing import Any, Literal
 
+import numpy as np
+
+from quantspec_jax.dtypes import FLOAT32, float_type
+
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 View = Literal["full", "int8", "int4"]
 Mode = Literal["quantspec", "autoregressive"]
@@ -150,7 +154,7 @@ class CacheConfig:
     group_size: int = 128
     view: View = "int8"
     pass_width: int = 5
-    dtype: str = "float32"
+    dtype: np.dtype = FLOAT32
 
     def __post_init__(self) -> None:
         require(
@@ -166,6 +170,7 @@ class CacheConfig:
             "a multiple of 8",
         )
         require(self.view in VIEWS, "view", self.view, ", ".join(VIEWS))
+        object.__setattr__(self, "dtype", float_type(self.dtype))
         require(
             _is_int(self.pass_width) and 1 <= self.pass_width <= self.group_size,
             "pass_width",

@@ -54,7 +54,7 @@ def run(new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
     compilation_cache.enable()
     model = qs.load(str(path))
     prompt = chat_ids(prompt_text(), model.tokenizer)
-    _say(f"{path.stem} on {jax.devices()[0].device_kind}, {model.dtype}")
+    _say(f"{path.stem} on {jax.devices()[0].device_kind}, {model.dtype.name}")
     _say(f"Prompt: a page of text and a question, {len(prompt):,} tokens")
     _say(f"> {QUESTION}")
     _say("Compiling; the second run finds the programs on disk")

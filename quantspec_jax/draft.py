@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import dispatch
 from pallas_kernels.int4_matmul.reference import dequantize
 from pallas_kernels.layout import QuantizedWeight, can_tile, pack, tile
 from quantspec_jax.config import DraftConfig, ModelConfig, WeightFormat, require
+from quantspec_jax.dtypes import BFLOAT16
 from quantspec_jax.models.parameters import LINEAR_LAYERS, linear_layers, nest, parameter_shapes
 
 
@@ -102,10 +104,19 @@ def _lm_head_format(config: DraftConfig) -> WeightFormat:
     return WeightFormat(4, config.group_size, config.symmetric)
 
 
-def arrange(own: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """The draft's own entries as the default device's kernels read them: 4-bit weights tiled where
-    the product's kernel takes them with activations of type `dtype`, all else as it is."""
-    if dispatch.device() is None or dtype != jnp.bfloat16:
+def draft_tree(params: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The draft's whole tree, ready for the default device: `own` where it has an entry, arranged
+    as the device's kernels read it, else the target's array itself.
+
+    The one way from the draft's own entries to what a draft step takes.
+    """
+    return merge(params, _arranged(own, params["embedding"].dtype))
+
+
+def _arranged(own: dict[str, Any], activations: np.dtype) -> dict[str, Any]:
+    """4-bit weights tiled where the product's kernel takes them with such activations, all else as
+    it is."""
+    if dispatch.device() is None or activations != BFLOAT16:
         return own
 
     def tiled(leaf: Any) -> Any:

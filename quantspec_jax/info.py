@@ -12,10 +12,10 @@ import jax
 from quantspec_jax.cache import cache_bytes, create
 from quantspec_jax.config import CacheConfig, DraftConfig, ModelConfig
 from quantspec_jax.draft import bits_per_weight, draft_bytes, layer_formats
+from quantspec_jax.dtypes import BFLOAT16
 
 CONTEXTS = (2048, 8192, 32768, 131072)
-CACHE_DTYPE = "bfloat16"  # of the tokens in full precision
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CACHE_DTYPE = BFLOAT16  # of the tokens in full precision
 
 
 def info(source: str) -> dict[str, Any]:
@@ -31,15 +31,15 @@ def info(source: str) -> dict[str, Any]:
         "architecture": config.to_dict(),
         "context_limit": config.max_context,
         "stored_as": checkpoint.storage,
-        "dtype": checkpoint.source_dtype,
+        "dtype": checkpoint.source_dtype.name,
         "parameters": checkpoint.parameter_count,
-        "parameter_bytes": checkpoint.parameter_count * BYTES[checkpoint.source_dtype],
+        "parameter_bytes": checkpoint.parameter_count * checkpoint.source_dtype.itemsize,
         "draft": draft.describe(),
         "draft_stored": stored is not None,
         "draft_bytes": draft_bytes(config, draft),
         "draft_bits_per_weight": bits_per_weight(config, draft),
         "draft_formats": formats(config, draft),
-        "cache_dtype": CACHE_DTYPE,
+        "cache_dtype": CACHE_DTYPE.name,
         "cache": [cache_sizes(config, context) for context in contexts(config)],
     }
 

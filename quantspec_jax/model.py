@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from quantspec_jax import compilation_cache
 from quantspec_jax.config import DraftConfig, ModelConfig, require
-from quantspec_jax.draft import arrange, layer_formats, merge, quantize_params
+from quantspec_jax.draft import draft_tree, layer_formats, quantize_params
+from quantspec_jax.dtypes import BFLOAT16, FLOAT32, float_type
 from quantspec_jax.models.attention import causal_attention
 from quantspec_jax.models.decoder import Params, check_params, forward, unembed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DTYPES = ("float32", "bfloat16")
 
 
 class Model:
@@ -49,8 +49,7 @@ class Model:
         self.draft = draft or DraftConfig()
         if draft_entries is None:
             _check_made_at_load(config, self.draft)
-        self.dtype = str(params["embedding"].dtype)
-        require(self.dtype in DTYPES, "params dtype", self.dtype, ", ".join(DTYPES))
+        self.dtype = float_type(params["embedding"].dtype, "params dtype")
         self._draft_entries = draft_entries
 
     @functools.cached_property
@@ -60,7 +59,7 @@ class Model:
         if entries is None:
             entries = quantize_params(self.params, self.draft)
         self._draft_entries = None  # may be held in another arrangement from now on
-        return merge(self.params, arrange(entries, self.dtype))
+        return draft_tree(self.params, entries)
 
     @property
     def has_draft_arrays(self) -> bool:
@@ -103,9 +102,9 @@ def full_logits(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.A
     return unembed(params, hidden)
 
 
-def default_dtype() -> str:
+def default_dtype() -> np.dtype:
     """float32 on the CPU, bfloat16 on an accelerator."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return FLOAT32 if jax.default_backend() == "cpu" else BFLOAT16
 
 
 def _check_made_at_load(config: ModelConfig, draft: DraftConfig) -> None:
@@ -123,7 +122,9 @@ def _check_made_at_load(config: ModelConfig, draft: DraftConfig) -> None:
 
 
 def load(
-    source: str, dtype: str | None = None, draft: DraftConfig | str | Path | None = None
+    source: str,
+    dtype: DTypeLike | None = None,
+    draft: DraftConfig | str | Path | None = None,
 ) -> Model:
     """Load a model.
 
@@ -140,8 +141,7 @@ def load(
     Raises:
       ValueError: the source or an argument is wrong; says which.
     """
-    dtype = dtype or default_dtype()
-    require(dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
+    dtype = default_dtype() if dtype is None else float_type(dtype)
     compilation_cache.enable()
     import convert  # the one import against the direction of the packages, with the CLI's
 

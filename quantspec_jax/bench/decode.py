@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.layout import PackedWeight
 from pallas_kernels.timing import traced
@@ -41,12 +42,14 @@ from quantspec_jax.config import (
     require,
 )
 from quantspec_jax.cost import Costs, bytes_read, cache_read_bytes, weight_bytes
-from quantspec_jax.draft import arrange, draft_bytes, merge, quantize_params
+from quantspec_jax.draft import draft_bytes
+from quantspec_jax.dtypes import float_type
 from quantspec_jax.generate.adapt import MOST_DRAFTED
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.sampling import Sampling, sampling_arrays
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
+from quantspec_jax.model import Model
 from quantspec_jax.models.decoder import Params
 from quantspec_jax.models.parameters import nest, parameter_count, parameter_shapes
 from quantspec_jax.models.presets import PRESETS
@@ -81,7 +84,7 @@ def gamma(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def random_params(config: ModelConfig, dtype: str) -> Params:
+def random_params(config: ModelConfig, dtype: np.dtype) -> Params:
     """Random weights, made on the device a tensor at a time."""
 
     @functools.partial(jax.jit, static_argnames="shape")
@@ -182,16 +185,28 @@ def cases(modes: list[str], gammas: list[int | str]) -> list[Case]:
 class Setting:
     """What all measurements of a run share."""
 
-    model: ModelConfig
-    params: Params
-    draft: Params
-    config: DraftConfig
+    loaded: Model
     args: Any
+
+    @property
+    def model(self) -> ModelConfig:
+        """The shapes."""
+        return self.loaded.config
+
+    @property
+    def params(self) -> Params:
+        """The target's weights."""
+        return self.loaded.params
+
+    @property
+    def draft(self) -> Params:
+        """The draft's, as `generate` gets them."""
+        return self.loaded.draft_params
 
     @property
     def itemsize(self) -> int:
         """Bytes of a number in full precision."""
-        return jnp.dtype(self.args.dtype).itemsize
+        return self.loaded.dtype.itemsize
 
     def program(self, case: Case, context: int, draft_cost: float) -> Program:
         """The case's program, with room for all rounds."""
@@ -200,7 +215,7 @@ class Setting:
         length = context + 2 * GROUP_SIZE + rounds * (case.gamma + 1)
         return Program(
             self.model,
-            CacheConfig(length, GROUP_SIZE, case.view, case.width, args.dtype),
+            CacheConfig(length, GROUP_SIZE, case.view, case.width, self.loaded.dtype),
             case.gamma,
             args.backend,
             args.simulate_acceptance if case.gamma else None,
@@ -210,7 +225,7 @@ class Setting:
     def costs(self, context: int) -> Costs:
         """Bytes that the passes read."""
         return bytes_read(
-            self.model, self.config, context, batch=self.args.batch, itemsize=self.itemsize
+            self.model, self.loaded.draft, context, batch=self.args.batch, itemsize=self.itemsize
         )
 
     def fewest_bytes(self, case: Case, context: int, drafted: float) -> float:
@@ -412,19 +427,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         symmetric=args.draft_symmetric,
         lm_head_bits=args.draft_lm_head_bits,
     )
-    weights = parameter_count(model) * jnp.dtype(args.dtype).itemsize
+    dtype = float_type(args.dtype)
+    weights = parameter_count(model) * dtype.itemsize
     require_memory(args.preset, {"weights": weights, "draft": draft_bytes(model, config)})
     ceiling = read_ceiling()
-    params = random_params(model, args.dtype)
-    draft = merge(params, arrange(quantize_params(params, config), jnp.dtype(args.dtype)))
-    setting = Setting(model, params, draft, config, args)
+    loaded = Model(model, random_params(model, dtype), draft=config)
+    setting = Setting(loaded, args)
     rows: list[dict[str, Any]] = []
     predictions: list[dict[str, Any]] = []
     result = {
         "preset": args.preset,
         "weights": "random",
         "draft": config.describe(),
-        "draft_bytes": _own_bytes(draft),
+        "draft_bytes": _own_bytes(setting.draft),
         "dtype": args.dtype,
         "backend": backend,
         "simulated_acceptance": alpha,

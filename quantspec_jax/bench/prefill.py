@@ -16,12 +16,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from quantspec_jax.api import backend_in_use
 from quantspec_jax.bench import record
 from quantspec_jax.bench.decode import GROUP_SIZE, random_params
 from quantspec_jax.config import BACKENDS, CacheConfig, GenerateConfig, ModelConfig, require
 from quantspec_jax.cost import linear_weights
+from quantspec_jax.dtypes import float_type
 from quantspec_jax.generate.prefill import COMPILED, prefill
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.state import Program
@@ -47,8 +49,8 @@ def measure(
     preset: str, model: ModelConfig, params: Params, context: int, args: Any
 ) -> dict[str, Any]:
     """Milliseconds and memory of one prompt of `context` tokens in each of the batch."""
-    batch = args.batch
-    cache = CacheConfig(min(context + 2 * GROUP_SIZE, model.max_context), dtype=args.dtype)
+    batch, dtype = args.batch, params["embedding"].dtype
+    cache = CacheConfig(min(context + 2 * GROUP_SIZE, model.max_context), dtype=dtype)
     program = Program(model, cache, 4, args.backend)
     call = (
         params,
@@ -63,7 +65,7 @@ def measure(
     shapes = jax.eval_shape(run_prefill, *call)
     weights, state = tree_bytes(params), tree_bytes(shapes)
     what = f"a prompt of {context} tokens, batch {batch},"
-    hidden = 2 * batch * context * model.hidden_size * jnp.dtype(args.dtype).itemsize
+    hidden = 2 * batch * context * model.hidden_size * dtype.itemsize
     parts = {"weights": weights, "cache": state, "temporaries": hidden}
     require_memory(what, parts, weights)
     compiled: dict[Any, Any] = {}
@@ -88,7 +90,7 @@ def measure(
         "milliseconds": 1e3 * median,
         "tokens_per_second": batch * context / median,
         "tflop_per_second": batch * _operations(model, context) / median / 1e12,
-        "attention": attention_in_use(model, args),
+        "attention": attention_in_use(model, dtype, args.backend),
         "state_bytes": state,
         "temporary_bytes": parts["temporaries"],
         "peak_bytes": sum(parts.values()),
@@ -102,9 +104,9 @@ def _operations(model: ModelConfig, context: int) -> float:
     return products + 2 * model.num_layers * model.num_heads * model.head_dim * context**2
 
 
-def attention_in_use(model: ModelConfig, args: Any) -> str:
+def attention_in_use(model: ModelConfig, dtype: np.dtype, backend: str) -> str:
     """What the prompt's attention runs in."""
-    return "cudnn" if uses_cudnn(jnp.dtype(args.dtype), model.head_dim, args.backend) else "xla"
+    return "cudnn" if uses_cudnn(dtype, model.head_dim, backend) else "xla"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -114,13 +116,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     require(min(args.context) >= 1, "--context", args.context, "integers ≥ 1")
     longest = min(PRESETS[preset].max_context for preset in args.preset)
     require(max(args.context) <= longest, "--context", max(args.context), f"at most {longest}")
-    backend = backend_in_use(args.backend)
+    backend, dtype = backend_in_use(args.backend), float_type(args.dtype)
     rows = []
     for preset in args.preset:
         model = PRESETS[preset]
-        size = parameter_count(model) * jnp.dtype(args.dtype).itemsize
+        size = parameter_count(model) * dtype.itemsize
         require_memory(preset, {"weights": size})
-        params = random_params(model, args.dtype)
+        params = random_params(model, dtype)
         for context in args.context:
             rows.append(measure(preset, model, params, context, args))
             print(_line(rows[-1]), file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from quantspec_jax.config import Backend, DraftConfig, ModelConfig, require
 from quantspec_jax.cost import bytes_read
-from quantspec_jax.draft import bits_per_weight, draft_bytes, merge, quantize_params
+from quantspec_jax.draft import bits_per_weight, draft_bytes
 from quantspec_jax.evaluate.measures import accepted, read_tokens
 from quantspec_jax.evaluate.walk import Overlap, compare_drafts
 from quantspec_jax.model import Model
@@ -108,7 +108,7 @@ def _prepare(
             require(rounded, "draft method", draft.method, "rtn, or a Model with its own draft")
             if draft in configs:
                 continue
-            config, tree = draft, merge(model.params, quantize_params(model.params, draft))
+            config, tree = draft, Model(model.config, model.params, draft=draft).draft_params
         configs.append(config)
         trees.append(tree)
     return configs, trees

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import dispatch
+from quantspec_jax.dtypes import BFLOAT16
 from quantspec_jax.models.decoder import precision
 
 QUERY_BLOCK = 256
@@ -26,10 +28,10 @@ def prompt_attention(
     return causal_attention(q, k, v, sm_scale)
 
 
-def uses_cudnn(dtype: jax.typing.DTypeLike, head_dim: int, backend: str = "auto") -> bool:
+def uses_cudnn(dtype: np.dtype, head_dim: int, backend: str = "auto") -> bool:
     """Whether `prompt_attention` runs in cuDNN: bfloat16 on a CUDA device, unless `backend` names
     XLA."""
-    fits = dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
+    fits = dtype == BFLOAT16 and head_dim <= 128 and head_dim % 8 == 0
     return fits and backend != "xla" and dispatch.device() is not None
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pallas_kernels.add_rms_norm.api import add_rms_norm
@@ -24,6 +25,7 @@ from pallas_kernels.add_rms_norm.reference import rms_norm
 from pallas_kernels.int4_matmul.api import int4_matmuls
 from pallas_kernels.layout import PackedWeight
 from quantspec_jax.config import ModelConfig
+from quantspec_jax.dtypes import FLOAT32
 from quantspec_jax.models.parameters import Spec, flatten, nest, parameter_shapes
 from quantspec_jax.models.rope import rope_frequencies, rope_tables, rotate
 
@@ -87,9 +89,9 @@ def check_params(config: ModelConfig, params: Params) -> None:
             raise ValueError(f"params[{path}] has shape {given[path].shape}; allowed: {spec.shape}")
 
 
-def precision(dtype: Any) -> jax.lax.Precision | None:
+def precision(dtype: np.dtype) -> jax.lax.Precision | None:
     """float32 models multiply in float32 on every backend (a GPU's default is TF32)."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return jax.lax.Precision.HIGHEST if dtype == FLOAT32 else None
 
 
 def linear(x: jax.Array, weights: Params, backend: str) -> jax.Array:

@@ -16,7 +16,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PROGRAM = """
 import sys, convert
 checkpoint = convert.open_source("owner/tiny-model")
-print(checkpoint.kind, checkpoint.config.family, checkpoint.source_dtype)
+print(checkpoint.kind, checkpoint.config.family, checkpoint.source_dtype.name)
 print(len(checkpoint.load("float32")))
 """
 

@@ -103,7 +103,7 @@ def test_gguf_types_dequantize_as_the_gguf_package_does(kind, tools, tmp_path):
     }
     opened = convert.open_source(path)
     assert opened.storage.split(", ")[0] == kind
-    assert opened.source_dtype == "bfloat16"
+    assert opened.source_dtype.name == "bfloat16"
     tree = flatten(opened.load("float32"))
     rounded = flatten(opened.load("bfloat16"))
     names = {"embedding": "token_embd", "layers.1.q.kernel": "blk.1.attn_q",
@@ -139,7 +139,7 @@ def test_safetensors_types_are_kept_or_rounded_once(dtype, tools, tmp_path):
     stored = {name: w.astype(numpy_dtype) for name, w in weights.items()}
     save_file(stored, tmp_path / "model.safetensors")
     opened = convert.open_source(tmp_path)
-    assert opened.source_dtype == dtype
+    assert opened.source_dtype.name == dtype
     assert_same(opened.load(dtype), expected_parameters(stored))
     widened = {name: w.astype(np.float32) for name, w in stored.items()}
     assert_same(opened.load("float32"), expected_parameters(widened))

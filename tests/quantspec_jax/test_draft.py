@@ -13,15 +13,16 @@ from pallas_kernels.int4_matmul.reference import dequantize
 from pallas_kernels.layout import QuantizedWeight, TiledWeight, untile
 from quantspec_jax.config import DraftConfig, ModelConfig, WeightFormat
 from quantspec_jax.draft import (
-    arrange,
     bits_per_weight,
     draft_bytes,
+    draft_tree,
     layer_formats,
     merge,
     quantize_linear,
     quantize_params,
 )
 from quantspec_jax.models.decoder import init_params, linear, unembed
+from quantspec_jax.models.parameters import LINEAR_LAYERS
 
 CONFIGS = (
     DraftConfig(group_size=16),
@@ -68,10 +69,16 @@ def test_weights_are_tiled_where_the_kernel_runs(monkeypatch):
     """For bf16 activations on a device that has the kernel, and weights that it takes."""
     _, params, _ = tiny_model()
     own = quantize_params(params, DraftConfig(group_size=32, formats=FORMAT_NOT_TILED))
-    assert arrange(own, jnp.bfloat16) is own
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+
+    def kinds(params):
+        layers = draft_tree(params, own)["layers"].values()
+        return {type(block[name]["kernel"]) for block in layers for name in LINEAR_LAYERS}
+
+    assert kinds(narrow) == {QuantizedWeight}
     monkeypatch.setattr(dispatch, "device", object)
-    assert arrange(own, jnp.float32) is own
-    found = arrange(own, jnp.bfloat16)["layers"]
+    assert kinds(params) == {QuantizedWeight}
+    found = draft_tree(narrow, own)["layers"]
     before = own["layers"]["0"]["down"]["kernel"]
     assert isinstance(found["0"]["down"]["kernel"], TiledWeight)
     np.testing.assert_array_equal(untile(found["0"]["down"]["kernel"]).packed, before.packed)

@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels import dispatch
 from quantspec_jax.bench.decode import random_state
 from quantspec_jax.config import CacheConfig, DraftConfig, GenerateConfig, ModelConfig
-from quantspec_jax.draft import arrange, merge, quantize_params
+from quantspec_jax.draft import draft_tree, quantize_params
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.state import Program
@@ -37,9 +37,7 @@ def lowered(model: ModelConfig, gamma: int, view: str, draft: DraftConfig) -> st
     program = Program(model, cache, gamma)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.bfloat16))
     own = (
-        jax.eval_shape(lambda p: merge(p, arrange(quantize_params(p, draft), jnp.bfloat16)), params)
-        if gamma
-        else {}
+        jax.eval_shape(lambda p: draft_tree(p, quantize_params(p, draft)), params) if gamma else {}
     )
     state = jax.eval_shape(lambda: random_state(program, 1, 1024, 128, 99))
     sampling = sampling_arrays(GenerateConfig(), 1)
