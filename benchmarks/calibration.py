@@ -20,10 +20,10 @@ import jax
 
 from quantspec_jax.bench import record
 from quantspec_jax.bench.decode import random_params
-from quantspec_jax.calibrate import blocks, calibrate
-from quantspec_jax.calibrate.resume import Finished
-from quantspec_jax.config import DraftConfig
 from quantspec_jax.models.presets import PRESETS
+from quantspec_jax.weights.calibrate import blocks, calibrate
+from quantspec_jax.weights.calibrate.resume import Finished
+from quantspec_jax.weights.formats import DraftConfig
 
 
 def main() -> int:

@@ -29,7 +29,7 @@ import numpy as np
 import quantspec_jax as qs
 from quantspec_jax.api import program_for, sequence_keys
 from quantspec_jax.bench import record
-from quantspec_jax.evaluate.walk import Overlap, compare
+from quantspec_jax.evaluate.teacher_forced import Overlap, compare
 from quantspec_jax.generate.sampling import sampling_arrays
 
 SKIP = 20_000  # characters

@@ -25,11 +25,11 @@ import numpy as np
 
 import quantspec_jax as qs
 from quantspec_jax.bench import record
-from quantspec_jax.calibrate import calibrate, calibration_tokens
-from quantspec_jax.draft import bits_per_weight
 from quantspec_jax.evaluate.measures import accepted
-from quantspec_jax.evaluate.walk import compare
+from quantspec_jax.evaluate.teacher_forced import compare
 from quantspec_jax.models import decoder
+from quantspec_jax.weights.calibrate import calibrate, calibration_tokens
+from quantspec_jax.weights.sizes import bits_per_weight
 
 SKIP = 20_000  # characters
 METHODS: dict[str, dict[str, Any]] = {

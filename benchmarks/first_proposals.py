@@ -19,7 +19,7 @@ import numpy as np
 import quantspec_jax as qs
 from quantspec_jax.bench import record
 from quantspec_jax.evaluate import acceptance
-from quantspec_jax.evaluate.walk import compare
+from quantspec_jax.evaluate.teacher_forced import compare
 
 SKIP = 20_000  # characters
 

@@ -1,6 +1,6 @@
 """Checkpoints: Hugging Face directories, GGUF files and hub ids in, Orbax out."""
 
-from convert.imported import open_draft
+from convert.drafts.open import open_draft
 from convert.sources import Checkpoint, open_source
 from convert.write import convert
 

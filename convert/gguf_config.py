@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.gguf_file import GgufFile
-from convert.tensors import StoredTensor
-from quantspec_jax.config import Family, ModelConfig, RopeConfig, require
+from convert.files.gguf import GgufFile
+from convert.files.tensors import StoredTensor
+from quantspec_jax.checks import require
+from quantspec_jax.models.config import Family, ModelConfig, RopeConfig
 
 # llama.cpp stores Mistral under the architecture "llama": the computation is the same.
 ARCHITECTURES: dict[str, Family] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantspec_jax.config import FAMILIES, ROPE_TYPES, ModelConfig, RopeConfig, require
+from quantspec_jax.checks import require
+from quantspec_jax.models.config import FAMILIES, ROPE_TYPES, ModelConfig, RopeConfig
 
 # Bookkeeping, training, and generation defaults that older versions wrote beside the model's own
 # keys: none of them changes a logit.

@@ -14,17 +14,19 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
-from convert import hub, stored
+from convert.files import converted, hub
+from convert.files.gguf import GgufFile, read_gguf
+from convert.files.safetensors import read_safetensors
+from convert.files.tensors import FLOATS, StoredTensor
 from convert.gguf_config import parse_gguf_config
-from convert.gguf_file import GgufFile, read_gguf
 from convert.hf_config import parse_hf_config
-from convert.safetensors_file import read_safetensors
-from convert.tensors import FLOATS, StoredTensor
 from convert.weights import Parameter, gguf_parameters, hf_parameters, load_parameters
-from quantspec_jax.config import DraftConfig, ModelConfig, require
+from quantspec_jax.checks import require
 from quantspec_jax.dtypes import BFLOAT16, FLOAT32, STORED, float_type
+from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import parameter_count
 from quantspec_jax.text.tokenizer import gguf_tokenizer, pretrained_tokenizer, saved_tokenizer
+from quantspec_jax.weights.formats import DraftConfig
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_SUFFIXES = (
@@ -192,7 +194,7 @@ class ConvertedCheckpoint(Checkpoint):
 
     def __init__(self, source: str, directory: Path, values: dict[str, Any]):
         self.directory = directory
-        self._header = stored.parse_header(values, directory / "config.json")
+        self._header = converted.parse_header(values, directory / "config.json")
         super().__init__(source, self._header.config)
 
     @property
@@ -204,15 +206,15 @@ class ConvertedCheckpoint(Checkpoint):
         return self._header.dtype
 
     def check(self) -> None:
-        stored.check_weights(self.directory, self._header)
+        converted.check_weights(self.directory, self._header)
 
     def _load(self, dtype: np.dtype, device: Any, progress: bool) -> dict[str, Any]:
-        return stored.load_weights(self.directory, self.config, dtype, device)
+        return converted.load_weights(self.directory, self.config, dtype, device)
 
     def load_draft(self) -> tuple[DraftConfig, dict[str, Any]] | None:
         if self._header.draft is None:
             return None
-        return self._header.draft, stored.load_draft(self.directory, self._header)
+        return self._header.draft, converted.load_draft(self.directory, self._header)
 
     def _load_tokenizer(self) -> Any | None:
         return saved_tokenizer(self.directory)
@@ -258,7 +260,7 @@ def _open_directory(source: str, path: Path) -> Checkpoint:
         hint = f"; it holds {', '.join(found)}: name the file" if found else ""
         raise ValueError(f"source is {source!r}, a directory without config.json{hint}")
     values = read_json(config)
-    if values.get("format") == stored.FORMAT:
+    if values.get("format") == converted.FORMAT:
         return ConvertedCheckpoint(source, path, values)
     return HuggingFaceCheckpoint(source, path)
 

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from convert.tensors import FLOATS, QUANTIZED, StoredTensor
-from quantspec_jax.config import ModelConfig
+from convert.files.tensors import FLOATS, QUANTIZED, StoredTensor
 from quantspec_jax.dtypes import BFLOAT16, FLOAT16, FLOAT32
+from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import Spec, nest, parameter_shapes
 
 # Elements decoded at a time. Decoding a block of quantized rows takes a few float32 copies of it;

@@ -17,11 +17,12 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from convert import drafts, stored
-from convert.drafts import DraftSource
+from convert.drafts import make
+from convert.drafts.make import DraftSource
+from convert.files import converted
 from convert.sources import Checkpoint, HuggingFaceCheckpoint, open_source, read_json
-from quantspec_jax.config import DraftConfig
 from quantspec_jax.dtypes import STORED, float_type
+from quantspec_jax.weights.formats import DraftConfig
 
 
 def convert(
@@ -57,10 +58,10 @@ def convert(
     out = Path(out_dir).expanduser()
     _check_target(out, overwrite)
     kept = None if dtype is None else float_type(dtype, allowed=STORED)
-    drafts.check_arguments(draft, draft_text, draft_from)
+    make.check_arguments(draft, draft_text, draft_from)
     checkpoint = open_source(source)
     finished = out.parent / f".{out.name}.calibration"
-    own = drafts.prepare(checkpoint, draft, draft_text, draft_from, finished)
+    own = make.prepare(checkpoint, draft, draft_text, draft_from, finished)
     with _keep_finished_layers(finished, progress), _partial_directory(out) as partial:
         checkpoint.check()
         stored_dtype = checkpoint.source_dtype if kept is None else kept
@@ -81,7 +82,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
         raise ValueError(f"out_dir is {str(out)!r}, which exists; allowed: a new directory, or "
                          "overwrite a converted checkpoint with --overwrite")  # fmt: skip
     config = out / "config.json"
-    ours = config.exists() and read_json(config).get("format") == stored.FORMAT
+    ours = config.exists() and read_json(config).get("format") == converted.FORMAT
     if not ours and any(out.iterdir()):
         raise ValueError(
             f"out_dir is {str(out)!r}, which is neither empty nor a converted checkpoint: it is "
@@ -191,12 +192,12 @@ def _write_weights(
 ) -> None:
     cpu = jax.local_devices(backend="cpu")[0]
     params = checkpoint.load(dtype, device=cpu, progress=progress)
-    header = stored.Header(checkpoint.config, dtype)
+    header = converted.Header(checkpoint.config, dtype)
     if draft is not None:
         config, entries = draft.make(params, progress)
-        stored.save_draft(partial, entries)
-        header = stored.Header(checkpoint.config, dtype, config, stored.plain_arrays(entries))
-    stored.save_tree(partial / "weights", params)
+        converted.save_draft(partial, entries)
+        header = converted.Header(checkpoint.config, dtype, config, converted.plain_arrays(entries))
+    converted.save_tree(partial / "weights", params)
     text = json.dumps(header.to_dict(), indent=2, ensure_ascii=False)
     (partial / "config.json").write_text(text + "\n", encoding="utf-8")
 

@@ -1,11 +1,14 @@
 """QuantSpec-JAX: self-speculative long-context decoding with a hierarchical 4-bit KV cache."""
 
 from quantspec_jax.api import Generation, generate, stream
-from quantspec_jax.config import CacheConfig, DraftConfig, GenerateConfig, ModelConfig, RopeConfig
+from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.prefill import prefill
 from quantspec_jax.generate.state import DecodeState, Program
-from quantspec_jax.model import Model, load
+from quantspec_jax.loading import Model, load
+from quantspec_jax.models.config import ModelConfig, RopeConfig
+from quantspec_jax.weights.formats import DraftConfig
 
 __version__ = "0.1.0"
 

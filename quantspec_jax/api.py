@@ -19,19 +19,21 @@ from tqdm import tqdm
 
 from pallas_kernels.dispatch import use_mosaic_gpu
 from quantspec_jax.cache import cache_bytes, create
-from quantspec_jax.config import CacheConfig, GenerateConfig, require
+from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.checks import require
 from quantspec_jax.cost import bytes_read
-from quantspec_jax.draft import draft_bytes
+from quantspec_jax.engine.bucket import bucket
 from quantspec_jax.generate.adapt import MOST_DRAFTED, NEVER, Timing, measured_cost
-from quantspec_jax.generate.bucket import bucket
+from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.prefill import COMPILED, begin, end, layer, prefill
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.state import DecodeState, Program
+from quantspec_jax.loading import Model
 from quantspec_jax.memory import free_bytes, require_memory, temporary_bytes, tree_bytes
-from quantspec_jax.model import Model
 from quantspec_jax.text.detokenize import TextStream
 from quantspec_jax.text.prompts import read_prompts
+from quantspec_jax.weights.sizes import draft_bytes
 
 EOS_SLOTS = 16
 OnText = Callable[[int, str], None]

@@ -22,10 +22,13 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantspec_jax.config import BACKENDS, MODES, VIEWS, DraftConfig, GenerateConfig, require
+from quantspec_jax.cache.config import VIEWS
+from quantspec_jax.checks import require
+from quantspec_jax.generate.config import BACKENDS, MODES, GenerateConfig
+from quantspec_jax.weights.formats import DraftConfig
 
 if TYPE_CHECKING:
-    from quantspec_jax.model import Model
+    from quantspec_jax.loading import Model
 
 CALLER_ERRORS = (
     ValueError,
@@ -626,7 +629,7 @@ def run_sweep(args: argparse.Namespace, model: Model, tokens: Sequence[int]) -> 
 def stored_draft(model: Model, directory: str) -> Model:
     """The same model with the draft that is stored in another directory."""
     import convert
-    from quantspec_jax.model import Model
+    from quantspec_jax.loading import Model
 
     checkpoint = convert.open_source(directory)
     stored = checkpoint.load_draft()

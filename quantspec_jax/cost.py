@@ -17,15 +17,18 @@ import dataclasses
 import functools
 from typing import Any
 
-from quantspec_jax.config import DraftConfig, ModelConfig, View, require
-from quantspec_jax.draft import draft_bytes, layer_formats
+from quantspec_jax.cache.config import View
+from quantspec_jax.checks import require
 from quantspec_jax.memory import tree_bytes
+from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import (
     LINEAR_LAYERS,
     layer_shapes,
     parameter_count,
     parameter_shapes,
 )
+from quantspec_jax.weights.formats import DraftConfig
+from quantspec_jax.weights.sizes import draft_bytes, layer_formats
 
 GROUP_SIZE = 128
 MOST_GAMMA = 16

@@ -10,9 +10,11 @@ from typing import Any
 import jax
 
 from quantspec_jax.cache import cache_bytes, create
-from quantspec_jax.config import CacheConfig, DraftConfig, ModelConfig
-from quantspec_jax.draft import bits_per_weight, draft_bytes, layer_formats
+from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.dtypes import BFLOAT16
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.weights.formats import DraftConfig
+from quantspec_jax.weights.sizes import bits_per_weight, draft_bytes, layer_formats
 
 CONTEXTS = (2048, 8192, 32768, 131072)
 CACHE_DTYPE = BFLOAT16  # of the tokens in full precision

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantspec_jax.config import DraftConfig, Mode, ModelConfig, View, require
+from quantspec_jax.cache.config import View
+from quantspec_jax.checks import require
 from quantspec_jax.cost import (
     BF16,
     MOST_GAMMA,
@@ -27,9 +28,12 @@ from quantspec_jax.cost import (
     target_weight_bytes,
     tokens_a_round,
 )
-from quantspec_jax.draft import bits_per_weight, draft_bytes
+from quantspec_jax.generate.config import Mode
 from quantspec_jax.info import cache_sizes
+from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import parameter_count
+from quantspec_jax.weights.formats import DraftConfig
+from quantspec_jax.weights.sizes import bits_per_weight, draft_bytes
 
 GIB = 2**30
 # Plain decoding, by the view of the cache that it reads.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quantspec_jax.config import require
+from quantspec_jax.checks import require
 
 SUFFIXES = (".png", ".svg", ".pdf")
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.int4_matmul import reference
+from pallas_kernels.int4_matmul import xla
 from pallas_kernels.layout import PackedWeight, TiledWeight, untile
 
 
@@ -62,7 +62,7 @@ def _launch(
         kernel = dispatch.shared(mosaic_gpu.int4_matmuls, ("config", "out_dtype"))
         return kernel(x, weights, config=config, out_dtype=jnp.dtype(out_dtype))
     plain = [untile(w) if isinstance(w, TiledWeight) else w for w in weights]
-    return [reference.int4_matmul(x, weight).astype(out_dtype) for weight in plain]
+    return [xla.int4_matmul(x, weight).astype(out_dtype) for weight in plain]
 
 
 def int4_gated(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.kv_attention import reference
+from pallas_kernels.kv_attention import xla
 from pallas_kernels.layout import Planes
 
 
@@ -71,7 +71,7 @@ def kv_attention(
             out_dtype=jnp.dtype(out_dtype),
             blocks=dispatch.multiprocessors(),
         )
-    out, log_sum_exp = reference.kv_attention(*operands, **options)
+    out, log_sum_exp = xla.kv_attention(*operands, **options)
     return out.astype(out_dtype), log_sum_exp
 
 

@@ -6,7 +6,7 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.layout import Planes
-from pallas_kernels.quantize_pack import reference
+from pallas_kernels.quantize_pack import xla
 
 
 def quantize_keys(keys: jax.Array, group_size: int, *, backend: str = "auto") -> Planes:
@@ -16,7 +16,7 @@ def quantize_keys(keys: jax.Array, group_size: int, *, backend: str = "auto") ->
 
         kernel = dispatch.shared(mosaic_gpu.quantize_keys, ("group_size",))
         return kernel(keys, group_size=group_size)
-    return reference.quantize_keys(keys, group_size)
+    return xla.quantize_keys(keys, group_size)
 
 
 def quantize_values(values: jax.Array, group_size: int, *, backend: str = "auto") -> Planes:
@@ -26,7 +26,7 @@ def quantize_values(values: jax.Array, group_size: int, *, backend: str = "auto"
 
         kernel = dispatch.shared(mosaic_gpu.quantize_values, ("group_size",))
         return kernel(values, group_size=group_size)
-    return reference.quantize_values(values, group_size)
+    return xla.quantize_values(values, group_size)
 
 
 def _mosaic_gpu(x: jax.Array, group_size: int, backend: str) -> bool:

@@ -31,29 +31,23 @@ from quantspec_jax.bench import record
 from quantspec_jax.bench.launches import launches_a_round
 from quantspec_jax.bench.profile import breakdown
 from quantspec_jax.cache import HierarchicalKVCache, cache_bytes, create, quantized_length
-from quantspec_jax.config import (
-    BACKENDS,
-    VIEWS,
-    CacheConfig,
-    DraftConfig,
-    GenerateConfig,
-    ModelConfig,
-    View,
-    require,
-)
+from quantspec_jax.cache.config import VIEWS, CacheConfig, View
+from quantspec_jax.checks import require
 from quantspec_jax.cost import Costs, bytes_read, cache_read_bytes, weight_bytes
-from quantspec_jax.draft import draft_bytes
 from quantspec_jax.dtypes import float_type
 from quantspec_jax.generate.adapt import MOST_DRAFTED
+from quantspec_jax.generate.config import BACKENDS, GenerateConfig
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.sampling import Sampling, sampling_arrays
 from quantspec_jax.generate.state import DecodeState, Program
+from quantspec_jax.loading import Model
 from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
-from quantspec_jax.model import Model
-from quantspec_jax.models.decoder import Params
-from quantspec_jax.models.parameters import nest, parameter_count, parameter_shapes
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.parameters import Params, nest, parameter_count, parameter_shapes
 from quantspec_jax.models.presets import PRESETS
 from quantspec_jax.plotting import check_plot, save, short
+from quantspec_jax.weights.formats import DraftConfig
+from quantspec_jax.weights.sizes import draft_bytes
 
 MODES = ("full", "int8", "int4", "draft", "verify", "quantspec")
 GROUP_SIZE = 128

@@ -20,9 +20,9 @@ import numpy as np
 
 from pallas_kernels import dispatch, timing, tuned
 from pallas_kernels.int4_matmul import api as matmul
-from pallas_kernels.int4_matmul import reference as matmul_reference
+from pallas_kernels.int4_matmul import xla as matmul_reference
 from pallas_kernels.kv_attention import api as attention
-from pallas_kernels.kv_attention import reference as attention_reference
+from pallas_kernels.kv_attention import xla as attention_reference
 from pallas_kernels.layout import Planes, QuantizedWeight, tile, untile
 from pallas_kernels.quantize_pack import api as quantize
 from quantspec_jax.bench import record

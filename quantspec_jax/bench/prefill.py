@@ -21,16 +21,18 @@ import numpy as np
 from quantspec_jax.api import backend_in_use
 from quantspec_jax.bench import record
 from quantspec_jax.bench.decode import GROUP_SIZE, random_params
-from quantspec_jax.config import BACKENDS, CacheConfig, GenerateConfig, ModelConfig, require
+from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.checks import require
 from quantspec_jax.cost import linear_weights
 from quantspec_jax.dtypes import float_type
+from quantspec_jax.generate.config import BACKENDS, GenerateConfig
 from quantspec_jax.generate.prefill import COMPILED, prefill
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.state import Program
 from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
 from quantspec_jax.models.attention import uses_cudnn
-from quantspec_jax.models.decoder import Params
-from quantspec_jax.models.parameters import parameter_count
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.parameters import Params, parameter_count
 from quantspec_jax.models.presets import PRESETS
 
 

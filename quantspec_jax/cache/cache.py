@@ -27,7 +27,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.layout import Planes
 from pallas_kernels.quantize_pack.api import quantize_keys, quantize_values
-from quantspec_jax.config import CacheConfig, ModelConfig
+from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.models.config import ModelConfig
 
 CACHE_VERSION = 1
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from quantspec_jax.config import VIEWS, Backend, require
-from quantspec_jax.draft import bits_per_weight
-from quantspec_jax.evaluate.walk import Overlap, compare, score
-from quantspec_jax.model import Model
+from quantspec_jax.cache.config import VIEWS
+from quantspec_jax.checks import require
+from quantspec_jax.evaluate.teacher_forced import Overlap, compare, score
+from quantspec_jax.generate.config import Backend
+from quantspec_jax.loading import Model
 from quantspec_jax.text.prompts import read_prompts
+from quantspec_jax.weights.sizes import bits_per_weight
 
 SHORTEST = 8
 

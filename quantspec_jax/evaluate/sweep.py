@@ -14,14 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from quantspec_jax.config import Backend, DraftConfig, ModelConfig, require
+from quantspec_jax.checks import require
 from quantspec_jax.cost import bytes_read
-from quantspec_jax.draft import bits_per_weight, draft_bytes
 from quantspec_jax.evaluate.measures import accepted, read_tokens
-from quantspec_jax.evaluate.walk import Overlap, compare_drafts
-from quantspec_jax.model import Model
-from quantspec_jax.models.decoder import Params
+from quantspec_jax.evaluate.teacher_forced import Overlap, compare_drafts
+from quantspec_jax.generate.config import Backend
+from quantspec_jax.loading import Model
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.parameters import Params
 from quantspec_jax.plotting import save, short
+from quantspec_jax.weights.formats import DraftConfig
+from quantspec_jax.weights.sizes import bits_per_weight, draft_bytes
 
 DRAFTS = (
     DraftConfig(group_size=128, symmetric=True),

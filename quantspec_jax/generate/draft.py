@@ -11,7 +11,7 @@ from quantspec_jax.cache import LayerCache
 from quantspec_jax.generate.sampling import Role, Sampling, choose
 from quantspec_jax.generate.state import Program
 from quantspec_jax.generate.verify import cache_pass
-from quantspec_jax.models.decoder import Params
+from quantspec_jax.models.parameters import Params
 
 # A GPU waits for the host before each turn of a loop whose length the program does not know:
 # 0.13 ms for a draft step of Llama-2-7B on an H200, and more where the loop is in a CUDA graph. So

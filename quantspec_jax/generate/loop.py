@@ -26,7 +26,7 @@ from quantspec_jax.generate.draft import Proposals, draft
 from quantspec_jax.generate.sampling import Sampling
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.generate.verify import verify
-from quantspec_jax.models.decoder import Params
+from quantspec_jax.models.parameters import Params
 
 
 def generate_tokens(

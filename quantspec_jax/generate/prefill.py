@@ -13,7 +13,8 @@ from quantspec_jax.cache import HierarchicalKVCache, LayerCache, from_prompt, qu
 from quantspec_jax.generate.sampling import Role, Sampling, choose
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.models.attention import prompt_attention
-from quantspec_jax.models.decoder import Params, block_params, embed, run_block, unembed
+from quantspec_jax.models.decoder import block_params, embed, run_block, unembed
+from quantspec_jax.models.parameters import Params
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
 # run(stage, *arrays, **static): how `prefill` calls its stages.

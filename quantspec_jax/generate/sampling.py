@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantspec_jax.config import GenerateConfig
+from quantspec_jax.generate.config import GenerateConfig
 
 
 class Role(enum.IntEnum):

@@ -8,7 +8,8 @@ from functools import partial
 import jax
 
 from quantspec_jax.cache import HierarchicalKVCache
-from quantspec_jax.config import CacheConfig, ModelConfig
+from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

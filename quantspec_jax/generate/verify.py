@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from pallas_kernels.kv_attention.api import kv_attention
 from quantspec_jax.cache import LayerCache, append
 from quantspec_jax.generate.state import Program
-from quantspec_jax.models.decoder import Params, forward, unembed
+from quantspec_jax.models.decoder import forward, unembed
+from quantspec_jax.models.parameters import Params
 
 
 def cache_pass(

@@ -8,7 +8,7 @@ import numpy as np
 
 from pallas_kernels import dispatch
 from quantspec_jax.dtypes import BFLOAT16
-from quantspec_jax.models.decoder import precision
+from quantspec_jax.models.linear import precision
 
 QUERY_BLOCK = 256
 KEY_BLOCK = 512

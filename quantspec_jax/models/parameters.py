@@ -22,7 +22,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from quantspec_jax.config import ModelConfig
+from quantspec_jax.models.config import ModelConfig
 
 # The linear layers of a block: those that a draft may quantize, in the order they are applied.
 LINEAR_LAYERS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -116,3 +116,17 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}{name}"
         flat |= flatten(node, f"{path}.") if isinstance(node, Mapping) else {path: node}
     return flat
+
+
+Params = dict[str, Any]
+
+
+def check_params(config: ModelConfig, params: Params) -> None:
+    """ValueError unless `params` has exactly the arrays that `config` describes."""
+    given, wanted = flatten(params), parameter_shapes(config)
+    for path in sorted(given.keys() ^ wanted.keys()):
+        state = "missing" if path in wanted else "unknown"
+        raise ValueError(f"params has {state} entry {path}; the config describes {len(wanted)}")
+    for path, spec in wanted.items():
+        if tuple(given[path].shape) != spec.shape:
+            raise ValueError(f"params[{path}] has shape {given[path].shape}; allowed: {spec.shape}")

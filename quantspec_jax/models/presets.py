@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantspec_jax.config import ModelConfig, RopeConfig
+from quantspec_jax.models.config import ModelConfig, RopeConfig
 
 PRESETS: dict[str, ModelConfig] = {
     "llama-2-7b": ModelConfig("llama", 32000, 4096, 11008, 32, 32, 32, 128, 131072, 1e-5),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantspec_jax.config import RopeConfig
+from quantspec_jax.models.config import RopeConfig
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int, length: int) -> tuple[np.ndarray, float]:

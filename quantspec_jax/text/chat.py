@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantspec_jax.config import require
+from quantspec_jax.checks import require
 from quantspec_jax.text.prompts import encode
 
 

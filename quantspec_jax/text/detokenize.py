@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from quantspec_jax.config import require
+from quantspec_jax.checks import require
 
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not (yet) UTF-8
 LONGEST_CHARACTER = 4  # bytes of a character in UTF-8, so tokens at most

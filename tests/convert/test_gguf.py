@@ -8,9 +8,9 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import convert
+from convert.files.gguf import read_gguf
 from convert.gguf_config import llama3_from_factors
-from convert.gguf_file import read_gguf
-from quantspec_jax.config import RopeConfig
+from quantspec_jax.models.config import RopeConfig
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from convert.hf_config import parse_hf_config
-from quantspec_jax.config import RopeConfig
+from quantspec_jax.models.config import RopeConfig
 
 LLAMA = {
     "model_type": "llama",

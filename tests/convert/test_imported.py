@@ -19,11 +19,11 @@ from safetensors.numpy import load_file, save_file
 import convert
 import quantspec_jax as qs
 from convert.weights import load_parameters
-from pallas_kernels.int4_matmul.reference import dequantize
+from pallas_kernels.int4_matmul.xla import dequantize
 from pallas_kernels.layout import unpack
-from quantspec_jax.config import DraftConfig, WeightFormat
-from quantspec_jax.model import Model, full_logits
+from quantspec_jax.loading import Model, full_logits
 from quantspec_jax.models.parameters import LINEAR_LAYERS, flatten
+from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 
 HF = {
     **{name: f"self_attn.{name}_proj" for name in "qkvo"},

@@ -358,13 +358,13 @@ def test_pickled_weights_are_refused_by_name(llama_dir, tmp_path):
     ],
 )  # fmt: skip
 def test_a_path_that_does_not_exist_is_not_tried_as_a_hub_id(source, monkeypatch):
-    monkeypatch.setattr("convert.hub._snapshot", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr("convert.files.hub._snapshot", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(ValueError, match="source is"):
         convert.open_source(source)
 
 
 def test_a_path_below_a_directory_here_is_not_tried_as_a_hub_id(tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.hub._snapshot", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr("convert.files.hub._snapshot", lambda *_: pytest.fail("asked the hub"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     with pytest.raises(ValueError, match="does not exist"):

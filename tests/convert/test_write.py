@@ -21,14 +21,15 @@ import pytest
 
 import convert
 import quantspec_jax as qs
-from convert import stored, write
+from convert import write
+from convert.files import converted as converted_io
 from convert.hf_config import parse_hf_config
 from convert.weights import hf_name
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
-from quantspec_jax.calibrate import calibrate, calibration_tokens
-from quantspec_jax.config import DraftConfig, WeightFormat
-from quantspec_jax.draft import quantize_params
 from quantspec_jax.models.parameters import flatten, parameter_shapes
+from quantspec_jax.weights.calibrate import calibrate, calibration_tokens
+from quantspec_jax.weights.entries import quantize_params
+from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -93,7 +94,7 @@ def test_eos_ids_of_generation_config_are_kept(llama_dir, tmp_path):
 
 
 def test_one_array_may_lie_in_several_files(llama_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(stored, "_CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(converted_io, "_CHUNK_BYTES", 10_000)
     out = convert.convert(llama_dir, tmp_path / "out", progress=False)
     assert len(list((out / "weights" / "embedding" / "c").rglob("*"))) > 10
     assert_equal_trees(
@@ -183,7 +184,7 @@ def calibrating(monkeypatch, tiny_llama_dir, tmp_path):
             entries["layers"]["1"]["q"]["order"] = order
             return found, entries
 
-        monkeypatch.setattr("quantspec_jax.calibrate.calibrate", calibrate)
+        monkeypatch.setattr("quantspec_jax.weights.calibrate.calibrate", calibrate)
         convert.convert(tiny_llama_dir, tmp_path / "out", draft=draft, **kwargs)
 
     run.found = found
@@ -208,7 +209,7 @@ def test_calibrated_weights_are_stored_as_they_are_found(
 ):
     """The real calibration, on a short text; loading repeats nothing of it."""
     tokens = functools.partial(calibration_tokens, chunks=2)
-    monkeypatch.setattr("quantspec_jax.calibrate.calibration_tokens", tokens)
+    monkeypatch.setattr("quantspec_jax.weights.calibrate.calibration_tokens", tokens)
     source = make_tiny_llama(
         tmp_path_factory.mktemp("hf"), num_hidden_layers=1, max_position_embeddings=64
     )
@@ -221,7 +222,9 @@ def test_calibrated_weights_are_stored_as_they_are_found(
     checkpoint = convert.open_source(source)
     chunks = tokens(checkpoint.tokenizer, text, length=64)  # the model's context
     expected = calibrate(checkpoint.config, checkpoint.load("float32"), chunks, draft)
-    monkeypatch.setattr("quantspec_jax.calibrate.calibrate", lambda *_: pytest.fail("again"))
+    monkeypatch.setattr(
+        "quantspec_jax.weights.calibrate.calibrate", lambda *_: pytest.fail("again")
+    )
     config, entries = convert.open_source(out).load_draft()
     assert config == expected[0]
     assert_equal_trees(entries, expected[1])
@@ -330,7 +333,9 @@ def test_overwrite_replaces_nothing_but_checkpoints_and_empty_directories(llama_
 
 def test_parents_are_made_and_removed_again_after_an_error(llama_dir, tmp_path, monkeypatch):
     deep = tmp_path / "a" / "b" / "out"
-    monkeypatch.setattr(stored, "save_tree", lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
+    monkeypatch.setattr(
+        converted_io, "save_tree", lambda *_: (_ for _ in ()).throw(RuntimeError("no"))
+    )
     with pytest.raises(RuntimeError, match="no"):
         convert.convert(llama_dir, deep, progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -387,7 +392,7 @@ def test_a_failing_last_rename_brings_the_old_checkpoint_back(llama_dir, tmp_pat
 def test_too_little_space_is_an_error_before_any_work(llama_dir, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(stored, "save_tree", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr(converted_io, "save_tree", lambda *_: pytest.fail("worked"))
     with pytest.raises(OSError, match=r"no space left .* GB are needed") as caught:
         convert.convert(llama_dir, tmp_path / "out", progress=False)
     assert caught.value.errno == errno.ENOSPC
@@ -421,7 +426,7 @@ def test_a_disk_that_fills_up_while_writing(small_disk, llama_dir, tmp_path, mon
         def full(*_):
             raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
 
-        monkeypatch.setattr(stored, "save_tree", full)
+        monkeypatch.setattr(converted_io, "save_tree", full)
     before = sorted(p.name for p in small_disk.iterdir())
     with pytest.raises(OSError, match="no space left on the disk") as caught:
         convert.convert(llama_dir, small_disk / "out", progress=False)
@@ -435,13 +440,13 @@ def test_a_disk_that_fills_up_while_writing(small_disk, llama_dir, tmp_path, mon
 SLOW = """
 import sys, time
 import convert
-from convert import stored
-save = stored.save_tree
+from convert.files import converted
+save = converted.save_tree
 def slow(*arguments):
     print("writing", flush=True)
     save(*arguments)
     time.sleep(60)
-stored.save_tree = slow
+converted.save_tree = slow
 try:
     convert.convert(sys.argv[1], sys.argv[2], progress=False)
 except KeyboardInterrupt:

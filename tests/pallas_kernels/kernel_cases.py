@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.layout import Planes, QuantizedWeight, pack
-from pallas_kernels.quantize_pack import reference as quantize
+from pallas_kernels.quantize_pack import xla as quantize
 
 
 def attention_call(

@@ -10,11 +10,11 @@ import pytest
 from kernel_cases import attention_call, relative_error, without_poison
 
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
-from pallas_kernels.add_rms_norm import reference as norm_reference
+from pallas_kernels.add_rms_norm import xla as norm_reference
 from pallas_kernels.kv_attention import mosaic_gpu as attention
-from pallas_kernels.kv_attention import reference as attention_reference
+from pallas_kernels.kv_attention import xla as attention_reference
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
-from pallas_kernels.quantize_pack import reference as quantize_reference
+from pallas_kernels.quantize_pack import xla as quantize_reference
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from pallas_kernels.add_rms_norm import api as norm
 from pallas_kernels.int4_matmul import api as matmul
 from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul_kernel
-from pallas_kernels.int4_matmul import reference as matmul_reference
+from pallas_kernels.int4_matmul import xla as matmul_reference
 from pallas_kernels.kv_attention import api as attention
 from pallas_kernels.kv_attention import configs, mosaic_gpu
 from pallas_kernels.layout import tile

@@ -10,8 +10,9 @@ import pytest
 from kernel_cases import random_weight, relative_error
 
 from pallas_kernels import dispatch, ptx
-from pallas_kernels.int4_matmul import api, configs, reference
+from pallas_kernels.int4_matmul import api, configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
+from pallas_kernels.int4_matmul import xla as reference
 from pallas_kernels.int4_matmul.mosaic_gpu import Config, Plan, Shape
 from pallas_kernels.layout import tile
 

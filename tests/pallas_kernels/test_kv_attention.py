@@ -11,7 +11,7 @@ import pytest
 from kernel_cases import attention_call, relative_error, without_poison
 
 from pallas_kernels.kv_attention import mosaic_gpu as attention
-from pallas_kernels.kv_attention import reference as attention_reference
+from pallas_kernels.kv_attention import xla as attention_reference
 
 
 @pytest.fixture(autouse=True)

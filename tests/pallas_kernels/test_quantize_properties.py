@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pallas_kernels import layout
-from pallas_kernels.kv_attention import reference as attention
+from pallas_kernels.kv_attention import xla as attention
 from pallas_kernels.layout import Planes
-from pallas_kernels.quantize_pack import api, reference
+from pallas_kernels.quantize_pack import api
+from pallas_kernels.quantize_pack import xla as reference
 
 BF16 = ml_dtypes.bfloat16
 LARGEST = 2.0**126

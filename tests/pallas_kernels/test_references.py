@@ -9,8 +9,8 @@ import pytest
 from kernel_cases import attention_call, random_weight, relative_error, without_poison
 
 from pallas_kernels.int4_matmul import api as matmul
-from pallas_kernels.int4_matmul import reference as matmul_reference
-from pallas_kernels.kv_attention import reference
+from pallas_kernels.int4_matmul import xla as matmul_reference
+from pallas_kernels.kv_attention import xla as reference
 from pallas_kernels.kv_attention.api import kv_attention
 
 

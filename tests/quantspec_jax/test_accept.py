@@ -12,8 +12,8 @@ import scipy.stats
 import torch
 from transformers.generation import logits_process as hf
 
-from quantspec_jax.config import GenerateConfig
 from quantspec_jax.generate import accept as rule
+from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.sampling import Role, Sampling, choose, draw, sampling_arrays
 
 N = 24

@@ -14,11 +14,11 @@ import quantspec_jax as qs
 from quantspec_jax import memory
 from quantspec_jax.api import program_for
 from quantspec_jax.cache import create
-from quantspec_jax.config import CacheConfig
+from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.cost import bytes_read
-from quantspec_jax.draft import draft_bytes
-from quantspec_jax.generate.bucket import bucket
-from quantspec_jax.models.decoder import init_params
+from quantspec_jax.engine.bucket import bucket
+from quantspec_jax.models.module import init_params
+from quantspec_jax.weights.sizes import draft_bytes
 
 
 @pytest.fixture(scope="module")

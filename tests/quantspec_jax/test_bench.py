@@ -17,11 +17,12 @@ from quantspec_jax.bench import decode as bench
 from quantspec_jax.bench import record
 from quantspec_jax.bench.launches import launches_a_round
 from quantspec_jax.cli import main, make_parser
-from quantspec_jax.config import DraftConfig, ModelConfig
 from quantspec_jax.cost import Costs, bytes_read
-from quantspec_jax.draft import draft_bytes
 from quantspec_jax.generate.accept import Verdict, simulate
+from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import parameter_shapes
+from quantspec_jax.weights.formats import DraftConfig
+from quantspec_jax.weights.sizes import draft_bytes
 
 TINY = ModelConfig("llama", 300, 64, 128, 2, 4, 2, 32, 4096)
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.kv_attention.reference import dequantize_keys, dequantize_values
+from pallas_kernels.kv_attention.xla import dequantize_keys, dequantize_values
 from quantspec_jax.cache import (
     HierarchicalKVCache,
     append,
@@ -23,7 +23,8 @@ from quantspec_jax.cache import (
     quantized_length,
     rollback,
 )
-from quantspec_jax.config import CacheConfig, ModelConfig
+from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.models.config import ModelConfig
 
 G, HEADS, WIDTH = 16, 2, 5
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from tiny import VOCABULARY, decode, new_tokens, program, prompts, start, tiny_model
 
-from pallas_kernels.int4_matmul.reference import dequantize
-from quantspec_jax.calibrate import calibrate, calibration_tokens, gptq
-from quantspec_jax.config import DraftConfig, WeightFormat
-from quantspec_jax.draft import bits_per_weight, merge, quantize_linear, quantize_params
+from pallas_kernels.int4_matmul.xla import dequantize
+from quantspec_jax.weights.calibrate import calibrate, calibration_tokens, gptq
+from quantspec_jax.weights.entries import merge, quantize_params
+from quantspec_jax.weights.formats import DraftConfig, WeightFormat
+from quantspec_jax.weights.rounding import quantize_linear
+from quantspec_jax.weights.sizes import bits_per_weight
 
 UNIFORM = DraftConfig(group_size=32, method="gptq")
 MIXED = DraftConfig(group_size=32, method="gptq", average_bits=6.5)

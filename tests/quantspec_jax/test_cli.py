@@ -18,9 +18,10 @@ import convert
 import quantspec_jax as qs
 from quantspec_jax import cli, compilation_cache
 from quantspec_jax.cache import create
-from quantspec_jax.config import CacheConfig, DraftConfig
+from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.text.chat import chat_ids
 from quantspec_jax.text.detokenize import decode
+from quantspec_jax.weights.formats import DraftConfig
 
 STATISTICS = {
     "finish_reason",

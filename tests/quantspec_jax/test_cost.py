@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from quantspec_jax.cache import cache_bytes, create
-from quantspec_jax.config import CacheConfig, DraftConfig, ModelConfig, WeightFormat
+from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.cost import (
     Costs,
     bytes_read,
@@ -24,9 +24,12 @@ from quantspec_jax.cost import (
     tokens_a_round,
     weight_bytes,
 )
-from quantspec_jax.draft import bits_per_weight, merge, quantize_params
-from quantspec_jax.models.decoder import init_params
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.module import init_params
 from quantspec_jax.models.presets import PRESETS
+from quantspec_jax.weights.entries import merge, quantize_params
+from quantspec_jax.weights.formats import DraftConfig, WeightFormat
+from quantspec_jax.weights.sizes import bits_per_weight
 
 TINY = ModelConfig("llama", 300, 64, 128, 2, 4, 2, 32, 4096)
 TIED = ModelConfig("qwen3", 300, 64, 120, 2, 4, 2, 32, 4096, tie_embeddings=True, qk_norm=True)

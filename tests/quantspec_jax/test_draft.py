@@ -9,20 +9,17 @@ import pytest
 from tiny import tiny_model
 
 from pallas_kernels import dispatch
-from pallas_kernels.int4_matmul.reference import dequantize
+from pallas_kernels.int4_matmul.xla import dequantize
 from pallas_kernels.layout import QuantizedWeight, TiledWeight, untile
-from quantspec_jax.config import DraftConfig, ModelConfig, WeightFormat
-from quantspec_jax.draft import (
-    bits_per_weight,
-    draft_bytes,
-    draft_tree,
-    layer_formats,
-    merge,
-    quantize_linear,
-    quantize_params,
-)
-from quantspec_jax.models.decoder import init_params, linear, unembed
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.decoder import unembed
+from quantspec_jax.models.linear import linear
+from quantspec_jax.models.module import init_params
 from quantspec_jax.models.parameters import LINEAR_LAYERS
+from quantspec_jax.weights.entries import draft_tree, merge, quantize_params
+from quantspec_jax.weights.formats import DraftConfig, WeightFormat
+from quantspec_jax.weights.rounding import quantize_linear
+from quantspec_jax.weights.sizes import bits_per_weight, draft_bytes, layer_formats
 
 CONFIGS = (
     DraftConfig(group_size=16),

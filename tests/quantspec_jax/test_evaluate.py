@@ -13,11 +13,11 @@ import pytest
 
 from quantspec_jax import DraftConfig, Model, ModelConfig, Program, evaluate
 from quantspec_jax.cache import create, flush
-from quantspec_jax.config import CacheConfig
-from quantspec_jax.draft import bits_per_weight
-from quantspec_jax.evaluate.walk import compare, score, with_own
+from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.evaluate.teacher_forced import compare, score, with_own
 from quantspec_jax.generate.verify import cache_pass
-from quantspec_jax.models.decoder import init_params
+from quantspec_jax.models.module import init_params
+from quantspec_jax.weights.sizes import bits_per_weight
 
 G = 8
 LENGTH = 5 * G + 3  # four flushes, and a block that the text does not fill

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quantspec_jax.config import WeightFormat
-from quantspec_jax.draft import quantize_linear
 from quantspec_jax.models import decoder
-from quantspec_jax.models.decoder import linear, linears
+from quantspec_jax.models.linear import linear, linears
+from quantspec_jax.weights.formats import WeightFormat
+from quantspec_jax.weights.rounding import quantize_linear
 
 KIN = 96
 FORMATS = {

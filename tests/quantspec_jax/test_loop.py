@@ -20,12 +20,13 @@ from tiny import (
     tiny_model,
 )
 
-from quantspec_jax.config import DraftConfig, GenerateConfig
-from quantspec_jax.draft import merge, quantize_params
+from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.draft import draft
 from quantspec_jax.generate.loop import generate_tokens, one_round
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.verify import cache_pass
+from quantspec_jax.weights.entries import merge, quantize_params
+from quantspec_jax.weights.formats import DraftConfig
 
 LENGTHS = [67, 50, 96]  # all beyond 3 G, none a multiple of it but the last
 NEW = 90  # five flushes

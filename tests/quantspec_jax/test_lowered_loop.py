@@ -12,12 +12,15 @@ import pytest
 
 from pallas_kernels import dispatch
 from quantspec_jax.bench.decode import random_state
-from quantspec_jax.config import CacheConfig, DraftConfig, GenerateConfig, ModelConfig
-from quantspec_jax.draft import draft_tree, quantize_params
+from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.state import Program
-from quantspec_jax.models.decoder import init_params
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.module import init_params
+from quantspec_jax.weights.entries import draft_tree, quantize_params
+from quantspec_jax.weights.formats import DraftConfig
 
 MODEL = ModelConfig("llama", 512, 256, 512, 3, 4, 2, 64, 4096)
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import quantspec_jax as qs
-from quantspec_jax.config import FAMILIES
+from quantspec_jax.models.config import FAMILIES
 
 TOLERANCE = 1e-4
 CONTEXT = 64  # tokens of pre-training of the tiny models; the prompts are longer

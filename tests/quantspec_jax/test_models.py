@@ -24,30 +24,27 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from convert.hf_config import parse_hf_config
 from quantspec_jax.cache import cache_bytes, create
 from quantspec_jax.cache.cache import logical_axes as cache_axes
-from quantspec_jax.config import (
-    FAMILIES,
-    CacheConfig,
-    DraftConfig,
-    GenerateConfig,
-    ModelConfig,
-    RopeConfig,
-)
-from quantspec_jax.draft import merge, quantize_params
+from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.prefill import prefill
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.state import Program
-from quantspec_jax.model import full_logits
+from quantspec_jax.loading import full_logits
 from quantspec_jax.models.attention import KEY_BLOCK, QUERY_BLOCK, causal_attention
-from quantspec_jax.models.decoder import (
-    Decoder,
+from quantspec_jax.models.config import FAMILIES, ModelConfig, RopeConfig
+from quantspec_jax.models.decoder import rms_norm
+from quantspec_jax.models.module import Decoder, init_params, logical_axes
+from quantspec_jax.models.parameters import (
     check_params,
-    init_params,
-    logical_axes,
-    rms_norm,
+    flatten,
+    nest,
+    parameter_count,
+    parameter_shapes,
 )
-from quantspec_jax.models.parameters import flatten, nest, parameter_count, parameter_shapes
 from quantspec_jax.models.rope import rope_frequencies, rope_tables, rotate
+from quantspec_jax.weights.entries import merge, quantize_params
+from quantspec_jax.weights.formats import DraftConfig
 
 # RoPE against transformers' own initialisation.
 

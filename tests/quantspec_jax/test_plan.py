@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 from quantspec_jax import cli
-from quantspec_jax.config import DraftConfig, WeightFormat
 from quantspec_jax.cost import bytes_read, linear_weights, tokens_a_round
-from quantspec_jax.draft import bits_per_weight
 from quantspec_jax.models.presets import PRESETS
 from quantspec_jax.plan import (
     DEFAULT_FORMATS,
@@ -30,6 +28,8 @@ from quantspec_jax.plan import (
     plan,
     table,
 )
+from quantspec_jax.weights.formats import DraftConfig, WeightFormat
+from quantspec_jax.weights.sizes import bits_per_weight
 
 LLAMA = dataclasses.replace(PRESETS["llama-2-7b"], num_layers=4)
 WEIGHTS = linear_weights(LLAMA)

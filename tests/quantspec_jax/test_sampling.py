@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from quantspec_jax.config import GenerateConfig
+from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.sampling import Role, Sampling, choose, draw, sampling_arrays, warp
 
 VOCABULARIES = (7, 53, 1000)

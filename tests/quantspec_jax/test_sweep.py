@@ -12,12 +12,12 @@ import pytest
 
 from quantspec_jax import DraftConfig, Model, ModelConfig, cli, evaluate
 from quantspec_jax.cost import bytes_read
-from quantspec_jax.draft import bits_per_weight, draft_bytes
 from quantspec_jax.evaluate.sweep import plot, predictions, table
-from quantspec_jax.evaluate.walk import compare_drafts
-from quantspec_jax.models.decoder import init_params
+from quantspec_jax.evaluate.teacher_forced import compare_drafts
+from quantspec_jax.models.module import init_params
 from quantspec_jax.models.presets import PRESETS
 from quantspec_jax.plotting import check_plot
+from quantspec_jax.weights.sizes import bits_per_weight, draft_bytes
 
 G = 8
 LENGTH = 3 * G + 3

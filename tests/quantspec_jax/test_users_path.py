@@ -25,8 +25,8 @@ import quantspec_jax as qs
 from pallas_kernels import dispatch
 from pallas_kernels.layout import Planes, QuantizedWeight, TiledWeight
 from quantspec_jax import api
-from quantspec_jax.config import DraftConfig, WeightFormat
 from quantspec_jax.models import attention
+from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 
 TEXT = "The draft reads the upper plane, the target both of them. " * 320
 

@@ -8,18 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantspec_jax.config import (
-    CacheConfig,
-    DraftConfig,
-    GenerateConfig,
-    ModelConfig,
-)
-from quantspec_jax.draft import merge, quantize_params
+from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.prefill import prefill
 from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.state import DecodeState, Program
-from quantspec_jax.models.decoder import init_params
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.module import init_params
+from quantspec_jax.weights.entries import merge, quantize_params
+from quantspec_jax.weights.formats import DraftConfig
 
 VOCABULARY = 97
 G = 16

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from quantspec_jax.config import require
+from quantspec_jax.checks import require
 
 CHUNKS, LENGTH = 16, 1024
 

@@ -13,14 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from quantspec_jax.calibrate import gptq, sensitivity, streams
-from quantspec_jax.calibrate.gptq import Moments
-from quantspec_jax.calibrate.resume import Finished
-from quantspec_jax.calibrate.streams import Block, Pair
-from quantspec_jax.config import DraftConfig, ModelConfig, WeightFormat, require
-from quantspec_jax.draft import layer_formats, quantize_lm_head
-from quantspec_jax.models.decoder import Params
-from quantspec_jax.models.parameters import LINEAR_LAYERS
+from quantspec_jax.checks import require
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.parameters import LINEAR_LAYERS, Params
+from quantspec_jax.weights.calibrate import gptq, mixed_precision, streams
+from quantspec_jax.weights.calibrate.gptq import Moments
+from quantspec_jax.weights.calibrate.resume import Finished
+from quantspec_jax.weights.calibrate.streams import Block, Pair
+from quantspec_jax.weights.entries import quantize_lm_head
+from quantspec_jax.weights.formats import DraftConfig, WeightFormat
+from quantspec_jax.weights.sizes import layer_formats
 
 SENSITIVITY_TOKENS = 2048
 Entry = dict[str, Any]
@@ -47,7 +49,7 @@ def calibrate(
 
     Returns:
       `draft` with the formats that were chosen, and the draft's own entries of the tree, as
-      `quantspec_jax.draft.quantize_params` returns them.
+      `quantspec_jax.weights.entries.quantize_params` returns them.
 
     Raises:
       ValueError: an argument is wrong, `resume` holds another calibration, or activations are not
@@ -91,13 +93,13 @@ def _checked(config: ModelConfig, tokens: Any) -> jax.Array:
     return jnp.asarray(tokens, jnp.int32)
 
 
-def _mixed(config, params, tokens, formats, draft) -> sensitivity.Formats:
+def _mixed(config, params, tokens, formats, draft) -> mixed_precision.Formats:
     chunks = -(-SENSITIVITY_TOKENS // tokens.shape[1])
-    cost = sensitivity.costs(config, params, tokens[:chunks], formats)
-    return sensitivity.choose(config, params, formats, cost, draft.average_bits)
+    cost = mixed_precision.costs(config, params, tokens[:chunks], formats)
+    return mixed_precision.choose(config, params, formats, cost, draft.average_bits)
 
 
-def _with_formats(draft: DraftConfig, formats: sensitivity.Formats) -> DraftConfig:
+def _with_formats(draft: DraftConfig, formats: mixed_precision.Formats) -> DraftConfig:
     """`draft` with the formats that differ from what it says itself."""
     plain = dataclasses.replace(draft, formats=())
     special = tuple(item for item in formats.items() if plain.format_of(item[0]) != item[1])

@@ -14,13 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.add_rms_norm.reference import rms_norm
-from quantspec_jax.calibrate import streams
-from quantspec_jax.calibrate.streams import Block, Pair
-from quantspec_jax.config import ModelConfig, WeightFormat, require
-from quantspec_jax.draft import quantize_linear
-from quantspec_jax.models.decoder import Params, unembed
-from quantspec_jax.models.parameters import LINEAR_LAYERS, parameter_shapes
+from pallas_kernels.add_rms_norm.xla import rms_norm
+from quantspec_jax.checks import require
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.decoder import unembed
+from quantspec_jax.models.parameters import LINEAR_LAYERS, Params, parameter_shapes
+from quantspec_jax.weights.calibrate import streams
+from quantspec_jax.weights.calibrate.streams import Block, Pair
+from quantspec_jax.weights.formats import WeightFormat
+from quantspec_jax.weights.rounding import quantize_linear
 
 Formats = dict[str, WeightFormat]
 

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.add_rms_norm.reference import rms_norm
-from pallas_kernels.int4_matmul.reference import dequantize
-from pallas_kernels.kv_attention.reference import dequantize_keys, dequantize_values
+from pallas_kernels.add_rms_norm.xla import rms_norm
+from pallas_kernels.int4_matmul.xla import dequantize
+from pallas_kernels.kv_attention.xla import dequantize_keys, dequantize_values
 from pallas_kernels.layout import QuantizedWeight
-from pallas_kernels.quantize_pack.reference import quantize_keys, quantize_values
-from quantspec_jax.calibrate.gptq import Moments
-from quantspec_jax.config import ModelConfig
+from pallas_kernels.quantize_pack.xla import quantize_keys, quantize_values
 from quantspec_jax.models.attention import causal_attention
+from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.rope import rope_frequencies, rope_tables, rotate
+from quantspec_jax.weights.calibrate.gptq import Moments
 
 HIGHEST = jax.lax.Precision.HIGHEST
 TILE = 128  # tokens a tile of the cache, and queries at a time

@@ -28,10 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
-from quantspec_jax.config import DraftConfig, ModelConfig, require
-from quantspec_jax.draft import quantize_params
+from quantspec_jax.checks import require
 from quantspec_jax.dtypes import STORED, float_type
+from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import flatten, nest, parameter_shapes
+from quantspec_jax.weights.entries import quantize_params
+from quantspec_jax.weights.formats import DraftConfig
 
 FORMAT = "quantspec"
 VERSION = 1

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.tensors import FLOATS, QUANTIZED, StoredTensor, stored_bytes
+from convert.files.tensors import FLOATS, QUANTIZED, StoredTensor, stored_bytes
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _MOST_ELEMENTS = 1 << 22  # of a vocabulary or a list of merges

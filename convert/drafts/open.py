@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert import hub
-from convert.gguf_blocks import GgufBlocks
-from convert.packed_safetensors import Awq, Gptq, PackedSafetensors
-from convert.quantized import QuantizedCheckpoint
+from convert.drafts.codes import QuantizedCheckpoint
+from convert.drafts.gguf import GgufBlocks
+from convert.drafts.gptq_awq import Awq, Gptq, PackedSafetensors
+from convert.files import hub
 from convert.sources import looks_like_hub_id, read_json
-from quantspec_jax.config import ModelConfig, require
+from quantspec_jax.checks import require
+from quantspec_jax.models.config import ModelConfig
 
 _METHODS: dict[str, type[PackedSafetensors]] = {"gptq": Gptq, "awq": Awq}
 _CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # older checkpoints' own

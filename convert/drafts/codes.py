@@ -19,12 +19,13 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from convert.tensors import StoredTensor
-from pallas_kernels.int4_matmul.reference import dequantize
+from convert.files.tensors import StoredTensor
+from pallas_kernels.int4_matmul.xla import dequantize
 from pallas_kernels.layout import QuantizedWeight, pack
-from quantspec_jax.config import DraftConfig, ModelConfig, WeightFormat
-from quantspec_jax.draft import quantize_linear
+from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import LINEAR_LAYERS, linear_layers, nest
+from quantspec_jax.weights.formats import DraftConfig, WeightFormat
+from quantspec_jax.weights.rounding import quantize_linear
 
 MORE_BITS = WeightFormat(8, 64)  # of layers that are not in 4 bits
 MOST_ERROR = 0.5  # 4 bits cost about 0.1, another model's weights are off by more than 1

@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from convert.tensors import FLOATS, INTS, StoredTensor, stored_bytes
+from convert.files.tensors import FLOATS, INTS, StoredTensor, stored_bytes
 
 _MAX_HEADER = 100 << 20
 

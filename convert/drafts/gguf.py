@@ -11,17 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.gguf_config import parse_gguf_config
-from convert.gguf_file import read_gguf
-from convert.quantized import (
+from convert.drafts.codes import (
     MORE_BITS,
     Codes,
     QuantizedCheckpoint,
     check_finite,
 )
+from convert.files.gguf import read_gguf
+from convert.gguf_config import parse_gguf_config
 from convert.weights import Parameter, deinterleave, gguf_parameters
-from quantspec_jax.config import ModelConfig, WeightFormat
+from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import linear_layers
+from quantspec_jax.weights.formats import WeightFormat
 
 
 class GgufBlocks(QuantizedCheckpoint):

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.layout import QuantizedWeight, pack
-from quantspec_jax.config import WeightFormat
+from quantspec_jax.weights.formats import WeightFormat
 
 HIGHEST = jax.lax.Precision.HIGHEST
 BLOCK = 64  # channels rounded before the others hear of it
@@ -94,7 +94,7 @@ def wanted(kernel: jax.Array, sums: Moments, shared: bool) -> jax.Array:
 
 @partial(jax.jit, static_argnames="stored")
 def quantize(w: jax.Array, gram: jax.Array, factor: Factor, stored: WeightFormat):
-    """[Kin, N] → the entries of one linear layer, as `quantspec_jax.draft.quantize_linear`.
+    """[Kin, N] → the entries of one linear layer, as `quantize_linear` of `weights.rounding`.
 
     Args:
       w: what the rounded weights should do, W*.

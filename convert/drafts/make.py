@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 
-from convert.imported import open_draft
+from convert.drafts.open import open_draft
 from convert.sources import Checkpoint
-from quantspec_jax.config import DraftConfig
-from quantspec_jax.draft import draft_bytes, layer_formats, quantize_params
 from quantspec_jax.models.parameters import parameter_shapes
+from quantspec_jax.weights.entries import quantize_params
+from quantspec_jax.weights.formats import DraftConfig
+from quantspec_jax.weights.sizes import draft_bytes, layer_formats
 
 Made = tuple[DraftConfig, dict[str, Any]]  # the draft's configuration and its entries of the tree
 
@@ -77,9 +78,9 @@ def prepare(
 def _calibrated(
     checkpoint: Checkpoint, draft: DraftConfig, text: str | None, finished: Path
 ) -> DraftSource:
-    from quantspec_jax.calibrate import calibrate, calibration_tokens
-    from quantspec_jax.calibrate.sensitivity import check_budget
-    from quantspec_jax.calibrate.text import LENGTH
+    from quantspec_jax.weights.calibrate import calibrate, calibration_tokens
+    from quantspec_jax.weights.calibrate.mixed_precision import check_budget
+    from quantspec_jax.weights.calibrate.text import LENGTH
 
     config = checkpoint.config
     if checkpoint.tokenizer is None:

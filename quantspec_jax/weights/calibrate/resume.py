@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
-from quantspec_jax.config import DraftConfig, ModelConfig, WeightFormat
-from quantspec_jax.models.decoder import Params
-from quantspec_jax.models.parameters import flatten, nest
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.parameters import Params, flatten, nest
+from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 
 METHOD = 1  # changes with what the calibration computes
 SAMPLE = 1024  # numbers of each weight that the signature looks at

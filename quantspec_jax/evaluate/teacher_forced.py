@@ -23,11 +23,13 @@ from tqdm import tqdm
 
 from pallas_kernels.kv_attention.api import kv_attention
 from quantspec_jax.cache import HierarchicalKVCache, LayerCache, create, flush
-from quantspec_jax.config import Backend, CacheConfig, View
+from quantspec_jax.cache.config import CacheConfig, View
+from quantspec_jax.generate.config import Backend
 from quantspec_jax.generate.state import Program
 from quantspec_jax.generate.verify import cache_pass
-from quantspec_jax.model import Model
-from quantspec_jax.models.decoder import Params, forward, unembed
+from quantspec_jax.loading import Model
+from quantspec_jax.models.decoder import forward, unembed
+from quantspec_jax.models.parameters import Params
 
 
 class Scores(NamedTuple):

@@ -26,8 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.hf_config import parse_hf_config
-from convert.quantized import (
+from convert.drafts.codes import (
     MORE_BITS,
     Codes,
     QuantizedCheckpoint,
@@ -35,14 +34,17 @@ from convert.quantized import (
     restore,
     stored_group,
 )
-from convert.safetensors_file import read_safetensors
+from convert.files.safetensors import read_safetensors
+from convert.files.tensors import FLOATS, StoredTensor
+from convert.hf_config import parse_hf_config
 from convert.sources import read_hf_tensors, read_json
-from convert.tensors import FLOATS, StoredTensor
 from convert.weights import hf_name
 from pallas_kernels.layout import QuantizedWeight
-from quantspec_jax.config import ModelConfig, WeightFormat, require
-from quantspec_jax.draft import quantize_linear
+from quantspec_jax.checks import require
+from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import LINEAR_LAYERS, linear_layers, parameter_shapes
+from quantspec_jax.weights.formats import WeightFormat
+from quantspec_jax.weights.rounding import quantize_linear
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 

@@ -12,11 +12,15 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from quantspec_jax import compilation_cache
-from quantspec_jax.config import DraftConfig, ModelConfig, require
-from quantspec_jax.draft import draft_tree, layer_formats, quantize_params
+from quantspec_jax.checks import require
 from quantspec_jax.dtypes import BFLOAT16, FLOAT32, float_type
 from quantspec_jax.models.attention import causal_attention
-from quantspec_jax.models.decoder import Params, check_params, forward, unembed
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.decoder import forward, unembed
+from quantspec_jax.models.parameters import Params, check_params
+from quantspec_jax.weights.entries import draft_tree, quantize_params
+from quantspec_jax.weights.formats import DraftConfig
+from quantspec_jax.weights.sizes import layer_formats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,6 +1,0 @@
-"""Calibrated quantization of the draft's weights."""
-
-from quantspec_jax.calibrate.blocks import calibrate
-from quantspec_jax.calibrate.text import calibration_tokens
-
-__all__ = ["calibrate", "calibration_tokens"]

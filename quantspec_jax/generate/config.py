@@ -1,0 +1,104 @@
+"""How to decode."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from quantspec_jax.cache.config import VIEWS, View
+from quantspec_jax.checks import is_int, is_number, require
+
+Mode = Literal["quantspec", "autoregressive"]
+
+
+Backend = Literal["auto", "mosaic_gpu", "xla"]
+
+
+MODES: tuple[Mode, ...] = ("quantspec", "autoregressive")
+
+
+BACKENDS: tuple[Backend, ...] = ("auto", "mosaic_gpu", "xla")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """How to decode. Defaults as on the command line; `temperature` 0 is greedy.
+
+    `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 mean off. `kv` None: `int8` in mode
+    quantspec (where nothing else is allowed), `full` in mode autoregressive. `gamma`: tokens
+    drafted a round (mode quantspec alone); "auto": as many in each round, 0 to 7, as pay off at the
+    acceptance of late and at `draft_cost`, what a draft step costs over a verification. None: it is
+    measured in the first rounds where decoding is greedy, and else taken from the bytes that they
+    read, since sampled tokens, but not greedy ones, depend on how many were drafted. `pass_width`:
+    rows an autoregressive pass is padded to. `max_length`: tokens the cache is allocated for; None:
+    what the prompts and `max_new_tokens` need, rounded up to a bucket. `rounds_per_chunk`: rounds
+    decoded on the device between two looks of the host (streaming, stop strings, interruption).
+    """
+
+    max_new_tokens: int = 256
+    gamma: int | Literal["auto"] = 4
+    mode: Mode = "quantspec"
+    kv: View | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    pass_width: int = 1
+    group_size: int = 128
+    max_length: int | None = None
+    backend: Backend = "auto"
+    rounds_per_chunk: int = 16
+    draft_cost: float | None = None
+
+    def __post_init__(self) -> None:
+        def positive(name: str) -> None:
+            value = getattr(self, name)
+            require(is_int(value) and value >= 1, name, value, "an integer ≥ 1")
+
+        for name in ("max_new_tokens", "pass_width", "rounds_per_chunk"):
+            positive(name)
+        require(
+            self.gamma == "auto" or (is_int(self.gamma) and 1 <= self.gamma < self.group_size),
+            "gamma",
+            self.gamma,
+            f"an integer from 1 to {self.group_size - 1}, or auto",
+        )
+        require(
+            self.draft_cost is None or (is_number(self.draft_cost) and self.draft_cost > 0),
+            "draft_cost",
+            self.draft_cost,
+            "a number > 0",
+        )
+        require(self.mode in MODES, "mode", self.mode, ", ".join(MODES))
+        require(self.kv in (None, *VIEWS), "kv", self.kv, ", ".join(VIEWS))
+        if self.mode == "quantspec":
+            require(self.kv in (None, "int8"), "kv", self.kv, "int8 in mode quantspec (its target)")
+            require(
+                self.pass_width == 1,
+                "pass_width",
+                self.pass_width,
+                "1 in mode quantspec (γ+1 rows)",
+            )
+        numbers = {
+            "temperature": (lambda v: v >= 0, "a number ≥ 0 (0 is greedy)"),
+            "top_p": (lambda v: 0 < v <= 1, "a number in (0, 1]"),
+            "min_p": (lambda v: 0 <= v <= 1, "a number in [0, 1]"),
+            "repetition_penalty": (lambda v: v > 0, "a number > 0"),
+        }
+        for name, (allowed, words) in numbers.items():
+            value = getattr(self, name)
+            finite = is_number(value) and value == value and value not in (float("inf"),)
+            require(finite and allowed(value), name, value, words)
+        require(is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer ≥ 0")
+        require(self.backend in BACKENDS, "backend", self.backend, ", ".join(BACKENDS))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        require(all(isinstance(s, str) and s for s in stop), "stop", self.stop, "non-empty strings")
+        object.__setattr__(self, "stop", stop)
+
+    @property
+    def target_view(self) -> View:
+        """What the target reads of the cache."""
+        return self.kv or ("int8" if self.mode == "quantspec" else "full")

@@ -1,0 +1,117 @@
+"""What a model is: architecture and rotary embedding, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from quantspec_jax.checks import is_int, require
+
+Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+
+
+FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3")
+
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding; the fields are Hugging Face's `rope_scaling`.
+
+    `original_max_position` is the context of pre-training that yarn and llama3 extend (for
+    dynamic NTK: the length from which the base grows). `attention_factor` None: yarn's default,
+    0.1 ln(factor) + 1, or what `mscale` and `mscale_all_dim` give.
+    """
+
+    type: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_max_position: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.type in ROPE_TYPES, "rope type", self.type, ", ".join(ROPE_TYPES))
+        require(self.theta > 0, "rope theta", self.theta, "a positive number")
+        require(self.factor >= 1, "rope factor", self.factor, "a number ≥ 1")
+        if self.type in ("dynamic", "yarn", "llama3"):
+            require(
+                self.original_max_position is not None,
+                "rope original_max_position",
+                None,
+                f"a length in tokens (type {self.type} needs it)",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One decoder for the Llama family: what differs between families is data here.
+
+    Letters as elsewhere: L num_layers, H num_heads, K num_kv_heads, D head_dim, N vocab_size.
+    `max_context` is the longest sequence, in tokens, that the checkpoint says it handles, with the
+    RoPE scaling counted.
+    """
+
+    family: Family
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.family in FAMILIES, "family", self.family, ", ".join(FAMILIES))
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_context",
+        ):
+            value = getattr(self, name)
+            require(is_int(value) and value >= 1, name, value, "an integer ≥ 1")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_kv_heads",
+            self.num_kv_heads,
+            f"a divisor of num_heads = {self.num_heads}",
+        )
+        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict that `from_dict` reads back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
+        """Inverse of `to_dict`; an unknown key is a ValueError."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known)
+        require(not unknown, "model config keys", unknown, ", ".join(sorted(known)))
+        values = dict(data)
+        values["rope"] = RopeConfig(**values["rope"])
+        values["eos_ids"] = tuple(values["eos_ids"])
+        return cls(**values)

@@ -1,0 +1,56 @@
+"""The Flax module that owns the parameters, with their logical axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.parameters import Params, Spec, nest, parameter_shapes
+
+
+class Decoder(nnx.Module):
+    """The parameters of a decoder, made at random: normal with standard deviation 0.02, norms 1,
+    biases 0 (to load a checkpoint, only the tree matters)."""
+
+    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        tree = nest(
+            {
+                path: nnx.Param(
+                    _initial(path, spec, dtype, rngs),
+                    out_sharding=spec.axes,
+                    eager_sharding=False,
+                )
+                for path, spec in parameter_shapes(config).items()
+            }
+        )
+        for name, node in tree.items():
+            setattr(self, name, _as_module(node))
+
+
+def _initial(path: str, spec: Spec, dtype: Any, rngs: nnx.Rngs) -> jax.Array:
+    if path.endswith("norm"):
+        return jnp.ones(spec.shape, dtype)
+    if path.endswith("bias"):
+        return jnp.zeros(spec.shape, dtype)
+    return 0.02 * jax.random.normal(rngs.params(), spec.shape, dtype)
+
+
+def _as_module(node: Any) -> Any:
+    if isinstance(node, dict):
+        return nnx.Dict({name: _as_module(child) for name, child in node.items()})
+    return node
+
+
+def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+    """Random parameters as a tree of plain arrays."""
+    state = nnx.split(Decoder(config, dtype=dtype, rngs=nnx.Rngs(params=key)))[1]
+    return nest({".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)})
+
+
+def logical_axes(config: ModelConfig) -> Params:
+    """The tree of parameters with a tuple of logical axis names in place of each array."""
+    return nest({path: spec.axes for path, spec in parameter_shapes(config).items()})
