@@ -1,0 +1,56 @@
+"""The cache's arrays: plain pytrees."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+
+from pallas_kernels.layout import Planes
+
+if TYPE_CHECKING:
+    from quantspec_jax.cache.codecs import Codec
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["keys", "values", "key_buffer", "value_buffer"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """One layer's keys (after RoPE) and values.
+
+    keys, values              planes of T/G tiles, or None where the codec has none
+    key_buffer, value_buffer  [B, K, R, D] full precision, position p in slot p mod R; R = 2G,
+                              or beyond the longest sequence where there are no planes
+    """
+
+    keys: Planes | None
+    values: Planes | None
+    key_buffer: jax.Array
+    value_buffer: jax.Array
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["layers", "length", "quantized_length"],
+    meta_fields=["group_size", "codec"],
+)
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """All layers, and per sequence how far they are filled.
+
+    length            [B] int32, valid tokens
+    quantized_length  [B] int32, tokens that are coded, a multiple of G
+    group_size        G
+    codec             how tokens lie in the layers
+    """
+
+    layers: tuple[LayerCache, ...]
+    length: jax.Array
+    quantized_length: jax.Array
+    group_size: int
+    codec: Codec
