@@ -25,32 +25,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.layout import Planes
+from pallas_kernels.layout import LayerCache, Planes
 from pallas_kernels.quantize_pack.api import quantize_keys, quantize_values
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.models.config import ModelConfig
 
 CACHE_VERSION = 1
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "key_buffer", "value_buffer"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """One layer's keys (after RoPE) and values.
-
-    keys, values              planes of T/G tiles, or None in the full view
-    key_buffer, value_buffer  [B, K, R, D] full precision, position p in slot p mod R; R = 2G,
-                              or beyond the longest sequence in the full view
-    """
-
-    keys: Planes | None
-    values: Planes | None
-    key_buffer: jax.Array
-    value_buffer: jax.Array
 
 
 @partial(

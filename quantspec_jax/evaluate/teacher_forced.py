@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pallas_kernels.kv_attention.api import kv_attention
+from pallas_kernels.kv_attention.read import Read
 from quantspec_jax.cache import HierarchicalKVCache, LayerCache, create, flush
 from quantspec_jax.cache.config import CacheConfig, View
 from quantspec_jax.generate.config import Backend
@@ -245,13 +246,10 @@ def _draft(
     ) -> tuple[jax.Array, LayerCache]:
         before, log_sum_exp = kv_attention(
             q,
-            layer.keys,
-            layer.values,
-            layer.key_buffer,
-            layer.value_buffer,
+            layer,
             cache.quantized_length,
             cache.length,
-            view="int4",
+            read=Read("int4"),
             sm_scale=sm_scale,
             strict=True,
             backend=program.backend,

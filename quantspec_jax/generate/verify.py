@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_attention.api import kv_attention
+from pallas_kernels.kv_attention.read import Read
 from quantspec_jax.cache import LayerCache, append
 from quantspec_jax.generate.state import Program
 from quantspec_jax.models.decoder import forward, unembed
@@ -41,13 +42,10 @@ def cache_pass(
         layer = append(layer, k.swapaxes(1, 2), v.swapaxes(1, 2), start)
         out, _ = kv_attention(
             q,
-            layer.keys,
-            layer.values,
-            layer.key_buffer,
-            layer.value_buffer,
+            layer,
             quantized_length,
             start,
-            view=view,
+            read=Read(view),
             sm_scale=sm_scale,
             out_dtype=q.dtype,
             backend=program.backend,

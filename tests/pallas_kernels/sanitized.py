@@ -15,6 +15,7 @@ from kernel_cases import attention_call, random_weight
 from pallas_kernels.add_rms_norm.api import add_rms_norm
 from pallas_kernels.int4_matmul.api import int4_matmuls
 from pallas_kernels.kv_attention.api import kv_attention
+from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.quantize_pack.api import quantize_keys, quantize_values
 
 
@@ -31,7 +32,7 @@ def calls():
             view, kv_heads=2, group=group, tokens=tokens, head_dim=head_dim, group_size=128,
             tiles=4, positions=[0, 127, 128, 700],
         )  # fmt: skip
-        yield functools.partial(kv_attention, view=view, sm_scale=0.1), call
+        yield functools.partial(kv_attention, read=Read(view), sm_scale=0.1), call
     for rows, inputs, outputs, group, symmetric in (
         (1, 1024, (256, 128), 128, False),
         (8, 300, (208,), 64, True),
