@@ -66,7 +66,7 @@ def kv_attention(
             **options,
             config=config,
             out_dtype=jnp.dtype(out_dtype),
-            blocks=dispatch.multiprocessors(),
+            blocks=dispatch.target().multiprocessors,
         )
     out, log_sum_exp = xla.kv_attention(*operands, **options)
     return out.astype(out_dtype), log_sum_exp

@@ -70,7 +70,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, ptx
+from pallas_kernels import devices, ptx
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import LayerCache
 from pallas_kernels.ptx import V, f32, i32
@@ -1416,7 +1416,7 @@ def kv_attention(
     strict: bool,
     config: Config,
     out_dtype: Any = jnp.float32,
-    blocks: int = dispatch.DEFAULT_MULTIPROCESSORS,
+    blocks: int = devices.DEFAULT.multiprocessors,
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.kv_attention.api.kv_attention`; bf16 queries and buffer."""
     shape = shape_of(q, cache, read=read, sm_scale=sm_scale, strict=strict)

@@ -122,7 +122,7 @@ def _row(
 def measured_ceilings() -> dict[str, float]:
     """GB/s of reading and of copying, measured in this run."""
     x = jax.random.bits(jax.random.key(0), (1 << 29,), jnp.uint32)
-    name = dispatch.device_name()
+    name = dispatch.target().name
     read = x.nbytes / timing.device_seconds(jax.jit(lambda x: jnp.max(x)), [(x,)], 5) / 1e9
     copied = 2 * x.nbytes / timing.device_seconds(jax.jit(lambda x: x ^ 1), [(x,)], 5) / 1e9
     return {
@@ -254,7 +254,7 @@ def _tune(
     for config in candidates:
         found[config] = measure(config)
         print(f"  {config} {found[config] * 1e6:.2f} µs", file=sys.stderr, flush=True)
-    tuned.save(dispatch.device_name(), kernel, {key: vars(min(found, key=found.__getitem__))})
+    tuned.save(dispatch.target().name, kernel, {key: vars(min(found, key=found.__getitem__))})
 
 
 def _tune_attention(calls: Sequence[Any], view: str) -> None:
@@ -266,7 +266,7 @@ def _tune_attention(calls: Sequence[Any], view: str) -> None:
     def measure(config: mosaic_gpu.Config) -> float:
         fn = jax.jit(
             lambda *call: mosaic_gpu.kv_attention(
-                *call, **options, config=config, blocks=dispatch.multiprocessors()
+                *call, **options, config=config, blocks=dispatch.target().multiprocessors
             )
         )
         return timing.device_seconds(fn, calls)

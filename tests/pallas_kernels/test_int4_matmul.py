@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from kernel_cases import random_weight, relative_error
 
-from pallas_kernels import dispatch, ptx
+from pallas_kernels import devices, ptx
 from pallas_kernels.int4_matmul import api, configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
 from pallas_kernels.int4_matmul import xla as reference
@@ -77,9 +77,9 @@ def test_configurations_fit_and_the_best_guess_fills_the_chip(rows, groups, grou
     shape = Shape(rows, groups, group_size, outputs, False)
     found = configs.candidates(shape)
     for config in (*found, *configs.diverse(shape)):
-        assert Plan(shape, config).shared_bytes <= dispatch.SHARED_BYTES
+        assert Plan(shape, config).shared_bytes <= devices.DEFAULT.usable_bytes
     strips = sum(outputs) // 16
-    assert Plan(shape, found[0]).blocks >= min(strips, 0.85 * dispatch.DEFAULT_MULTIPROCESSORS)
+    assert Plan(shape, found[0]).blocks >= min(strips, 0.85 * devices.DEFAULT.multiprocessors)
 
 
 def test_a_cluster_has_to_divide_the_blocks():
