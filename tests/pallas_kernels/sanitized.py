@@ -16,6 +16,7 @@ from pallas_kernels.add_rms_norm.api import add_rms_norm
 from pallas_kernels.int4_matmul.api import int4_matmuls
 from pallas_kernels.kv_attention.api import kv_attention
 from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.layout import tile
 from pallas_kernels.quantize_pack.api import quantize_keys, quantize_values
 
 
@@ -38,7 +39,8 @@ def calls():
         (8, 300, (208,), 64, True),
         (16, 160, (64, 32), 32, False),
     ):
-        weights = [random_weight(inputs, n, group, symmetric, i) for i, n in enumerate(outputs)]
+        plain = [random_weight(inputs, n, group, symmetric, i) for i, n in enumerate(outputs)]
+        weights = [tile(weight) for weight in plain]
         x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)
         yield int4_matmuls, (x, weights)
     for kernel in (quantize_keys, quantize_values):

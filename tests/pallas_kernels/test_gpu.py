@@ -158,7 +158,8 @@ def test_int4_matmul(rows, inputs, outputs, group, symmetric):
     weights = [random_weight(inputs, n, group, symmetric, i) for i, n in enumerate(outputs)]
     x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)
     run = jax.jit(functools.partial(matmul.int4_matmuls, backend="mosaic_gpu"))
-    found, tiled = run(x, weights), [tile(w) for w in weights]
+    tiled = [tile(w) for w in weights]
+    found = run(x, tiled)
     for y, again, w in zip(found, run(x, tiled), weights, strict=True):
         np.testing.assert_array_equal(y, again)
         dense = matmul_reference.dequantize(w)[:inputs]
@@ -174,9 +175,10 @@ def test_int4_matmul_in_every_configuration(rows):
     weight = random_weight(1024, 1040, 128, False)
     x = jax.random.normal(jax.random.key(1), (rows, 1024)).astype(jnp.bfloat16)
     expected = x.astype(jnp.float32) @ matmul_reference.dequantize(weight)
-    for config in matmul_configs.diverse(matmul_kernel.shape_of(x, [weight])):
+    tiled = [tile(weight)]
+    for config in matmul_configs.diverse(matmul_kernel.shape_of(x, tiled)):
         run = jax.jit(functools.partial(matmul_kernel.int4_matmuls, config=config))
-        (y,), (again,) = run(x, [weight]), run(x, [weight])
+        (y,), (again,) = run(x, tiled), run(x, tiled)
         np.testing.assert_array_equal(y, again)
         assert relative_error(y, expected) <= 1e-4
 
