@@ -1,4 +1,4 @@
-"""The cache's arrays: plain pytrees."""
+"""The cache's arrays, plain pytrees; of a layer, what the attention kernel takes (`LayerCache`)."""
 
 from __future__ import annotations
 
@@ -8,30 +8,10 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from pallas_kernels.layout import Planes
+from pallas_kernels.layout import LayerCache
 
 if TYPE_CHECKING:
     from quantspec_jax.cache.codecs import Codec
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "key_buffer", "value_buffer"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """One layer's keys (after RoPE) and values.
-
-    keys, values              planes of T/G tiles, or None where the codec has none
-    key_buffer, value_buffer  [B, K, R, D] full precision, position p in slot p mod R; R = 2G,
-                              or beyond the longest sequence where there are no planes
-    """
-
-    keys: Planes | None
-    values: Planes | None
-    key_buffer: jax.Array
-    value_buffer: jax.Array
 
 
 @partial(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pallas_kernels.kv_attention.api import kv_attention
+from pallas_kernels.kv_attention.api import Read, kv_attention
 from quantspec_jax.cache import KVCache, LayerCache, create, flush
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.generate.cache_pass import cache_pass
@@ -237,13 +237,10 @@ def _draft(
     ) -> tuple[jax.Array, LayerCache]:
         before, log_sum_exp = kv_attention(
             q,
-            layer.keys,
-            layer.values,
-            layer.key_buffer,
-            layer.value_buffer,
+            layer,
             cache.quantized_length,
             cache.length,
-            view="int4",
+            read=Read("int4"),
             sm_scale=sm_scale,
             strict=True,
             backend=program.backend,

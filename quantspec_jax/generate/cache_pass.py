@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_attention.api import kv_attention
+from pallas_kernels.kv_attention.api import Read, kv_attention
 from quantspec_jax.cache import KVCache, LayerCache, append
 from quantspec_jax.generate.state import Program
 from quantspec_jax.models.decoder import forward, unembed
@@ -40,13 +40,10 @@ def cache_pass(
         layer = append(layer, k.swapaxes(1, 2), v.swapaxes(1, 2), start)
         out, _ = kv_attention(
             q,
-            layer.keys,
-            layer.values,
-            layer.key_buffer,
-            layer.value_buffer,
+            layer,
             cache.quantized_length,
             start,
-            view=view,
+            read=Read(view),
             sm_scale=program.model.head_dim**-0.5,
             out_dtype=q.dtype,
             backend=program.backend,
