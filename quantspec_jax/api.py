@@ -188,8 +188,8 @@ class _Run:
         batch = len(prompts)
         self.backend = backend_in_use(config.backend)
         self.program, padded = program_for(model, config, max(map(len, prompts)), batch)
-        self.eos = () if config.ignore_eos else model.config.eos_ids
-        self.streams = [TextStream(model.tokenizer, config.stop) for _ in prompts]
+        self.eos = config.end_ids(model.config.eos_ids, model.config.vocab_size)
+        self.streams = [TextStream(model.tokenizer, config.stop, prompt) for prompt in prompts]
         self.taken = [0] * batch  # new tokens of the device's state that the streams have
         self.clock = _Clock()
         self.counters = dict.fromkeys(("rounds", "proposed", "accepted"), [0] * batch)

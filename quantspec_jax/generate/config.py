@@ -31,7 +31,8 @@ class GenerateConfig:
     measured in the first rounds where decoding is greedy, and else taken from the bytes that they
     read, since sampled tokens, but not greedy ones, depend on how many were drafted. `pass_width`:
     rows an autoregressive pass is padded to. `max_length`: tokens the cache is allocated for; None:
-    what the prompts and `max_new_tokens` need, rounded up to a bucket. `rounds_per_chunk`: rounds
+    what the prompts and `max_new_tokens` need, rounded up to a bucket. `stop_ids`: token ids that
+    end a sequence beside the model's own, and where these are ignored. `rounds_per_chunk`: rounds
     decoded on the device between two looks of the host (streaming, stop strings, interruption).
     """
 
@@ -45,6 +46,7 @@ class GenerateConfig:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     pass_width: int = 1
     group_size: int = 128
@@ -97,6 +99,16 @@ class GenerateConfig:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         require(all(isinstance(s, str) and s for s in stop), "stop", self.stop, "non-empty strings")
         object.__setattr__(self, "stop", stop)
+        ids = tuple(self.stop_ids)
+        require(all(is_int(i) and i >= 0 for i in ids), "stop_ids", ids, "integers ≥ 0")
+        object.__setattr__(self, "stop_ids", ids)
+
+    def end_ids(self, eos_ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+        """The ids that end a sequence: the model's, unless they are ignored, and `stop_ids`."""
+        for token in self.stop_ids:
+            allowed = f"0 to {vocab_size - 1}, the vocabulary"
+            require(token < vocab_size, "a token id of stop_ids", token, allowed)
+        return tuple(dict.fromkeys((() if self.ignore_eos else eos_ids) + self.stop_ids))
 
     @property
     def target_view(self) -> View:
