@@ -109,7 +109,7 @@ def _from_files(tokenizer_class: Any, directory: Path, **options: Any) -> Any | 
     if not any((directory / name).exists() for name in _FILES):
         return None
     try:
-        return tokenizer_class.from_pretrained(
+        tokenizer = tokenizer_class.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False, **options
         )
     except Exception as error:  # of many kinds, for damaged files
@@ -117,6 +117,8 @@ def _from_files(tokenizer_class: Any, directory: Path, **options: Any) -> Any | 
         if "custom code" in reason:
             reason = "its auto_map names Python code of its own, which is not run"
         raise ValueError(f"the tokenizer in {directory} cannot be read: {reason}") from error
+    tokenizer.init_kwargs.pop("auto_map", None)  # nor by those who open what is saved of it
+    return tokenizer
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> Any | None:
