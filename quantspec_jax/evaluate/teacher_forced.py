@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pallas_kernels.layout import PackedWeight
-from quantspec_jax.cache.codecs.hierarchical import attend_coded
+from quantspec_jax.cache.codecs.hierarchical import DRAFT, TARGET, attend_text
 from quantspec_jax.cache.config import CacheConfig, View
 from quantspec_jax.generate.config import Backend
 from quantspec_jax.loading import Model
@@ -35,8 +35,6 @@ from quantspec_jax.models.parameters import LINEAR_LAYERS, Params
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
 ROWS = 128  # positions whose logits exist at a time
-TARGET: View = "int8"
-DRAFT: View = "int4"
 
 
 class Scores(NamedTuple):
@@ -148,7 +146,7 @@ class _Bar:
     """A bar of tokens that moves a layer at a time; the logits are a layer more."""
 
     def __init__(self, tokens: int, model: ModelConfig, title: str | None):
-        self.layers, self.done = model.num_layers + 1, 0
+        self.tokens, self.layers, self.done = tokens, model.num_layers + 1, 0
         self.bar = tqdm(total=tokens, desc=title, unit=" tokens", disable=title is None)
 
     def __enter__(self) -> _Bar:
@@ -163,7 +161,7 @@ class _Bar:
         """A layer is done when its results are there."""
         jax.block_until_ready(results)
         self.done += 1
-        self.bar.update(self.bar.total * self.done // self.layers - self.bar.n)
+        self.bar.update(self.tokens * self.done // self.layers - self.bar.n)
 
 
 def _through(
@@ -204,16 +202,7 @@ def _block(
     """A stream through a block. `past`: keys and values that the cache has, None: the stream's own,
     which are returned."""
     config, cache = reader.model, reader.cache
-
-    def attend(past: Tokens | None, q: jax.Array, k: jax.Array, v: jax.Array):
-        own = Tokens(k, v)
-        past = own if past is None else past
-        scale = config.head_dim**-0.5
-        out = attend_coded(
-            q, own, past, view=cache.view, group_size=cache.group_size, sm_scale=scale
-        )
-        return out, past
-
+    attend = attend_text(cache.view, cache.group_size, config.head_dim**-0.5)
     frequencies = rope_frequencies(config.rope, config.head_dim, cache.max_length)
     rope = rope_tables(*frequencies, jnp.arange(stream.x.shape[1])[None])
     x, h, past = run_block(

@@ -6,6 +6,8 @@ once, to what the planes would give them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,14 @@ import numpy as np
 from pallas_kernels.kv_attention.xla import dequantize_keys, dequantize_values
 from pallas_kernels.quantize_pack.xla import quantize_keys, quantize_values
 from quantspec_jax.cache.cache import quantized_length
+from quantspec_jax.cache.config import View
 from quantspec_jax.models.attention import Tokens, sequence_attention
+from quantspec_jax.models.decoder import Attend
 from quantspec_jax.models.linear import precision
+
+# The views that either reads.
+TARGET: View = "int8"
+DRAFT: View = "int4"
 
 
 def decoded(
@@ -37,13 +45,7 @@ def decoded(
 
 
 def attend_coded(
-    q: jax.Array,
-    own: Tokens,
-    past: Tokens,
-    *,
-    view: str,
-    group_size: int,
-    sm_scale: float,
+    q: jax.Array, own: Tokens, past: Tokens, *, view: str, group_size: int, sm_scale: float
 ) -> jax.Array:
     """Attention at all positions of a text, each reading what decoding would (`quantized_length`):
     of the tokens before it those in the planes in `view`, the newer ones in full precision, and its
@@ -62,6 +64,19 @@ def attend_coded(
         return sequence_attention(q, own, past, sm_scale=sm_scale, exact=exact)
     with jax.ensure_compile_time_eval():
         length = np.asarray(quantized_length(jnp.arange(q.shape[1]), group_size))
-    planes = decoded(*(x.swapaxes(1, 2) for x in past), view, group_size)
-    older = Tokens(*(x.swapaxes(1, 2) for x in planes))
+    keys, values = (x.swapaxes(1, 2) for x in past)
+    older = Tokens(*(x.swapaxes(1, 2) for x in decoded(keys, values, view, group_size)))
     return sequence_attention(q, own, past, older, length, sm_scale=sm_scale, exact=exact)
+
+
+def attend_text(view: str, group_size: int, sm_scale: float) -> Attend:
+    """`attend_coded` for `models.decoder`: the state is what the cache has, None where the pass
+    makes it, as the target does."""
+
+    def attend(past: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+        own = Tokens(k, v)
+        past = own if past is None else past
+        out = attend_coded(q, own, past, view=view, group_size=group_size, sm_scale=sm_scale)
+        return out, past
+
+    return attend
