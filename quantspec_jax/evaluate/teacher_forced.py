@@ -23,8 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from pallas_kernels.layout import PackedWeight
-from quantspec_jax.cache.codecs.hierarchical import DRAFT, TARGET, attend_text
-from quantspec_jax.cache.config import CacheConfig, View
+from quantspec_jax.cache.codecs import CODECS
+from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.cache.sequence import attend_text
 from quantspec_jax.generate.config import Backend
 from quantspec_jax.loading import Model
 from quantspec_jax.models.attention import Tokens
@@ -35,6 +36,7 @@ from quantspec_jax.models.parameters import LINEAR_LAYERS, Params
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
 ROWS = 128  # positions whose logits exist at a time
+TARGET, DRAFT = CODECS["hierarchical"].views
 
 
 class Scores(NamedTuple):
@@ -70,7 +72,7 @@ class Reader:
     cache: CacheConfig
     backend: Backend
 
-    def reading(self, view: View) -> Reader:
+    def reading(self, view: str) -> Reader:
         """The same pass over another view."""
         return dataclasses.replace(self, cache=dataclasses.replace(self.cache, view=view))
 
@@ -78,7 +80,7 @@ class Reader:
 def score(
     model: Model,
     ids: Sequence[int],
-    view: View,
+    view: str,
     *,
     group_size: int = 128,
     backend: Backend = "auto",
@@ -117,8 +119,8 @@ def compare_drafts(
     drafts: Sequence[Params],
     ids: Sequence[int],
     *,
-    target_view: View = TARGET,
-    draft_view: View = DRAFT,
+    target_view: str = TARGET,
+    draft_view: str = DRAFT,
     group_size: int = 128,
     backend: Backend = "auto",
     progress: bool = False,
@@ -137,7 +139,7 @@ def compare_drafts(
         return _by_position(_overlaps, heads, (target, streams), ids)
 
 
-def _reader(model: Model, length: int, view: View, group_size: int, backend: Backend) -> Reader:
+def _reader(model: Model, length: int, view: str, group_size: int, backend: Backend) -> Reader:
     cache = CacheConfig(length, group_size, view, pass_width=1, dtype=model.dtype)
     return Reader(model.config, cache, backend)
 

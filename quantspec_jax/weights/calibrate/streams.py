@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.add_rms_norm.xla import rms_norm
-from quantspec_jax.cache.codecs.hierarchical import DRAFT, attend_text
+from quantspec_jax.cache.codecs import CODECS
+from quantspec_jax.cache.sequence import attend_text
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.decoder import attention_part, mlp_part
 from quantspec_jax.models.linear import linear
@@ -24,7 +25,7 @@ from quantspec_jax.models.rope import rope_frequencies, rope_tables
 from quantspec_jax.weights.calibrate.gptq import HIGHEST, Moments
 from quantspec_jax.weights.calibrate.programs import program
 
-VIEW, GROUP_SIZE = DRAFT, 128  # what the draft reads of the cache
+VIEW, GROUP_SIZE = CODECS["hierarchical"].draft, 128  # what the draft reads of the cache
 Block = dict[str, Any]
 
 
