@@ -28,8 +28,8 @@ import numpy as np
 import script
 
 import quantspec_jax as qs
+from quantspec_jax.cache.schedule import room
 from quantspec_jax.evaluate.teacher_forced import Overlap, compare
-from quantspec_jax.generate.sampling import sampling_arrays
 
 APART = 200_000  # characters between two prompts of a text
 
@@ -63,16 +63,12 @@ def generate(
     """New tokens of each sequence, and what became of the proposals of every round."""
     batch = len(inputs)
     state, program = script.prefilled(model, inputs, config)
-    sampling = sampling_arrays(config, batch)
     step = jax.jit(qs.generate_tokens, static_argnames="program", donate_argnames="state")
     rounds = Rounds(config.gamma)
     seen = np.zeros((2, batch), int)
     while not np.asarray(state.finished).all():
-        state = step(
-            *(model.params, model.draft_params, state, sampling, script.NO_EOS, jnp.int32(1)),
-            program=program,
-        )
-        now = np.array([state.proposed, state.accepted])
+        state = step(model.params, model.draft_params, state, jnp.int32(1), program=program)
+        now = np.array([np.asarray(x).sum(-1) for x in (state.proposed, state.accepted)])
         for proposed, accepted in (now - seen).T:
             rounds.add(proposed, np.arange(config.gamma) < accepted)
         seen = now
@@ -92,7 +88,7 @@ def follow(chance: np.ndarray, first: int, rounds: Rounds, group_size: int) -> N
     begins = np.zeros(end + gamma + 2)  # the chance that a round begins at a position
     begins[first] = 1
     for n in range(first, end - gamma):
-        proposed = min(gamma, group_size - 1 - n % group_size)
+        proposed = min(gamma, room(n, group_size))
         reach = np.cumprod(np.r_[1.0, chance[n : n + proposed]])  # of at least 0 … proposed
         rounds.add(proposed, np.r_[reach[1:], np.zeros(gamma - proposed)], begins[n])
         begins[n + 1 : n + 2 + proposed] += begins[n] * (reach - np.r_[reach[1:], 0])
@@ -102,7 +98,8 @@ def measure(
     model: qs.Model, inputs: list[list[int]], gamma: int, new: int, temperature: float, known: dict
 ) -> dict[str, Any]:
     """One row. `known` keeps evaluations: greedy text is the same at every γ."""
-    config = qs.GenerateConfig(max_new_tokens=new, gamma=gamma, temperature=temperature)
+    common = {"max_new_tokens": new, "ignore_eos": True}
+    config = qs.GenerateConfig(gamma=gamma, temperature=temperature, **common)
     tokens, rounds = generate(model, inputs, config)
     expected, alphas = Rounds(gamma), []
     for prompt, made in zip(inputs, tokens, strict=True):

@@ -18,6 +18,7 @@ import numpy as np
 import script
 
 import quantspec_jax as qs
+from quantspec_jax.cache.schedule import room
 from quantspec_jax.evaluate import acceptance
 from quantspec_jax.evaluate.teacher_forced import compare
 
@@ -26,7 +27,7 @@ def at_rounds(accepted: np.ndarray, first: int, group_size: int) -> float:
     """Share accepted of the positions at which rounds of γ = 1 start, from `first` on."""
     outcomes, position = [], first
     while position < len(accepted):
-        proposed = (position + 1) % group_size != 0
+        proposed = room(position, group_size) > 0
         if proposed:
             outcomes.append(bool(accepted[position]))
         position += 2 if proposed and accepted[position] else 1

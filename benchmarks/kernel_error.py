@@ -19,6 +19,7 @@ import script
 
 import quantspec_jax as qs
 from pallas_kernels.kv_attention.api import kv_attention
+from pallas_kernels.kv_attention.read import Read
 from quantspec_jax.cache import append
 from quantspec_jax.models.decoder import forward
 
@@ -33,13 +34,10 @@ def errors(model: qs.Model, ids: list[int], view: str, tokens: int) -> dict[str,
     def one_pass(params, layers):
         def attend(layer, q, k, v):
             layer = append(layer, k.swapaxes(1, 2), v.swapaxes(1, 2), cache.length)
-            call = (
-                *(layer.keys, layer.values, layer.key_buffer, layer.value_buffer),
-                *(cache.quantized_length, cache.length),
-            )
+            call = (layer, cache.quantized_length, cache.length)
             # XLA may keep more of a bfloat16 than its bits, inside one program: not of these.
             q, call = jax.lax.optimization_barrier((q, call))
-            options = {"view": view, "sm_scale": model.config.head_dim**-0.5}
+            options = {"read": Read(view), "sm_scale": model.config.head_dim**-0.5}
             found = kv_attention(q, *call, **options, backend="mosaic_gpu")[0]
             with jax.default_matmul_precision("highest"):
                 exact = kv_attention(q, *call, **options, backend="xla")[0]

@@ -10,18 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 import quantspec_jax as qs
-from quantspec_jax.api import program_for, sequence_keys
 from quantspec_jax.bench import record
 from quantspec_jax.commands.options import DTYPES
-from quantspec_jax.generate.sampling import sampling_arrays
 
 SKIP = 20_000  # characters, over what a book says before it begins
 CHARACTERS = 10  # more than a token has on average: enough of a text for its tokens
-NO_EOS = jnp.full(1, -1, jnp.int32)
 _prefill = jax.jit(qs.prefill, static_argnames=("program", "capacity"))
 
 
@@ -71,23 +66,11 @@ def prefilled(
     model: qs.Model, inputs: Sequence[Sequence[int]], config: qs.GenerateConfig
 ) -> tuple[qs.DecodeState, qs.Program]:
     """The state after these prompts, and the program that goes on from there."""
-    batch = len(inputs)
-    program, padded = program_for(model, config, max(map(len, inputs)))
-    rows = np.zeros((batch, padded), np.int32)
-    for row, ids in zip(rows, inputs, strict=True):
-        row[: len(ids)] = ids
+    ready = qs.prepare(model, inputs, config)
     state = _prefill(
-        model.params,
-        rows,
-        jnp.asarray([len(ids) for ids in inputs], jnp.int32),
-        sampling_arrays(config, batch),
-        sequence_keys(jax.random.key(0), batch),
-        NO_EOS,
-        jnp.full(batch, config.max_new_tokens, jnp.int32),
-        program=program,
-        capacity=config.max_new_tokens,
+        model.params, *ready.inputs, program=ready.program.prompt, capacity=ready.capacity
     )
-    return state, program
+    return state, ready.program
 
 
 def show(row: dict[str, Any]) -> dict[str, Any]:

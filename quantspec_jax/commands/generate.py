@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from quantspec_jax.cache.config import VIEWS
+from quantspec_jax.cache.codecs import VIEWS
 from quantspec_jax.checks import require
 from quantspec_jax.commands import terminal
 from quantspec_jax.commands.options import (
@@ -25,9 +25,9 @@ from quantspec_jax.commands.options import (
     seed,
 )
 from quantspec_jax.generate.config import BACKENDS, MODES, GenerateConfig
+from quantspec_jax.generate.couplings import COUPLINGS
 from quantspec_jax.weights.formats import DraftConfig
 
-COUPLINGS = ("rejection", "block", "invariant")
 # Options of the same name and meaning as a field of GenerateConfig, whose defaults count.
 FIELDS = (
     *("gamma", "kv", "pass_width", "coupling"),

@@ -6,20 +6,19 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from quantspec_jax.cache.config import View
 from quantspec_jax.checks import require
 from quantspec_jax.cost import MOST_GAMMA, target_weight_bytes, tokens_a_round
 from quantspec_jax.planning.candidates import Candidate
 from quantspec_jax.planning.setting import Setting
 
-PLAIN_VIEWS: tuple[View, ...] = ("full", "int8")
+PLAIN_VIEWS: tuple[str, ...] = ("full", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
     """Autoregressive decoding that reads one view of the cache."""
 
-    view: View
+    view: str
     read_bytes: int
     floor_milliseconds: float
     milliseconds_a_token: float
@@ -103,14 +102,14 @@ def plan(setting: Setting, candidates: Sequence[Candidate]) -> Plan:
     )
 
 
-def _plain_milliseconds(setting: Setting, view: View) -> float:
+def _plain_milliseconds(setting: Setting, view: str) -> float:
     """A token. The int8 view is what a verification reads, as fast as that does."""
     share = setting.efficiency.plain if view == "full" else setting.efficiency.verify
     read = setting.read_bytes(target_weight_bytes(setting.model), view)
     return setting.floor(read) / share
 
 
-def _plain(setting: Setting, view: View, base: float) -> Plain:
+def _plain(setting: Setting, view: str, base: float) -> Plain:
     read = setting.read_bytes(target_weight_bytes(setting.model), view)
     milliseconds = _plain_milliseconds(setting, view)
     needed = setting.needed_bytes(view=view)

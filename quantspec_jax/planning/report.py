@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantspec_jax.cache.config import View
 from quantspec_jax.planning.candidates import Candidate
 from quantspec_jax.planning.devices import AT_THE_LIMIT, LEAST_CAPABILITY
 from quantspec_jax.planning.plan import Drafted, Plain, Plan, recommendation
 from quantspec_jax.planning.setting import GIB, Setting
 from quantspec_jax.weights.formats import DraftConfig
 
-CACHES: dict[View, str] = {"full": "bf16", "int8": "8-bit"}
+CACHES: dict[str, str] = {"full": "bf16", "int8": "8-bit"}
 MEASURED_ELSEWHERE = (
     "SmolLM2-135M's, a small model: larger ones lose less; `quantspec eval acceptance --sweep` "
     "measures this one's, for --measured"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from quantspec_jax.cache.config import View
 from quantspec_jax.checks import require
 from quantspec_jax.cost import BF16, cache_read_bytes, operations
 from quantspec_jax.info import cache_sizes
@@ -31,7 +30,7 @@ class Setting:
         limit = self.model.max_context
         require(1 <= self.context <= limit, "context", self.context, f"1 to {limit}, the model's")
 
-    def read_bytes(self, weights: int, view: View) -> int:
+    def read_bytes(self, weights: int, view: str) -> int:
         """Of a pass over these weights and a view of the cache."""
         return weights + self.batch * cache_read_bytes(self.model, view, self.context)
 
@@ -45,7 +44,7 @@ class Setting:
     def _planes_and_buffer(self) -> int:
         return cache_sizes(self.model, self.context)["total"]
 
-    def needed_bytes(self, draft: int = 0, view: View = "int8") -> int:
+    def needed_bytes(self, draft: int = 0, view: str = "int8") -> int:
         """Weights, a draft of so many bytes, and the cache that holds this view."""
         cache = cache_read_bytes(self.model, "full", self.context)
         if view != "full":
