@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
     )
     add_dtype(parser)
     parser.add_argument(
-        "--gamma", type=gamma, metavar="N", help="tokens drafted a round, or auto (4)"
+        "--gamma", type=gamma, metavar="N", help="tokens drafted a round, or auto (auto)"
     )
     parser.add_argument(
         "--coupling",

@@ -28,7 +28,8 @@ def model(byte_level_tokenizer):
     return qs.Model(config, params, byte_level_tokenizer, qs.DraftConfig(group_size=32))
 
 
-FAST = {"max_new_tokens": 40, "group_size": 16}
+FAST = {"max_new_tokens": 40, "group_size": 16, "gamma": 4}
+AUTO = {**FAST, "gamma": "auto"}
 
 
 def test_statistics_add_up(model):
@@ -51,7 +52,7 @@ def test_statistics_add_up(model):
 
 def test_adaptive_gamma_is_reported_and_changes_no_token(model):
     prompt = [[5, 6, 7] * 20]
-    out = qs.generate(model, prompt, qs.GenerateConfig(**FAST, gamma="auto", draft_cost=0.1))
+    out = qs.generate(model, prompt, qs.GenerateConfig(**AUTO, draft_cost=0.1))
     fixed = qs.GenerateConfig(**FAST, mode="autoregressive", kv="int8")
     assert out.tokens == qs.generate(model, prompt, fixed).tokens
     stats = out.stats[0]
@@ -62,9 +63,7 @@ def test_adaptive_gamma_is_reported_and_changes_no_token(model):
 
 
 def test_speculation_switches_itself_off_where_it_does_not_pay(model):
-    out = qs.generate(
-        model, [[5, 6, 7] * 20], qs.GenerateConfig(**FAST, gamma="auto", draft_cost=3.0)
-    )
+    out = qs.generate(model, [[5, 6, 7] * 20], qs.GenerateConfig(**AUTO, draft_cost=3.0))
     stats = out.stats[0]
     assert (stats["proposed"], stats["rounds"], stats["acceptance_rate"]) == (0, 39, None)
 
@@ -83,7 +82,7 @@ def test_the_cost_of_a_draft_step_is_measured_once_and_changes_no_token(
 ):
     """Its trial takes everything back: the text is what it is with the same cost given; and it is
     kept for other processes."""
-    config = {**FAST, "gamma": "auto", "temperature": temperature}
+    config = {**AUTO, "max_new_tokens": 80, "temperature": temperature}
     prompt = [[5, 6, 7] * 20, [9, 8] * 35]
     first = qs.generate(model, prompt, qs.GenerateConfig(**config))
     cost = first.stats[0]["draft_cost"]
@@ -107,10 +106,10 @@ def test_the_cost_of_a_draft_step_is_measured_once_and_changes_no_token(
 def test_another_gamma_or_coupling_compiles_no_prefill(model):
     """Programs are compiled for what they read."""
     prompt = [list(range(1, 90))]
-    qs.generate(model, prompt, qs.GenerateConfig(**FAST, gamma=2))
+    qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 2}))
     before = set(programs.PROGRAMS._kept)
-    qs.generate(model, prompt, qs.GenerateConfig(**FAST, gamma=3))
-    qs.generate(model, prompt, qs.GenerateConfig(**FAST, gamma=2, coupling="invariant"))
+    qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 3}))
+    qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 2}, coupling="invariant"))
     new = set(programs.PROGRAMS._kept) - before
     assert {key[0] for key in new} == {id(programs.DECODE)}
     assert len(new) == 2
