@@ -17,6 +17,7 @@ from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.engine import draft_cost, programs
 from quantspec_jax.engine.bucket import bucket
 from quantspec_jax.models.module import init_params
+from quantspec_jax.text.detokenize import decode
 from quantspec_jax.weights.sizes import draft_bytes
 
 
@@ -144,6 +145,38 @@ def test_a_stop_string_cuts_text_and_tokens(model):
     assert out.text[0] == free.text[0][: free.text[0].index(stop)]
     assert out.tokens[0] == free.tokens[0][: len(out.tokens[0])]
     assert stop in model.tokenizer.decode(out.tokens[0])
+
+
+def test_stop_ids_end_a_sequence_beside_the_models_own(model):
+    """Also where these are ignored; the text has no special token's."""
+    free = qs.generate(model, [[5, 6, 7] * 20], qs.GenerateConfig(**FAST))
+    token = free.tokens[0][5]
+    cut = free.tokens[0][: free.tokens[0].index(token) + 1]
+    for ignore in (False, True):
+        config = qs.GenerateConfig(**FAST | {"ignore_eos": ignore}, stop_ids=(token,))
+        out = qs.generate(model, [[5, 6, 7] * 20], config)
+        assert out.tokens[0] == cut
+        assert out.stats[0]["finish_reason"] == "eos"
+    assert config.end_ids((3, token), 320) == (token,)
+    assert qs.GenerateConfig(stop_ids=[4, 3]).end_ids((3, 9), 320) == (3, 9, 4)
+    for wrong in ((-1,), (1.0,), ("a",), (True,)):
+        with pytest.raises(ValueError, match="stop_ids is"):
+            qs.GenerateConfig(stop_ids=wrong)
+    beyond = qs.GenerateConfig(stop_ids=(10**6,))
+    with pytest.raises(ValueError, match="a token id of stop_ids is 1000000"):
+        qs.generate(model, [5, 6], beyond)
+
+
+def test_a_completion_begins_with_its_space(model, byte_fallback_tokenizer):
+    """Which a tokenizer of SentencePiece's kind drops at the beginning of a text."""
+    model = qs.Model(model.config, model.params, byte_fallback_tokenizer, model.draft)
+    config = qs.GenerateConfig(**FAST, rounds_per_chunk=1)
+    prompt = byte_fallback_tokenizer("the cat")["input_ids"]
+    out = qs.generate(model, prompt, config)
+    both = decode(byte_fallback_tokenizer, prompt + out.tokens[0])
+    assert out.text[0] == both.removeprefix("the cat")
+    assert both.startswith("the cat")
+    assert "".join(qs.stream(model, prompt, config)) == out.text[0]
 
 
 def test_an_interruption_returns_what_there_is(model):
