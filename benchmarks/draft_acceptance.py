@@ -27,10 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import quantspec_jax as qs
-from quantspec_jax.api import program_for, sequence_keys
 from quantspec_jax.bench import record
 from quantspec_jax.evaluate.teacher_forced import Overlap, compare
-from quantspec_jax.generate.sampling import sampling_arrays
 
 SKIP = 20_000  # characters
 APART = 200_000  # characters between two prompts of a text
@@ -76,30 +74,16 @@ def generate(
 ) -> tuple[list[list[int]], Rounds]:
     """New tokens of each sequence, and what became of the proposals of every round."""
     batch = len(inputs)
-    program, padded = program_for(model, config, max(map(len, inputs)))
-    rows = np.zeros((batch, padded), np.int32)
-    for row, ids in zip(rows, inputs, strict=True):
-        row[: len(ids)] = ids
-    sampling = sampling_arrays(config, batch)
+    ready = qs.prepare(model, inputs, config, jax.random.key(0))
     state = jax.jit(qs.prefill, static_argnames=("program", "capacity"))(
-        model.params,
-        rows,
-        jnp.asarray([len(ids) for ids in inputs], jnp.int32),
-        sampling,
-        sequence_keys(jax.random.key(0), batch),
-        NO_EOS,
-        jnp.full(batch, config.max_new_tokens, jnp.int32),
-        program=program,
-        capacity=config.max_new_tokens,
+        model.params, *ready.inputs, program=ready.program.prompt, capacity=ready.capacity
     )
     step = jax.jit(qs.generate_tokens, static_argnames="program", donate_argnames="state")
     rounds = Rounds(config.gamma)
     seen = np.zeros((2, batch), int)
     while not np.asarray(state.finished).all():
-        state = step(
-            model.params, model.draft_params, state, sampling, NO_EOS, jnp.int32(1), program=program
-        )
-        now = np.array([state.proposed, state.accepted])
+        state = step(model.params, model.draft_params, state, jnp.int32(1), program=ready.program)
+        now = np.array([np.asarray(x).sum(-1) for x in (state.proposed, state.accepted)])
         for proposed, accepted in (now - seen).T:
             rounds.add(proposed, np.arange(config.gamma) < accepted)
         seen = now

@@ -13,7 +13,6 @@ it was stopped.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import sys
@@ -25,11 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import quantspec_jax as qs
-from quantspec_jax.api import program_for
 from quantspec_jax.bench import record
 from quantspec_jax.cache import flush, rollback
-from quantspec_jax.generate.sampling import sampling_arrays
-from quantspec_jax.generate.verify import verify
+from quantspec_jax.cache.schedule import room
+from quantspec_jax.generate.cache_pass import cache_pass
 
 LENGTHS = (1000, 1200, 1500, 1800, 2200, 2700, 3300, 4000)
 SKIP = 20_000  # characters
@@ -60,38 +58,27 @@ def config(gamma: int, new: int, speculative: bool, max_length: int) -> qs.Gener
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="cache")
-def given_pass(params, cache, pending, proposals, count, *, program):
-    """Logits of a pass over given tokens, `count` of which stay in the cache."""
-    start, quantized = cache.length, cache.quantized_length
-    logits, layers = verify(params, program, cache.layers, pending, proposals, start, quantized)
-    cache = rollback(dataclasses.replace(cache, layers=layers), start + count)
-    return logits, flush(cache, program.backend)
+def given_pass(params, cache, tokens, count, *, program):
+    """Logits of a pass over given tokens [1, S], `count` of which stay in the cache."""
+    start = cache.length
+    logits, cache = cache_pass(params, program, cache, tokens, start, program.cache.view)
+    return logits, flush(rollback(cache, start + count), program.backend)
 
 
 def logits_after(
     model: qs.Model, prompt: list[int], tokens: list[int], settings: qs.GenerateConfig
 ) -> np.ndarray:
     """Logits after a prompt and these new tokens, decoded in passes of the settings' rows."""
-    program, padded = program_for(model, settings, len(prompt))
-    row = np.zeros((1, padded), np.int32)
-    row[0, : len(prompt)] = prompt
-    sampling = sampling_arrays(settings, 1)
-    limit, length = jnp.full(1, 2, jnp.int32), jnp.full(1, len(prompt), jnp.int32)
-    keys = jax.random.split(jax.random.key(0), 1)
-    cache = prefill(
-        *(model.params, row, length, sampling, keys, NO_EOS, limit), program=program, capacity=2
-    ).cache
+    ready = qs.prepare(model, [prompt], settings)
+    program = ready.program
+    cache = qs.prefill(model.params, *ready.inputs, program=program.prompt, capacity=2).cache
     rows, group, at = program.cache.pass_width, program.cache.group_size, 0
     while True:
-        room = group - int(cache.length[0]) % group
-        count = min(rows, room, len(tokens) - at)
+        count = min(rows, room(int(cache.length[0]), group) + 1, len(tokens) - at)
         fed = np.zeros((1, rows), np.int32)
         fed[0, :count] = tokens[at : at + count]
-        logits, cache = given_pass(
-            *(model.params, cache, jnp.asarray(fed[:, 0]), jnp.asarray(fed[:, 1:])),
-            jnp.int32(count),
-            program=program,
-        )
+        call = (model.params, cache, jnp.asarray(fed), jnp.int32(count))
+        logits, cache = given_pass(*call, program=program)
         at += count
         if at == len(tokens):
             return np.asarray(logits)[0, count - 1]

@@ -19,10 +19,9 @@ import numpy as np
 
 import quantspec_jax as qs
 from pallas_kernels.kv_attention.api import kv_attention
-from quantspec_jax.api import program_for
+from pallas_kernels.kv_attention.read import Read
 from quantspec_jax.bench import record
 from quantspec_jax.cache import append
-from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.models.decoder import forward
 
 SKIP = 20_000  # characters
@@ -30,22 +29,10 @@ SKIP = 20_000  # characters
 
 def filled(model: qs.Model, ids: list[int]):
     """The state after a prompt."""
-    settings = qs.GenerateConfig(max_new_tokens=64)
-    program, padded = program_for(model, settings, len(ids))
-    row = np.zeros((1, padded), np.int32)
-    row[0, : len(ids)] = ids
-    prefill = jax.jit(qs.prefill, static_argnames=("program", "capacity"))
-    return prefill(
-        model.params,
-        row,
-        jnp.full(1, len(ids), jnp.int32),
-        sampling_arrays(settings, 1),
-        jax.random.split(jax.random.key(0), 1),
-        jnp.full(1, -1, jnp.int32),
-        jnp.full(1, 64, jnp.int32),
-        program=program,
-        capacity=64,
-    ), program
+    ready = qs.prepare(model, [ids], qs.GenerateConfig(max_new_tokens=64))
+    run = jax.jit(qs.prefill, static_argnames=("program", "capacity"))
+    state = run(model.params, *ready.inputs, program=ready.program.prompt, capacity=ready.capacity)
+    return state, ready.program
 
 
 def errors(model: qs.Model, ids: list[int], view: str, tokens: int) -> dict[str, float]:
@@ -57,13 +44,10 @@ def errors(model: qs.Model, ids: list[int], view: str, tokens: int) -> dict[str,
     def one_pass(params, layers):
         def attend(layer, q, k, v):
             layer = append(layer, k.swapaxes(1, 2), v.swapaxes(1, 2), cache.length)
-            call = (
-                *(layer.keys, layer.values, layer.key_buffer, layer.value_buffer),
-                *(cache.quantized_length, cache.length),
-            )
+            call = (layer, cache.quantized_length, cache.length)
             # XLA may keep more of a bfloat16 than its bits, inside one program: not of these.
             q, call = jax.lax.optimization_barrier((q, call))
-            options = {"view": view, "sm_scale": model.config.head_dim**-0.5}
+            options = {"read": Read(view), "sm_scale": model.config.head_dim**-0.5}
             found = kv_attention(q, *call, **options, backend="mosaic_gpu")[0]
             with jax.default_matmul_precision("highest"):
                 exact = kv_attention(q, *call, **options, backend="xla")[0]

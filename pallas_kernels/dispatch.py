@@ -1,7 +1,8 @@
 """Which backend runs a kernel: the same rule for all of them.
 
 `xla` and `mosaic_gpu` run what they name or raise; `auto` takes the Pallas kernel where the default
-device is a CUDA device and the kernel can do the shape, and says once what it leaves to XLA.
+device is one that kernels run on and the kernel can do the shape, and says once what it leaves to
+XLA. On a CUDA device that no kernel runs on it says so once, for all of them.
 """
 
 from __future__ import annotations
@@ -13,37 +14,49 @@ from typing import Any
 
 import jax
 
+from pallas_kernels import devices
+
 BACKENDS = ("auto", "mosaic_gpu", "xla")
-# Multiprocessors of the device that a kernel is lowered for where none is at hand (H100, H200).
-DEFAULT_MULTIPROCESSORS = 132
-# Shared memory that a block can have on Hopper, less what Mosaic GPU keeps for itself.
-SHARED_BYTES = 232448 - 2048
+KERNELS = ("add_rms_norm", "int4_matmul", "kv_attention", "quantize_pack")
 
 
 @functools.cache
-def device() -> Any:
-    """The default device, where it is a CUDA device of compute capability 9 or more; else None."""
+def cuda_device() -> Any:
+    """The default device, where it is a CUDA device; else None."""
     if jax.default_backend() != "gpu":
         return None
     first = jax.devices()[0]
-    capability = str(getattr(first, "compute_capability", "0"))
-    return first if capability.split(".")[0].isdigit() and float(capability) >= 9 else None
+    return None if devices.capability(first) is None else first
 
 
-def device_name() -> str:
-    """Name of the device that kernels are configured for."""
+def device() -> Any:
+    """The default device, where it is a CUDA device that the kernels run on; else None."""
+    found = cuda_device()
+    return found if found is not None and _unsupported(found) is None else None
+
+
+def target() -> devices.Device:
+    """The device that kernels are configured for: the default one, else `devices.DEFAULT`."""
     found = device()
-    return found.device_kind if found is not None else "NVIDIA H200"
+    return devices.DEFAULT if found is None else devices.of(found)
 
 
-def multiprocessors() -> int:
-    """Multiprocessors of the default device."""
-    return int(getattr(device(), "core_count", 0) or DEFAULT_MULTIPROCESSORS)
+def _unsupported(cuda_device: Any) -> str | None:
+    return devices.of(cuda_device).generation.unsupported
 
 
 @functools.cache
 def _notice(kernel: str, reason: str) -> None:
     warnings.warn(f"{kernel} runs in XLA: {reason}", stacklevel=4)
+
+
+@functools.cache
+def _notice_of_device(found: devices.Device) -> None:
+    warnings.warn(
+        f"no kernel runs on {found}: {found.generation.unsupported}. {', '.join(KERNELS)} run in "
+        "XLA, many times slower",
+        stacklevel=4,
+    )
 
 
 def use_mosaic_gpu(backend: str, kernel: str, unsupported: str | None) -> bool:
@@ -52,15 +65,25 @@ def use_mosaic_gpu(backend: str, kernel: str, unsupported: str | None) -> bool:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     if backend == "xla":
         return False
-    if device() is None:
-        unsupported = "it needs a CUDA device of compute capability 9.0 or later"
-    if unsupported is None:
+    known = device() is not None
+    if known and unsupported is None:
         return True
     if backend == "mosaic_gpu":
-        raise NotImplementedError(f"mosaic_gpu cannot run {kernel} here: {unsupported}")
-    if device() is not None:
+        reason = unsupported if known else _without_device()
+        raise NotImplementedError(f"mosaic_gpu cannot run {kernel} here: {reason}")
+    if known and unsupported is not None:
         _notice(kernel, unsupported)
+    elif cuda_device() is not None:
+        _notice_of_device(devices.of(cuda_device()))
     return False
+
+
+def _without_device() -> str:
+    """Why no kernel runs on the default device."""
+    found = cuda_device()
+    if found is None:
+        return "it needs a CUDA device of compute capability 9.0 or later"
+    return f"on {devices.of(found)}, {_unsupported(found)}"
 
 
 @functools.cache

@@ -19,6 +19,8 @@ order in which a warp reads them. Tiling is done on the device; nothing stores i
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -110,6 +112,26 @@ class Planes(NamedTuple):
     lower: jax.Array
     scale: jax.Array
     minimum: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["keys", "values", "key_buffer", "value_buffer"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """One layer's keys (after RoPE) and values.
+
+    keys, values              planes of T/G tiles, or None in the full view
+    key_buffer, value_buffer  [B, K, R, D] full precision, position p in slot p mod R; R = 2G,
+                              or beyond the longest sequence in the full view
+    """
+
+    keys: Planes | None
+    values: Planes | None
+    key_buffer: jax.Array
+    value_buffer: jax.Array
 
 
 class QuantizedWeight(NamedTuple):

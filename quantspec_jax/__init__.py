@@ -2,6 +2,8 @@
 
 from quantspec_jax.api import Generation, generate, stream
 from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.engine.engine import Engine
+from quantspec_jax.engine.prepare import prepare
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.prefill import prefill
@@ -16,6 +18,7 @@ __all__ = [
     "CacheConfig",
     "DecodeState",
     "DraftConfig",
+    "Engine",
     "GenerateConfig",
     "Generation",
     "Model",
@@ -26,5 +29,6 @@ __all__ = [
     "generate_tokens",
     "load",
     "prefill",
+    "prepare",
     "stream",
 ]

@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantspec_jax.cache.config import VIEWS
+from quantspec_jax.cache.codecs import VIEWS
 from quantspec_jax.checks import require
 from quantspec_jax.generate.config import BACKENDS, MODES, GenerateConfig
 from quantspec_jax.weights.formats import DraftConfig

@@ -17,7 +17,8 @@ import dataclasses
 import functools
 from typing import Any
 
-from quantspec_jax.cache.config import View
+from quantspec_jax.cache.codecs import codec_of
+from quantspec_jax.cache.schedule import room
 from quantspec_jax.checks import require
 from quantspec_jax.memory import tree_bytes
 from quantspec_jax.models.config import ModelConfig
@@ -69,21 +70,14 @@ def draft_weight_bytes(model: ModelConfig, draft: DraftConfig, itemsize: int = B
 
 def cache_read_bytes(
     model: ModelConfig,
-    view: View,
+    view: str,
     context: float,
     itemsize: int = BF16,
     group_size: int = GROUP_SIZE,
 ) -> int:
     """Bytes that a pass reads of one sequence's cache of `context` tokens, `itemsize` bytes a value
-    in full precision. The buffer holds G to 2G tokens: 1.5 G are counted."""
-    values = 2 * model.num_layers * model.num_kv_heads * model.head_dim  # a token
-    if view == "full":
-        return int(values * context * itemsize)
-    exact = min(context, 1.5 * group_size)
-    value_groups = -(-model.head_dim // min(group_size, model.head_dim))
-    numbers = (32 / group_size + 32 * value_groups / model.head_dim) / 2  # bits a value
-    bits = (8 if view == "int8" else 4) + numbers
-    return int(values * ((context - exact) * bits / 8 + exact * itemsize))
+    in full precision."""
+    return codec_of(view).read_bytes(model, view, context, itemsize, group_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +118,7 @@ def bytes_read(
     """Bytes that a pass of each kind reads for `batch` sequences of `context` tokens."""
     weights = target_weight_bytes(model, itemsize)
     drafted = draft_weight_bytes(model, draft, itemsize)
-    views: tuple[View, ...] = ("full", "int4", "int8")
+    views = ("full", "int4", "int8")
     plain, upper, both = (
         batch * cache_read_bytes(model, view, context, itemsize, group_size) for view in views
     )
@@ -159,7 +153,7 @@ def tokens_a_round(acceptance: float, gamma: int, group_size: int = GROUP_SIZE) 
     _check(acceptance, gamma)
     rounds = [0.0] * (group_size + 1)
     for n in reversed(range(group_size)):
-        last = min(gamma, group_size - 1 - n)
+        last = min(gamma, room(n, group_size))
         reach = [acceptance**a for a in range(last + 1)]  # P(at least a are accepted)
         chances = [p - q for p, q in zip(reach, [*reach[1:], 0.0], strict=True)]
         rounds[n] = 1 + sum(p * rounds[n + 1 + a] for a, p in enumerate(chances))

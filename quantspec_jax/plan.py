@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantspec_jax.cache.config import View
 from quantspec_jax.checks import require
 from quantspec_jax.cost import (
     BF16,
@@ -37,7 +36,7 @@ from quantspec_jax.weights.sizes import bits_per_weight, draft_bytes
 
 GIB = 2**30
 # Plain decoding, by the view of the cache that it reads.
-PLAIN: dict[View, str] = {"full": "bf16", "int8": "8-bit"}
+PLAIN: dict[str, str] = {"full": "bf16", "int8": "8-bit"}
 # What is read of the bandwidth in the data sheet: 4,390 of 4,800 GB/s, measured on an H200.
 READABLE = 0.915
 # The kernels of this package need it; elsewhere XLA runs, far from the limit.
@@ -319,7 +318,7 @@ class Setting:
         limit = self.model.max_context
         require(1 <= self.context <= limit, "context", self.context, f"1 to {limit}, the model's")
 
-    def read_bytes(self, weights: int, view: View) -> int:
+    def read_bytes(self, weights: int, view: str) -> int:
         """Of a pass over these weights and a view of the cache."""
         return weights + self.batch * cache_read_bytes(self.model, view, self.context)
 
@@ -333,7 +332,7 @@ class Setting:
     def _planes_and_buffer(self) -> int:
         return cache_sizes(self.model, self.context)["total"]
 
-    def memory(self, draft: int = 0, view: View = "int8") -> dict[str, Any]:
+    def memory(self, draft: int = 0, view: str = "int8") -> dict[str, Any]:
         """Bytes of weights, draft and cache, and whether there are as many."""
         cache = cache_read_bytes(self.model, "full", self.context)
         if view != "full":
@@ -382,7 +381,7 @@ def plan(setting: Setting, candidates: Sequence[Candidate]) -> dict[str, Any]:
     }
 
 
-def _plain(setting: Setting, view: View) -> dict[str, Any]:
+def _plain(setting: Setting, view: str) -> dict[str, Any]:
     """Autoregressive decoding. The int8 view is what a verification reads."""
     read = setting.read_bytes(target_weight_bytes(setting.model), view)
     floor = setting.floor(read)
@@ -426,7 +425,7 @@ def _candidate(setting: Setting, candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _recommendation(mode: Mode, view: View, row: dict[str, Any], draft: str) -> dict[str, Any]:
+def _recommendation(mode: Mode, view: str, row: dict[str, Any], draft: str) -> dict[str, Any]:
     options = f"--mode {mode} --kv {view}"
     if mode == "quantspec":
         options = f"{draft} --gamma {row['gamma']}".strip()
@@ -441,7 +440,7 @@ def _recommendation(mode: Mode, view: View, row: dict[str, Any], draft: str) -> 
 
 
 def _draft_reasons(
-    setting: Setting, plain: dict[View, Any], rows: list[dict[str, Any]], best: dict[str, Any]
+    setting: Setting, plain: dict[str, Any], rows: list[dict[str, Any]], best: dict[str, Any]
 ) -> list[str]:
     near = [row for row in best["gammas"] if abs(row["gamma"] - best["gamma"]) == 1]
     reasons = [
@@ -466,7 +465,7 @@ def _draft_reasons(
     return reasons
 
 
-def _plain_reasons(plain: dict[View, Any], rows: list[dict[str, Any]], view: View) -> list[str]:
+def _plain_reasons(plain: dict[str, Any], rows: list[dict[str, Any]], view: str) -> list[str]:
     reasons = []
     best = min(rows, key=lambda row: row["milliseconds_a_token"])
     if best["milliseconds_a_token"] >= plain[view]["milliseconds_a_token"]:
@@ -490,7 +489,7 @@ def _ms(row: dict[str, Any]) -> str:
     return _number(row["milliseconds_a_token"])
 
 
-def _misfits(setting: Setting, plain: dict[View, Any], rows: list[dict[str, Any]]) -> list[str]:
+def _misfits(setting: Setting, plain: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     """What does not fit, in bytes needed and there."""
     named = [(row["draft"], row) for row in rows]
     named += [(f"plain decoding with the {PLAIN[view]} cache", row) for view, row in plain.items()]

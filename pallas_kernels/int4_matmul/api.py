@@ -1,8 +1,7 @@
 """Products of a few activation rows with packed 4-bit weights.
 
-The Pallas kernel reads *tiled* weights (`layout.tile`, once, when a model comes to its device). It
-takes others too, and then tiles them in each call: a pass over the weight, far more than the
-product costs.
+The Pallas kernel reads *tiled* weights (`layout.tile`, once, when a model comes to its device), and
+no others: tiling one in each call would be a pass over the weight, far more than the product takes.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ def int4_matmuls(
 ) -> list[jax.Array]:
     """[..., Kin] activations times several packed [Kin, N] weights: a [..., N] each.
 
-    Weights whose groups are alike (`_form`) are one launch, one pass over memory. Sums are float32
-    and become `out_dtype`, float32 or bfloat16, in the end.
+    Weights that are alike (`_form`) are one launch, one pass over memory. Sums are float32 and
+    become `out_dtype`, float32 or bfloat16, in the end.
     """
     if jnp.dtype(out_dtype) not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"out_dtype is {out_dtype}; it can be float32 or bfloat16")
@@ -47,9 +46,10 @@ def int4_matmuls(
     return [products[i] for i in range(len(weights))]
 
 
-def _form(weight: PackedWeight) -> tuple[int, ...]:
-    """What weights of one launch have in common: groups, their size, whether there are minima."""
-    return (weight.groups, weight.group_size, weight.symmetric)
+def _form(weight: PackedWeight) -> tuple[Any, ...]:
+    """What weights of one launch have in common: whether they are tiled, groups, the groups' size,
+    whether there are minima."""
+    return (type(weight), weight.groups, weight.group_size, weight.symmetric)
 
 
 def _launch(
@@ -63,14 +63,6 @@ def _launch(
         return kernel(x, weights, config=config, out_dtype=jnp.dtype(out_dtype))
     plain = [untile(w) if isinstance(w, TiledWeight) else w for w in weights]
     return [xla.int4_matmul(x, weight).astype(out_dtype) for weight in plain]
-
-
-def int4_gated(
-    x: jax.Array, gate: PackedWeight, up: PackedWeight, *, backend: str = "auto"
-) -> jax.Array:
-    """silu(x·gate) · (x·up), [..., Kin] → [..., N] float32, in one pass over both weights."""
-    a, b = int4_matmuls(x, [gate, up], backend=backend)
-    return jax.nn.silu(a) * b
 
 
 def _mosaic_gpu(x: jax.Array, weights: Sequence[PackedWeight], backend: str) -> bool:

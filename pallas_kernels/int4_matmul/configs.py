@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from pallas_kernels import dispatch, tuned
+from pallas_kernels import devices, dispatch, tuned
 from pallas_kernels.int4_matmul.mosaic_gpu import Config, Plan, Shape
 from pallas_kernels.layout import STRIP
 
@@ -33,17 +33,17 @@ def _registers(shape: Shape, strips: int) -> int:
 
 def _resident(shape: Shape, config: Config) -> int:
     """Blocks that a multiprocessor runs at once."""
-    threads = 128 * config.warpgroups
+    device, threads = dispatch.target(), 128 * config.warpgroups
     return min(
-        65536 // (threads * _registers(shape, config.strips)),
-        dispatch.SHARED_BYTES // (Plan(shape, config).shared_bytes + 1024),
-        2048 // threads,
+        devices.REGISTERS // (threads * _registers(shape, config.strips)),
+        device.usable_bytes // (Plan(shape, config).shared_bytes + 1024),
+        device.generation.threads // threads,
     )
 
 
 def _microseconds(shape: Shape, config: Config) -> float:
     """What a configuration may take, launch left out."""
-    plan, processors = Plan(shape, config), dispatch.multiprocessors()
+    plan, processors = Plan(shape, config), dispatch.target().multiprocessors
     resident = _resident(shape, config)
     slots = processors * resident
     if config.cluster > 2:  # of multiprocessors that are neighbours: some are left over
@@ -76,9 +76,8 @@ def candidates(shape: Shape) -> list[Config]:
     """Configurations that the kernel can run on the shape, best guess first."""
     found = []
     most = -(-max(shape.outputs) // STRIP)
-    for (warpgroups, stages), strips, cluster in itertools.product(
-        SIZES, range(1, 17), range(1, 9)
-    ):
+    clusters = range(1, 9 if dispatch.target().generation.clusters else 2)
+    for (warpgroups, stages), strips, cluster in itertools.product(SIZES, range(1, 17), clusters):
         config = Config(warpgroups, stages, strips, cluster)
         share = -(-shape.groups // cluster)
         useful = strips <= most and (stages - 1) * 4 * warpgroups < share and cluster <= share
@@ -98,5 +97,5 @@ def diverse(shape: Shape) -> list[Config]:
 
 def choose(shape: Shape) -> Config:
     """The measured configuration, else the rule's."""
-    found: Any = tuned.find(dispatch.device_name(), KERNEL, key(shape))
+    found: Any = tuned.find(dispatch.target().name, KERNEL, key(shape))
     return candidates(shape)[0] if found is None else Config(**found)

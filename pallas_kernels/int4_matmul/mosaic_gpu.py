@@ -60,7 +60,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import ptx
-from pallas_kernels.layout import STRIP, PackedWeight, TiledWeight, tile
+from pallas_kernels.layout import STRIP, PackedWeight, QuantizedWeight, TiledWeight
 from pallas_kernels.ptx import V, f32, i32
 
 MAX_ROWS = 16
@@ -426,17 +426,16 @@ def unsupported(x: Any, weights: Sequence[PackedWeight]) -> str | None:
         return "activations have to be bfloat16"
     if not 1 <= _rows(x) <= MAX_ROWS:
         return f"there are {_rows(x)} rows; it takes up to {MAX_ROWS}"
-    first = weights[0]
-    if first.group_size not in (32, 64, 128):
-        return f"the weight's group is {first.group_size}; it takes 32, 64 and 128"
-    for w in weights:
-        if (w.groups, w.group_size) != (first.groups, first.group_size):
-            return "the weights' groups differ"
-        if w.symmetric != first.symmetric:
-            return "some weights are symmetric and some are not"
-        if w.outputs % STRIP:
-            return f"a weight has {w.outputs} outputs; it takes multiples of {STRIP}"
-    return None
+    return next((_not_tiled(w) for w in weights if not isinstance(w, TiledWeight)), None)
+
+
+def _not_tiled(weight: QuantizedWeight) -> str:
+    """Why a weight is not tiled."""
+    if weight.group_size not in (32, 64, 128):
+        return f"the weight's group is {weight.group_size}; it takes 32, 64 and 128"
+    if weight.outputs % STRIP:
+        return f"a weight has {weight.outputs} outputs; it takes multiples of {STRIP}"
+    return "the weight is not tiled (pallas_kernels.layout.tile)"
 
 
 def shape_of(x: Any, weights: Sequence[PackedWeight]) -> Shape:
@@ -447,16 +446,15 @@ def shape_of(x: Any, weights: Sequence[PackedWeight]) -> Shape:
 
 
 def int4_matmuls(
-    x: jax.Array, weights: Sequence[PackedWeight], *, config: Config, out_dtype: Any = jnp.float32
+    x: jax.Array, weights: Sequence[TiledWeight], *, config: Config, out_dtype: Any = jnp.float32
 ) -> list[jax.Array]:
-    """See `pallas_kernels.int4_matmul.api.int4_matmuls`; bf16 activations."""
+    """See `pallas_kernels.int4_matmul.api.int4_matmuls`; bf16 activations, weights alike."""
     shape = shape_of(x, weights)
     plan = Plan(shape, config)
     rows = x.reshape(shape.rows, x.shape[-1])
     missing = shape.groups * shape.group_size - x.shape[-1]
     if missing:
         rows = jnp.pad(rows, ((0, 0), (0, missing)))
-    tiled = [w if isinstance(w, TiledWeight) else tile(w) for w in weights]
     dtype = jnp.dtype(out_dtype)
     found = ptx.kernel(
         _body(plan, dtype.itemsize),
@@ -466,5 +464,5 @@ def int4_matmuls(
         warpgroups=config.warpgroups,
         shared_bytes=plan.shared_bytes,
         cluster=config.cluster,
-    )(rows, *[w.strips for w in tiled])
-    return [y.reshape(*x.shape[:-1], w.outputs) for y, w in zip(found, tiled, strict=True)]
+    )(rows, *[w.strips for w in weights])
+    return [y.reshape(*x.shape[:-1], w.outputs) for y, w in zip(found, weights, strict=True)]

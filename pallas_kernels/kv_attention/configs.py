@@ -53,7 +53,7 @@ def candidates(shape: Shape) -> Iterator[Config]:
                 if plan.team_warps > 4 * warpgroups or 4 * warpgroups % plan.team_warps:
                     continue
                 own = plan.query_bytes + plan.exchange_bytes
-                room = dispatch.SHARED_BYTES - 4096 - plan.teams * own
+                room = dispatch.target().usable_bytes - 4096 - plan.teams * own
                 stages = min(room // (plan.teams * plan.stage_bytes), 8)
                 if stages >= 2:
                     yield dataclasses.replace(one, stages=stages)
@@ -61,7 +61,7 @@ def candidates(shape: Shape) -> Iterator[Config]:
 
 def choose(shape: Shape) -> Config | None:
     """The measured configuration, else the first that fits; None where none does."""
-    found: Any = tuned.find(dispatch.device_name(), KERNEL, key(shape))
+    found: Any = tuned.find(dispatch.target().name, KERNEL, key(shape))
     if found is not None:
         return Config(**found)
     return next(candidates(shape), None)

@@ -70,8 +70,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, ptx
-from pallas_kernels.layout import Planes
+from pallas_kernels import devices, ptx
+from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.layout import LayerCache
 from pallas_kernels.ptx import V, f32, i32
 
 LOG2E = math.log2(math.e)
@@ -1370,26 +1371,22 @@ def _merge_body(plan: Plan, out_dtype: Any):
 
 
 def shape_of(
-    q: jax.Array,
-    keys: Planes | None,
-    key_buffer: jax.Array,
-    *,
-    view: str,
-    sm_scale: float,
-    strict: bool,
+    q: jax.Array, cache: LayerCache, *, read: Read, sm_scale: float, strict: bool
 ) -> Shape:
     """The shape that a call specializes the kernel to."""
     b, tokens, h, d = q.shape
+    kv_heads, buffer_length = cache.key_buffer.shape[1:3]
+    tiles, group_size = (0, 128) if cache.keys is None else cache.keys.upper.shape[2:4]
     return Shape(
         batch=b,
-        kv_heads=key_buffer.shape[1],
-        group=h // key_buffer.shape[1],
+        kv_heads=kv_heads,
+        group=h // kv_heads,
         tokens=tokens,
         head_dim=d,
-        group_size=keys.upper.shape[3] if keys is not None else 128,
-        tiles=keys.upper.shape[2] if keys is not None else 0,
-        buffer_length=key_buffer.shape[2],
-        view=view if keys is not None else "full",
+        group_size=group_size,
+        tiles=tiles,
+        buffer_length=buffer_length,
+        view="full" if cache.keys is None else read.view,
         strict=strict,
         sm_scale=float(sm_scale),
     )
@@ -1410,25 +1407,22 @@ def unsupported(shape: Shape, dtypes: Sequence[Any]) -> str | None:
 
 def kv_attention(
     q: jax.Array,
-    keys: Planes | None,
-    values: Planes | None,
-    key_buffer: jax.Array,
-    value_buffer: jax.Array,
+    cache: LayerCache,
     quantized_length: jax.Array,
     start: jax.Array,
     *,
-    view: str,
+    read: Read,
     sm_scale: float,
     strict: bool,
     config: Config,
     out_dtype: Any = jnp.float32,
-    blocks: int = dispatch.DEFAULT_MULTIPROCESSORS,
+    blocks: int = devices.DEFAULT.multiprocessors,
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.kv_attention.api.kv_attention`; bf16 queries and buffer."""
-    shape = shape_of(q, keys, key_buffer, view=view, sm_scale=sm_scale, strict=strict)
+    shape = shape_of(q, cache, read=read, sm_scale=sm_scale, strict=strict)
     plan = Plan(shape, config, blocks)
-    operands = [quantized_length, start, q, key_buffer, value_buffer]
-    for part in (keys, values):
+    operands = [quantized_length, start, q, cache.key_buffer, cache.value_buffer]
+    for part in (cache.keys, cache.values):
         if part is not None:
             operands += [part.upper, part.lower][: shape.planes]
             operands += [part.scale, part.minimum]

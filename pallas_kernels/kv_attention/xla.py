@@ -16,7 +16,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import (
+    LayerCache,
     Planes,
     key_halves,
     unpack_keys,
@@ -146,20 +148,18 @@ def _largest_divisor(n: int, at_most: int) -> int:
 
 def kv_attention(
     q: jax.Array,
-    keys: Planes | None,
-    values: Planes | None,
-    key_buffer: jax.Array,
-    value_buffer: jax.Array,
+    cache: LayerCache,
     quantized_length: jax.Array,
     start: jax.Array,
     *,
-    view: str,
+    read: Read,
     sm_scale: float,
     strict: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.kv_attention.api.kv_attention`."""
+    keys, values, view = cache.keys, cache.values, read.view
     b, s, h, d = q.shape
-    k = key_buffer.shape[1]
+    k, length = cache.key_buffer.shape[1:3]
     rows = (h // k) * s
     # [B, S, H, D] → [B, K, H/K · S, D]: all rows that read one key-value head.
     grouped = q.astype(jnp.float32).reshape(b, s, k, h // k, d).transpose(0, 2, 3, 1, 4)
@@ -189,7 +189,6 @@ def kv_attention(
 
         state = jax.lax.fori_loop(0, -(-jnp.max(quantized_length) // (step * g)), over_tiles, state)
 
-    length = key_buffer.shape[2]
     width = min(-(-length // 2), CHUNK_TOKENS)
     first = quantized_length[:, None, None]
 
@@ -203,8 +202,8 @@ def kv_attention(
         slot = begin + jnp.arange(width)
         held = first + (slot - first) % length
         mask = (held <= position) & (slot >= i * width)
-        scores = _einsum("bkrd,bktd->bkrt", grouped, cut(key_buffer))
-        value = cut(value_buffer)
+        scores = _einsum("bkrd,bktd->bkrt", grouped, cut(cache.key_buffer))
+        value = cut(cache.value_buffer)
         return _merge(state, scores, mask, lambda w: _einsum("bkrt,bktd->bkrd", w, value))
 
     # Two chunks at least: XLA's CPU backend would fuse the read of a whole buffer with the append

@@ -30,16 +30,19 @@ from quantspec_jax.api import backend_in_use
 from quantspec_jax.bench import record
 from quantspec_jax.bench.launches import launches_a_round
 from quantspec_jax.bench.profile import breakdown
-from quantspec_jax.cache import HierarchicalKVCache, cache_bytes, create, quantized_length
-from quantspec_jax.cache.config import VIEWS, CacheConfig, View
+from quantspec_jax.bench.simulated import Simulated
+from quantspec_jax.cache import KVCache, cache_bytes, create
+from quantspec_jax.cache.codecs import VIEWS
+from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.checks import require
 from quantspec_jax.cost import Costs, bytes_read, cache_read_bytes, weight_bytes
 from quantspec_jax.dtypes import float_type
-from quantspec_jax.generate.adapt import MOST_DRAFTED
+from quantspec_jax.engine.adaptive import MOST_DRAFTED, PRIOR
+from quantspec_jax.engine.programs import DECODE
 from quantspec_jax.generate.config import BACKENDS, GenerateConfig
-from quantspec_jax.generate.loop import generate_tokens
-from quantspec_jax.generate.sampling import Sampling, sampling_arrays
-from quantspec_jax.generate.state import DecodeState, Program
+from quantspec_jax.generate.couplings import REJECTION
+from quantspec_jax.generate.requests import requests
+from quantspec_jax.generate.state import COUNTED, DecodeState, Program
 from quantspec_jax.loading import Model
 from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
 from quantspec_jax.models.config import ModelConfig
@@ -118,38 +121,35 @@ def random_state(
 
     empty = jax.eval_shape(lambda: create(program.model, program.cache, batch))
     layers = jax.tree_util.tree_map_with_path(fill, empty.layers)
-    g = program.cache.group_size
-    full = program.cache.view == "full"
+    codec, g = program.cache.codec, program.cache.group_size
 
-    def each(value: int, dtype: Any = jnp.int32) -> jax.Array:
+    def each(value: int, *shape: int, dtype: Any = jnp.int32) -> jax.Array:
         """A number a sequence, in a buffer of its own: the state is donated."""
-        return jnp.full(batch, value, dtype)
+        return jnp.full((batch, *shape), value, dtype)
 
-    flushed = each(0) if full else quantized_length(each(context), g)
+    wants = requests(GenerateConfig(ignore_eos=True), jax.random.key(2), (), batch)
     return DecodeState(
-        cache=HierarchicalKVCache(layers, each(context), flushed, g),
-        keys=jax.random.split(jax.random.key(2), batch),
-        seen=jnp.zeros((batch, program.model.vocab_size), bool),
+        cache=KVCache(layers, each(context), codec.quantized_length(each(context), g), g, codec),
+        requests=dataclasses.replace(wants, limit=each(limit)),
+        memory=program.policy.start(batch),
+        seen=each(False, program.model.vocab_size, dtype=bool),
         pending=each(1),
-        tokens=jnp.zeros((batch, capacity), jnp.int32),
+        tokens=each(0, capacity),
         count=each(1),
-        limit=each(limit),
-        finished=each(False, bool),
+        finished=each(False, dtype=bool),
         rounds=each(0),
-        proposed=each(0),
-        accepted=each(0),
-        evidence=jnp.zeros((batch, 2), jnp.float32),
-        draft_cost=jnp.float32(program.draft_cost or 0),
+        proposed=each(0, COUNTED),
+        accepted=each(0, COUNTED),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One program to measure: `gamma` 0 decodes a token a pass, `width` rows a pass. `adaptive`:
-    each round drafts as many as pay off, `gamma` at most."""
+    γ is what pays off most at the costs that were measured, `gamma` at most."""
 
     name: str
-    view: View
+    view: str
     gamma: int
     width: int
     drafts: bool = False  # decodes with the draft's weights alone: what a draft step costs
@@ -202,18 +202,17 @@ class Setting:
         """Bytes of a number in full precision."""
         return self.loaded.dtype.itemsize
 
-    def program(self, case: Case, context: int, draft_cost: float) -> Program:
+    def program(self, case: Case, context: int) -> Program:
         """The case's program, with room for all rounds."""
-        args = self.args
+        args, alpha = self.args, self.args.simulate_acceptance
         rounds = args.rounds * (args.repeat + 1) + TRACED_ROUNDS
         length = context + 2 * GROUP_SIZE + rounds * (case.gamma + 1)
         return Program(
             self.model,
             CacheConfig(length, GROUP_SIZE, case.view, case.width, self.loaded.dtype),
             case.gamma,
-            args.backend,
-            args.simulate_acceptance if case.gamma else None,
-            draft_cost if case.adaptive else None,
+            coupling=REJECTION if alpha is None else Simulated(alpha),
+            backend=args.backend,
         )
 
     def costs(self, context: int) -> Costs:
@@ -225,7 +224,7 @@ class Setting:
     def fewest_bytes(self, case: Case, context: int, drafted: float) -> float:
         """Of a round that drafts so many tokens: weights and cache, each read once a pass."""
 
-        def one_pass(weights: Params, view: View) -> int:
+        def one_pass(weights: Params, view: str) -> int:
             cache = cache_read_bytes(self.model, view, context, self.itemsize)
             return weight_bytes(weights) + self.args.batch * cache
 
@@ -248,7 +247,6 @@ class Compiled:
     program: Program
     call: Callable[..., DecodeState]
     weights: tuple[Params, Params]
-    sampling: Sampling
     text: str | None  # the optimized program, where there is a device to launch kernels on
     row: dict[str, Any]
 
@@ -258,27 +256,21 @@ class Compiled:
 
     def run(self, state: DecodeState, rounds: int) -> DecodeState:
         """So many rounds; `state` is donated."""
-        no_eos = jnp.full(1, -1, jnp.int32)
-        return self.call(*self.weights, state, self.sampling, no_eos, jnp.int32(rounds))
+        return self.call(*self.weights, state, jnp.int32(rounds))
 
 
-def compile_case(case: Case, setting: Setting, context: int, draft_cost: float) -> Compiled:
+def compile_case(case: Case, setting: Setting, context: int) -> Compiled:
     """Compile one case; may run in a thread of its own."""
     args = setting.args
-    program = setting.program(case, context, draft_cost)
+    program = setting.program(case, context)
     shapes = jax.eval_shape(lambda: random_state(program, args.batch, context, 128, 1 << 20))
     setting.require_memory(case, context, {"cache": tree_bytes(shapes)})
     weights = (
         setting.draft if case.drafts else setting.params,
         setting.draft if case.gamma else {},
     )
-    sampling = sampling_arrays(GenerateConfig(), args.batch)
-    step = jax.jit(generate_tokens, static_argnames="program", donate_argnames="state")
     begin = time.perf_counter()
-    no_eos = jnp.full(1, -1, jnp.int32)
-    compiled = step.lower(
-        *weights, shapes, sampling, no_eos, jnp.int32(0), program=program
-    ).compile()
+    compiled = DECODE.lower(*weights, shapes, jnp.int32(0), program=program).compile()
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
     temporaries = temporary_bytes(compiled)
@@ -290,7 +282,7 @@ def compile_case(case: Case, setting: Setting, context: int, draft_cost: float) 
         "cache_bytes": cache_bytes(shapes.cache, program.cache.max_length)["total"],
         "compile_seconds": seconds,
     }
-    return Compiled(case, context, program, compiled, weights, sampling, text, row)
+    return Compiled(case, context, program, compiled, weights, text, row)
 
 
 def measure(compiled: Compiled, setting: Setting) -> dict[str, Any]:
@@ -306,7 +298,7 @@ def measure(compiled: Compiled, setting: Setting) -> dict[str, Any]:
     made, accepted, proposed = (b - a for a, b in zip(before, _counters(state), strict=True))
 
     rounds = args.rounds * args.repeat
-    drafted = proposed / (rounds * args.batch) if case.adaptive else case.gamma
+    drafted = case.gamma
     milliseconds = statistics.median(seconds) * 1e3
     tokens = made / rounds
     launches = launches_a_round(compiled.text, drafted) if compiled.text else None
@@ -323,7 +315,7 @@ def measure(compiled: Compiled, setting: Setting) -> dict[str, Any]:
         "drafted_a_round": drafted,
         "tokens_per_second": tokens / milliseconds * 1e3,
         "acceptance": accepted / proposed if proposed else None,
-        "acceptance_is_simulated": compiled.program.simulated_acceptance is not None,
+        "acceptance_is_simulated": isinstance(compiled.program.coupling, Simulated),
         "launches_a_token": launches * args.batch / tokens if launches else None,
         "fewest_bytes_a_round": setting.fewest_bytes(case, compiled.context, drafted),
         "profile": profile,
@@ -464,14 +456,17 @@ def measure_context(setting: Setting, context: int, ceiling: float) -> list[dict
     # All programs are compiled at once; an adaptive one waits for the cost of a draft step.
     with ThreadPoolExecutor(max_workers=len(chosen)) as pool:
         waiting = [
-            None if case.adaptive else pool.submit(compile_case, case, setting, context, 0.0)
+            None if case.adaptive else pool.submit(compile_case, case, setting, context)
             for case in chosen
         ]
         programs = [None if future is None else future.result() for future in waiting]
     for case, program in zip(chosen, programs, strict=True):
         if program is None:
             costs = measured_costs(rows) or setting.costs(context)
-            program = compile_case(case, setting, context, costs.draft / costs.verify)
+            alpha = setting.args.simulate_acceptance
+            gamma = costs.best_gamma(PRIOR[0] if alpha is None else alpha, MOST_DRAFTED)
+            case = dataclasses.replace(case, gamma=gamma, width=gamma + 1)
+            program = compile_case(case, setting, context)
         row = measure(program, setting)
         least = row["fewest_bytes_a_round"] / ceiling * 1e3
         row |= {"floor_milliseconds": least}

@@ -23,7 +23,8 @@ from pallas_kernels.int4_matmul import api as matmul
 from pallas_kernels.int4_matmul import xla as matmul_reference
 from pallas_kernels.kv_attention import api as attention
 from pallas_kernels.kv_attention import xla as attention_reference
-from pallas_kernels.layout import Planes, QuantizedWeight, tile, untile
+from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.layout import LayerCache, Planes, QuantizedWeight, tile, untile
 from pallas_kernels.quantize_pack import api as quantize
 from quantspec_jax.bench import record
 
@@ -121,7 +122,7 @@ def _row(
 def measured_ceilings() -> dict[str, float]:
     """GB/s of reading and of copying, measured in this run."""
     x = jax.random.bits(jax.random.key(0), (1 << 29,), jnp.uint32)
-    name = dispatch.device_name()
+    name = dispatch.target().name
     read = x.nbytes / timing.device_seconds(jax.jit(lambda x: jnp.max(x)), [(x,)], 5) / 1e9
     copied = 2 * x.nbytes / timing.device_seconds(jax.jit(lambda x: x ^ 1), [(x,)], 5) / 1e9
     return {
@@ -200,18 +201,19 @@ def _attention_row(
     calls = []
     for i in range(_sets(num_bytes)):
         keys = jax.random.split(jax.random.key(i), 5)
-        planes = [
+        planes: list[Any] = [
             None if full else make(keys[j], batch, kv_heads, context, bool(j)) for j in range(2)
         ]
         buffers = [_normal(keys[2 + j], (batch, kv_heads, slots, HEAD_DIM)) for j in range(2)]
         q = _normal(keys[4], (batch, tokens, HEADS, HEAD_DIM))
-        calls.append((q, *planes, *buffers, quantized, start))
+        calls.append((q, LayerCache(*planes, *buffers), quantized, start))
 
     if "attention" in args.tune:
         _tune_attention(calls, view)
 
     def attend(*call: Any, backend: str = "mosaic_gpu") -> tuple[jax.Array, jax.Array]:
-        return attention.kv_attention(*call, view=view, sm_scale=HEAD_DIM**-0.5, backend=backend)
+        options: dict[str, Any] = {"read": Read(view), "sm_scale": HEAD_DIM**-0.5}
+        return attention.kv_attention(*call, **options, backend=backend)
 
     seconds = timing.device_seconds(jax.jit(attend), calls)
     with jax.default_matmul_precision("highest"):
@@ -252,20 +254,19 @@ def _tune(
     for config in candidates:
         found[config] = measure(config)
         print(f"  {config} {found[config] * 1e6:.2f} µs", file=sys.stderr, flush=True)
-    tuned.save(dispatch.device_name(), kernel, {key: vars(min(found, key=found.__getitem__))})
+    tuned.save(dispatch.target().name, kernel, {key: vars(min(found, key=found.__getitem__))})
 
 
 def _tune_attention(calls: Sequence[Any], view: str) -> None:
     from pallas_kernels.kv_attention import configs, mosaic_gpu
 
-    q, keys, _, buffer, *_ = calls[0]
-    options: dict[str, Any] = {"view": view, "sm_scale": HEAD_DIM**-0.5, "strict": False}
-    shape = mosaic_gpu.shape_of(q, keys, buffer, **options)
+    options: dict[str, Any] = {"read": Read(view), "sm_scale": HEAD_DIM**-0.5, "strict": False}
+    shape = mosaic_gpu.shape_of(*calls[0][:2], **options)
 
     def measure(config: mosaic_gpu.Config) -> float:
         fn = jax.jit(
             lambda *call: mosaic_gpu.kv_attention(
-                *call, **options, config=config, blocks=dispatch.multiprocessors()
+                *call, **options, config=config, blocks=dispatch.target().multiprocessors
             )
         )
         return timing.device_seconds(fn, calls)

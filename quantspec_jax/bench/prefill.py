@@ -27,8 +27,8 @@ from quantspec_jax.cost import linear_weights
 from quantspec_jax.dtypes import float_type
 from quantspec_jax.generate.config import BACKENDS, GenerateConfig
 from quantspec_jax.generate.prefill import COMPILED, prefill
-from quantspec_jax.generate.sampling import sampling_arrays
-from quantspec_jax.generate.state import Program
+from quantspec_jax.generate.requests import requests
+from quantspec_jax.generate.state import PromptProgram
 from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
 from quantspec_jax.models.attention import uses_cudnn
 from quantspec_jax.models.config import ModelConfig
@@ -53,15 +53,12 @@ def measure(
     """Milliseconds and memory of one prompt of `context` tokens in each of the batch."""
     batch, dtype = args.batch, params["embedding"].dtype
     cache = CacheConfig(min(context + 2 * GROUP_SIZE, model.max_context), dtype=dtype)
-    program = Program(model, cache, 4, args.backend)
+    program = PromptProgram(model, cache.arrays, backend=args.backend)
     call = (
         params,
         jax.random.randint(jax.random.key(0), (batch, context), 0, model.vocab_size, jnp.int32),
         jnp.full(batch, context, jnp.int32),
-        sampling_arrays(GenerateConfig(), batch),
-        jax.random.split(jax.random.key(1), batch),
-        jnp.full(1, -1, jnp.int32),
-        jnp.full(batch, GROUP_SIZE, jnp.int32),
+        requests(GenerateConfig(max_new_tokens=GROUP_SIZE), jax.random.key(1), (), batch),
     )
     run_prefill = functools.partial(prefill, program=program, capacity=GROUP_SIZE)
     shapes = jax.eval_shape(run_prefill, *call)

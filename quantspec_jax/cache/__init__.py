@@ -1,23 +1,20 @@
-"""The hierarchical key-value cache."""
+"""The key-value cache: its arrays, its schedule, and the codecs that say how tokens lie in it."""
 
 from quantspec_jax.cache.cache import (
-    CACHE_VERSION,
-    HierarchicalKVCache,
-    LayerCache,
-    append,
     cache_bytes,
     create,
     flush,
     flush_due,
     from_prompt,
     logical_axes,
-    quantized_length,
     rollback,
 )
+from quantspec_jax.cache.ring import append
+from quantspec_jax.cache.schedule import quantized_length
+from quantspec_jax.cache.state import KVCache, LayerCache
 
 __all__ = [
-    "CACHE_VERSION",
-    "HierarchicalKVCache",
+    "KVCache",
     "LayerCache",
     "append",
     "cache_bytes",

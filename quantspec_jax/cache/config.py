@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from quantspec_jax.checks import is_int, require
 from quantspec_jax.dtypes import FLOAT32, float_type
 
-View = Literal["full", "int8", "int4"]
-
-
-VIEWS: tuple[View, ...] = ("full", "int8", "int4")
+if TYPE_CHECKING:
+    from quantspec_jax.cache.codecs import Codec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +22,15 @@ class CacheConfig:
       max_length: T, tokens that the cache can hold for each sequence.
       group_size: G, tokens a quantization group of the keys spans; also the size of each half
         of the full-precision buffer.
-      view: what the target reads: `int8` both planes, `int4` the upper plane, `full` no planes.
+      view: what the target reads, one of a codec's views: `int8` both planes, `int4` the upper
+        plane, `full` no planes.
       pass_width: S, the widest pass that will be appended.
       dtype: of the full-precision tokens.
     """
 
     max_length: int
     group_size: int = 128
-    view: View = "int8"
+    view: str = "int8"
     pass_width: int = 5
     dtype: np.dtype = FLOAT32
 
@@ -48,6 +47,8 @@ class CacheConfig:
             self.group_size,
             "a multiple of 8",
         )
+        from quantspec_jax.cache.codecs import VIEWS  # codecs are made of what is here
+
         require(self.view in VIEWS, "view", self.view, ", ".join(VIEWS))
         object.__setattr__(self, "dtype", float_type(self.dtype))
         require(
@@ -58,13 +59,24 @@ class CacheConfig:
         )
 
     @property
+    def codec(self) -> Codec:
+        """The codec that offers the view."""
+        from quantspec_jax.cache.codecs import codec_of
+
+        return codec_of(self.view)
+
+    @property
     def num_tiles(self) -> int:
-        """Tiles of `group_size` tokens in the planes; 0 for the full view."""
-        return 0 if self.view == "full" else -(-self.max_length // self.group_size)
+        """Tiles of `group_size` tokens that are coded; 0 where the codec codes none."""
+        return self.codec.num_tiles(self.max_length, self.group_size)
 
     @property
     def buffer_length(self) -> int:
-        """R, slots of the full-precision buffer: F1 and F2, or every token and a pass beyond."""
-        if self.view == "full":
-            return self.max_length + self.pass_width
-        return 2 * self.group_size
+        """R, slots of the full-precision buffer."""
+        return self.codec.buffer_length(self.max_length, self.group_size, self.pass_width)
+
+    @property
+    def arrays(self) -> CacheConfig:
+        """What the arrays depend on: one configuration for all passes that append to them."""
+        narrow = dataclasses.replace(self, pass_width=1)
+        return narrow if narrow.buffer_length == self.buffer_length else self

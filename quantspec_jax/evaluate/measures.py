@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from quantspec_jax.cache.config import VIEWS
+from quantspec_jax.cache.codecs import VIEWS
 from quantspec_jax.checks import require
 from quantspec_jax.evaluate.teacher_forced import Overlap, compare, score
 from quantspec_jax.generate.config import Backend

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pallas_kernels.kv_attention.api import kv_attention
-from quantspec_jax.cache import HierarchicalKVCache, LayerCache, create, flush
-from quantspec_jax.cache.config import CacheConfig, View
+from pallas_kernels.kv_attention.api import Read, kv_attention
+from quantspec_jax.cache import KVCache, LayerCache, create, flush
+from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.generate.cache_pass import cache_pass
 from quantspec_jax.generate.config import Backend
 from quantspec_jax.generate.state import Program
-from quantspec_jax.generate.verify import cache_pass
 from quantspec_jax.loading import Model
 from quantspec_jax.models.decoder import forward, unembed
 from quantspec_jax.models.parameters import Params
@@ -53,7 +53,7 @@ class Overlap(NamedTuple):
 def score(
     model: Model,
     ids: Sequence[int],
-    view: View,
+    view: str,
     *,
     group_size: int = 128,
     backend: Backend = "auto",
@@ -66,7 +66,7 @@ def score(
     program = _program(model, len(ids), view, group_size, backend)
     following = _blocks([*ids[1:], 0], group_size)
 
-    def step(cache: HierarchicalKVCache, i: int, tokens: jax.Array) -> Any:
+    def step(cache: KVCache, i: int, tokens: jax.Array) -> Any:
         return _score_block(model.params, cache, tokens, following[i], program=program)
 
     return Scores(*_walk(step, model, program, ids, f"{view} cache" if progress else None))
@@ -107,7 +107,7 @@ def compare_drafts(
     program = _program(model, len(ids), "int8", group_size, backend)
     following = _blocks([*ids[1:], 0], group_size)
 
-    def step(cache: HierarchicalKVCache, i: int, tokens: jax.Array) -> Any:
+    def step(cache: KVCache, i: int, tokens: jax.Array) -> Any:
         cache, logits = _target_block(model.params, cache, tokens, program=program)
         compared = [
             _draft_block(draft, cache, tokens, logits, following[i], program=program)
@@ -121,7 +121,7 @@ def compare_drafts(
     return [Overlap(*found[i : i + width]) for i in range(0, len(found), width)]
 
 
-def _program(model: Model, length: int, view: View, group_size: int, backend: Backend) -> Program:
+def _program(model: Model, length: int, view: str, group_size: int, backend: Backend) -> Program:
     cache = CacheConfig(
         max_length=length,
         group_size=group_size,
@@ -129,7 +129,7 @@ def _program(model: Model, length: int, view: View, group_size: int, backend: Ba
         pass_width=group_size,
         dtype=model.dtype,
     )
-    return Program(model.config, cache, 0, backend)
+    return Program(model.config, cache, 0, backend=backend)
 
 
 def _blocks(ids: Sequence[int], group_size: int) -> np.ndarray:
@@ -140,7 +140,7 @@ def _blocks(ids: Sequence[int], group_size: int) -> np.ndarray:
 
 
 def _walk(
-    step: Callable[[HierarchicalKVCache, int, jax.Array], tuple[HierarchicalKVCache, Any]],
+    step: Callable[[KVCache, int, jax.Array], tuple[KVCache, Any]],
     model: Model,
     program: Program,
     ids: Sequence[int],
@@ -162,12 +162,12 @@ def _walk(
 @partial(jax.jit, static_argnames="program", donate_argnames="cache")
 def _score_block(
     params: Params,
-    cache: HierarchicalKVCache,
+    cache: KVCache,
     tokens: jax.Array,
     following: jax.Array,
     *,
     program: Program,
-) -> tuple[HierarchicalKVCache, Scores]:
+) -> tuple[KVCache, Scores]:
     logits, layers = _target(params, program, cache, tokens)
     log_probs = jax.nn.log_softmax(logits)
     log_prob = jnp.take_along_axis(log_probs, following[0][:, None], 1)[:, 0]
@@ -176,8 +176,8 @@ def _score_block(
 
 @partial(jax.jit, static_argnames="program", donate_argnames="cache")
 def _target_block(
-    params: Params, cache: HierarchicalKVCache, tokens: jax.Array, *, program: Program
-) -> tuple[HierarchicalKVCache, jax.Array]:
+    params: Params, cache: KVCache, tokens: jax.Array, *, program: Program
+) -> tuple[KVCache, jax.Array]:
     """The cache with the block appended, its length as before; logits [G, N]."""
     logits, layers = _target(params, program, cache, tokens)
     return dataclasses.replace(cache, layers=layers), logits
@@ -186,7 +186,7 @@ def _target_block(
 @partial(jax.jit, static_argnames="program")
 def _draft_block(
     draft_params: Params,
-    cache: HierarchicalKVCache,
+    cache: KVCache,
     tokens: jax.Array,
     logits: jax.Array,
     following: jax.Array,
@@ -210,30 +210,22 @@ def _draft_block(
 
 
 @partial(jax.jit, static_argnames="program", donate_argnames="cache")
-def _flush_block(cache: HierarchicalKVCache, *, program: Program) -> HierarchicalKVCache:
+def _flush_block(cache: KVCache, *, program: Program) -> KVCache:
     return _advance(cache, cache.layers, program)
 
 
 def _target(
-    params: Params, program: Program, cache: HierarchicalKVCache, tokens: jax.Array
+    params: Params, program: Program, cache: KVCache, tokens: jax.Array
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
     """The target on a block: logits [G, N] and the layers with the block appended."""
-    logits, layers = cache_pass(
-        params,
-        program,
-        cache.layers,
-        tokens,
-        cache.length,
-        cache.quantized_length,
-        program.cache.view,
-    )
-    return logits[0], layers
+    logits, cache = cache_pass(params, program, cache, tokens, cache.length, program.cache.view)
+    return logits[0], cache.layers
 
 
 def _draft(
     params: Params,
     program: Program,
-    cache: HierarchicalKVCache,
+    cache: KVCache,
     layers: tuple[LayerCache, ...],
     tokens: jax.Array,
 ) -> jax.Array:
@@ -245,13 +237,10 @@ def _draft(
     ) -> tuple[jax.Array, LayerCache]:
         before, log_sum_exp = kv_attention(
             q,
-            layer.keys,
-            layer.values,
-            layer.key_buffer,
-            layer.value_buffer,
+            layer,
             cache.quantized_length,
             cache.length,
-            view="int4",
+            read=Read("int4"),
             sm_scale=sm_scale,
             strict=True,
             backend=program.backend,
@@ -295,9 +284,7 @@ def with_own(
     return before + share * (value - before)
 
 
-def _advance(
-    cache: HierarchicalKVCache, layers: tuple[LayerCache, ...], program: Program
-) -> HierarchicalKVCache:
+def _advance(cache: KVCache, layers: tuple[LayerCache, ...], program: Program) -> KVCache:
     """The cache after a block: G tokens longer, flushed."""
     length = cache.length + program.cache.group_size
     cache = dataclasses.replace(cache, layers=layers, length=length)

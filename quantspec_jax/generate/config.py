@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from quantspec_jax.cache.config import VIEWS, View
+from quantspec_jax.cache.codecs import CODECS, VIEWS
 from quantspec_jax.checks import is_int, is_number, require
+from quantspec_jax.generate.couplings import COUPLINGS
 
 Mode = Literal["quantspec", "autoregressive"]
-
-
 Backend = Literal["auto", "mosaic_gpu", "xla"]
 
-
 MODES: tuple[Mode, ...] = ("quantspec", "autoregressive")
-
-
 BACKENDS: tuple[Backend, ...] = ("auto", "mosaic_gpu", "xla")
+TARGET_VIEW = CODECS["hierarchical"].views[0]  # of mode quantspec
+PLAIN_VIEW = CODECS["full"].views[0]  # of autoregressive decoding, unless `kv` says otherwise
+PENALTIES = (1e-30, 1e30)  # beyond, a logit leaves float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +24,26 @@ class GenerateConfig:
     """How to decode. Defaults as on the command line; `temperature` 0 is greedy.
 
     `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 mean off. `kv` None: `int8` in mode
-    quantspec (where nothing else is allowed), `full` in mode autoregressive. `gamma`: tokens
-    drafted a round (mode quantspec alone); "auto": as many in each round, 0 to 7, as pay off at the
-    acceptance of late and at `draft_cost`, what a draft step costs over a verification. None: it is
-    measured in the first rounds where decoding is greedy, and else taken from the bytes that they
-    read, since sampled tokens, but not greedy ones, depend on how many were drafted. `pass_width`:
-    rows an autoregressive pass is padded to. `max_length`: tokens the cache is allocated for; None:
-    what the prompts and `max_new_tokens` need, rounded up to a bucket. `rounds_per_chunk`: rounds
-    decoded on the device between two looks of the host (streaming, stop strings, interruption).
+    quantspec (where nothing else is allowed), `full` in mode autoregressive.
+
+    gamma: tokens drafted a round (mode quantspec alone). "auto": as many, 0 to 7, as pay off at the
+      acceptance of late and at what a draft step costs; where drafting does not pay, speculation
+      switches itself off and decoding is plain (`engine.adaptive`).
+    draft_cost: what a draft step costs over a plain one, for "auto"; None: it is measured, once for
+      a model, device and context bucket (`engine.draft_cost`).
+    coupling: how sampled proposals are accepted (`generate.couplings`).
+    stop_ids: token ids that end a sequence, beside the model's own.
+    pass_width: rows an autoregressive pass is padded to.
+    max_length: tokens the cache is allocated for; None: what the prompts and `max_new_tokens` need,
+      rounded up to a bucket.
+    rounds_per_chunk: rounds decoded on the device between two looks of the host (streaming, stop
+      strings, interruption).
     """
 
     max_new_tokens: int = 256
     gamma: int | Literal["auto"] = 4
     mode: Mode = "quantspec"
-    kv: View | None = None
+    kv: str | None = None
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -46,6 +51,8 @@ class GenerateConfig:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    stop_ids: tuple[int, ...] = ()
+    coupling: str = "rejection"
     pass_width: int = 1
     group_size: int = 128
     max_length: int | None = None
@@ -74,8 +81,11 @@ class GenerateConfig:
         )
         require(self.mode in MODES, "mode", self.mode, ", ".join(MODES))
         require(self.kv in (None, *VIEWS), "kv", self.kv, ", ".join(VIEWS))
+        require(self.coupling in COUPLINGS, "coupling", self.coupling, ", ".join(COUPLINGS))
         if self.mode == "quantspec":
-            require(self.kv in (None, "int8"), "kv", self.kv, "int8 in mode quantspec (its target)")
+            require(
+                self.kv in (None, TARGET_VIEW), "kv", self.kv, "int8 in mode quantspec (its target)"
+            )
             require(
                 self.pass_width == 1,
                 "pass_width",
@@ -86,7 +96,10 @@ class GenerateConfig:
             "temperature": (lambda v: v >= 0, "a number ≥ 0 (0 is greedy)"),
             "top_p": (lambda v: 0 < v <= 1, "a number in (0, 1]"),
             "min_p": (lambda v: 0 <= v <= 1, "a number in [0, 1]"),
-            "repetition_penalty": (lambda v: v > 0, "a number > 0"),
+            "repetition_penalty": (
+                lambda v: PENALTIES[0] <= v <= PENALTIES[1],
+                "a number from {:g} to {:g}".format(*PENALTIES),
+            ),
         }
         for name, (allowed, words) in numbers.items():
             value = getattr(self, name)
@@ -97,8 +110,13 @@ class GenerateConfig:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         require(all(isinstance(s, str) and s for s in stop), "stop", self.stop, "non-empty strings")
         object.__setattr__(self, "stop", stop)
+        ids = tuple(self.stop_ids)
+        largest = 2**31 - 1
+        possible = all(is_int(i) and 0 <= i <= largest for i in ids)
+        require(possible, "stop_ids", self.stop_ids, f"token ids from 0 to {largest}")
+        object.__setattr__(self, "stop_ids", ids)
 
     @property
-    def target_view(self) -> View:
+    def target_view(self) -> str:
         """What the target reads of the cache."""
-        return self.kv or ("int8" if self.mode == "quantspec" else "full")
+        return self.kv or (TARGET_VIEW if self.mode == "quantspec" else PLAIN_VIEW)

@@ -46,6 +46,16 @@ class Coupling(Protocol):
     def draft_keys(self, keys: jax.Array, position: jax.Array) -> jax.Array:
         """[B] typed keys of the sequences → [B] keys that the draft draws with in this round."""
 
+    def greedy(
+        self,
+        best: jax.Array,
+        proposals: jax.Array,
+        proposed: jax.Array,
+        keys: jax.Array,
+        position: jax.Array,
+    ) -> Verdict:
+        """`verdict` where no sequence samples: best [B, γ+1] are the target's tokens."""
+
     def verdict(
         self,
         p: jax.Array,
@@ -68,7 +78,7 @@ class Coupling(Protocol):
         """
 
 
-def _leading(holds: jax.Array, proposed: jax.Array) -> jax.Array:
+def leading(holds: jax.Array, proposed: jax.Array) -> jax.Array:
     """[B] int32: how many of the first `proposed` of [B, γ] hold without a gap."""
     counts = jnp.arange(holds.shape[1])[None] < proposed[:, None]
     return jnp.sum(jnp.cumprod(holds & counts, 1, dtype=jnp.int32), 1, dtype=jnp.int32)
@@ -81,7 +91,7 @@ def _last(holds: jax.Array, proposed: jax.Array) -> jax.Array:
     return jnp.max(holding, 1, initial=0).astype(jnp.int32)
 
 
-def _row(x: jax.Array, i: jax.Array) -> jax.Array:
+def row(x: jax.Array, i: jax.Array) -> jax.Array:
     """[B, S, ...] → [B, ...], row i of each sequence."""
     index = i.reshape(-1, *(1,) * (x.ndim - 1))
     return jnp.take_along_axis(x, index, 1)[:, 0]
@@ -110,8 +120,24 @@ def _residual(p: jax.Array, q: jax.Array) -> jax.Array:
     return jnp.where(jnp.sum(rest, -1, keepdims=True) > 0, rest, p)
 
 
+class Greedy:
+    """What all couplings are at temperature 0."""
+
+    def greedy(
+        self,
+        best: jax.Array,
+        proposals: jax.Array,
+        proposed: jax.Array,
+        keys: jax.Array,
+        position: jax.Array,
+    ) -> Verdict:
+        """Accept while the draft's token is the target's."""
+        accepted = leading(best[:, :-1] == proposals, proposed)
+        return Verdict(accepted, row(best, accepted))
+
+
 @dataclasses.dataclass(frozen=True)
-class Rejection:
+class Rejection(Greedy):
     """Speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1).
 
     A proposal x is accepted with probability min(1, p(x)/q(x)), the first one rejected is replaced
@@ -140,11 +166,11 @@ class Rejection:
         gamma = proposals.shape[1]
         u = _uniforms(keys, position, gamma)
         accepts = _accepts(u, _at(p[:, :gamma], proposals), _at(q, proposals))
-        accepted = _leading(accepts, proposed)
+        accepted = leading(accepts, proposed)
         # No draft stands at the row after the last proposal: there all of p is residual.
         beside = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
         rejected = (accepted < proposed)[:, None]
-        weights = _residual(_row(p, accepted), jnp.where(rejected, _row(beside, accepted), 0.0))
+        weights = _residual(row(p, accepted), jnp.where(rejected, row(beside, accepted), 0.0))
         return Verdict(accepted, draw(weights, keys, position + accepted, Role.TARGET))
 
 
@@ -177,7 +203,7 @@ def _chances(w: jax.Array, excess: jax.Array, proposed: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Block(Greedy):
     """Block verification (Sun et al., arXiv 2403.10444, algorithm 2).
 
     With γ proposals that count, pᵢ and qᵢ the distributions after i of them, and all sums over N:
@@ -235,15 +261,15 @@ class Block:
         accepted = _last(u < chances, proposed)
         beside = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
         rejected = accepted < proposed
-        share = jnp.where(rejected, _row(w, accepted), 1.0)[:, None]
+        share = jnp.where(rejected, row(w, accepted), 1.0)[:, None]
         weights = _residual(
-            share * _row(p, accepted), jnp.where(rejected[:, None], _row(beside, accepted), 0.0)
+            share * row(p, accepted), jnp.where(rejected[:, None], row(beside, accepted), 0.0)
         )
         return Verdict(accepted, draw(weights, keys, position + accepted, Role.TARGET))
 
 
 @dataclasses.dataclass(frozen=True)
-class Invariant:
+class Invariant(Greedy):
     """Shared Gumbel noise (Daliri, Musco, Suresh, arXiv 2408.07978).
 
     With noise g_t that depends on the sequence's key and the position t alone,
@@ -277,12 +303,13 @@ class Invariant:
         gamma = proposals.shape[1]
         positions = position[:, None] + jnp.arange(gamma + 1)[None]
         tokens = jax.vmap(lambda p, at: draw(p, keys, at, Role.TARGET), 1, 1)(p, positions)
-        accepted = _leading(tokens[:, :gamma] == proposals, proposed)
-        return Verdict(accepted, _row(tokens, accepted))
+        accepted = leading(tokens[:, :gamma] == proposals, proposed)
+        return Verdict(accepted, row(tokens, accepted))
 
 
+REJECTION = Rejection()
 _BY_NAME: Mapping[str, Coupling] = MappingProxyType(
-    {"rejection": Rejection(), "block": Block(), "invariant": Invariant()}
+    {"rejection": REJECTION, "block": Block(), "invariant": Invariant()}
 )
 COUPLINGS = tuple(_BY_NAME)
 

@@ -1,4 +1,4 @@
-"""The draft: γ tokens, one after the other, from the upper plane and the 4-bit weights."""
+"""The draft: γ tokens, one after the other, from the draft's view and weights."""
 
 from __future__ import annotations
 
@@ -7,79 +7,57 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from quantspec_jax.cache import LayerCache
-from quantspec_jax.generate.sampling import Role, Sampling, choose
-from quantspec_jax.generate.state import Program
-from quantspec_jax.generate.verify import cache_pass
+from quantspec_jax.cache import KVCache, schedule
+from quantspec_jax.generate.cache_pass import cache_pass
+from quantspec_jax.generate.sampling import choose
+from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.models.parameters import Params
-
-# A GPU waits for the host before each turn of a loop whose length the program does not know:
-# 0.13 ms for a draft step of Llama-2-7B on an H200, and more where the loop is in a CUDA graph. So
-# an adaptive draft takes some steps in a turn.
-CHUNKS = (4, 2, 1)
 
 
 class Proposals(NamedTuple):
     """tokens [B, γ] int32, and the distributions [B, γ, N] float32 they were drawn from; zeros
-    beyond what a round drafted."""
+    where every sequence is greedy."""
 
     tokens: jax.Array
     probabilities: jax.Array
 
 
-def draft(
-    params: Params,
-    program: Program,
-    layers: tuple[LayerCache, ...],
-    pending: jax.Array,
-    seen: jax.Array,
-    start: jax.Array,
-    quantized_length: jax.Array,
-    sampling: Sampling,
-    keys: jax.Array,
-    gamma: jax.Array | int,
-) -> tuple[Proposals, tuple[LayerCache, ...]]:
-    """Propose `gamma` ≤ γ tokens after the pending one at position `start` [B].
+def draft(params: Params, state: DecodeState, program: Program) -> tuple[Proposals, KVCache]:
+    """Propose γ tokens after the pending one.
 
     Each step appends the draft's own keys and values to the buffers; the verification writes the
-    same slots again. Steps past the end of the buffer's half do not count (`one_round`): they
-    repeat its last position.
+    same slots again. Steps past the next flush do not count (`cache.schedule`): they repeat the
+    last position before it.
     """
-    rows = jnp.arange(pending.shape[0])
-    g = program.cache.group_size
-    last = (start // g + 1) * g - 1
+    start = state.cache.length
+    rows = jnp.arange(start.shape[0])
+    sampling, coupling = state.requests.sampling, program.coupling
+    keys = coupling.draft_keys(state.requests.keys, start + 1)
+    last = schedule.last_position(start, program.cache.group_size)
 
     def step(i, carry):
-        layers, token, seen, found = carry
+        cache, token, seen, found = carry
         position = jnp.minimum(start + i, last)
-        logits, layers = cache_pass(
-            params, program, layers, token[:, None], position, quantized_length, "int4"
+        logits, cache = cache_pass(
+            params, program, cache, token[:, None], position, program.draft_view
         )
-        token, probabilities = choose(logits[:, 0], seen, sampling, keys, position + 1, Role.DRAFT)
+        token, probabilities = choose(
+            logits[:, 0], seen, sampling, keys, position + 1, coupling.draft_role
+        )
         found = Proposals(
             jax.lax.dynamic_update_index_in_dim(found.tokens, token, i, 1),
             jax.lax.dynamic_update_index_in_dim(found.probabilities, probabilities, i, 1),
         )
-        return layers, token, seen.at[rows, token].set(True), found
+        return cache, token, seen.at[rows, token].set(True), found
 
-    shape = (pending.shape[0], program.gamma)
-    nothing = Proposals(
-        jnp.zeros(shape, jnp.int32), jnp.zeros((*shape, program.model.vocab_size), jnp.float32)
+    nothing = no_proposals(len(rows), program.gamma, program.model.vocab_size)
+    carry = (state.cache, state.pending, state.seen, nothing)
+    cache, _, _, found = jax.lax.fori_loop(0, program.gamma, step, carry)
+    return found, cache
+
+
+def no_proposals(batch: int, gamma: int, vocabulary: int) -> Proposals:
+    """Room for γ proposals a sequence."""
+    return Proposals(
+        jnp.zeros((batch, gamma), jnp.int32), jnp.zeros((batch, gamma, vocabulary), jnp.float32)
     )
-    carry = (layers, pending, seen, nothing)
-    if isinstance(gamma, int):
-        layers, _, _, found = jax.lax.fori_loop(0, gamma, step, carry)
-        return found, layers
-
-    done = jnp.zeros_like(gamma)
-    for size in CHUNKS:
-        times = (gamma - done) // size
-
-        def chunk(n, carry, done=done, size=size):
-            return jax.lax.fori_loop(
-                0, size, lambda i, carry: step(done + n * size + i, carry), carry
-            )
-
-        carry = jax.lax.fori_loop(0, times, chunk, carry)
-        done = done + times * size
-    return carry[3], carry[0]

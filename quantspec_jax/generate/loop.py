@@ -1,15 +1,13 @@
 """The speculative loop (QuantSpec, arXiv 2502.10424, algorithm 1): draft, verify, accept, flush.
 
     round, the pending token at position n:
-      draft    γ tokens for n+1 … n+γ         upper plane, 4-bit weights
-      verify   rows n … n+γ at once           both planes, full weights, same slots
-      accept   a ≤ γ' of them and one more    γ' = min(γ, G − 1 − (n mod G)): no pass that counts
-      rollback length = n + 1 + a             crosses a flush boundary
-      flush    where length is a multiple of G: F1 → planes, F2 → F1
+      draft    γ tokens for n+1 … n+γ         the draft's view and weights
+      verify   rows n … n+γ at once           the target's view and weights, same slots
+      accept   a ≤ γ' of them and one more    γ' = min(γ, room): no pass that counts crosses a flush
+      rollback length = n + 1 + a
+      flush    where length is a multiple of G: F1 is coded, F2 → F1
 
-With γ = 0 the same loop decodes autoregressively. With adaptive γ (`generate.adapt`) a round drafts
-as many tokens as pay off; the verification has the rows of the most of them all the same, so that
-its results do not depend, in their last bits, on how many there were.
+With γ = 0 the same loop decodes autoregressively.
 """
 
 from __future__ import annotations
@@ -19,23 +17,22 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from quantspec_jax.cache import flush, flush_due, rollback
-from quantspec_jax.generate.accept import accept, simulate
-from quantspec_jax.generate.adapt import choose_gamma, observe
-from quantspec_jax.generate.draft import Proposals, draft
-from quantspec_jax.generate.sampling import Sampling
-from quantspec_jax.generate.state import DecodeState, Program
+from quantspec_jax.cache import flush, flush_due, rollback, schedule
+from quantspec_jax.generate.accept import Verdict, accept
+from quantspec_jax.generate.draft import draft, no_proposals
+from quantspec_jax.generate.requests import is_end
+from quantspec_jax.generate.state import DecodeState, Program, counted
 from quantspec_jax.generate.verify import verify
 from quantspec_jax.models.parameters import Params
+
+NO_END = jnp.iinfo(jnp.int32).max
 
 
 def generate_tokens(
     params: Params,
     draft_params: Params,
     state: DecodeState,
-    sampling: Sampling,
-    eos_ids: jax.Array,
-    max_rounds: jax.Array | int,
+    max_rounds: jax.Array | int = NO_END,
     *,
     program: Program,
 ) -> DecodeState:
@@ -43,10 +40,9 @@ def generate_tokens(
     arrays that may be called inside another `jax.jit`.
 
     Args:
-      params, draft_params: parameter trees; `draft_params` may hold `QuantizedWeight` kernels, and
-        is not read where `program.gamma` is 0.
+      params, draft_params: parameter trees; `draft_params` may hold packed kernels, and is not read
+        where `program.gamma` is 0.
       state: from `prefill` or an earlier call. Donate it: the cache is updated in place.
-      eos_ids: [E] int32, tokens that end a sequence; −1 as padding.
       max_rounds: int32, may be traced.
     """
 
@@ -61,7 +57,7 @@ def generate_tokens(
 
     def body(carry: Carry) -> Carry:
         state, rounds = carry
-        return one_round(params, draft_params, state, sampling, eos_ids, program), rounds + 1
+        return one_round(params, draft_params, state, program), rounds + 1
 
     # Rounds until a flush is due, the flush, and again. A branch around the flush in each round
     # would make XLA copy the buffers.
@@ -74,89 +70,43 @@ def generate_tokens(
 
 
 def one_round(
-    params: Params,
-    draft_params: Params,
-    state: DecodeState,
-    sampling: Sampling,
-    eos_ids: jax.Array,
-    program: Program,
+    params: Params, draft_params: Params, state: DecodeState, program: Program
 ) -> DecodeState:
     """One draft-verify cycle of every sequence that has not finished."""
+    start, active = state.cache.length, ~state.finished
+    proposals = no_proposals(len(start), 0, program.model.vocab_size)
     cache = state.cache
-    start, flushed = cache.length, cache.quantized_length
-    b = start.shape[0]
-    active = ~state.finished
-    room = cache.group_size - 1 - start % cache.group_size
-    gamma: jax.Array | int = program.gamma
-    if program.draft_cost is not None:
-        useful = jnp.minimum(room, state.limit - state.count - 1)
-        gamma = choose_gamma(state.evidence, useful, active, state.draft_cost, program.gamma)
-
     if program.gamma:
-        proposals, layers = draft(
-            draft_params,
-            program,
-            cache.layers,
-            state.pending,
-            state.seen,
-            start,
-            flushed,
-            sampling,
-            state.keys,
-            gamma,
-        )
-    else:
-        nothing = jnp.zeros((b, 0, program.model.vocab_size), jnp.float32)
-        proposals, layers = Proposals(jnp.zeros((b, 0), jnp.int32), nothing), cache.layers
-
-    logits, layers = verify(
-        params, program, layers, state.pending, proposals.tokens, start, flushed
+        proposals, cache = draft(draft_params, state, program)
+    logits, cache = verify(
+        params, dataclasses.replace(state, cache=cache), proposals.tokens, program
     )
-    proposed = jnp.minimum(gamma, room)
-    verdict = accept(
-        logits,
-        proposals.probabilities,
-        proposals.tokens,
-        proposed,
-        state.seen,
-        sampling,
-        state.keys,
-        start + 1,
-    )
+    proposed = jnp.minimum(program.gamma, schedule.room(start, program.cache.group_size))
+    verdict = accept(logits, proposals, proposed, state, program)
 
-    if program.simulated_acceptance is not None:
-        verdict = simulate(verdict, proposed, state.keys, start, program.simulated_acceptance)
-
-    length = jnp.where(active, start + verdict.accepted + 1, start)
-    cache = rollback(dataclasses.replace(cache, layers=layers), length)
+    accepted = jnp.where(active, verdict.accepted, 0)
     state = dataclasses.replace(
         state,
-        cache=cache,
+        cache=rollback(cache, jnp.where(active, start + accepted + 1, start)),
         rounds=state.rounds + active,
-        proposed=state.proposed + jnp.where(active, proposed, 0),
-        accepted=state.accepted + jnp.where(active, verdict.accepted, 0),
+        proposed=state.proposed + counted(jnp.where(active, proposed, 0)),
+        accepted=state.accepted + counted(accepted),
     )
-    if program.draft_cost is not None:
-        evidence = observe(state.evidence, proposed, verdict.accepted)
-        state = dataclasses.replace(state, evidence=evidence)
-    return _emit(state, proposals.tokens, verdict.accepted, verdict.token, eos_ids)
+    return _emit(state, proposals.tokens, verdict)
 
 
-def _emit(
-    state: DecodeState,
-    proposals: jax.Array,
-    accepted: jax.Array,
-    token: jax.Array,
-    eos_ids: jax.Array,
-) -> DecodeState:
-    """Write a round's tokens, the accepted proposals and `token`, up to EOS or the limit."""
+def _emit(state: DecodeState, proposals: jax.Array, verdict: Verdict) -> DecodeState:
+    """Write a round's tokens, the accepted proposals and the one after them, up to an end token or
+    the limit."""
     b, gamma = proposals.shape
+    accepted, token = verdict.accepted[:, None], verdict.token[:, None]
     index = jnp.arange(gamma + 1)
-    padded = jnp.concatenate([proposals, token[:, None]], 1)
-    new = jnp.where(index == accepted[:, None], token[:, None], padded)  # [B, γ + 1]
-    is_eos = (new[:, :, None] == eos_ids).any(-1) & (index <= accepted[:, None])
-    number = jnp.where(is_eos.any(-1), jnp.argmax(is_eos, -1), accepted) + 1
-    number = jnp.where(state.finished, 0, jnp.minimum(number, state.limit - state.count))
+    padded = jnp.concatenate([proposals, token], 1)
+    new = jnp.where(index == accepted, token, padded)  # [B, γ + 1]
+    ends = is_end(new, state.requests.eos_ids) & (index <= accepted)
+    number = jnp.where(ends.any(-1), jnp.argmax(ends, -1), verdict.accepted) + 1
+    limit = state.requests.limit
+    number = jnp.where(state.finished, 0, jnp.minimum(number, limit - state.count))
 
     offset = jnp.arange(state.tokens.shape[1]) - state.count[:, None]
     written = (offset >= 0) & (offset < number[:, None])
@@ -170,5 +120,5 @@ def _emit(
         pending=jnp.where(state.finished, state.pending, last),
         tokens=jnp.where(written, shifted, state.tokens),
         count=count,
-        finished=state.finished | (count >= state.limit) | ((is_eos & kept).any(-1)),
+        finished=state.finished | (count >= limit) | ((ends & kept).any(-1)),
     )

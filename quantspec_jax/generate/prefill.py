@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quantspec_jax.cache import HierarchicalKVCache, LayerCache, from_prompt, quantized_length
-from quantspec_jax.generate.sampling import Role, Sampling, choose
-from quantspec_jax.generate.state import DecodeState, Program
+from quantspec_jax.cache import KVCache, LayerCache, from_prompt
+from quantspec_jax.generate.requests import Requests, is_end
+from quantspec_jax.generate.sampling import Role, choose
+from quantspec_jax.generate.state import COUNTED, DecodeState, PromptProgram
 from quantspec_jax.models.attention import prompt_attention
 from quantspec_jax.models.decoder import block_params, embed, run_block, unembed
 from quantspec_jax.models.parameters import Params
@@ -30,12 +31,9 @@ def prefill(
     params: Params,
     prompts: jax.Array,
     lengths: jax.Array,
-    sampling: Sampling,
-    keys: jax.Array,
-    eos_ids: jax.Array,
-    limit: jax.Array,
+    requests: Requests,
     *,
-    program: Program,
+    program: PromptProgram,
     capacity: int,
     run: Run = inline,
 ) -> DecodeState:
@@ -47,7 +45,8 @@ def prefill(
 
     Args:
       prompts: [B, P] int32, padded on the right; lengths: [B] int32, from 1 to P.
-      keys: [B] typed PRNG keys. eos_ids: [E] int32, −1 as padding. limit: [B], tokens to make.
+      requests: what the sequences want.
+      program: `Program.prompt`.
       capacity: M, how many new tokens the state has room for.
     """
     x, h = run(begin, params, prompts, program=program)
@@ -55,12 +54,13 @@ def prefill(
     for i in range(program.model.num_layers):
         x, h, made = run(layer, *block_params(params, i), x, h, lengths, program=program)
         layers.append(made)
-    rest = (lengths, sampling, keys, eos_ids, limit)
-    state = run(end, params, prompts, h, *rest, program=program, capacity=capacity)
+    state = run(end, params, prompts, h, lengths, requests, program=program, capacity=capacity)
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=tuple(layers)))
 
 
-def begin(params: Params, prompts: jax.Array, *, program: Program) -> tuple[jax.Array, jax.Array]:
+def begin(
+    params: Params, prompts: jax.Array, *, program: PromptProgram
+) -> tuple[jax.Array, jax.Array]:
     """[B, P] prompts → the residual stream and its norm before the first block, [B, P, E]."""
     return embed(params, program.model, prompts)
 
@@ -72,7 +72,7 @@ def layer(
     h: jax.Array,
     lengths: jax.Array,
     *,
-    program: Program,
+    program: PromptProgram,
 ) -> tuple[jax.Array, jax.Array, LayerCache]:
     """One block on whole prompts: the stream and its norm after it, and the layer's cache."""
     config = program.model
@@ -97,12 +97,9 @@ def end(
     prompts: jax.Array,
     hidden: jax.Array,
     lengths: jax.Array,
-    sampling: Sampling,
-    keys: jax.Array,
-    eos_ids: jax.Array,
-    limit: jax.Array,
+    requests: Requests,
     *,
-    program: Program,
+    program: PromptProgram,
     capacity: int,
 ) -> DecodeState:
     """The first token, from [B, P, E] hidden states after the final norm, and the state before the
@@ -113,28 +110,22 @@ def end(
     logits = unembed(params, hidden[rows, lengths - 1], program.backend)
     in_prompt = jnp.arange(p) < lengths[:, None]
     seen = jnp.zeros((b, config.vocab_size), bool).at[rows[:, None], prompts].max(in_prompt)
-    token, _ = choose(logits, seen, sampling, keys, lengths, Role.TARGET)
+    token, _ = choose(logits, seen, requests.sampling, requests.keys, lengths, Role.TARGET)
 
-    g = program.cache.group_size
-    flushed = jnp.zeros_like(lengths)
-    if program.cache.view != "full":
-        flushed = quantized_length(lengths, g)
-    zero = jnp.zeros(b, jnp.int32)
-    one = zero + 1
+    codec, g = program.cache.codec, program.cache.group_size
+    one, nothing = jnp.ones(b, jnp.int32), jnp.zeros((b, COUNTED), jnp.int32)
     return DecodeState(
-        cache=HierarchicalKVCache((), lengths, flushed, g),
-        keys=keys,
+        cache=KVCache((), lengths, codec.quantized_length(lengths, g), g, codec),
+        requests=requests,
+        memory=program.policy.start(b),
         seen=seen.at[rows, token].set(True),
         pending=token,
         tokens=jnp.zeros((b, capacity), jnp.int32).at[:, 0].set(token),
         count=one,
-        limit=limit,
-        finished=(token[:, None] == eos_ids).any(-1) | (one >= limit),
-        rounds=zero,
-        proposed=zero,
-        accepted=zero,
-        evidence=jnp.zeros((b, 2), jnp.float32),
-        draft_cost=jnp.float32(program.draft_cost or 0),
+        finished=is_end(token[:, None], requests.eos_ids)[:, 0] | (one >= requests.limit),
+        rounds=jnp.zeros(b, jnp.int32),
+        proposed=nothing,
+        accepted=jnp.zeros_like(nothing),
     )
 
 

@@ -19,8 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantspec_jax.generate.config import GenerateConfig
-
 
 class Role(enum.IntEnum):
     """What a draw decides: one of three independent streams that each position has."""
@@ -45,22 +43,6 @@ class Sampling(NamedTuple):
     top_p: jax.Array
     min_p: jax.Array
     repetition_penalty: jax.Array
-
-
-def sampling_arrays(config: GenerateConfig, batch: int) -> Sampling:
-    """The same parameters for each of `batch` sequences."""
-    largest = np.iinfo(np.int32).max
-
-    def full(value: float, dtype: type) -> jax.Array:
-        return jnp.asarray(np.full(batch, value, dtype))
-
-    return Sampling(
-        full(config.temperature, np.float32),
-        full(min(config.top_k, largest), np.int32),
-        full(config.top_p, np.float32),
-        full(config.min_p, np.float32),
-        full(config.repetition_penalty, np.float32),
-    )
 
 
 def any_sampled(sampling: Sampling) -> jax.Array:

@@ -4,98 +4,126 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from quantspec_jax.cache import HierarchicalKVCache
+from quantspec_jax.cache import KVCache
 from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.checks import require
+from quantspec_jax.generate.couplings import REJECTION, Coupling
+from quantspec_jax.generate.policies import ALL, Policy
+from quantspec_jax.generate.requests import Requests
 from quantspec_jax.models.config import ModelConfig
+
+COUNTED = 16  # positions of a round that statistics tell apart; the last counts all beyond, too
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptProgram:
+    """Everything static about a prefill: no γ, no coupling."""
+
+    model: ModelConfig
+    cache: CacheConfig
+    policy: Policy = ALL
+    backend: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Everything static about a decode; one `Program` and one set of shapes is one compilation.
+    """Everything static about decoding; one `Program` and one set of shapes is one compilation.
 
     Args:
       model, cache: the model and the cache's shape. `cache.view` is what the target reads and
         `cache.pass_width` the rows of a target pass (γ + 1, or more as padding).
-      gamma: tokens drafted a round, or the most of them; 0 is autoregressive decoding.
+      gamma: tokens drafted a round; 0 is autoregressive decoding.
+      policy: which part of the cache a draft reads.
+      coupling: how proposals are accepted.
       backend: which kernels run.
-      simulated_acceptance: for measurements with random weights alone: accept each proposal with
-        this probability, whatever it is. The text then means nothing.
-      draft_cost: a draft step's cost over a verification's, to begin with. Each round then drafts
-        as many tokens, 0 to `gamma`, as pay off at the cost that the state holds
-        (`quantspec_jax.generate.adapt`). None: `gamma`.
     """
 
     model: ModelConfig
     cache: CacheConfig
     gamma: int
+    policy: Policy = ALL
+    coupling: Coupling = REJECTION
     backend: str = "auto"
-    simulated_acceptance: float | None = None
-    draft_cost: float | None = None
 
     def __post_init__(self) -> None:
-        if self.cache.pass_width <= self.gamma:
-            raise ValueError(
-                f"pass_width is {self.cache.pass_width}; allowed: at least gamma + 1 = "
-                f"{self.gamma + 1}"
-            )
-        if self.gamma and self.cache.view != "int8":
-            raise ValueError(f"view is {self.cache.view!r} with gamma > 0; allowed: int8")
-        if self.draft_cost is not None and self.draft_cost <= 0:
-            raise ValueError(f"draft_cost is {self.draft_cost!r}; allowed: a number > 0, or None")
+        allowed = f"at least gamma + 1 = {self.gamma + 1}"
+        width = self.cache.pass_width
+        require(width > self.gamma, "pass_width", width, allowed)
+        finest = self.cache.codec.views[0]
+        drafts = self.cache.view == finest and finest != self.cache.codec.draft
+        require(not self.gamma or drafts, "view (with gamma > 0)", self.cache.view, "int8")
+
+    @property
+    def draft_view(self) -> str:
+        """What a draft reads of the cache."""
+        return self.cache.codec.draft
+
+    @property
+    def prompt(self) -> PromptProgram:
+        """What the prefill depends on."""
+        return PromptProgram(self.model, self.cache.arrays, self.policy, self.backend)
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[
-        "cache",
-        "keys",
-        "seen",
-        "pending",
-        "tokens",
-        "count",
-        "limit",
-        "finished",
-        "rounds",
-        "proposed",
-        "accepted",
-        "evidence",
-        "draft_cost",
+        *("cache", "requests", "memory", "seen", "pending", "tokens", "count", "finished"),
+        *("rounds", "proposed", "accepted"),
     ],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """The state between two rounds. The pending token is the newest one: chosen, but not in the
-    cache yet; its position is `cache.length`.
+    """The state between two rounds: every array has the batch first. The pending token is the
+    newest one: chosen, but not in the cache yet; its position is `cache.length`.
 
     cache     every token before the pending one
-    keys      [B] typed PRNG keys, one a sequence
+    requests  what the sequences want
+    memory    what the draft policy remembers
     seen      [B, N] bool, tokens of the prompt and of the text so far (repetition penalty)
     pending   [B] int32
     tokens    [B, M] int32, new tokens, the pending one included; valid below `count`
     count     [B] int32
-    limit     [B] int32, max_new_tokens
-    finished  [B] bool, EOS was produced or the limit reached
+    finished  [B] bool, an end token was produced or the limit reached
     rounds    [B] int32, rounds in which the sequence took part
-    proposed, accepted  [B] int32, drafted tokens that counted, and those of them that were accepted
-    evidence  [B, 2] float32, accepted and tried proposals of late (`quantspec_jax.generate.adapt`)
-    draft_cost  [] float32, what a draft step costs over a verification, where γ is adaptive. It may
-              be set anew between two calls; greedy tokens do not depend on it
+    proposed, accepted  [B, COUNTED] int32, drafted tokens that counted, and those of them that were
+              accepted, by their place in the round
     """
 
-    cache: HierarchicalKVCache
-    keys: jax.Array
+    cache: KVCache
+    requests: Requests
+    memory: Any
     seen: jax.Array
     pending: jax.Array
     tokens: jax.Array
     count: jax.Array
-    limit: jax.Array
     finished: jax.Array
     rounds: jax.Array
     proposed: jax.Array
     accepted: jax.Array
-    evidence: jax.Array
-    draft_cost: jax.Array
+
+
+def counted(number: jax.Array) -> jax.Array:
+    """[B] → [B, COUNTED] int32: a round's first `number` places, one each."""
+    place = jnp.arange(COUNTED)
+    ones = place < number[:, None]
+    beyond = jnp.maximum(number - COUNTED, 0)[:, None]
+    return jnp.where(place == COUNTED - 1, ones + beyond, ones.astype(jnp.int32)).astype(jnp.int32)
+
+
+def insert(state: DecodeState, slot: jax.Array | int, one: DecodeState) -> DecodeState:
+    """The running batch with the sequences of `one` in its rows `slot`, `slot` + 1, ...: a pure
+    function that writes those rows and nothing else, where `state` is donated.
+
+    Both have the same cache configuration and capacity for new tokens.
+    """
+
+    def write(rows: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(rows, new, slot, 0)
+
+    return jax.tree.map(write, state, one)

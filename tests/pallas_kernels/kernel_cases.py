@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layout import Planes, QuantizedWeight, pack
+from pallas_kernels.layout import LayerCache, Planes, QuantizedWeight, pack
 from pallas_kernels.quantize_pack import xla as quantize
 
 
@@ -57,7 +59,7 @@ def attention_call(
             if p is not None
         ]
     as_int32 = [jnp.asarray(x, jnp.int32) for x in (quantized, start)]
-    return (q, *planes, *buffers, *as_int32)
+    return (q, LayerCache(*planes, *buffers), *as_int32)
 
 
 def _over_tiles(past: np.ndarray, numbers: jax.Array) -> np.ndarray:
@@ -70,6 +72,12 @@ def without_poison(call):
     return jax.tree.map(
         lambda x: jnp.nan_to_num(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, call
     )
+
+
+def with_other_lower_planes(cache: LayerCache) -> LayerCache:
+    """The same cache with every bit of its lower planes changed."""
+    keys, values = (p._replace(lower=~p.lower) for p in (cache.keys, cache.values) if p is not None)
+    return dataclasses.replace(cache, keys=keys, values=values)
 
 
 def random_weight(

@@ -15,6 +15,8 @@ from kernel_cases import attention_call, random_weight
 from pallas_kernels.add_rms_norm.api import add_rms_norm
 from pallas_kernels.int4_matmul.api import int4_matmuls
 from pallas_kernels.kv_attention.api import kv_attention
+from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.layout import tile
 from pallas_kernels.quantize_pack.api import quantize_keys, quantize_values
 
 
@@ -31,13 +33,14 @@ def calls():
             view, kv_heads=2, group=group, tokens=tokens, head_dim=head_dim, group_size=128,
             tiles=4, positions=[0, 127, 128, 700],
         )  # fmt: skip
-        yield functools.partial(kv_attention, view=view, sm_scale=0.1), call
+        yield functools.partial(kv_attention, read=Read(view), sm_scale=0.1), call
     for rows, inputs, outputs, group, symmetric in (
         (1, 1024, (256, 128), 128, False),
         (8, 300, (208,), 64, True),
         (16, 160, (64, 32), 32, False),
     ):
-        weights = [random_weight(inputs, n, group, symmetric, i) for i, n in enumerate(outputs)]
+        plain = [random_weight(inputs, n, group, symmetric, i) for i, n in enumerate(outputs)]
+        weights = [tile(weight) for weight in plain]
         x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)
         yield int4_matmuls, (x, weights)
     for kernel in (quantize_keys, quantize_values):

@@ -13,6 +13,7 @@ from pallas_kernels.add_rms_norm import mosaic_gpu as norm
 from pallas_kernels.add_rms_norm import xla as norm_reference
 from pallas_kernels.kv_attention import mosaic_gpu as attention
 from pallas_kernels.kv_attention import xla as attention_reference
+from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
 from pallas_kernels.quantize_pack import xla as quantize_reference
 
@@ -48,7 +49,7 @@ def test_attention(view, head_dim, group_size, group, tokens, config, strict):
         tiles=3,
         positions=[0, 1, 2 * g, 4 * g - tokens],
     )
-    options = {"view": view, "sm_scale": 0.11, "strict": strict}
+    options = {"read": Read(view), "sm_scale": 0.11, "strict": strict}
     found = attention.kv_attention(*call, **options, config=config, blocks=2)
     expected = attention_reference.kv_attention(*without_poison(call), **options)
     assert relative_error(found[0], expected[0]) <= 2e-3

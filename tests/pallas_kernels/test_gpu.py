@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import attention_call, random_weight, relative_error, without_poison
+from kernel_cases import (
+    attention_call,
+    random_weight,
+    relative_error,
+    with_other_lower_planes,
+    without_poison,
+)
 
 from pallas_kernels import dispatch
 from pallas_kernels.add_rms_norm import api as norm
@@ -18,8 +24,11 @@ from pallas_kernels.int4_matmul import mosaic_gpu as matmul_kernel
 from pallas_kernels.int4_matmul import xla as matmul_reference
 from pallas_kernels.kv_attention import api as attention
 from pallas_kernels.kv_attention import configs, mosaic_gpu
+from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import tile
 from pallas_kernels.quantize_pack import api as quantize
+
+DRAFT, TARGET = Read("int4"), Read("int8")
 
 pytestmark = pytest.mark.gpu
 
@@ -33,13 +42,13 @@ def _cuda_and_exact_references():
 
 
 def reference(call, view: str, strict: bool = False):
-    options = {"view": view, "sm_scale": 0.11, "strict": strict}
+    options = {"read": Read(view), "sm_scale": 0.11, "strict": strict}
     run = functools.partial(attention.kv_attention, **options, backend="xla")
     return jax.jit(run)(*without_poison(call))
 
 
 def check_attention(call, view: str, expected, strict: bool = False, config=None) -> None:
-    options = {"view": view, "sm_scale": 0.11, "strict": strict}
+    options = {"read": Read(view), "sm_scale": 0.11, "strict": strict}
     if config is None:
         run = functools.partial(attention.kv_attention, **options, backend="mosaic_gpu")
     else:
@@ -81,8 +90,8 @@ def test_attention_in_every_configuration(view, tokens):
         view, kv_heads=2, group=4, tokens=tokens, head_dim=128, group_size=128, tiles=20,
         positions=[2400, 300],
     )  # fmt: skip
-    options = {"view": view, "sm_scale": 0.11, "strict": False}
-    shape = mosaic_gpu.shape_of(call[0], call[1], call[3], **options)
+    options = {"read": Read(view), "sm_scale": 0.11, "strict": False}
+    shape = mosaic_gpu.shape_of(*call[:2], **options)
     expected = reference(call, view)
     for config in configs.candidates(shape):
         check_attention(call, view, expected, config=config)
@@ -93,7 +102,7 @@ def test_attention_rounded_to_bfloat16():
         "int4", kv_heads=2, group=2, tokens=1, head_dim=128, group_size=128, tiles=4,
         positions=[600],
     )  # fmt: skip
-    run = functools.partial(attention.kv_attention, view="int4", sm_scale=0.1, backend="mosaic_gpu")
+    run = functools.partial(attention.kv_attention, read=DRAFT, sm_scale=0.1, backend="mosaic_gpu")
     exact, rounded = (
         jax.jit(run)(*call),
         jax.jit(functools.partial(run, out_dtype=jnp.bfloat16))(*call),
@@ -108,7 +117,11 @@ def test_strict_attention_and_rows_that_see_nothing():
     )  # fmt: skip
     check_attention_of_nothing = jax.jit(
         functools.partial(
-            attention.kv_attention, view="int8", sm_scale=0.1, strict=True, backend="mosaic_gpu"
+            attention.kv_attention,
+            read=TARGET,
+            sm_scale=0.1,
+            strict=True,
+            backend="mosaic_gpu",
         )
     )
     out, lse = check_attention_of_nothing(*call)
@@ -118,19 +131,15 @@ def test_strict_attention_and_rows_that_see_nothing():
 
 
 def test_the_draft_never_reads_the_lower_plane():
-    call = list(
-        attention_call(
-            "int4", kv_heads=2, group=1, tokens=1, head_dim=128, group_size=128, tiles=4,
-            positions=[600],
-        )
+    q, cache, *lengths = attention_call(
+        "int4", kv_heads=2, group=1, tokens=1, head_dim=128, group_size=128, tiles=4,
+        positions=[600],
     )  # fmt: skip
     run = jax.jit(
-        functools.partial(attention.kv_attention, view="int4", sm_scale=0.1, backend="mosaic_gpu")
+        functools.partial(attention.kv_attention, read=DRAFT, sm_scale=0.1, backend="mosaic_gpu")
     )
-    before = run(*call)
-    for i in (1, 2):
-        call[i] = call[i]._replace(lower=~call[i].lower)
-    for a, b in zip(before, run(*call), strict=True):
+    before, other = run(q, cache, *lengths), with_other_lower_planes(cache)
+    for a, b in zip(before, run(q, other, *lengths), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -149,7 +158,8 @@ def test_int4_matmul(rows, inputs, outputs, group, symmetric):
     weights = [random_weight(inputs, n, group, symmetric, i) for i, n in enumerate(outputs)]
     x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)
     run = jax.jit(functools.partial(matmul.int4_matmuls, backend="mosaic_gpu"))
-    found, tiled = run(x, weights), [tile(w) for w in weights]
+    tiled = [tile(w) for w in weights]
+    found = run(x, tiled)
     for y, again, w in zip(found, run(x, tiled), weights, strict=True):
         np.testing.assert_array_equal(y, again)
         dense = matmul_reference.dequantize(w)[:inputs]
@@ -165,9 +175,10 @@ def test_int4_matmul_in_every_configuration(rows):
     weight = random_weight(1024, 1040, 128, False)
     x = jax.random.normal(jax.random.key(1), (rows, 1024)).astype(jnp.bfloat16)
     expected = x.astype(jnp.float32) @ matmul_reference.dequantize(weight)
-    for config in matmul_configs.diverse(matmul_kernel.shape_of(x, [weight])):
+    tiled = [tile(weight)]
+    for config in matmul_configs.diverse(matmul_kernel.shape_of(x, tiled)):
         run = jax.jit(functools.partial(matmul_kernel.int4_matmuls, config=config))
-        (y,), (again,) = run(x, [weight]), run(x, [weight])
+        (y,), (again,) = run(x, tiled), run(x, tiled)
         np.testing.assert_array_equal(y, again)
         assert relative_error(y, expected) <= 1e-4
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import types
+import warnings
+
 import emulator
 import jax
 import jax.numpy as jnp
@@ -9,7 +13,7 @@ import numpy as np
 import pytest
 from kernel_cases import random_weight, relative_error
 
-from pallas_kernels import dispatch, ptx
+from pallas_kernels import devices, dispatch, ptx
 from pallas_kernels.int4_matmul import api, configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
 from pallas_kernels.int4_matmul import xla as reference
@@ -34,7 +38,9 @@ def operands(rows, inputs, outputs, group, symmetric):
         (9, 100, (48,), 32, True, Config(1, 1, 2, 2)),
         (3, 320, (80, 16), 64, True, Config(1, 1, 4, 3)),
         (16, 384, (32,), 128, False, Config(1, 1, 1, 2)),
-        # Without a ring: a warp with two turns, others with one or none.
+        # As many stages as turns, and more: nothing is ordered twice. Warps with two turns and one.
+        (1, 640, (32,), 128, False, Config(1, 2, 1)),
+        (8, 160, (16,), 32, True, Config(1, 4, 1)),
     ],
 )
 def test_every_product_is_the_dense_one(
@@ -42,17 +48,17 @@ def test_every_product_is_the_dense_one(
 ):
     emulator.install(monkeypatch, matmul)
     x, weights = operands(rows, inputs, outputs, group, symmetric)
-    for y, w in zip(matmul.int4_matmuls(x, weights, config=config), weights, strict=True):
+    found = matmul.int4_matmuls(x, [tile(w) for w in weights], config=config)
+    for y, w in zip(found, weights, strict=True):
         dense = reference.dequantize(w)[:inputs]
         assert relative_error(y, x.astype(jnp.float32) @ dense) <= 1e-5
 
 
 def test_results_are_rounded_once(monkeypatch):
     emulator.install(monkeypatch, matmul)
-    x, weights = operands(2, 64, (32,), 32, False)
-    config = Config(1, 1, 1)
-    (wide,) = matmul.int4_matmuls(x, weights, config=config)
-    (narrow,) = matmul.int4_matmuls(x, weights, config=config, out_dtype=jnp.bfloat16)
+    x, (weight,) = operands(2, 64, (32,), 32, False)
+    run = functools.partial(matmul.int4_matmuls, x, [tile(weight)], config=Config(1, 1, 1))
+    (wide,), (narrow,) = run(), run(out_dtype=jnp.bfloat16)
     assert narrow.dtype == jnp.bfloat16
     np.testing.assert_array_equal(wide.astype(jnp.bfloat16), narrow)
 
@@ -68,6 +74,32 @@ def test_a_tiled_weight_is_the_same_weight():
         api.int4_matmul(x, weight, out_dtype="float16")
 
 
+def test_the_kernel_takes_tiled_weights_alone(monkeypatch):
+    device = types.SimpleNamespace(
+        core_count=132, device_kind="NVIDIA H200", compute_capability="9.0"
+    )
+    monkeypatch.setattr(dispatch, "device", lambda: device)
+    dispatch._notice.cache_clear()
+    x, (weight, other) = operands(3, 64, (48, 32), 32, False)
+
+    def kernels(weights) -> int:
+        run = jax.jit(lambda x, weights: api.int4_matmuls(x, weights))
+        text = run.trace(x, weights).lower(lowering_platforms=("cuda",)).as_text()
+        return text.count("custom_call @mosaic_gpu")
+
+    reason = r"the weight is not tiled \(pallas_kernels.layout.tile\)"
+    with pytest.warns(UserWarning, match=f"int4_matmul runs in XLA: {reason}"):
+        assert kernels([weight]) == 0
+    with pytest.raises(NotImplementedError, match=f"mosaic_gpu cannot run int4_matmul.*{reason}"):
+        api.int4_matmul(x, weight, backend="mosaic_gpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels([tile(weight), tile(other)]) == 1
+    assert kernels([tile(weight), other]) == 1, (
+        "one that is tiled does not wait for one that is not"
+    )
+
+
 @pytest.mark.parametrize("rows", [1, 8, 16])
 @pytest.mark.parametrize(
     ("groups", "group_size", "outputs"),
@@ -77,9 +109,9 @@ def test_configurations_fit_and_the_best_guess_fills_the_chip(rows, groups, grou
     shape = Shape(rows, groups, group_size, outputs, False)
     found = configs.candidates(shape)
     for config in (*found, *configs.diverse(shape)):
-        assert Plan(shape, config).shared_bytes <= dispatch.SHARED_BYTES
+        assert Plan(shape, config).shared_bytes <= devices.DEFAULT.usable_bytes
     strips = sum(outputs) // 16
-    assert Plan(shape, found[0]).blocks >= min(strips, 0.85 * dispatch.DEFAULT_MULTIPROCESSORS)
+    assert Plan(shape, found[0]).blocks >= min(strips, 0.85 * devices.DEFAULT.multiprocessors)
 
 
 def test_a_cluster_has_to_divide_the_blocks():

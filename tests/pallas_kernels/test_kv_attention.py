@@ -12,6 +12,7 @@ from kernel_cases import attention_call, relative_error, without_poison
 
 from pallas_kernels.kv_attention import mosaic_gpu as attention
 from pallas_kernels.kv_attention import xla as attention_reference
+from pallas_kernels.kv_attention.read import Read
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def _emulated(monkeypatch):
 
 
 def check(call, view: str, config: attention.Config, strict: bool = False, blocks: int = 2):
-    options = {"view": view, "sm_scale": 0.11, "strict": strict}
+    options = {"read": Read(view), "sm_scale": 0.11, "strict": strict}
     found = attention.kv_attention(*call, **options, config=config, blocks=blocks)
     assert found[0].dtype == jnp.float32
     expected = attention_reference.kv_attention(*without_poison(call), **options)
@@ -67,7 +68,7 @@ def test_output_rounded_by_the_merge(head_dim):
     run = functools.partial(
         attention.kv_attention,
         *call,
-        view="int4",
+        read=Read("int4"),
         sm_scale=0.1,
         strict=False,
         config=attention.Config(1, 1, 1, 2),

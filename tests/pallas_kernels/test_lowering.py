@@ -14,6 +14,7 @@ from pallas_kernels.add_rms_norm import mosaic_gpu as norm
 from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
 from pallas_kernels.kv_attention import configs, mosaic_gpu
+from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import tile
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
 
@@ -48,9 +49,9 @@ def test_attention(view, head_dim, group_size, group, tokens):
         tiles=3,
         positions=[3 * group_size, 5],
     )
-    options = {"view": view, "sm_scale": 0.1, "strict": False}
-    shape = mosaic_gpu.shape_of(call[0], call[1], call[3], **options)
-    assert mosaic_gpu.unsupported(shape, (call[0].dtype, call[3].dtype)) is None
+    options = {"read": Read(view), "sm_scale": 0.1, "strict": False}
+    shape = mosaic_gpu.shape_of(*call[:2], **options)
+    assert mosaic_gpu.unsupported(shape, (call[0].dtype, call[1].key_buffer.dtype)) is None
     config = configs.choose(shape)
     assert config is not None
     text = lower(functools.partial(mosaic_gpu.kv_attention, **options, config=config), *call)
@@ -65,7 +66,7 @@ def test_attention_with_rounded_output(tokens, exchange):
         "int8", kv_heads=2, group=4, tokens=tokens, head_dim=128, group_size=128, tiles=3,
         positions=[384],
     )  # fmt: skip
-    options = {"view": "int8", "sm_scale": 0.1, "strict": False}
+    options = {"read": Read("int8"), "sm_scale": 0.1, "strict": False}
     config = mosaic_gpu.Config(2, 4, -(-tokens // 2), 2, shared=True, exchange=exchange)
     run = functools.partial(
         mosaic_gpu.kv_attention, **options, config=config, out_dtype=jnp.bfloat16
@@ -103,8 +104,8 @@ def test_what_the_kernels_cannot_do_is_named():
     call = attention_call(
         "int8", kv_heads=1, group=1, tokens=1, head_dim=80, group_size=128, tiles=1, positions=[5]
     )
-    options = {"view": "int8", "sm_scale": 0.1, "strict": False}
-    shape = mosaic_gpu.shape_of(call[0], call[1], call[3], **options)
+    options = {"read": Read("int8"), "sm_scale": 0.1, "strict": False}
+    shape = mosaic_gpu.shape_of(*call[:2], **options)
     assert "head_dim is 80" in (mosaic_gpu.unsupported(shape, (jnp.bfloat16,)) or "")
     assert "bfloat16" in (mosaic_gpu.unsupported(shape, (jnp.float32,)) or "")
     weight = random_weight(64, 24, 32, False)

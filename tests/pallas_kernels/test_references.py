@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import attention_call, random_weight, relative_error, without_poison
+from kernel_cases import (
+    attention_call,
+    random_weight,
+    relative_error,
+    with_other_lower_planes,
+    without_poison,
+)
 
 from pallas_kernels.int4_matmul import api as matmul
 from pallas_kernels.int4_matmul import xla as matmul_reference
 from pallas_kernels.kv_attention import xla as reference
 from pallas_kernels.kv_attention.api import kv_attention
+from pallas_kernels.kv_attention.read import Read
 
 
 def plain_attention(call, view: str, sm_scale: float, strict: bool):
     """Softmax attention of one query at a time, over the keys and values that it may see."""
-    q, keys, values, key_buffer, value_buffer, quantized, start = call
+    q, cache, quantized, start = call
+    keys, values = cache.keys, cache.values
+    key_buffer, value_buffer = cache.key_buffer, cache.value_buffer
     batch, tokens, heads = q.shape[:3]
     kv_heads, slots = key_buffer.shape[1:3]
     out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
@@ -62,26 +73,30 @@ def test_attention(view, strict, head_dim, group_size, group, tokens):
         dtype=jnp.float32,
     )
     call = without_poison(call)
-    out, lse = kv_attention(*call, view=view, sm_scale=0.2, strict=strict, backend="xla")
+    out, lse = kv_attention(*call, read=Read(view), sm_scale=0.2, strict=strict, backend="xla")
     expected = plain_attention(call, view, 0.2, strict)
     assert relative_error(out, expected[0]) <= 1e-5
     np.testing.assert_allclose(lse, expected[1], atol=1e-4)
 
 
 def test_the_draft_view_does_not_depend_on_the_lower_plane():
-    call = list(
-        without_poison(
-            attention_call(
-                "int4", kv_heads=1, group=1, tokens=1, head_dim=32, group_size=16, tiles=4,
-                positions=[70], dtype=jnp.float32,
-            )
-        )
+    call = attention_call(
+        "int4", kv_heads=1, group=1, tokens=1, head_dim=32, group_size=16, tiles=4,
+        positions=[70], dtype=jnp.float32,
     )  # fmt: skip
-    before = kv_attention(*call, view="int4", sm_scale=0.2)
-    for i in (1, 2):
-        call[i] = call[i]._replace(lower=~call[i].lower)
-    for a, b in zip(before, kv_attention(*call, view="int4", sm_scale=0.2), strict=True):
+    q, cache, *lengths = without_poison(call)
+    read = functools.partial(kv_attention, read=Read("int4"), sm_scale=0.2)
+    before, after = read(q, cache, *lengths), read(q, with_other_lower_planes(cache), *lengths)
+    for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a, b)
+    exact = functools.partial(read, read=Read("int8"))
+    both = exact(q, cache, *lengths)[0], exact(q, with_other_lower_planes(cache), *lengths)[0]
+    assert (both[0] != both[1]).any()
+
+
+def test_a_view_that_is_none():
+    with pytest.raises(ValueError, match="view is 'int2'; allowed: full, int8, int4"):
+        Read("int2")
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -101,4 +116,3 @@ def test_products_of_one_pass_are_those_of_one_weight():
     a, b = matmul.int4_matmuls(x, [gate, up])
     np.testing.assert_array_equal(a, matmul.int4_matmul(x, gate))
     np.testing.assert_array_equal(b, matmul.int4_matmul(x, up))
-    np.testing.assert_allclose(matmul.int4_gated(x, gate, up), jax.nn.silu(a) * b, rtol=1e-6)

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from tiny import program, state_of
 from transformers.generation import logits_process as hf
 
 from quantspec_jax.generate import accept as rule
+from quantspec_jax.generate import couplings
 from quantspec_jax.generate.config import GenerateConfig
-from quantspec_jax.generate.sampling import Role, Sampling, choose, draw, sampling_arrays
+from quantspec_jax.generate.draft import Proposals
+from quantspec_jax.generate.requests import sampling_arrays
+from quantspec_jax.generate.sampling import Role, Sampling, choose, draw
 
 N = 24
 GAMMA = 4
@@ -42,6 +46,15 @@ def tables() -> tuple[np.ndarray, np.ndarray]:
     return target, target + random.normal(size=(N, N)).astype(np.float32) * 1.2
 
 
+PROGRAM = program(GAMMA)
+
+
+def accept(target_logits, q, proposals, proposed, seen, sampling, keys, position):
+    """`rule.accept` of arrays, the coupling being rejection."""
+    state = state_of(seen, sampling, keys, position - 1)
+    return rule.accept(target_logits, Proposals(proposals, q), proposed, state, PROGRAM)
+
+
 def one_round(tokens, length, seen, sampling: Sampling, keys, proposed):
     """Draft γ tokens and judge the first `proposed`; tokens [B, P] filled up to `length` [B]."""
     target, draft = (jnp.asarray(x) for x in tables())
@@ -56,7 +69,7 @@ def one_round(tokens, length, seen, sampling: Sampling, keys, proposed):
     _, (proposals, q) = jax.lax.scan(step, (last, seen), jnp.arange(GAMMA))
     proposals, q = proposals.swapaxes(0, 1), q.swapaxes(0, 1)
     context = jnp.concatenate([last[:, None], proposals], 1)
-    verdict = rule.accept(target[context], q, proposals, proposed, seen, sampling, keys, length)
+    verdict = accept(target[context], q, proposals, proposed, seen, sampling, keys, length)
 
     new = jnp.concatenate([proposals, proposals[:, :1]], 1)
     row = jnp.arange(GAMMA + 1)
@@ -186,7 +199,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_rule_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     part, broken = BROKEN[name]
-    monkeypatch.setattr(rule, part, broken)
+    monkeypatch.setattr(couplings, part, broken)
     config = CONFIGS["temperature"]
     assert p_value(simulate(config, rounds=broken_rounds).tokens, exact(config)) < 1e-6
 
@@ -200,7 +213,7 @@ def test_forgetting_the_tokens_of_the_round_is_noticed(monkeypatch: pytest.Monke
     assert p_value(simulate(config, rounds=broken_rounds).tokens, exact(config)) < 1e-6
 
 
-jitted_accept = jax.jit(rule.accept)
+jitted_accept = jax.jit(accept)
 
 
 class Round(NamedTuple):
@@ -214,7 +227,7 @@ class Round(NamedTuple):
     keys: jax.Array
     position: jax.Array
 
-    def judge(self, sampling: Sampling, accept: Callable = jitted_accept) -> rule.Verdict:
+    def judge(self, sampling: Sampling, accept: Callable = jitted_accept) -> couplings.Verdict:
         return accept(*self[:5], sampling, *self[5:])
 
 
@@ -340,7 +353,7 @@ def test_without_proposals_the_token_is_the_target_s_own() -> None:
 def test_nothing_left_of_the_residual_falls_back_to_the_target() -> None:
     p = jnp.asarray([[0.25, 0.75], [0.5, 0.5]])
     q = jnp.asarray([[0.5, 0.75], [0.25, 0.75]])
-    np.testing.assert_array_equal(rule._residual(p, q), [[0.25, 0.75], [0.25, 0.0]])
+    np.testing.assert_array_equal(couplings._residual(p, q), [[0.25, 0.75], [0.25, 0.0]])
 
 
 def test_other_parameters_compile_nothing() -> None:
@@ -349,7 +362,7 @@ def test_other_parameters_compile_nothing() -> None:
     @jax.jit
     def judge(*arguments):
         traces.append(1)
-        return rule.accept(*arguments)
+        return accept(*arguments)
 
     round_ = random_round(3)
     for config in (GenerateConfig(), *CONFIGS.values()):
@@ -360,9 +373,7 @@ def test_other_parameters_compile_nothing() -> None:
 def test_greedy_does_no_sampling_work() -> None:
     """What is computed for draws (random bits, exp) stands inside the conditional alone."""
     round_ = random_round(2)
-    jaxpr = jax.make_jaxpr(rule.accept)(
-        *round_[:5], sampling_arrays(GenerateConfig(), 2), *round_[5:]
-    )
+    jaxpr = jax.make_jaxpr(accept)(*round_[:5], sampling_arrays(GenerateConfig(), 2), *round_[5:])
     conditionals = [e for e in jaxpr.eqns if e.primitive.name == "cond"]
     assert len(conditionals) == 1
     n = round_.seen.shape[1]

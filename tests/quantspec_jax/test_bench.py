@@ -9,16 +9,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from quantspec_jax import memory
 from quantspec_jax.bench import decode as bench
 from quantspec_jax.bench import record
 from quantspec_jax.bench.launches import launches_a_round
+from quantspec_jax.bench.simulated import Simulated
 from quantspec_jax.cli import main, make_parser
 from quantspec_jax.cost import Costs, bytes_read
-from quantspec_jax.generate.accept import Verdict, simulate
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import parameter_shapes
 from quantspec_jax.weights.formats import DraftConfig
@@ -45,12 +44,14 @@ def tiny_preset(monkeypatch):
 def test_simulated_acceptance_is_a_run_of_successes(alpha):
     gamma, draws = 4, 20_000
     keys = jax.random.split(jax.random.key(0), draws)
-    found = Verdict(jnp.zeros(draws, jnp.int32), jnp.full(draws, 7, jnp.int32))
-    verdict = simulate(found, jnp.full(draws, gamma), keys, jnp.zeros(draws, jnp.int32), alpha)
+    best = jnp.full((draws, gamma + 1), 7, jnp.int32)
+    none_right = jnp.zeros((draws, gamma), jnp.int32)
+    rest = (none_right, jnp.full(draws, gamma), keys, jnp.ones(draws, jnp.int32))
+    verdict = Simulated(alpha).greedy(best, *rest)
     expected = sum(alpha ** (i + 1) for i in range(gamma))
     assert float(verdict.accepted.mean()) == pytest.approx(expected, abs=0.04)
     assert int(verdict.accepted.max()) <= gamma
-    np.testing.assert_array_equal(verdict.token, found.token)
+    assert (verdict.token == 7).all()
 
 
 def test_a_run_reports_every_mode_beside_the_baseline(tiny_preset, capsys, tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.kv_attention.xla import dequantize_keys, dequantize_values
 from quantspec_jax.cache import (
-    HierarchicalKVCache,
+    KVCache,
     append,
     cache_bytes,
     create,
@@ -46,7 +46,7 @@ def fill(keys, values, config: CacheConfig, prompt: list[int], lengths: list[int
     rows past the end of a half of the buffer are garbage and do not count."""
     start = jnp.asarray(prompt, jnp.int32)
     layer = _from_prompt(keys, values, start, config)
-    cache = HierarchicalKVCache((layer,), start, quantized_length(start, G), G)
+    cache = KVCache((layer,), start, quantized_length(start, G), G, config.codec)
     padded = [jnp.pad(x, ((0, 0), (0, 0), (0, WIDTH), (0, 0))) for x in (keys, values)]
     goal = np.asarray(lengths)
     while (np.asarray(cache.length) < goal).any():
@@ -63,7 +63,7 @@ def fill(keys, values, config: CacheConfig, prompt: list[int], lengths: list[int
     return cache
 
 
-def assert_same(cache: HierarchicalKVCache, other: HierarchicalKVCache) -> None:
+def assert_same(cache: KVCache, other: KVCache) -> None:
     """Equal planes, and equal full-precision tokens, in every bit that is ever read."""
     np.testing.assert_array_equal(cache.length, other.length)
     np.testing.assert_array_equal(cache.quantized_length, other.quantized_length)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quantspec_jax.models import decoder
+from quantspec_jax.models import linear as module
 from quantspec_jax.models.linear import linear, linears
 from quantspec_jax.weights.formats import WeightFormat
 from quantspec_jax.weights.rounding import quantize_linear
@@ -41,8 +41,8 @@ def calls(monkeypatch):
         found.append(len(weights))
         return original(x, weights, **options)
 
-    original = decoder.int4_matmuls
-    monkeypatch.setattr(decoder, "int4_matmuls", counted)
+    original = module.int4_matmuls
+    monkeypatch.setattr(module, "int4_matmuls", counted)
     return found
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from tiny import (
     VOCABULARY,
     G,
@@ -18,13 +19,14 @@ from tiny import (
     prompts,
     start,
     tiny_model,
+    total,
 )
 
+from quantspec_jax.generate.cache_pass import cache_pass
 from quantspec_jax.generate.config import GenerateConfig
-from quantspec_jax.generate.draft import draft
+from quantspec_jax.generate.couplings import COUPLINGS, coupling
 from quantspec_jax.generate.loop import generate_tokens, one_round
-from quantspec_jax.generate.sampling import sampling_arrays
-from quantspec_jax.generate.verify import cache_pass
+from quantspec_jax.generate.requests import sampling_arrays
 from quantspec_jax.weights.entries import merge, quantize_params
 from quantspec_jax.weights.formats import DraftConfig
 
@@ -32,10 +34,9 @@ LENGTHS = [67, 50, 96]  # all beyond 3 G, none a multiple of it but the last
 NEW = 90  # five flushes
 
 
-def run(gamma, width=None, lengths=LENGTHS, view="int8", new=NEW, seed=0, cost=None, **options):
-    p = program(gamma, view, width, draft_cost=cost)
-    given = {k: v for k, v in options.items() if k != "draft"}
-    return decode(p, start(p, prompts(lengths, seed), lengths, new, **given), **options)
+def run(gamma, width=None, lengths=LENGTHS, view="int8", new=NEW, seed=0, draft=None, **options):
+    p = program(gamma, view, width)
+    return decode(p, start(p, prompts(lengths, seed), lengths, new, **options), draft=draft)
 
 
 @pytest.mark.parametrize("gamma", [1, 3, 4, 8])
@@ -43,37 +44,34 @@ def test_greedy_tokens_are_those_of_autoregressive_decoding(gamma):
     speculative = run(gamma)
     alone = run(0, width=gamma + 1)
     assert new_tokens(speculative) == new_tokens(alone)
-    accepted, proposed = np.asarray(speculative.accepted), np.asarray(speculative.proposed)
+    accepted, proposed = total(speculative.accepted), total(speculative.proposed)
     assert (accepted < proposed).all(), "a draft that is never wrong tests nothing"
     assert (accepted > 0).all()
     assert (np.asarray(speculative.rounds) < np.asarray(alone.rounds)).all()
 
 
-def test_adaptive_gamma_changes_no_greedy_token():
-    speculative = run(4, cost=0.3)
-    assert new_tokens(speculative) == new_tokens(run(0, width=5))
-    mean = np.asarray(speculative.proposed) / np.asarray(speculative.rounds)
-    assert ((mean > 0.1) & (mean < 3.5)).all(), "it drafts, and not always all"
+def test_proposals_are_counted_by_their_place():
+    """Each place's proposals are those of rounds that reach it; what is accepted has no gap."""
+    state = run(4)
+    proposed, accepted = np.asarray(state.proposed), np.asarray(state.accepted)
+    rounds = np.asarray(state.rounds)
+    assert (proposed[:, 4:] == 0).all()
+    assert (accepted <= proposed).all()
+    assert (np.diff(proposed[:, :4], axis=1) <= 0).all()
+    assert (np.diff(accepted[:, :4], axis=1) <= 0).all()
+    assert (proposed[:, 0] <= rounds).all()
+    # Without the limit's cut, tokens are one a round and the accepted proposals.
+    made = np.asarray(state.cache.length) - np.array(LENGTHS)
+    np.testing.assert_array_equal(made, rounds + total(accepted))
 
 
-def test_a_draft_of_unknown_length_is_that_of_its_length():
-    p = program(8)
-    _, _, draft_params = tiny_model()
-    sampling = sampling_arrays(GenerateConfig(temperature=0.8), len(LENGTHS))
-    state = start(p, prompts(LENGTHS), LENGTHS, NEW, sampling)
-
-    def proposals(gamma):
-        cache = state.cache
-        before = (cache.layers, state.pending, state.seen, cache.length, cache.quantized_length)
-        return draft(draft_params, p, *before, sampling, state.keys, gamma)[0]
-
-    longest, drafted = jax.jit(lambda: proposals(8))(), jax.jit(proposals)
-    for gamma in range(9):
-        found = drafted(jnp.int32(gamma))
-        np.testing.assert_array_equal(found.tokens[:, :gamma], longest.tokens[:, :gamma])
-        for a, b in zip(found, longest, strict=True):
-            np.testing.assert_allclose(a[:, :gamma], b[:, :gamma], rtol=1e-5)
-            assert not a[:, gamma:].any()
+def test_a_programs_other_gamma_goes_on_from_the_same_state():
+    """As adaptive decoding does between chunks of rounds."""
+    alone = new_tokens(run(0, width=5))
+    state = start(program(4), prompts(LENGTHS), LENGTHS, NEW)
+    for gamma in (4, 0, 2, 7, 0, 1):
+        state = decode(program(gamma), state, max_rounds=5)
+    assert new_tokens(decode(program(3), state)) == alone
 
 
 def test_only_proposals_inside_the_half_of_the_buffer_count():
@@ -84,7 +82,7 @@ def test_only_proposals_inside_the_half_of_the_buffer_count():
         before = state
         state = decode(p, state, max_rounds=1)
         n = np.asarray(before.cache.length)
-        counted = np.asarray(state.proposed) - np.asarray(before.proposed)
+        counted = total(state.proposed) - total(before.proposed)
         assert (counted == np.minimum(gamma, G - 1 - n % G)).all()
         crossed = np.asarray(state.cache.length) // G - n // G
         assert (crossed <= 1).all()
@@ -106,11 +104,11 @@ def test_sampled_draws_depend_on_a_sequences_own_key_alone():
     rows = prompts(LENGTHS)
     p = program(4)
     state = start(p, rows, LENGTHS, NEW, sampling_arrays(config, 3), keys)
-    together = new_tokens(decode(p, state, sampling=sampling_arrays(config, 3)))
+    together = new_tokens(decode(p, state))
     for i, length in enumerate(LENGTHS):
         one = sampling_arrays(config, 1)
         state = start(p, rows[i : i + 1], [length], NEW, one, keys[i : i + 1])
-        assert new_tokens(decode(p, state, sampling=one))[0] == together[i]
+        assert new_tokens(decode(p, state))[0] == together[i]
 
 
 def test_chunks_of_rounds_give_what_one_call_gives():
@@ -169,18 +167,9 @@ def test_the_lower_plane_is_the_targets_alone():
     _, params, draft_params = tiny_model()
 
     def run_pass(layers, view, weights):
-        cache = state.cache
-        return jax.jit(
-            lambda layers: cache_pass(
-                weights,
-                p,
-                layers,
-                state.pending[:, None],
-                cache.length,
-                cache.quantized_length,
-                view,
-            )[0]
-        )(layers)
+        cache = dataclasses.replace(state.cache, layers=layers)
+        tokens, at = state.pending[:, None], state.cache.length
+        return jax.jit(lambda cache: cache_pass(weights, p, cache, tokens, at, view)[0])(cache)
 
     draft = [run_pass(x, "int4", draft_params) for x in (state.cache.layers, scrambled)]
     target = [run_pass(x, "int8", params) for x in (state.cache.layers, scrambled)]
@@ -195,7 +184,9 @@ def test_planes_never_change_once_written():
     for _ in range(25):
         before, state = state, decode(p, state, max_rounds=1)
         rejected |= bool(
-            np.any(state.accepted - before.accepted < state.proposed - before.proposed)
+            np.any(
+                total(state.accepted - before.accepted) < total(state.proposed - before.proposed)
+            )
         )
         for old, new in zip(before.cache.layers, state.cache.layers, strict=True):
             for i, quantized in enumerate(np.asarray(before.cache.quantized_length)):
@@ -229,9 +220,9 @@ def test_what_is_exact_depends_on_the_position_alone():
                     np.testing.assert_array_equal(a[i, :, :tiles], b[i, :, :tiles])
 
 
-def hlo_of_the_loop(gamma: int, view: str, batch: int, cost=None) -> tuple[str, int, dict]:
+def hlo_of_the_loop(gamma: int, view: str, batch: int) -> tuple[str, int, dict]:
     """The compiled loop's text, its temporary bytes, and the shapes of the cache's arrays."""
-    p = program(gamma, view, max_length=2048, draft_cost=cost)
+    p = program(gamma, view, max_length=2048)
     _, params, draft_params = tiny_model()
     lengths = [64] * batch
     state = jax.eval_shape(lambda: start(p, prompts(lengths), lengths, NEW))
@@ -240,8 +231,6 @@ def hlo_of_the_loop(gamma: int, view: str, batch: int, cost=None) -> tuple[str, 
         params,
         draft_params if gamma else {},
         state,
-        sampling_arrays(GenerateConfig(), batch),
-        jnp.full(2, -1),
         jnp.int32(5),
         program=p,
     ).compile()
@@ -249,11 +238,10 @@ def hlo_of_the_loop(gamma: int, view: str, batch: int, cost=None) -> tuple[str, 
 
 
 @pytest.mark.parametrize(
-    ("gamma", "view", "batch", "cost"),
-    [(4, "int8", 1, None), (4, "int8", 3, None), (4, "int8", 1, 0.3), (0, "full", 2, None)],
+    ("gamma", "view", "batch"), [(4, "int8", 1), (4, "int8", 3), (0, "full", 2)]
 )
-def test_the_compiled_loop_copies_no_plane_and_no_buffer(gamma, view, batch, cost):
-    text, memory, state = hlo_of_the_loop(gamma, view, batch, cost)
+def test_the_compiled_loop_copies_no_plane_and_no_buffer(gamma, view, batch):
+    text, memory, state = hlo_of_the_loop(gamma, view, batch)
     names = {"uint8": "u8", "float32": "f32", "bfloat16": "bf16"}
     layer = state.cache.layers[0]
     big = [layer.key_buffer]
@@ -287,9 +275,8 @@ def test_nothing_is_compiled_for_other_values():
     for i, (temperature, top_p) in enumerate([(0.0, 1.0), (0.7, 0.9), (1.3, 0.5)]):
         sampling = sampling_arrays(GenerateConfig(temperature=temperature, top_p=top_p), 3)
         lengths = [70 + i, 50 - i, 81]
-        state = start(p, prompts(lengths, i), lengths, 5 + i, sampling)
-        eos = jnp.asarray([i, -1])
-        compiled(params, draft_params, state, sampling, eos, jnp.int32(i), program=p)
+        state = start(p, prompts(lengths, i), lengths, 5 + i, sampling, eos=[i])
+        compiled(params, draft_params, state, jnp.int32(i), program=p)
     assert compiled._cache_size() == 1
 
 
@@ -299,10 +286,7 @@ def test_generate_tokens_can_be_called_inside_another_jit():
 
     @jax.jit
     def mine(state):
-        sampling = sampling_arrays(GenerateConfig(), 3)
-        state = generate_tokens(
-            params, draft_params, state, sampling, jnp.full(1, -1), 1000, program=p
-        )
+        state = generate_tokens(params, draft_params, state, program=p)
         return state.tokens, state.count
 
     tokens, count = mine(start(p, prompts(LENGTHS), LENGTHS, NEW))
@@ -313,14 +297,14 @@ def test_a_draft_with_the_full_weights_is_rejected_only_for_its_cache():
     _, params, _ = tiny_model()
     full = run(4, draft=params)
     assert new_tokens(full) == new_tokens(run(0, width=5))
-    assert (np.asarray(full.accepted) > np.asarray(run(4).accepted)).all()
+    assert (total(full.accepted) > total(run(4).accepted)).all()
 
 
-@pytest.mark.parametrize(("gamma", "cost"), [(2, None), (4, None), (4, 0.3)])
-def test_a_round_of_sampling_follows_the_target(gamma, cost):
+@pytest.mark.parametrize("name", COUPLINGS)
+@pytest.mark.parametrize("gamma", [2, 4])
+def test_a_round_of_sampling_follows_the_target(gamma, name):
     """Joint distribution of three new positions over many keys, against ancestral sampling from the
     target's own logits at temperature 0.8 with top-k 4: chi-square."""
-    scipy = pytest.importorskip("scipy.stats")
     config, params, _ = tiny_model()
     vocabulary, draws = 6, 20_000
     small = dataclasses.replace(config, vocab_size=vocabulary)
@@ -332,7 +316,7 @@ def test_a_round_of_sampling_follows_the_target(gamma, cost):
         cut,
     )
     draft = merge(cut, quantize_params(noisy, DraftConfig(group_size=32)))
-    p = dataclasses.replace(program(gamma, draft_cost=cost), model=small)
+    p = dataclasses.replace(program(gamma, coupling=coupling(name)), model=small)
     generate = GenerateConfig(temperature=0.8, top_k=4)
     length = 3 * G + 5
     rows = np.random.default_rng(2).integers(0, vocabulary, (1, 4 * G)).astype(np.int32)
@@ -341,11 +325,11 @@ def test_a_round_of_sampling_follows_the_target(gamma, cost):
 
     def draw(key):
         # The pending token stays what it is: only the round's own draws differ.
-        fresh = dataclasses.replace(state, keys=key[None])
-        first = one_round(cut, draft, fresh, one, jnp.full(1, -1), p)
-        second = one_round(cut, draft, first, one, jnp.full(1, -1), p)
-        third = one_round(cut, draft, second, one, jnp.full(1, -1), p)
-        return third.tokens[0, 1:4], first.accepted[0], first.proposed[0]
+        wants = dataclasses.replace(state.requests, keys=key[None])
+        first = one_round(cut, draft, dataclasses.replace(state, requests=wants), p)
+        second = one_round(cut, draft, first, p)
+        third = one_round(cut, draft, second, p)
+        return third.tokens[0, 1:4], first.accepted[0].sum(), first.proposed[0].sum()
 
     keys = jax.random.split(jax.random.key(11), draws)
     tokens, accepted, proposed = jax.jit(lambda k: jax.lax.map(draw, k, batch_size=500))(keys)
@@ -354,15 +338,7 @@ def test_a_round_of_sampling_follows_the_target(gamma, cost):
 
     def target_logits(state, fed):
         fed = jnp.asarray(fed, jnp.int32)[None]
-        return cache_pass(
-            cut,
-            p,
-            state.cache.layers,
-            fed,
-            state.cache.length,
-            state.cache.quantized_length,
-            "int8",
-        )[0][0]
+        return cache_pass(cut, p, state.cache, fed, state.cache.length, "int8")[0][0]
 
     pending = int(state.pending[0])
     counts = np.zeros((vocabulary,) * 3)
@@ -387,7 +363,7 @@ def test_a_round_of_sampling_follows_the_target(gamma, cost):
     wanted = np.append(expected[likely], expected[~likely].sum())
     if wanted[-1] == 0:
         observed, wanted = observed[:-1], wanted[:-1]
-    assert scipy.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 0.01
+    assert scipy.stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 0.01
 
 
 def test_quantize_params_leaves_embedding_and_lm_head_alone():

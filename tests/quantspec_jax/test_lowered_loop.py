@@ -13,9 +13,7 @@ import pytest
 from pallas_kernels import dispatch
 from quantspec_jax.bench.decode import random_state
 from quantspec_jax.cache.config import CacheConfig
-from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.loop import generate_tokens
-from quantspec_jax.generate.sampling import sampling_arrays
 from quantspec_jax.generate.state import Program
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.module import init_params
@@ -43,9 +41,8 @@ def lowered(model: ModelConfig, gamma: int, view: str, draft: DraftConfig) -> st
         jax.eval_shape(lambda p: draft_tree(p, quantize_params(p, draft)), params) if gamma else {}
     )
     state = jax.eval_shape(lambda: random_state(program, 1, 1024, 128, 99))
-    sampling = sampling_arrays(GenerateConfig(), 1)
     traced = jax.jit(generate_tokens, static_argnames="program").trace(
-        params, own, state, sampling, jnp.full(1, -1), jnp.int32(5), program=program
+        params, own, state, jnp.int32(5), program=program
     )
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 

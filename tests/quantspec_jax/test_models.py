@@ -28,7 +28,7 @@ from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.prefill import prefill
-from quantspec_jax.generate.sampling import sampling_arrays
+from quantspec_jax.generate.requests import requests
 from quantspec_jax.generate.state import Program
 from quantspec_jax.loading import full_logits
 from quantspec_jax.models.attention import KEY_BLOCK, QUERY_BLOCK, causal_attention
@@ -356,17 +356,15 @@ def test_prefill_does_not_see_padding():
     program = Program(TINY, CacheConfig(512, 16), gamma=4)
     padding = np.arange(320) >= np.asarray(lengths)[:, None]
     tokens = np.random.default_rng(0).integers(0, TINY.vocab_size, (3, 3, 320))
-    keys = jax.random.split(jax.random.key(1), 3)
-    eos, limit = jnp.full(16, -1), jnp.full(3, 8)
+    settings = GenerateConfig(temperature=1.0, repetition_penalty=1.3, max_new_tokens=8)
+    wants = requests(settings, jax.random.key(1), (), 3)
     run = jax.jit(prefill, static_argnames=("program", "capacity"))
 
     def state(filling: np.ndarray) -> list[np.ndarray]:
         prompts = jnp.asarray(np.where(padding, filling, tokens[0]), jnp.int32)
-        sampling = sampling_arrays(GenerateConfig(temperature=1.0, repetition_penalty=1.3), 3)
-        result = run(
-            params, prompts, lengths, sampling, keys, eos, limit, program=program, capacity=8
-        )
-        result = dataclasses.replace(result, keys=jax.random.key_data(result.keys))
+        result = run(params, prompts, lengths, wants, program=program.prompt, capacity=8)
+        raw = dataclasses.replace(result.requests, keys=jax.random.key_data(result.requests.keys))
+        result = dataclasses.replace(result, requests=raw)
         return [np.asarray(leaf) for leaf in jax.tree.leaves(result)]
 
     for one, two in zip(state(tokens[1]), state(tokens[2]), strict=True):
@@ -527,26 +525,21 @@ def test_full_size_models_at_131072_tokens(config, count):
     batch, new = 1, 256
     program = Program(config, CacheConfig(CONTEXT, dtype="bfloat16"), gamma=4)
 
-    def prefilled(params, prompts, lengths, keys, eos, limit):
-        sampling = sampling_arrays(GenerateConfig(), batch)
-        return prefill(
-            params, prompts, lengths, sampling, keys, eos, limit, program=program, capacity=new
-        )
+    def prefilled(params, prompts, lengths):
+        wants = requests(GenerateConfig(max_new_tokens=new), None, (), batch)
+        return prefill(params, prompts, lengths, wants, program=program.prompt, capacity=new)
 
-    def decoded(params, state, eos):
+    def decoded(params, state):
         draft = merge(params, quantize_params(params, DraftConfig()))
-        sampling = sampling_arrays(GenerateConfig(), batch)
-        return generate_tokens(params, draft, state, sampling, eos, 16, program=program)
+        return generate_tokens(params, draft, state, 16, program=program)
 
     resident = psutil.Process().memory_info().rss
     params = jax.eval_shape(lambda key: init_params(config, key, jnp.bfloat16), jax.random.key(0))
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(params)]
     assert sum(sizes) == parameter_count(config)
     prompts = jax.ShapeDtypeStruct((batch, CONTEXT - new), jnp.int32)
-    numbers, eos = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((16,), jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    state = jax.eval_shape(prefilled, params, prompts, numbers, keys, eos, numbers)
-    after = jax.eval_shape(decoded, params, state, eos)
+    state = jax.eval_shape(prefilled, params, prompts, jax.ShapeDtypeStruct((batch,), jnp.int32))
+    after = jax.eval_shape(decoded, params, state)
     assert psutil.Process().memory_info().rss - resident < 2**29
 
     assert jax.tree.structure(after) == jax.tree.structure(state)

@@ -8,7 +8,8 @@ import torch
 from transformers.generation import logits_process as hf
 
 from quantspec_jax.generate.config import GenerateConfig
-from quantspec_jax.generate.sampling import Role, Sampling, choose, draw, sampling_arrays, warp
+from quantspec_jax.generate.requests import sampling_arrays
+from quantspec_jax.generate.sampling import Role, Sampling, choose, draw, warp
 
 VOCABULARIES = (7, 53, 1000)
 WARPERS = {

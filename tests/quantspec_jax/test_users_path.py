@@ -24,7 +24,7 @@ import convert
 import quantspec_jax as qs
 from pallas_kernels import dispatch
 from pallas_kernels.layout import Planes, QuantizedWeight, TiledWeight
-from quantspec_jax import api
+from quantspec_jax.engine import programs
 from quantspec_jax.models import attention
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 
@@ -157,13 +157,13 @@ def lowered(monkeypatch) -> list:
 
         def run(*_):
             out = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            if function is api._generate_tokens:
+            if function is programs.DECODE:
                 out = dataclasses.replace(out, finished=~out.finished)
             return out
 
         return Executable(run), 0.0
 
-    monkeypatch.setattr(api, "_compile", compile_)
+    monkeypatch.setattr(programs.PROGRAMS, "compiled", compile_)
     monkeypatch.setattr(attention, "uses_cudnn", lambda *_: False)
     return found
 
@@ -171,7 +171,7 @@ def lowered(monkeypatch) -> list:
 def decode_loop(lowered: list):
     """The loop that was lowered last, traced, with its arguments and static arguments."""
     function, args, static = lowered[-1]
-    assert function is api._generate_tokens
+    assert function is programs.DECODE
     return function.trace(*args, **static), args
 
 

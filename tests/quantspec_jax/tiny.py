@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quantspec_jax.cache import KVCache
+from quantspec_jax.cache.codecs import CODECS
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.prefill import prefill
-from quantspec_jax.generate.sampling import sampling_arrays
+from quantspec_jax.generate.requests import Requests, sampling_arrays
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.module import init_params
@@ -47,12 +49,12 @@ def program(
     view: str = "int8",
     width: int | None = None,
     max_length: int = 512,
-    draft_cost: float | None = None,
+    **options,
 ):
     """A program for the tiny model, group size G."""
     config, _, _ = tiny_model()
     cache = CacheConfig(max_length, G, view, width or gamma + 1)
-    return Program(config, cache, gamma, draft_cost=draft_cost)
+    return Program(config, cache, gamma, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("program", "capacity"))
@@ -65,53 +67,49 @@ def _decode(*args, program):
     return generate_tokens(*args, program=program)
 
 
-def start(
-    program: Program,
-    rows: np.ndarray,
-    lengths,
-    new: int,
-    sampling=None,
-    keys=None,
-    eos=(),
-    params=None,
-) -> DecodeState:
-    """The state after the prefill."""
-    batch = len(lengths)
+def wants(batch: int, new: int, sampling=None, keys=None, eos=()) -> Requests:
+    """What `batch` sequences want: greedy tokens, unless `sampling` says otherwise."""
     if keys is None:
         keys = jax.random.split(jax.random.key(7), batch)
+    ends = jnp.tile(jnp.asarray([*eos, -1], jnp.int32), (batch, 1))
+    limit = jnp.full(batch, new, jnp.int32)
+    return Requests(sampling or sampling_arrays(GenerateConfig(), batch), keys, ends, limit)
+
+
+def start(program: Program, rows: np.ndarray, lengths, new: int, *options, params=None, **more):
+    """The state after the prefill; options as in `wants`."""
     return _prefill(
         tiny_model()[1] if params is None else params,
         jnp.asarray(rows),
         jnp.asarray(lengths, jnp.int32),
-        sampling or sampling_arrays(GenerateConfig(), batch),
-        keys,
-        jnp.asarray([*eos, -1], jnp.int32),
-        jnp.full(batch, new, jnp.int32),
-        program=program,
+        wants(len(lengths), new, *options, **more),
+        program=program.prompt,
         capacity=256,
     )
 
 
-def decode(
-    program: Program,
-    state: DecodeState,
-    max_rounds=10_000,
-    sampling=None,
-    eos=(),
-    params=None,
-    draft=None,
-):
+def decode(program: Program, state: DecodeState, max_rounds=10_000, params=None, draft=None):
     """Run the loop."""
     _, target, draft_params = tiny_model()
     return _decode(
         target if params is None else params,
         draft_params if draft is None else draft,
         state,
-        sampling or sampling_arrays(GenerateConfig(), len(state.count)),
-        jnp.asarray([*eos, -1], jnp.int32),
         jnp.int32(max_rounds),
         program=program,
     )
+
+
+def state_of(seen, sampling, keys, length) -> DecodeState:
+    """A state of which an acceptance reads all there is."""
+    cache = KVCache((), length, jnp.zeros_like(length), G, CODECS["hierarchical"])
+    requests = Requests(sampling, keys, jnp.zeros((0, 1)), jnp.zeros(0))
+    return DecodeState(cache, requests, (), seen, *[jnp.zeros(0)] * 7)
+
+
+def total(by_place) -> np.ndarray:
+    """[B, places] proposals or accepted ones → [B]."""
+    return np.asarray(by_place).sum(-1)
 
 
 def new_tokens(state: DecodeState) -> list[list[int]]:

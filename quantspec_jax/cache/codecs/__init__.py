@@ -1,0 +1,18 @@
+"""The codecs. A new one is a file here and an entry in `CODECS`."""
+
+from __future__ import annotations
+
+from quantspec_jax.cache.codecs.codec import Codec
+from quantspec_jax.cache.codecs.full import Full
+from quantspec_jax.cache.codecs.hierarchical import Hierarchical
+
+CODECS: dict[str, Codec] = {"full": Full(), "hierarchical": Hierarchical()}
+VIEWS = tuple(view for codec in CODECS.values() for view in codec.views)
+
+
+def codec_of(view: str) -> Codec:
+    """The codec that offers a view."""
+    return next(codec for codec in CODECS.values() if view in codec.views)
+
+
+__all__ = ["CODECS", "VIEWS", "Codec", "codec_of"]

@@ -1,0 +1,50 @@
+"""The full-precision buffer: a ring of R slots, position p in slot p mod R."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from quantspec_jax.cache.state import LayerCache
+
+
+def append(layer: LayerCache, keys: jax.Array, values: jax.Array, start: jax.Array) -> LayerCache:
+    """Write a pass's keys and values [B, K, S, D] for positions start [B] … start + S − 1.
+
+    Rows beyond the end of the half of the ring that `start` lies in do not count (no pass that
+    counts crosses a flush boundary) and are dropped: their slots still hold F1.
+    """
+    slots = layer.key_buffer.shape[2]
+    half = slots if layer.keys is None else slots // 2
+    slot = start % slots
+    write = _write_one if keys.shape[0] == 1 else _write_batch
+    return dataclasses.replace(
+        layer,
+        key_buffer=write(layer.key_buffer, keys, slot, half),
+        value_buffer=write(layer.value_buffer, values, slot, half),
+    )
+
+
+def _write_one(buffer: jax.Array, new: jax.Array, slot: jax.Array, half: int) -> jax.Array:
+    """Rows of one sequence, as a slice: the last window of S slots inside the half that reaches
+    `slot`, in which what precedes it is kept."""
+    rows = new.shape[2]
+    first = jnp.minimum(slot, (slot // half + 1) * half - rows)[0]
+    skip = slot[0] - first
+    at = (0, 0, first, 0)
+    old = jax.lax.dynamic_slice(buffer, at, new.shape)
+    moved = jnp.roll(new.astype(buffer.dtype), skip, 2)
+    kept = jnp.arange(rows)[:, None] < skip
+    return jax.lax.dynamic_update_slice(buffer, jnp.where(kept, old, moved), at)
+
+
+def _write_batch(buffer: jax.Array, new: jax.Array, slot: jax.Array, half: int) -> jax.Array:
+    """Rows of all sequences, in one scatter however many there are."""
+    b, _, rows, _ = new.shape
+    index = slot[:, None] + jnp.arange(rows)
+    inside = index // half == (slot // half)[:, None]
+    index = jnp.where(inside, index, buffer.shape[2] + jnp.arange(rows))  # else beyond: dropped
+    at = buffer.at[jnp.arange(b)[:, None], :, index]
+    return at.set(new.swapaxes(1, 2).astype(buffer.dtype), mode="drop", unique_indices=True)

@@ -1,0 +1,146 @@
+"""What a draft step costs: measured once for a model, device and context bucket, and kept on disk
+beside the compiled programs.
+
+A trial decodes some rounds from the state at hand and takes everything back. That is possible
+because planes do not change before a flush: the trial begins where F2 does, ends before it is full,
+and what it wrote, in the buffer and in the small arrays, is put back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from quantspec_jax import compilation_cache
+from quantspec_jax.generate.state import DecodeState, Program
+from quantspec_jax.loading import Model
+
+TRIAL_GAMMA = 4
+LEAST_SECONDS = 0.05  # of a timed run
+MOST_ROUNDS = 16
+ENDLESS = 1 << 30  # tokens
+VERSION = 1
+# What a round changes beside the cache's arrays.
+SMALL = (
+    *("memory", "seen", "pending", "tokens", "count", "finished"),
+    *("rounds", "proposed", "accepted"),
+)
+_known: dict[str, float] = {}
+
+Decode = Callable[[DecodeState, int, Program], tuple[DecodeState, float]]
+
+
+def with_gamma(program: Program, gamma: int) -> Program:
+    """The program that drafts `gamma` tokens a round, with passes of as many rows as that needs."""
+    cache = dataclasses.replace(program.cache, pass_width=gamma + 1)
+    return dataclasses.replace(program, gamma=gamma, cache=cache)
+
+
+def key_of(model: Model, program: Program, batch: int, sampled: bool) -> str:
+    """What the cost depends on, as a name for a file."""
+    device = jax.devices()[0]
+    parts = (
+        *(VERSION, jax.__version__, device.platform, device.device_kind, model.config),
+        *(model.draft, model.dtype.name, batch, sampled),
+        with_gamma(program, TRIAL_GAMMA),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def known(key: str) -> float | None:
+    """A cost that was measured before, in this process or another one."""
+    if key in _known:
+        return _known[key]
+    path = _path(key)
+    try:
+        found = json.loads(path.read_text())["draft_cost"] if path else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not isinstance(found, float) or not 0 < found < 1e6:
+        return None
+    _known[key] = found
+    return found
+
+
+def keep(key: str, cost: float) -> None:
+    """Remember a cost; where there is a directory for compiled programs, on disk."""
+    _known[key] = cost
+    path = _path(key)
+    if path is None:
+        return
+    partial = path.with_suffix(f".{time.monotonic_ns()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"draft_cost": cost}))
+        partial.replace(path)
+    except OSError:  # a full or read-only disk: measured again next time
+        partial.unlink(missing_ok=True)
+
+
+def _path(key: str) -> Path | None:
+    folder = compilation_cache.directory()
+    return folder.parent / "draft_costs" / f"{key}.json" if folder else None
+
+
+def measured(state: DecodeState, program: Program, decode: Decode) -> tuple[DecodeState, float]:
+    """The state as it was, and c: seconds that a draft step adds to a round over those of a plain
+    step.
+
+    Args:
+      state: donated.
+      decode: runs so many rounds of a program; returns the state and the seconds.
+    """
+    cache, g = state.cache, program.cache.group_size
+    before = jax.tree.map(
+        jnp.copy,
+        {
+            "small": {name: getattr(state, name) for name in SMALL},
+            "limit": state.requests.limit,
+            "lengths": (cache.length, cache.quantized_length),
+            "buffers": [(x.key_buffer, x.value_buffer) for x in cache.layers],
+        },
+    )
+
+    def begun(state: DecodeState) -> DecodeState:
+        requests = dataclasses.replace(
+            state.requests, limit=jnp.full_like(before["limit"], ENDLESS)
+        )
+        cache = dataclasses.replace(state.cache, length=before["lengths"][0] // g * g)
+        nobody = jnp.zeros_like(state.finished)
+        return dataclasses.replace(state, cache=cache, requests=requests, finished=nobody)
+
+    plain, drafting = with_gamma(program, 0), with_gamma(program, min(TRIAL_GAMMA, g - 2))
+    seconds = []
+    for trial in (plain, drafting):
+        for _ in range(2):  # what runs for the first time takes longer
+            state, spent = decode(begun(state), 1, trial)
+        most = min(MOST_ROUNDS, (g - 1) // (trial.gamma + 1))
+        rounds = min(most, max(1, round(LEAST_SECONDS / max(spent, 1e-9))))
+        times = []
+        for _ in range(2):
+            state, spent = decode(begun(state), rounds, trial)
+            times.append(spent / rounds)
+        seconds.append(min(times))
+    cost = (seconds[1] - seconds[0]) / drafting.gamma / seconds[0]
+
+    layers = tuple(
+        dataclasses.replace(layer, key_buffer=keys, value_buffer=values)
+        for layer, (keys, values) in zip(state.cache.layers, before["buffers"], strict=True)
+    )
+    length, quantized = before["lengths"]
+    restored = dataclasses.replace(
+        state,
+        cache=dataclasses.replace(
+            state.cache, layers=layers, length=length, quantized_length=quantized
+        ),
+        requests=dataclasses.replace(state.requests, limit=before["limit"]),
+        **before["small"],
+    )
+    return restored, min(max(cost, 0.01), 100.0)

@@ -1,0 +1,97 @@
+"""From prompts and settings to what the pure functions take."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.checks import require
+from quantspec_jax.engine.adaptive import MOST_DRAFTED
+from quantspec_jax.engine.bucket import bucket
+from quantspec_jax.generate.config import GenerateConfig
+from quantspec_jax.generate.couplings import coupling
+from quantspec_jax.generate.requests import Requests, requests
+from quantspec_jax.generate.state import Program
+from quantspec_jax.loading import Model
+from quantspec_jax.text.prompts import read_prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Arguments of `prefill` and `generate_tokens`.
+
+    program   static; the prefill takes `program.prompt`
+    capacity  static, how many new tokens the state has room for
+    inputs    tokens [B, P] and lengths [B] of the prompts, and what the sequences want
+    """
+
+    program: Program
+    capacity: int
+    inputs: tuple[jax.Array, jax.Array, Requests]
+
+
+def prepare(
+    model: Model,
+    prompts: Any,
+    config: GenerateConfig | None = None,
+    key: jax.Array | None = None,
+) -> Prepared:
+    """What a `jax.jit` of one's own needs to decode as `generate` does; arguments as there. γ
+    "auto" stands for the most that it drafts.
+
+    Raises:
+      ValueError: an argument is wrong, or prompt and new tokens exceed the model's context.
+    """
+    config = config or GenerateConfig()
+    ids = read_prompts(prompts, model.tokenizer, model.config.vocab_size)
+    program, padded = program_for(model, config, max(map(len, ids)))
+    wants = requests(config, key, model.config.eos_ids, len(ids))
+    return Prepared(program, bucket(config.max_new_tokens), (*pad(ids, padded), wants))
+
+
+def pad(prompts: Sequence[Sequence[int]], length: int) -> tuple[jax.Array, jax.Array]:
+    """Token ids of each prompt → [B, `length`] int32, filled up with 0, and their lengths [B]."""
+    rows = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(rows), jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+
+
+def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Program, int]:
+    """The program for prompts of at most `longest` tokens, and the length they are padded to. With
+    γ "auto" it is the program of the first rounds.
+
+    Raises:
+      ValueError: the prompt and its new tokens exceed the model's context or `max_length`.
+    """
+    context = model.config.max_context
+    needed = longest + config.max_new_tokens
+    words = f"prompt ({longest} tokens) + max_new_tokens ({config.max_new_tokens})"
+    require(needed <= context, words, needed, f"at most {context}, the model's context")
+    if config.max_length is None:
+        length = min(context, bucket(bucket(longest) + config.max_new_tokens))
+    else:
+        length = config.max_length
+        require(length <= context, "max_length", length, f"at most {context}, the model's context")
+        require(needed <= length, words, needed, f"at most max_length = {length}")
+    gamma = 0
+    if config.mode == "quantspec":
+        most = min(MOST_DRAFTED, config.group_size - 1)
+        gamma = most if config.gamma == "auto" else int(config.gamma)
+    cache = CacheConfig(
+        max_length=length,
+        group_size=config.group_size,
+        view=config.target_view,
+        pass_width=max(gamma + 1, config.pass_width),
+        dtype=model.dtype,
+    )
+    program = Program(
+        model.config, cache, gamma, coupling=coupling(config.coupling), backend=config.backend
+    )
+    return program, min(bucket(longest), length)

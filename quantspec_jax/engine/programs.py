@@ -1,0 +1,106 @@
+"""Compiled programs: made once a form of arguments, kept while they are used, bounded in number."""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from quantspec_jax.cache import create
+from quantspec_jax.generate.loop import generate_tokens
+from quantspec_jax.generate.state import Program
+from quantspec_jax.loading import Model
+from quantspec_jax.memory import free_bytes, require_memory, temporary_bytes, tree_bytes
+from quantspec_jax.weights.sizes import draft_bytes
+
+MOST_PROGRAMS = 32  # on a CPU, one takes up to 75 MB and some 500 memory maps
+DECODE = jax.jit(generate_tokens, static_argnames="program", donate_argnames="state")
+
+
+class Programs:
+    """The programs that were used last, by function, static arguments and forms of the others."""
+
+    def __init__(self, most: int = MOST_PROGRAMS):
+        self.most = most
+        self._kept: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def compiled(self, function: Any, *args: Any, **static: Any) -> tuple[Any, float]:
+        """The executable for arguments of these forms (arrays or their shapes), and the seconds it
+        took to make: 0 where it existed."""
+        leaves, tree = jax.tree.flatten(args)
+        forms = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        key = (id(function), tree, forms, tuple(sorted(static.items())))
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key], 0.0
+        started = time.perf_counter()
+        executable = function.lower(*args, **static).compile()
+        with self._lock:
+            self._kept[key] = executable
+            while len(self._kept) > self.most:
+                self._kept.popitem(last=False)
+        return executable, time.perf_counter() - started
+
+
+PROGRAMS = Programs()
+
+
+class Runner:
+    """Runs functions as compiled programs, each known to fit into the device's memory beside what
+    lies there. Counts the seconds that compilation takes."""
+
+    def __init__(self, model: Model, program: Program, batch: int):
+        self.compile_seconds = 0.0
+        self._what = f"a context of {program.cache.max_length} tokens, {batch} at a time,"
+        self._parts = {"weights": tree_bytes(model.params)}
+        self._made = {"weights"}
+        if program.gamma:
+            self._parts["draft"] = draft_bytes(model.config, model.draft)
+            if model.has_draft_arrays:
+                self._made.add("draft")
+        if free_bytes() is not None:
+            cache = jax.eval_shape(lambda: create(model.config, program.cache, batch))
+            self._parts["cache"] = tree_bytes(cache)
+        self._last: Any = None  # the function that was run last
+        self._check()
+
+    def made(self, part: str) -> None:
+        """A part that lies on the device from now on."""
+        self._made.add(part)
+
+    def _check(self) -> None:
+        """ValueError unless the parts that are still to be made fit."""
+        present = sum(self._parts.get(name, 0) for name in self._made)
+        require_memory(self._what, self._parts, present)
+
+    def ready(
+        self, function: Callable[..., Any], *args: Any, results: int = 0, **static: Any
+    ) -> Any:
+        """The executable; `results` bytes of results stay on the device."""
+        executable, seconds = PROGRAMS.compiled(function, *args, **static)
+        self.compile_seconds += seconds
+        if function is not self._last:
+            self._last = function
+            self._parts["temporaries"] = temporary_bytes(executable) + results
+            self._check()
+        return executable
+
+    def decode(self, model: Model, state: Any, rounds: int, program: Program) -> tuple[Any, float]:
+        """`generate_tokens`, and the seconds it ran; `state` is donated."""
+        drafts = model.draft_params if program.gamma else {}
+        self.made("draft")
+        args = (model.params, drafts, state, jnp.int32(rounds))
+        executable = self.ready(DECODE, *args, program=program)
+        started = time.perf_counter()
+        state = jax.block_until_ready(executable(*args))
+        return state, time.perf_counter() - started

@@ -1,0 +1,61 @@
+"""What is known of a sequence's decoding: the keys of `quantspec generate --json`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass
+class Clock:
+    """Seconds by part; none of them in another one.
+
+    compile  making programs
+    prefill  prompts
+    trial    measuring what a draft step costs, where nobody had
+    decode   rounds
+    """
+
+    compile: float = 0.0
+    prefill: float = 0.0
+    trial: float = 0.0
+    decode: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Counters:
+    """Of one sequence: rounds, and [COUNTED] proposals that counted and accepted ones by place."""
+
+    rounds: int
+    proposed: np.ndarray
+    accepted: np.ndarray
+
+    def statistics(self, new_tokens: int) -> dict[str, Any]:
+        """rounds, proposed, accepted, acceptance_rate, accepted_by_position, tokens_per_round."""
+        proposed, accepted = int(self.proposed.sum()), int(self.accepted.sum())
+        later = max(new_tokens - 1, 0)  # the first token is the prefill's
+        places = int(np.count_nonzero(self.proposed))
+        return {
+            "rounds": self.rounds,
+            "proposed": proposed,
+            "accepted": accepted,
+            "acceptance_rate": accepted / proposed if proposed else None,
+            "accepted_by_position": (
+                (self.accepted[:places] / self.proposed[:places]).round(4).tolist()
+            ),
+            "tokens_per_round": later / self.rounds if self.rounds else None,
+        }
+
+
+def speed(clock: Clock, new_tokens: int) -> dict[str, Any]:
+    """The seconds, and the tokens a second that one sequence had."""
+    later = max(new_tokens - 1, 0)
+    return {
+        "prefill_seconds": clock.prefill,
+        "decode_seconds": clock.decode,
+        "decode_tokens_per_second": later / clock.decode if clock.decode else None,
+        "compile_seconds": clock.compile,
+        "trial_seconds": clock.trial,
+    }

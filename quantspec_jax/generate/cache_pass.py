@@ -1,0 +1,64 @@
+"""One pass over the cache: the target's, and with another view and other weights the draft's."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.kv_attention.api import Read, kv_attention
+from quantspec_jax.cache import KVCache, LayerCache, append
+from quantspec_jax.generate.state import Program
+from quantspec_jax.models.decoder import forward, unembed
+from quantspec_jax.models.parameters import Params
+
+
+def cache_pass(
+    params: Params,
+    program: Program,
+    cache: KVCache,
+    tokens: jax.Array,
+    start: jax.Array,
+    view: str,
+) -> tuple[jax.Array, KVCache]:
+    """Run S consecutive tokens of each sequence over the cache and append their keys and values.
+
+    Args:
+      tokens: [B, S] int32; start: [B] int32, position of the first.
+      view: what to read of the coded tokens.
+
+    Returns:
+      [B, S, N] float32 logits, and the cache with S more tokens in its buffers; its lengths are as
+      they were.
+    """
+
+    def attend(
+        layer: LayerCache, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        layer = append(layer, k.swapaxes(1, 2), v.swapaxes(1, 2), start)
+        out, _ = kv_attention(
+            q,
+            layer,
+            cache.quantized_length,
+            start,
+            read=Read(view),
+            sm_scale=program.model.head_dim**-0.5,
+            out_dtype=q.dtype,
+            backend=program.backend,
+        )
+        return out, layer
+
+    hidden, layers = forward(
+        params,
+        program.model,
+        tokens,
+        start[:, None] + jnp.arange(tokens.shape[1]),
+        cache.layers,
+        attend,
+        rope_length=program.cache.max_length,
+        backend=program.backend,
+    )
+    logits = unembed(params, hidden, program.backend)
+    return logits, dataclasses.replace(cache, layers=layers)

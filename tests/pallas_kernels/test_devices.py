@@ -1,0 +1,195 @@
+"""Other generations of GPUs, by pretence: what runs there, and that its configuration fits."""
+
+from __future__ import annotations
+
+import functools
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.mosaic.gpu.core import artificial_shared_memory_limit
+from kernel_cases import attention_call, random_weight, without_poison
+
+from pallas_kernels import devices, dispatch
+from pallas_kernels.int4_matmul import configs as matmul_configs
+from pallas_kernels.int4_matmul import mosaic_gpu as matmul
+from pallas_kernels.int4_matmul.api import int4_matmul
+from pallas_kernels.kv_attention import configs, mosaic_gpu
+from pallas_kernels.kv_attention.api import kv_attention
+from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.layout import tile
+
+OLDER = {"8.0": "NVIDIA A100-SXM4-80GB", "8.6": "NVIDIA GeForce RTX 3090", "7.5": "Tesla T4"}
+NEWER = {"9.0": "NVIDIA H100", "10.0": "NVIDIA B200", "12.0": "NVIDIA GeForce RTX 5090"}
+MULTIPROCESSORS = {"8.0": 108, "8.6": 82, "7.5": 40, "9.0": 132, "10.0": 148, "12.0": 170}
+KIB = {"8.0": 163, "8.6": 99, "9.0": 227, "10.0": 227, "12.0": 99}
+
+
+def pretended(capability: str) -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        device_kind={**OLDER, **NEWER}[capability],
+        compute_capability=capability,
+        core_count=MULTIPROCESSORS[capability],
+    )
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Takes the default device for one of a compute capability."""
+
+    def pretend(capability: str) -> devices.Device:
+        device = pretended(capability)
+        monkeypatch.setattr(dispatch, "cuda_device", lambda: device)
+        for notice in (dispatch._notice, dispatch._notice_of_device):
+            notice.cache_clear()
+        return devices.of(device)
+
+    return pretend
+
+
+def test_a_capability_is_two_numbers_and_not_one():
+    """As a float, 10.0 comes after 9.0 and 8.10 before 8.9."""
+    assert devices.generation((8, 10)).capability == (8, 9)
+    assert devices.generation((10, 3)).capability == (10, 0)
+    assert devices.generation((12, 1)).capability == (12, 0)
+    assert [g.capability for g in devices.GENERATIONS] == sorted(
+        g.capability for g in devices.GENERATIONS
+    )
+
+
+def test_a_device_is_asked_first_and_its_generation_second():
+    device = pretended("12.0")
+    assert devices.of(device).shared_bytes == 99 * 1024
+    device.shared_memory_per_block_optin = 65536
+    assert devices.of(device).shared_bytes == 65536
+    for other in (types.SimpleNamespace(compute_capability="gfx90a"), object()):
+        assert devices.capability(other) is None
+        with pytest.raises(ValueError, match="allowed: CUDA devices"):
+            devices.of(other)
+
+
+@pytest.mark.parametrize("capability", NEWER)
+def test_kernels_run_from_hopper_on(on, capability):
+    device = on(capability)
+    assert dispatch.use_mosaic_gpu("auto", "kernel", None)
+    assert dispatch.target() == device
+    assert device.multiprocessors == MULTIPROCESSORS[capability]
+
+
+@pytest.mark.parametrize("capability", OLDER)
+def test_an_older_device_says_once_that_it_runs_none(on, capability):
+    on(capability)
+    call = without_poison(
+        attention_call(
+            "int4", kv_heads=1, group=1, tokens=1, head_dim=32, group_size=32, tiles=1,
+            positions=[40],
+        )
+    )  # fmt: skip
+    attend = functools.partial(kv_attention, *call, read=Read("int4"), sm_scale=0.1)
+    with pytest.warns(UserWarning, match="no kernel runs on") as seen:
+        found = attend()
+    (notice,) = [str(w.message) for w in seen]
+    assert f"{OLDER[capability]} (compute capability {capability})" in notice
+    assert all(name in notice for name in dispatch.KERNELS)
+    assert "compute capability 8.0 or later" in notice or "compute capability 9.0" in notice
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = attend()
+        int4_matmul(jnp.ones((1, 64), jnp.bfloat16), random_weight(64, 16, 32, False))
+    expected = attend(backend="xla")
+    for a, b, c in zip(found, again, expected, strict=True):
+        np.testing.assert_array_equal(a, c)
+        np.testing.assert_array_equal(b, c)
+    with pytest.raises(NotImplementedError, match=f"compute capability {capability}"):
+        attend(backend="mosaic_gpu")
+
+
+ATTENTION = [
+    (view, kv_heads, group, tokens, head_dim, group_size)
+    for view in ("int4", "int8", "full")
+    for kv_heads, group, tokens, head_dim, group_size in (
+        (32, 1, 1, 128, 128),
+        (32, 1, 8, 128, 128),
+        (8, 4, 1, 128, 128),
+        (8, 4, 5, 128, 128),
+        (8, 4, 8, 128, 128),
+        (3, 3, 5, 64, 128),
+        (2, 8, 16, 128, 128),
+        (8, 2, 4, 96, 64),
+        (4, 2, 8, 256, 64),
+        (4, 2, 8, 256, 128),
+    )
+]
+
+
+@pytest.mark.parametrize("capability", KIB)
+def test_attentions_configurations_fit(monkeypatch, capability):
+    """On devices of 8.x, too, where a kernel may run some day."""
+    device = devices.of(pretended(capability))
+    assert device.shared_bytes == KIB[capability] << 10
+    monkeypatch.setattr(dispatch, "target", lambda: device)
+    for view, kv_heads, group, tokens, head_dim, group_size in ATTENTION:
+        tiles, slots = (0, 4096) if view == "full" else (9, 2 * group_size)
+        shape = mosaic_gpu.Shape(
+            4, kv_heads, group, tokens, head_dim, group_size, tiles, slots, view, False, 0.1
+        )
+        found = configs.choose(shape)
+        # Two tiles of both planes with heads of 256, 68 KB each, and no more.
+        assert (found is None) == (
+            (view, head_dim, group_size) == ("int8", 256, 128) and KIB[capability] == 99
+        )
+        for config in (found, *configs.candidates(shape)):
+            if config is not None:
+                plan = mosaic_gpu.Plan(shape, config, device.multiprocessors)
+                assert plan.shared_bytes <= device.usable_bytes
+                assert config.stages >= 2
+
+
+@pytest.mark.parametrize("capability", KIB)
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_the_products_configurations_fit(monkeypatch, capability, rows):
+    device = devices.of(pretended(capability))
+    monkeypatch.setattr(dispatch, "target", lambda: device)
+    for groups, size, outputs in (
+        (32, 128, (11008, 11008)),
+        (86, 128, (4096,)),
+        (18, 32, (576,)),
+        (32, 128, (128256,)),
+    ):
+        shape = matmul.Shape(rows, groups, size, outputs, False)
+        found = matmul_configs.candidates(shape)
+        for config in (matmul_configs.choose(shape), *found):
+            assert matmul.Plan(shape, config).shared_bytes <= device.usable_bytes
+            assert config.cluster == 1 or device.generation.clusters
+        assert matmul.Plan(shape, found[0]).blocks >= min(
+            sum(outputs) // 16, 0.7 * device.multiprocessors
+        )
+
+
+def lowered(fn, *args) -> str:
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    return jax.jit(fn).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(("head_dim", "kernels"), [(128, 2), (256, 0)])
+def test_a_device_with_little_shared_memory(on, head_dim, kernels):
+    """Lowered with its limit: a configuration that fits, or a notice and XLA."""
+    device = on("12.0")
+    call = attention_call(
+        "int8", kv_heads=2, group=4, tokens=8, head_dim=head_dim, group_size=128, tiles=3,
+        positions=[384],
+    )  # fmt: skip
+    attend = functools.partial(kv_attention, read=Read("int8"), sm_scale=0.1)
+    with artificial_shared_memory_limit(device.shared_bytes):
+        if kernels:
+            text = lowered(attend, *call)
+        else:
+            with pytest.warns(UserWarning, match="no configuration fits"):
+                text = lowered(attend, *call)
+        assert text.count("custom_call @mosaic_gpu") == kernels
+        weight = tile(random_weight(576, 576, 64, False))
+        x = jnp.zeros((4, 576), jnp.bfloat16)
+        assert lowered(int4_matmul, x, weight).count("custom_call @mosaic_gpu") == 1

@@ -1,0 +1,76 @@
+"""Adaptive γ: what it yields at given prices, against the best fixed γ."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from quantspec_jax.cost import tokens_a_round
+from quantspec_jax.engine.adaptive import MOST_DRAFTED, AdaptiveGamma
+from quantspec_jax.generate.state import COUNTED
+
+G = 128
+ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.85, 0.93, 0.98)
+COSTS = (0.1, 0.15, 0.3, 0.45, 0.7, 1.1)
+
+
+def simulate(cost: float, alpha, rounds: int, seed: int = 0) -> tuple[float, float, np.ndarray]:
+    """Tokens and cost of so many rounds in chunks of 16, and γ of each; `alpha(round)`."""
+    rng = np.random.default_rng(seed)
+    chooser = AdaptiveGamma(cost, G)
+    tokens, spent, gammas, position = 0, 0.0, [], 0
+    while len(gammas) < rounds:
+        gamma, number = chooser.next_chunk(16)
+        proposed, accepted = np.zeros((2, COUNTED), int)
+        for _ in range(number):
+            count = min(gamma, G - 1 - position % G)
+            hits = rng.random(count) < alpha(len(gammas))
+            run = int(np.cumprod(hits).sum())
+            proposed[:count] += 1
+            accepted[:run] += 1
+            tokens, spent = tokens + run + 1, spent + 1 + cost * gamma
+            position += run + 1
+            gammas.append(gamma)
+        chooser.observe(number, proposed, accepted)
+    return tokens, spent, np.array(gammas)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_no_fixed_gamma_is_three_per_cent_faster_and_plain_decoding_is_not_either(alpha, cost):
+    tokens, spent, gammas = simulate(cost, lambda _: alpha, 8000)
+    best = max(tokens_a_round(alpha, g, G) / (1 + cost * g) for g in range(MOST_DRAFTED + 1))
+    assert tokens / spent >= 0.97 * best
+    if alpha < cost - 0.1:
+        assert gammas.mean() < 0.15, "hardly anything is drafted where it cannot pay"
+    if alpha > 0.9 and cost < 0.4:
+        assert gammas.mean() > 3.5
+
+
+def test_it_notices_that_acceptance_has_changed():
+    """Poor for 500 rounds, then good, then poor again."""
+    _, _, gammas = simulate(0.3, lambda i: 0.93 if 500 <= i < 3500 else 0.05, 5000)
+    assert gammas[200:500].mean() < 0.3
+    assert gammas[1500:3500].mean() > 3.5
+    assert gammas[3700:].mean() < 0.3
+
+
+def test_it_depends_on_counts_alone():
+    """The same counts, the same choices: nothing is read off a clock."""
+    runs = [simulate(0.2, lambda _: 0.8, 500, seed=3)[2] for _ in range(2)]
+    np.testing.assert_array_equal(*runs)
+
+
+def test_a_small_group_leaves_room_for_fewer():
+    assert max(AdaptiveGamma(0.01, 8).gammas) == 7
+    assert max(AdaptiveGamma(0.01, 4).gammas) == 3
+
+
+def test_tries_are_the_proposals_up_to_the_first_rejection():
+    chooser = AdaptiveGamma(0.2, G)
+    chooser._accepted = chooser._tried = 0.0
+    proposed, accepted = np.zeros((2, COUNTED), int)
+    # 10 rounds of 3: 8 firsts are right, 5 seconds, 5 thirds.
+    proposed[:3], accepted[:3] = 10, (8, 5, 5)
+    chooser.observe(10, proposed, accepted)
+    assert (chooser._accepted, chooser._tried) == (18, 10 + 8 + 5)

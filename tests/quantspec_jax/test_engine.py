@@ -1,0 +1,144 @@
+"""The engine: slots that come and go, each as if it were alone."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import quantspec_jax as qs
+from quantspec_jax.engine.engine import Engine
+from quantspec_jax.generate.state import insert
+from quantspec_jax.models.module import init_params
+
+SHORT = {"max_new_tokens": 40, "group_size": 16}
+PROMPTS = [[5, 6, 7] * 20, [9, 8] * 35, [11] * 33, list(range(1, 120)), [3, 1, 4, 1, 5]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = qs.ModelConfig("llama", 320, 32, 64, 2, 4, 2, 16, 1024)
+    params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
+    return qs.Model(config, params, None, qs.DraftConfig(group_size=32))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gamma": 3},
+        {"gamma": 3, "temperature": 0.8},
+        {"mode": "autoregressive", "kv": "full", "temperature": 0.8},
+    ],
+)
+def test_requests_that_come_and_go_get_what_they_get_alone(model, options):
+    """Two slots, five requests; each enters when a slot is free, while the other decodes."""
+    config = qs.GenerateConfig(**SHORT, **options)
+    key = jax.random.key(4)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(len(PROMPTS)))
+    alone = [
+        qs.generate(model, [p], config, keys[i : i + 1]).tokens[0] for i, p in enumerate(PROMPTS)
+    ]
+    engine = Engine(model, config, max(map(len, PROMPTS)), slots=2)
+    waiting, running, found = list(range(len(PROMPTS))), {}, {}
+    while waiting or running:
+        while waiting and len(running) < 2:
+            i = waiting.pop(0)
+            (slot,) = engine.add([PROMPTS[i]], config, keys[i : i + 1])
+            running[slot] = i
+        engine.step(5)
+        for slot in list(running):
+            progress = engine.read(slot)
+            if progress.finished:
+                found[running.pop(slot)] = progress.tokens
+                engine.remove(slot)
+    assert [found[i] for i in range(len(PROMPTS))] == alone
+
+
+def test_each_request_has_its_own_wishes(model):
+    """Greedy beside sampled, another limit, another end: in one batch."""
+    wishes = [
+        qs.GenerateConfig(**SHORT),
+        qs.GenerateConfig(**{**SHORT, "max_new_tokens": 17}, temperature=1.0, top_k=9),
+    ]
+    keys = jax.random.split(jax.random.key(2), 2)
+    alone = [
+        qs.generate(model, [PROMPTS[i]], wish, keys[i : i + 1]).tokens[0]
+        for i, wish in enumerate(wishes)
+    ]
+    end = alone[0][12]
+    wishes[0] = qs.GenerateConfig(**SHORT, stop_ids=(end,))
+    engine = Engine(model, qs.GenerateConfig(**SHORT), 128, slots=2)
+    for i, wish in enumerate(wishes):
+        assert engine.add([PROMPTS[i]], wish, keys[i : i + 1]) == [i]
+    while engine.running:
+        engine.step()
+    assert engine.read(0).tokens == alone[0][: alone[0].index(end) + 1]
+    assert engine.read(1).tokens == alone[1]
+
+
+def test_insertion_writes_its_rows_alone(model):
+    """A pure function: every other row of every array stays as it is, bit for bit."""
+    config = qs.GenerateConfig(**SHORT)
+
+    def state(prompts):
+        ready = qs.prepare(model, prompts, config, jax.random.key(1))
+        run = jax.jit(qs.prefill, static_argnames=("program", "capacity"))
+        program = ready.program.prompt
+        return run(model.params, *ready.inputs, program=program, capacity=ready.capacity)
+
+    three, one = state([p[:60] for p in PROMPTS[:3]]), state([PROMPTS[3][:60]])
+    both = jax.jit(insert)(three, 1, one)
+    raw = [
+        jax.tree.leaves(
+            jax.tree.map(lambda x: jax.random.key_data(x) if "key" in str(x.dtype) else x, each)
+        )
+        for each in (three, one, both)
+    ]
+    for before, new, after in zip(*raw, strict=True):
+        np.testing.assert_array_equal(np.asarray(after)[[0, 2]], np.asarray(before)[[0, 2]])
+        np.testing.assert_array_equal(after[1], new[0])
+
+
+def test_a_slot_that_was_ended_stands_still(model):
+    engine = Engine(model, qs.GenerateConfig(**SHORT), 128, slots=2)
+    engine.add([PROMPTS[0], PROMPTS[1]])
+    engine.step(2)
+    engine.finish(0)
+    before = engine.read(0).tokens
+    engine.step(3)
+    assert engine.read(0).tokens == before
+    assert engine.read(0).finished
+    assert len(engine.read(1).tokens) > len(before) - 5
+    assert not engine.read(1).finished
+
+
+def test_what_does_not_fit_is_refused_by_name(model):
+    config = qs.GenerateConfig(**SHORT)
+    with pytest.raises(ValueError, match="slots is 0"):
+        Engine(model, config, 100, slots=0)
+    engine = Engine(model, config, 100, slots=2)
+    with pytest.raises(ValueError, match=r"prompt is .*; allowed: 1 to 128"):
+        engine.add([[1] * 200])
+    with pytest.raises(ValueError, match="max_new_tokens is 500"):
+        engine.add([[1] * 20], qs.GenerateConfig(max_new_tokens=500, group_size=16))
+    with pytest.raises(ValueError, match="3 prompts"):
+        engine.add(PROMPTS[:1] * 3)
+    engine.add([[1, 2]])
+    with pytest.raises(ValueError, match="1 free"):
+        engine.add([[1], [2]])
+
+
+def test_six_lines_of_ones_own(model):
+    """The pure functions in a user's jit, as README shows them."""
+    config = qs.GenerateConfig(**SHORT)
+    ready = qs.prepare(model, PROMPTS[:2], config)
+
+    @jax.jit
+    def decode(params, draft_params, inputs):
+        program = ready.program
+        state = qs.prefill(params, *inputs, program=program.prompt, capacity=ready.capacity)
+        return qs.generate_tokens(params, draft_params, state, program=program).tokens
+
+    tokens = np.asarray(decode(model.params, model.draft_params, ready.inputs))
+    assert tokens[:, :40].tolist() == qs.generate(model, PROMPTS[:2], config).tokens
