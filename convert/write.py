@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -41,7 +42,9 @@ def convert(
     Args:
       source: what to convert.
       out_dir: the directory to make. It is written under another name beside it and renamed at the
-        end, so that an error, a full disk or Ctrl-C leaves nothing.
+        end, so that an error, a full disk or Ctrl-C leaves nothing. Should something have come to
+        lie there meanwhile, it stays, and the finished checkpoint gets the first free of the names
+        `out_dir-1`, `out_dir-2`, ..., which the ValueError says.
       dtype: float32, bfloat16 or float16; None keeps the source's (GGUF: bfloat16).
       overwrite: replace `out_dir` if it is a converted checkpoint or empty.
       draft: store a draft's quantized weights too. Method `gptq` calibrates them, which takes a
@@ -69,7 +72,7 @@ def convert(
         with _disk_errors(out):
             _write_tokenizer(checkpoint, partial)
             _write_weights(checkpoint, partial, stored_dtype, own, progress)
-            _move_into_place(partial, out)
+            _move_into_place(partial, out, overwrite)
     return out
 
 
@@ -81,13 +84,18 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise ValueError(f"out_dir is {str(out)!r}, which exists; allowed: a new directory, or "
                          "overwrite a converted checkpoint with --overwrite")  # fmt: skip
-    config = out / "config.json"
-    ours = config.exists() and read_json(config).get("format") == converted.FORMAT
-    if not ours and any(out.iterdir()):
+    if not _is_replaceable(out):
         raise ValueError(
             f"out_dir is {str(out)!r}, which is neither empty nor a converted checkpoint: it is "
             "not overwritten"
         )
+
+
+def _is_replaceable(directory: Path) -> bool:
+    """Whether it is empty or a converted checkpoint."""
+    config = directory / "config.json"
+    ours = config.exists() and read_json(config).get("format") == converted.FORMAT
+    return ours or not any(directory.iterdir())
 
 
 @contextlib.contextmanager
@@ -202,21 +210,69 @@ def _write_weights(
     (partial / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _move_into_place(partial: Path, out: Path) -> None:
-    """A rename; an old checkpoint steps aside first, and comes back should the rename fail."""
+class _OccupiedError(Exception):
+    """Something that is not to be replaced lies at the name."""
+
+
+def _move_into_place(partial: Path, out: Path, overwrite: bool) -> None:
+    """A rename. What came to lie at `out` since the beginning is never touched, unless it is what
+    `overwrite` is for; then the finished checkpoint is kept under another name beside it."""
     partial.chmod(0o777 & ~_umask())
     _sync(partial)
-    if not out.exists():
-        partial.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    out.rename(old)
+    try:
+        if overwrite and out.exists():
+            _replace(partial, out)
+        else:
+            _rename(partial, out)
+    except _OccupiedError as error:
+        aside = _keep_aside(partial, out)
+        raise ValueError(
+            f"out_dir is {str(out)!r}, where something else came to lie while this was converted: "
+            f"it is left as it is, and the converted checkpoint is {str(aside)!r}"
+        ) from error
+
+
+def _rename(partial: Path, out: Path) -> None:
+    """To a name that nobody has: making the directory is what only one can do, and one directory
+    may be renamed to another that is empty."""
+    try:
+        out.mkdir()
+    except FileExistsError as error:
+        raise _OccupiedError from error
     try:
         partial.rename(out)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            out.rmdir()
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise _OccupiedError from error
+        raise
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """The old checkpoint steps aside first, and comes back should the rename fail."""
+    if out.is_symlink() or not out.is_dir():
+        raise _OccupiedError
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    try:
+        out.rename(old)
+        if not _is_replaceable(old):
+            raise _OccupiedError
+        _rename(partial, out)
     except BaseException:
-        old.rename(out)
+        with contextlib.suppress(OSError):  # another one lies there by now
+            old.rename(out)
         raise
     _remove(old)
+
+
+def _keep_aside(partial: Path, out: Path) -> Path:
+    for number in itertools.count(1):
+        aside = out.with_name(f"{out.name}-{number}")
+        with contextlib.suppress(_OccupiedError):
+            _rename(partial, aside)
+            return aside
+    raise AssertionError("unreachable")
 
 
 def _umask() -> int:

@@ -47,7 +47,7 @@ def run(new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
 
     import quantspec_jax as qs
     from quantspec_jax import compilation_cache
-    from quantspec_jax.cli import summary
+    from quantspec_jax.commands.generate import summary
     from quantspec_jax.text.chat import chat_ids
 
     path = model_file()

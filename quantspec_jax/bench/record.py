@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -41,23 +42,34 @@ def device_name() -> str:
     return f"{model}, {cores} cores"
 
 
-NOT_SETTINGS = (
-    *("command", "bench", "run", "json", "debug"),
-    *("model", "text", "output", "plot", "cache", "keep"),  # files
-)
+NOT_OPTIONS = ("command", "bench", "measure", "run", "json", "debug")
+MODELS = ("model", "draft_from")  # files, directories or hub ids
+FILES = (*MODELS, "text", "output", "plot", "cache", "keep", "draft_of", "draft_text")
+REPEATED = ("draft_of",)  # options that are given once a value
 
 
-def command(start: str, args: Any) -> str:
-    """What to type to repeat a run: `start`, which is the program and its files, and all other
-    options, the defaults too."""
-    parts = [start]
+def command(start: str, args: argparse.Namespace) -> str:
+    """What to type to repeat a run: `start`, and all options that it lacks, the defaults too.
+
+    Of a file its name is kept, not where it lies.
+    """
+    there, parts = set(start.split()), [start]
     for name, value in vars(args).items():
-        if name in NOT_SETTINGS or value is None or value is False or value == []:
-            continue
         option = "--" + name.replace("_", "-")
+        if name in NOT_OPTIONS or option in there or value is None or value is False:
+            continue
         values = [] if value is True else value if isinstance(value, list) else [value]
-        parts.append(shlex.join(map(str, (option, *values))))
+        if name in FILES:
+            values = [each if is_hub_id(name, each) else Path(each).name for each in values]
+        if name in REPEATED:
+            parts += [shlex.join((option, str(each))) for each in values]
+        elif value != []:
+            parts.append(shlex.join(map(str, (option, *values))))
     return " ".join(parts)
+
+
+def is_hub_id(option: str, value: str | Path) -> bool:
+    return option in MODELS and str(value).count("/") == 1 and not os.path.exists(value)
 
 
 def write(path: Path, command: str, rows: list[dict[str, Any]], **more: Any) -> None:

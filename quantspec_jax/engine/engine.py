@@ -106,7 +106,8 @@ class Engine:
         most = min(self.capacity, self.program.cache.max_length - max(lengths))
         new = config.max_new_tokens
         require(new <= most, "max_new_tokens", new, f"at most {most} in this engine")
-        wants = requests(config, keys, self.model.config.eos_ids, number)
+        ends = config.end_ids(self.model.config.eos_ids, self.model.config.vocab_size)
+        wants = requests(config, keys, ends, number)
         state = self._prefill(prompts, wants, progress)
         if number == self.slots:
             self._state = state

@@ -51,7 +51,8 @@ def prepare(
     config = config or GenerateConfig()
     ids = read_prompts(prompts, model.tokenizer, model.config.vocab_size)
     program, padded = program_for(model, config, max(map(len, ids)))
-    wants = requests(config, key, model.config.eos_ids, len(ids))
+    ends = config.end_ids(model.config.eos_ids, model.config.vocab_size)
+    wants = requests(config, key, ends, len(ids))
     return Prepared(program, bucket(config.max_new_tokens), (*pad(ids, padded), wants))
 
 

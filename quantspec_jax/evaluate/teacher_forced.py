@@ -1,18 +1,19 @@
-"""A text through the cache, G tokens at a time, each position seeing what decoding would.
+"""A text through the model a layer at a time, all its positions at once, each seeing what decoding
+would.
 
-All positions of block b, which are bG … bG + G − 1, read the planes below G·max(0, b − 1):
+The target's hidden states and the draft's go through a block, then both through the next:
 
-    target   appends the block's keys and values to a half of the buffer, then attends causally
-    draft    at each position reads the target's keys and values before it, and its own at it
-    flush    F1 → planes
+    target   position t reads its own tokens before t, those of the planes as its view has them
+    draft    the target's keys and values before t, as the draft's view has them, and its own at t
 
-Logits exist for one block at a time; what is kept of them is a few numbers a position.
+A block is one program for all layers. Of a draft's weights one layer at a time is held unpacked.
+Logits exist for a few positions at a time; what is kept of them is a few numbers a position.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,15 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pallas_kernels.kv_attention.api import Read, kv_attention
-from quantspec_jax.cache import KVCache, LayerCache, create, flush
+from pallas_kernels.layout import PackedWeight
+from quantspec_jax.cache.codecs import CODECS
 from quantspec_jax.cache.config import CacheConfig
-from quantspec_jax.generate.cache_pass import cache_pass
+from quantspec_jax.cache.sequence import attend_coded
 from quantspec_jax.generate.config import Backend
-from quantspec_jax.generate.state import Program
 from quantspec_jax.loading import Model
-from quantspec_jax.models.decoder import forward, unembed
-from quantspec_jax.models.parameters import Params
+from quantspec_jax.models.attention import Tokens
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.decoder import block_params, embed, run_block, unembed
+from quantspec_jax.models.linear import unpacked
+from quantspec_jax.models.parameters import LINEAR_LAYERS, Params
+from quantspec_jax.models.rope import rope_frequencies, rope_tables
+
+ROWS = 128  # positions whose logits exist at a time
+TARGET, DRAFT = CODECS["hierarchical"].views
 
 
 class Scores(NamedTuple):
@@ -50,6 +57,26 @@ class Overlap(NamedTuple):
     draft_log_prob: Any
 
 
+class Stream(NamedTuple):
+    """The residual stream and its norm that the next block reads, [1, T, E]."""
+
+    x: jax.Array
+    h: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Everything static about a pass over a text: the model, and what of the cache it reads."""
+
+    model: ModelConfig
+    cache: CacheConfig
+    backend: Backend
+
+    def reading(self, view: str) -> Reader:
+        """The same pass over another view."""
+        return dataclasses.replace(self, cache=dataclasses.replace(self.cache, view=view))
+
+
 def score(
     model: Model,
     ids: Sequence[int],
@@ -63,13 +90,10 @@ def score(
 
     The last position predicts nothing of the text; its log_prob means nothing.
     """
-    program = _program(model, len(ids), view, group_size, backend)
-    following = _blocks([*ids[1:], 0], group_size)
-
-    def step(cache: KVCache, i: int, tokens: jax.Array) -> Any:
-        return _score_block(model.params, cache, tokens, following[i], program=program)
-
-    return Scores(*_walk(step, model, program, ids, f"{view} cache" if progress else None))
+    reader = _reader(model, len(ids), view, group_size, backend)
+    with _Bar(len(ids), model.config, f"{view} cache" if progress else None) as bar:
+        target, _ = _through(model, [], ids, reader, reader, bar)
+        return _by_position(_scores, _head(model.params), target, ids)
 
 
 def compare(
@@ -95,6 +119,8 @@ def compare_drafts(
     drafts: Sequence[Params],
     ids: Sequence[int],
     *,
+    target_view: str = TARGET,
+    draft_view: str = DRAFT,
     group_size: int = 128,
     backend: Backend = "auto",
     progress: bool = False,
@@ -103,189 +129,182 @@ def compare_drafts(
 
     Args:
       drafts: their whole trees, as `Model.draft_params`.
+      target_view, draft_view: what either reads of the cache.
     """
-    program = _program(model, len(ids), "int8", group_size, backend)
-    following = _blocks([*ids[1:], 0], group_size)
-
-    def step(cache: KVCache, i: int, tokens: jax.Array) -> Any:
-        cache, logits = _target_block(model.params, cache, tokens, program=program)
-        compared = [
-            _draft_block(draft, cache, tokens, logits, following[i], program=program)
-            for draft in drafts
-        ]
-        return _flush_block(cache, program=program), [x for each in compared for x in each]
-
+    reader = _reader(model, len(ids), target_view, group_size, backend)
     title = "draft and target" if len(drafts) == 1 else f"{len(drafts)} drafts and target"
-    found = _walk(step, model, program, ids, title if progress else None)
-    width = len(Overlap._fields)
-    return [Overlap(*found[i : i + width]) for i in range(0, len(found), width)]
+    with _Bar(len(ids), model.config, title if progress else None) as bar:
+        target, streams = _through(model, drafts, ids, reader, reader.reading(draft_view), bar)
+        heads = (_head(model.params), [_head(draft) for draft in drafts])
+        return _by_position(_overlaps, heads, (target, streams), ids)
 
 
-def _program(model: Model, length: int, view: str, group_size: int, backend: Backend) -> Program:
-    cache = CacheConfig(
-        max_length=length,
-        group_size=group_size,
-        view=view,
-        pass_width=group_size,
-        dtype=model.dtype,
-    )
-    return Program(model.config, cache, 0, backend=backend)
+def _reader(model: Model, length: int, view: str, group_size: int, backend: Backend) -> Reader:
+    cache = CacheConfig(length, group_size, view, pass_width=1, dtype=model.dtype)
+    return Reader(model.config, cache, backend)
 
 
-def _blocks(ids: Sequence[int], group_size: int) -> np.ndarray:
-    """[blocks, 1, G] int32, filled up with token 0, which no position that counts sees."""
-    filled = np.zeros(-(-len(ids) // group_size) * group_size, np.int32)
-    filled[: len(ids)] = ids
-    return filled.reshape(-1, 1, group_size)
+class _Bar:
+    """A bar of tokens that moves a layer at a time; the logits are a layer more."""
+
+    def __init__(self, tokens: int, model: ModelConfig, title: str | None):
+        self.tokens, self.layers, self.done = tokens, model.num_layers + 1, 0
+        self.bar = tqdm(total=tokens, desc=title, unit=" tokens", disable=title is None)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, failed: Any, *_: Any) -> None:
+        if failed is None:
+            self.layer(None)
+        self.bar.close()
+
+    def layer(self, results: Any) -> None:
+        """A layer is done when its results are there."""
+        jax.block_until_ready(results)
+        self.done += 1
+        self.bar.update(self.tokens * self.done // self.layers - self.bar.n)
 
 
-def _walk(
-    step: Callable[[KVCache, int, jax.Array], tuple[KVCache, Any]],
+def _through(
     model: Model,
-    program: Program,
+    drafts: Sequence[Params],
     ids: Sequence[int],
-    title: str | None,
-) -> list[np.ndarray]:
-    """Run `step` over the blocks of a text; its numbers [N], one array for each it returns."""
-    # Committed to the parameters' device, as what a step returns is: else it is compiled twice.
-    device = model.params["embedding"].sharding
-    cache = jax.device_put(create(program.model, program.cache, 1), device)
-    parts = []
-    with tqdm(total=len(ids), desc=title, unit=" tokens", disable=title is None) as bar:
-        for i, tokens in enumerate(_blocks(ids, program.cache.group_size)):
-            cache, numbers = step(cache, i, tokens)
-            parts.append(jax.device_get(numbers))
-            bar.update(min(tokens.size, len(ids) - bar.n))
-    return [np.concatenate(part)[: len(ids)] for part in zip(*parts, strict=True)]
+    target_reader: Reader,
+    draft_reader: Reader,
+    bar: _Bar,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """The hidden states [1, T, E] of target and drafts after the last norm."""
+    target = _embedded(model.params, jnp.asarray([ids], jnp.int32), reader=target_reader)
+    streams = [target] * len(drafts)
+    for i in range(model.config.num_layers):
+        block, norm = block_params(model.params, i)
+        target, past = _block(block, norm, target, None, reader=target_reader)
+        for n, draft in enumerate(drafts):
+            own = _unpacked_block(draft["layers"][str(i)], block)
+            streams[n], _ = _block(own, norm, streams[n], past, reader=draft_reader)
+        bar.layer((target, streams))
+    return target.h, [stream.h for stream in streams]
 
 
-@partial(jax.jit, static_argnames="program", donate_argnames="cache")
-def _score_block(
-    params: Params,
-    cache: KVCache,
-    tokens: jax.Array,
-    following: jax.Array,
-    *,
-    program: Program,
-) -> tuple[KVCache, Scores]:
-    logits, layers = _target(params, program, cache, tokens)
-    log_probs = jax.nn.log_softmax(logits)
-    log_prob = jnp.take_along_axis(log_probs, following[0][:, None], 1)[:, 0]
-    return _advance(cache, layers, program), Scores(log_prob, jnp.argmax(logits, -1))
+def _embedded(params: Params, tokens: jax.Array, *, reader: Reader) -> Stream:
+    read = {"embedding": params["embedding"], "layers": {"0": params["layers"]["0"]}}
+    return _embed(read, tokens, config=reader.model)
 
 
-@partial(jax.jit, static_argnames="program", donate_argnames="cache")
-def _target_block(
-    params: Params, cache: KVCache, tokens: jax.Array, *, program: Program
-) -> tuple[KVCache, jax.Array]:
-    """The cache with the block appended, its length as before; logits [G, N]."""
-    logits, layers = _target(params, program, cache, tokens)
-    return dataclasses.replace(cache, layers=layers), logits
+@partial(jax.jit, static_argnames="config")
+def _embed(params: Params, tokens: jax.Array, *, config: ModelConfig) -> Stream:
+    return Stream(*embed(params, config, tokens))
 
 
-@partial(jax.jit, static_argnames="program")
-def _draft_block(
-    draft_params: Params,
-    cache: KVCache,
-    tokens: jax.Array,
-    logits: jax.Array,
-    following: jax.Array,
-    *,
-    program: Program,
-) -> Overlap:
-    """The draft on what `_target_block` returned."""
-    drafted = _draft(draft_params, program, cache, cache.layers, tokens)
-    log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(drafted)
+@partial(jax.jit, static_argnames="reader")
+def _block(
+    block: Params, next_norm: jax.Array, stream: Stream, past: Tokens | None, *, reader: Reader
+) -> tuple[Stream, Tokens]:
+    """A stream through a block. `past`: keys and values that the cache has, None: the stream's own,
+    which are returned."""
+    config, cache = reader.model, reader.cache
 
-    def at(log_probs: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(log_probs, following[0][:, None], 1)[:, 0]
-
-    return Overlap(
-        jnp.argmax(logits, -1),
-        jnp.argmax(drafted, -1),
-        jnp.minimum(jnp.exp(log_p), jnp.exp(log_q)).sum(-1),
-        at(log_p),
-        at(log_q),
-    )
-
-
-@partial(jax.jit, static_argnames="program", donate_argnames="cache")
-def _flush_block(cache: KVCache, *, program: Program) -> KVCache:
-    return _advance(cache, cache.layers, program)
-
-
-def _target(
-    params: Params, program: Program, cache: KVCache, tokens: jax.Array
-) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-    """The target on a block: logits [G, N] and the layers with the block appended."""
-    logits, cache = cache_pass(params, program, cache, tokens, cache.length, program.cache.view)
-    return logits[0], cache.layers
-
-
-def _draft(
-    params: Params,
-    program: Program,
-    cache: KVCache,
-    layers: tuple[LayerCache, ...],
-    tokens: jax.Array,
-) -> jax.Array:
-    """The draft on a block that the target has appended to `layers`: logits [G, N]."""
-    sm_scale = program.model.head_dim**-0.5
-
-    def attend(
-        layer: LayerCache, q: jax.Array, k: jax.Array, v: jax.Array
-    ) -> tuple[jax.Array, LayerCache]:
-        before, log_sum_exp = kv_attention(
-            q,
-            layer,
-            cache.quantized_length,
-            cache.length,
-            read=Read("int4"),
-            sm_scale=sm_scale,
-            strict=True,
-            backend=program.backend,
+    def attend(past: Tokens | None, q: jax.Array, k: jax.Array, v: jax.Array):
+        own = Tokens(k, v)
+        past = own if past is None else past
+        scale = config.head_dim**-0.5
+        out = attend_coded(
+            q, own, past, view=cache.view, group_size=cache.group_size, sm_scale=scale
         )
-        return with_own(before, log_sum_exp, q, k, v, sm_scale), layer
+        return out, past
 
-    hidden, _ = forward(
-        params,
-        program.model,
-        tokens,
-        cache.length[:, None] + jnp.arange(tokens.shape[1]),
-        layers,
-        attend,
-        rope_length=program.cache.max_length,
-        backend=program.backend,
+    frequencies = rope_frequencies(config.rope, config.head_dim, cache.max_length)
+    rope = rope_tables(*frequencies, jnp.arange(stream.x.shape[1])[None])
+    x, h, past = run_block(
+        block, next_norm, config, *stream, rope, past, attend, backend=reader.backend
     )
-    return unembed(params, hidden, program.backend)[0]
+    return Stream(x, h), past
 
 
-def with_own(
-    before: jax.Array,
-    log_sum_exp: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    sm_scale: float,
-) -> jax.Array:
-    """Add each token's own key and value to its attention over the tokens before it.
-
-    Args:
-      before: [B, S, H, D] float32; log_sum_exp: [B, S, H] of its scores, −∞ where it saw nothing.
-      q: [B, S, H, D]; k, v: [B, S, K, D].
-
-    Returns:
-      [B, S, H, D] float32.
-    """
-    repeats = q.shape[2] // k.shape[2]
-    key, value = (jnp.repeat(x.astype(jnp.float32), repeats, 2) for x in (k, v))
-    score = (q.astype(jnp.float32) * key).sum(-1) * sm_scale
-    share = jax.nn.sigmoid(score - log_sum_exp)[..., None]  # eˢ / (eˢ + Σ of the scores before)
-    return before + share * (value - before)
+def _unpacked_block(draft: Params, block: Params) -> Params:
+    """A draft's block with its packed kernels as arrays like those of the target's block."""
+    return draft | {name: _unpacked_layer(draft[name], block[name]) for name in LINEAR_LAYERS}
 
 
-def _advance(cache: KVCache, layers: tuple[LayerCache, ...], program: Program) -> KVCache:
-    """The cache after a block: G tokens longer, flushed."""
-    length = cache.length + program.cache.group_size
-    cache = dataclasses.replace(cache, layers=layers, length=length)
-    return flush(cache, program.backend)
+def _unpacked_layer(weights: Params, target: Params) -> Params:
+    """A draft's linear layer with one array for its kernel, of the target's shape and type."""
+    if not isinstance(weights["kernel"], PackedWeight):
+        return weights
+    packed = {name: weights[name] for name in ("kernel", "residual", "order") if name in weights}
+    kernel = target["kernel"]
+    plain = {"kernel": _unpack(packed, kernel.shape[0], kernel.dtype)}
+    return plain | ({"bias": weights["bias"]} if "bias" in weights else {})
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _unpack(weights: Params, inputs: int, dtype: np.dtype) -> jax.Array:
+    return unpacked(weights, inputs).astype(dtype)
+
+
+def _head(params: Params) -> Params:
+    """What `unembed` reads, with one array for the kernel."""
+    if "lm_head" not in params:
+        return {"embedding": params["embedding"]}
+    embedding = params["embedding"]
+    like = {"kernel": jax.ShapeDtypeStruct(embedding.shape[::-1], embedding.dtype)}
+    return {"lm_head": _unpacked_layer(params["lm_head"], like)}
+
+
+def _by_position(measure: Any, heads: Any, hidden: Any, ids: Sequence[int]) -> Any:
+    """What `measure` says of each position [T], on the host."""
+    following = jnp.asarray([*ids[1:], 0], jnp.int32)
+    found = jax.device_get(measure(heads, hidden, following))
+    return jax.tree.map(lambda x: x.reshape(-1)[: len(ids)], found)
+
+
+def _in_chunks(measure: Any, hidden: Any, following: jax.Array) -> Any:
+    """`measure` of hidden states [1, T, E] and following tokens [T], ROWS positions at a time."""
+    t = len(following)
+    rows = min(ROWS, t)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, -t % rows), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(-1, rows, *x.shape[1:])
+
+    chunks = jax.tree.map(lambda x: split(x[0]), hidden), split(following)
+    return jax.lax.map(lambda chunk: measure(*chunk), chunks)
+
+
+def _of(log_probs: jax.Array, tokens: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(log_probs, tokens[:, None], 1)[:, 0]
+
+
+@jax.jit
+def _scores(head: Params, hidden: jax.Array, following: jax.Array) -> Scores:
+    def measure(hidden: jax.Array, following: jax.Array) -> Scores:
+        logits = unembed(head, hidden, "xla")
+        return Scores(_of(jax.nn.log_softmax(logits), following), jnp.argmax(logits, -1))
+
+    return _in_chunks(measure, hidden, following)
+
+
+@jax.jit
+def _overlaps(
+    heads: tuple[Params, list[Params]],
+    hidden: tuple[jax.Array, list[jax.Array]],
+    following: jax.Array,
+) -> list[Overlap]:
+    def measure(hidden: tuple[jax.Array, list[jax.Array]], following: jax.Array) -> list[Overlap]:
+        target = unembed(heads[0], hidden[0], "xla")
+        log_p = jax.nn.log_softmax(target)
+
+        def overlap(head: Params, hidden: jax.Array) -> Overlap:
+            draft = unembed(head, hidden, "xla")
+            log_q = jax.nn.log_softmax(draft)
+            return Overlap(
+                jnp.argmax(target, -1),
+                jnp.argmax(draft, -1),
+                jnp.minimum(jnp.exp(log_p), jnp.exp(log_q)).sum(-1),
+                _of(log_p, following),
+                _of(log_q, following),
+            )
+
+        return [overlap(*both) for both in zip(heads[1], hidden[1], strict=True)]
+
+    return _in_chunks(measure, hidden, following)

@@ -32,7 +32,7 @@ class GenerateConfig:
     draft_cost: what a draft step costs over a plain one, for "auto"; None: it is measured, once for
       a model, device and context bucket (`engine.draft_cost`).
     coupling: how sampled proposals are accepted (`generate.couplings`).
-    stop_ids: token ids that end a sequence, beside the model's own.
+    stop_ids: token ids that end a sequence, beside the model's own and where these are ignored.
     pass_width: rows an autoregressive pass is padded to.
     max_length: tokens the cache is allocated for; None: what the prompts and `max_new_tokens` need,
       rounded up to a bucket.
@@ -111,10 +111,15 @@ class GenerateConfig:
         require(all(isinstance(s, str) and s for s in stop), "stop", self.stop, "non-empty strings")
         object.__setattr__(self, "stop", stop)
         ids = tuple(self.stop_ids)
-        largest = 2**31 - 1
-        possible = all(is_int(i) and 0 <= i <= largest for i in ids)
-        require(possible, "stop_ids", self.stop_ids, f"token ids from 0 to {largest}")
+        require(all(is_int(i) and i >= 0 for i in ids), "stop_ids", ids, "integers ≥ 0")
         object.__setattr__(self, "stop_ids", ids)
+
+    def end_ids(self, eos_ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+        """The ids that end a sequence: the model's, unless they are ignored, and `stop_ids`."""
+        for token in self.stop_ids:
+            allowed = f"0 to {vocab_size - 1}, the vocabulary"
+            require(token < vocab_size, "a token id of stop_ids", token, allowed)
+        return tuple(dict.fromkeys((() if self.ignore_eos else eos_ids) + self.stop_ids))
 
     @property
     def target_view(self) -> str:

@@ -1,6 +1,8 @@
-"""Causal attention of a whole prompt in full precision: cuDNN's, or one a block at a time."""
+"""Attention of a whole sequence in XLA, a block at a time; of a prompt by cuDNN where it can."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,15 @@ from quantspec_jax.models.linear import precision
 
 QUERY_BLOCK = 256
 KEY_BLOCK = 512
+# On a GPU a block is some ten launches: fewer, and larger, while its scores fit the L2 cache.
+GPU_BLOCKS = 2
+
+
+class Tokens(NamedTuple):
+    """Keys after RoPE and values of a whole sequence, [B, S, K, D] each."""
+
+    keys: jax.Array
+    values: jax.Array
 
 
 def prompt_attention(
@@ -38,56 +49,109 @@ def uses_cudnn(dtype: np.dtype, head_dim: int, backend: str = "auto") -> bool:
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, sm_scale: float) -> jax.Array:
     """[B, S, H, D] queries, [B, S, K, D] keys and values at positions 0..S−1 → [B, S, H, D].
 
-    Blocks of keys are merged by the online softmax (arXiv 1805.02867), in float32, and blocks after
-    the diagonal are not visited: memory is linear in S.
+    In float32 whatever the type.
+    """
+    wide = Tokens(k.astype(jnp.float32), v.astype(jnp.float32))
+    exact = precision(q.dtype)  # of the products
+    out = sequence_attention(q.astype(jnp.float32), wide, wide, sm_scale=sm_scale, exact=exact)
+    return out.astype(q.dtype)
+
+
+def sequence_attention(
+    q: jax.Array,
+    own: Tokens,
+    recent: Tokens,
+    older: Tokens | None = None,
+    older_length: np.ndarray | None = None,
+    *,
+    sm_scale: float,
+    exact: jax.lax.Precision | None,
+) -> jax.Array:
+    """Attention of the positions 0..S−1 of a sequence, all at once:
+
+        token      0 ............... older_length[t] ............... t − 1    t
+        read of    older             recent                                   own
+
+    Products are in the operands' type, their sums and the softmax in float32. Blocks of keys are
+    merged by the online softmax (arXiv 1805.02867), blocks that no query of a block reads are not
+    visited, and memory is linear in S.
+
+    Args:
+      q: [B, S, H, D].
+      own, recent, older: [B, S, K, D] each.
+      older_length: [S], grows with the position.
+      exact: precision of products in float32.
+
+    Returns:
+      [B, S, H, D] float32.
     """
     b, s, h, d = q.shape
-    kv_heads = k.shape[2]
+    kv_heads = own.keys.shape[2]
     rep = h // kv_heads
-    block = min(QUERY_BLOCK, s)
-    wide = min(KEY_BLOCK, s)
-    blocks = -(-s // block)
-    exact = precision(q.dtype)  # of the products
-    padded = -(-max(blocks * block, s) // wide) * wide
+    times = 1 if dispatch.device() is None else GPU_BLOCKS
+    block, wide = min(times * QUERY_BLOCK, s), min(times * KEY_BLOCK, s)
+    tiles, blocks = -(-s // block), -(-s // wide)
+    limits = np.zeros(tiles * block, np.int32)
+    if older_length is not None:
+        limits[:s] = older_length
+        limits[s:] = limits[s - 1]
 
-    def by_head(x: jax.Array, length: int) -> jax.Array:  # [B, S, N, D] → [B, N, length, D]
-        x = jnp.pad(x, ((0, 0), (0, length - s), (0, 0), (0, 0)))
-        return x.astype(jnp.float32).transpose(0, 2, 1, 3)
+    def rows(x: jax.Array) -> jax.Array:  # [B, S, H, D] → [tiles, B, K, H/K · block, D]
+        x = jnp.pad(x, ((0, 0), (0, tiles * block - s), (0, 0), (0, 0)))
+        x = x.reshape(b, tiles, block, kv_heads, rep, d).transpose(1, 0, 3, 4, 2, 5)
+        return x.reshape(tiles, b, kv_heads, rep * block, d)
 
-    queries = by_head(q, blocks * block).reshape(b, kv_heads, rep, blocks, block, d) * sm_scale
-    queries = queries.transpose(3, 0, 1, 2, 4, 5).reshape(blocks, b, kv_heads, rep * block, d)
-    keys, values = by_head(k, padded), by_head(v, padded)
+    def by_head(x: jax.Array) -> jax.Array:  # [B, S, K, D] → [B, K, blocks · wide, D]
+        x = jnp.pad(x, ((0, 0), (0, blocks * wide - s), (0, 0), (0, 0)))
+        return x.transpose(0, 2, 1, 3)
 
-    def attend_block(carry: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        i, rows = inputs
-        position = jnp.tile(i * block + jnp.arange(block), rep)[:, None]
+    # The blocks of `recent`, and after them those of `older`.
+    sources = [recent] if older is None else [recent, older]
+    keys, values = (jnp.concatenate([*map(by_head, x)], 2) for x in zip(*sources, strict=True))
+    queries = rows(q)
+    at = jnp.tile(jnp.arange(tiles * block, dtype=jnp.int32).reshape(tiles, block), (1, rep))
+    first_recent = jnp.tile(jnp.asarray(limits).reshape(tiles, block), (1, rep))
 
-        def over_keys(j: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
-            maximum, total, output = state
-            key = jax.lax.dynamic_slice_in_dim(keys, j * wide, wide, 2)
-            value = jax.lax.dynamic_slice_in_dim(values, j * wide, wide, 2)
-            scores = jnp.einsum("bkrd,bktd->bkrt", rows, key, precision=exact)
-            scores = jnp.where(j * wide + jnp.arange(wide) <= position, scores, -jnp.inf)
-            # Key 0 is visible to every query, so from the first block on the maximum is finite.
-            higher = jnp.maximum(maximum, scores.max(-1))
-            weights = jnp.exp(scores - higher[..., None])
-            decay = jnp.exp(maximum - higher)
-            added = jnp.einsum("bkrt,bktd->bkrd", weights, value, precision=exact)
-            return (
-                higher,
-                total * decay + weights.sum(-1),
-                output * decay[..., None] + added,
-            )
+    def visit(state: Any, pair: jax.Array) -> tuple[Any, None]:
+        i, j = pair
+        maximum, total, output = (jax.lax.dynamic_index_in_dim(x, i, 0, False) for x in state)
+        key, value = (jax.lax.dynamic_slice_in_dim(x, j * wide, wide, 2) for x in (keys, values))
+        scores = _einsum("bkrd,bktd->bkrt", queries[i], key, exact) * sm_scale
+        token = j % blocks * wide + jnp.arange(wide)
+        low = jnp.where(j < blocks, first_recent[i], 0)[:, None]
+        high = jnp.where(j < blocks, at[i], first_recent[i])[:, None]
+        scores = jnp.where((low <= token) & (token < high), scores, -jnp.inf)
+        higher = jnp.maximum(maximum, scores.max(-1))
+        weights = jnp.exp(scores - higher[..., None])
+        decay = jnp.exp(maximum - higher)
+        added = _einsum("bkrt,bktd->bkrd", weights.astype(value.dtype), value, exact)
+        merged = (higher, total * decay + weights.sum(-1), output * decay[..., None] + added)
+        update = jax.lax.dynamic_update_index_in_dim
+        return tuple(update(x, y, i, 0) for x, y in zip(state, merged, strict=True)), None
 
-        start = (
-            jnp.full(rows.shape[:-1], -jnp.inf, jnp.float32),
-            jnp.zeros(rows.shape[:-1], jnp.float32),
-            jnp.zeros(rows.shape, jnp.float32),
-        )
-        visible = ((i + 1) * block + wide - 1) // wide
-        _, total, output = jax.lax.fori_loop(0, visible, over_keys, start)
-        return carry, output / total[..., None]
+    # Each query begins with its own token, so its maximum is finite whatever it reads first.
+    own_key, own_value = (rows(jnp.repeat(x.astype(jnp.float32), rep, 2)) for x in own)
+    score = (queries.astype(jnp.float32) * own_key).sum(-1) * sm_scale
+    start = (score, jnp.ones_like(score), own_value)
+    pairs = jnp.asarray(_pairs(limits, s, block, wide, blocks))
+    (_, total, output), _ = jax.lax.scan(visit, start, pairs)
+    out = (output / total[..., None]).reshape(tiles, b, kv_heads, rep, block, d)
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(b, tiles * block, h, d)[:, :s]
 
-    _, out = jax.lax.scan(attend_block, None, (jnp.arange(blocks), queries))
-    out = out.reshape(blocks, b, kv_heads, rep, block, d).transpose(1, 0, 4, 2, 3, 5)
-    return out.reshape(b, blocks * block, h, d)[:, :s].astype(q.dtype)
+
+def _einsum(
+    equation: str, x: jax.Array, y: jax.Array, exact: jax.lax.Precision | None
+) -> jax.Array:
+    return jnp.einsum(equation, x, y, precision=exact, preferred_element_type=jnp.float32)
+
+
+def _pairs(limits: np.ndarray, s: int, block: int, wide: int, blocks: int) -> np.ndarray:
+    """(block of queries, block of keys) of every product, int32 [n, 2]; from `blocks` on the blocks
+    of keys are those of the older tokens, which reach up to limits [S]."""
+    pairs = []
+    for i in range(len(limits) // block):
+        last = min((i + 1) * block, s) - 1
+        begin, end = limits[i * block], limits[last]
+        pairs += [(i, j) for j in range(begin // wide, -(-last // wide))]
+        pairs += [(i, blocks + j) for j in range(-(-end // wide))]
+    return np.asarray(pairs, np.int32).reshape(-1, 2)

@@ -51,6 +51,10 @@ class RopeConfig:
             )
 
 
+# Fields of older versions, which nothing read.
+_WRITTEN_ONCE = frozenset({"bos_id"})
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One decoder for the Llama family: what differs between families is data here.
@@ -77,7 +81,6 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     eos_ids: tuple[int, ...] = ()
-    bos_id: int | None = None
 
     def __post_init__(self) -> None:
         require(self.family in FAMILIES, "family", self.family, ", ".join(FAMILIES))
@@ -109,9 +112,9 @@ class ModelConfig:
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
         """Inverse of `to_dict`; an unknown key is a ValueError."""
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known)
+        values = {key: value for key, value in data.items() if key not in _WRITTEN_ONCE}
+        unknown = sorted(set(values) - known)
         require(not unknown, "model config keys", unknown, ", ".join(sorted(known)))
-        values = dict(data)
         values["rope"] = RopeConfig(**values["rope"])
         values["eos_ids"] = tuple(values["eos_ids"])
         return cls(**values)

@@ -6,8 +6,10 @@ is split once, where a model is made, and everything after that is functions of 
     tokens ─ embed ─┬─ norm ─ q k v ─ RoPE ─ attend(layer i) ─ o ─ + ─ norm ─ SwiGLU ─ + ─┐
                     └────────────────────── L times ──────────────────────────────────────┘─ norm
 
-`attend` is the caller's: prefill, decoding over a cache and evaluation differ in it alone. Layers
-are unrolled, so that each weight is an argument of its own and is read where it lies.
+`attend` is the caller's: prefill, decoding over a cache, evaluation and calibration differ in it
+alone. Calibration, which makes a layer's weights when it has seen its inputs, takes a block in two
+parts, up to the inputs of o and up to those of down. Layers are unrolled, so that each weight is an
+argument of its own and is read where it lies.
 """
 
 from __future__ import annotations
@@ -90,24 +92,45 @@ def run_block(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """One block: the residual stream x and its norm h, [B, S, E] → those after it, and the state
     that `attend` left. Each sum of the stream is normed where it is made, in one kernel."""
-    b, s = x.shape[:2]
+
+    def add(x: jax.Array, inputs: jax.Array, weights: Params, norm: jax.Array):
+        y = linear(inputs, weights, backend)
+        return add_rms_norm(x, y, norm, config.rms_norm_eps, backend=backend)
+
+    mixed, state = attention_part(block, config, h, rope, state, attend, backend=backend)
+    x, h = add(x, mixed, block["o"], block["mlp_norm"])
+    x, h = add(x, mlp_part(block, h, backend=backend), block["down"], next_norm)
+    return x, h, state
+
+
+def attention_part(
+    block: Params,
+    config: ModelConfig,
+    h: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    state: Any,
+    attend: Attend,
+    *,
+    backend: str,
+) -> tuple[jax.Array, Any]:
+    """A block's normed stream [B, S, E] → the inputs [B, S, H·D] of its o, and the new state."""
+    b, s = h.shape[:2]
 
     def heads(y: jax.Array) -> jax.Array:
         return y.reshape(b, s, -1, config.head_dim)
-
-    def add_norm(x: jax.Array, y: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return add_rms_norm(x, y, weight, config.rms_norm_eps, backend=backend)
 
     q, k, v = map(heads, linears(h, [block[name] for name in ("q", "k", "v")], backend))
     if config.qk_norm:
         q = rms_norm(q, block["q_norm"], config.rms_norm_eps)
         k = rms_norm(k, block["k_norm"], config.rms_norm_eps)
     out, state = attend(state, rotate(q, *rope), rotate(k, *rope), v)
-    y = linear(out.astype(x.dtype).reshape(b, s, -1), block["o"], backend)
-    x, h = add_norm(x, y, block["mlp_norm"])
+    return out.astype(h.dtype).reshape(b, s, -1), state
+
+
+def mlp_part(block: Params, h: jax.Array, *, backend: str) -> jax.Array:
+    """A block's normed stream after attention [B, S, E] → the inputs [B, S, F] of its down."""
     gate, up = linears(h, [block["gate"], block["up"]], backend)
-    x, h = add_norm(x, linear(jax.nn.silu(gate) * up, block["down"], backend), next_norm)
-    return x, h, state
+    return jax.nn.silu(gate) * up
 
 
 def unembed(params: Params, hidden: jax.Array, backend: str = "auto") -> jax.Array:

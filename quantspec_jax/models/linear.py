@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.int4_matmul.api import int4_matmuls
-from pallas_kernels.layout import PackedWeight
+from pallas_kernels.int4_matmul.xla import dequantize
+from pallas_kernels.layout import PackedWeight, TiledWeight, untile
 from quantspec_jax.dtypes import FLOAT32
 from quantspec_jax.models.parameters import Params
 
@@ -85,3 +86,19 @@ def _packed_products(
     return [
         next(found) + next(found) if "residual" in weights else next(found) for weights in layers
     ]
+
+
+def unpacked(weights: Params, inputs: int) -> jax.Array:
+    """The kernel that the products of a packed layer are those of: float32 [Kin, N].
+
+    Args:
+      weights: `kernel`, and `residual` and `order` where the layer has them.
+      inputs: Kin.
+    """
+    planes = [weights[name] for name in ("kernel", "residual") if name in weights]
+    whole = [untile(plane) if isinstance(plane, TiledWeight) else plane for plane in planes]
+    kernel = sum(dequantize(plane)[:inputs] for plane in whole)  # the last group may be filled up
+    assert isinstance(kernel, jax.Array)
+    if "order" in weights:
+        kernel = jnp.zeros_like(kernel).at[weights["order"]].set(kernel, unique_indices=True)
+    return kernel

@@ -1,4 +1,4 @@
-"""Evaluation sees at each position what decoding would: the walk by blocks against real steps."""
+"""Evaluation sees at each position what decoding would: whole texts against real steps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 from quantspec_jax import DraftConfig, Model, ModelConfig, Program, evaluate
 from quantspec_jax.cache import create, flush
 from quantspec_jax.cache.config import CacheConfig
-from quantspec_jax.evaluate.teacher_forced import compare, score, with_own
+from quantspec_jax.evaluate.teacher_forced import compare, score
 from quantspec_jax.generate.verify import cache_pass
+from quantspec_jax.models.attention import Tokens, sequence_attention
 from quantspec_jax.models.module import init_params
 from quantspec_jax.weights.sizes import bits_per_weight
 
@@ -111,19 +112,27 @@ def test_comparison_is_that_of_real_draft_steps(model, ids, bits):
 
 
 def test_own_token_joins_the_softmax():
-    """softmax over the tokens before and the own one = the merge by log-sum-exp; first rows too."""
-    keys = jax.random.split(jax.random.key(1), 3)
+    """softmax over the past's tokens before the own one, and the own one; the first row too."""
+    keys = jax.random.split(jax.random.key(1), 5)
     q = jax.random.normal(keys[0], (1, 5, 4, 8))
-    k, v = (jax.random.normal(key, (1, 5, 2, 8)) for key in keys[1:])
-    wide_k, wide_v = (np.repeat(x, 2, 2) for x in (k, v))
-    scores = np.einsum("bshd,bthd->bhst", q, wide_k) * 0.3
-    before = np.where(np.tri(5, k=-1, dtype=bool), scores, -np.inf)
-    log_sum_exp = np.logaddexp.reduce(before, -1)
-    weights = np.exp(before - np.where(np.isfinite(log_sum_exp), log_sum_exp, 0)[..., None])
-    past = np.einsum("bhst,bthd->bshd", weights, wide_v)
-    out = with_own(past, log_sum_exp.swapaxes(1, 2), q, k, v, 0.3)
-    causal = jax.nn.softmax(jnp.where(np.tri(5, dtype=bool), scores, -jnp.inf), -1)
-    wanted = np.einsum("bhst,bthd->bshd", causal, wide_v)
+    own, past = (
+        Tokens(*(jax.random.normal(key, (1, 5, 2, 8)) for key in pair))
+        for pair in (keys[1:3], keys[3:5])
+    )
+    out = sequence_attention(q, own, past, sm_scale=0.3, exact=jax.lax.Precision.HIGHEST)
+
+    def scores(keys):
+        return np.einsum("bshd,bthd->bhst", q, np.repeat(keys, 2, 2)) * 0.3
+
+    itself = np.eye(5, dtype=bool)
+    seen = np.where(np.tri(5, k=-1, dtype=bool), scores(past.keys), -np.inf)
+    weights = jax.nn.softmax(jnp.where(itself, scores(own.keys), seen), -1)
+    wanted = np.einsum(
+        "bhst,bthd->bshd", np.where(itself, 0, weights), np.repeat(past.values, 2, 2)
+    )
+    wanted += np.einsum(
+        "bhst,bthd->bshd", np.where(itself, weights, 0), np.repeat(own.values, 2, 2)
+    )
     np.testing.assert_allclose(out, wanted, atol=1e-5)
 
 

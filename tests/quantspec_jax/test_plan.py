@@ -11,23 +11,16 @@ from pathlib import Path
 import pytest
 
 from quantspec_jax import cli
+from quantspec_jax.commands.options import draft_config
+from quantspec_jax.commands.plan import candidates_and_source as candidates
 from quantspec_jax.cost import bytes_read, linear_weights, tokens_a_round
 from quantspec_jax.models.presets import PRESETS
-from quantspec_jax.plan import (
-    DEFAULT_FORMATS,
-    DEVICES,
-    GIB,
-    Candidate,
-    Device,
-    Efficiency,
-    Setting,
-    candidates,
-    default_candidates,
-    measured_speed,
-    notes,
-    plan,
-    table,
-)
+from quantspec_jax.planning.candidates import DEFAULT_FORMATS, Candidate, default_candidates
+from quantspec_jax.planning.devices import DEVICES, Device, Efficiency
+from quantspec_jax.planning.plan import plan, recommendation
+from quantspec_jax.planning.recorded import measured_speed
+from quantspec_jax.planning.report import notes, reasons
+from quantspec_jax.planning.setting import GIB, Setting
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 from quantspec_jax.weights.sizes import bits_per_weight
 
@@ -44,11 +37,11 @@ def candidate(acceptance: float, config: DraftConfig = FOUR_BITS) -> Candidate:
 
 def recommend(context=32768, acceptance=0.9, config=FOUR_BITS, **setting):
     setting = Setting(LLAMA, context, **{"device": DEVICE, **setting})
-    return plan(setting, [candidate(acceptance, config)])["recommendation"]
+    return recommendation(plan(setting, [candidate(acceptance, config)]).chosen)
 
 
 def test_times_are_bytes_over_bandwidth():
-    found = plan(Setting(LLAMA, 32768, DEVICE), [candidate(0.9)])
+    found = plan(Setting(LLAMA, 32768, DEVICE), [candidate(0.9)]).to_dict()
     costs = bytes_read(LLAMA, FOUR_BITS, 32768)
     assert found["plain"]["full"]["milliseconds_a_token"] == pytest.approx(costs.plain / 1e9)
     assert found["plain"]["int8"]["milliseconds_a_token"] == pytest.approx(costs.verify / 1e9)
@@ -65,7 +58,7 @@ def test_times_are_bytes_over_bandwidth():
 def test_the_fastest_of_all_formats_and_gammas_is_recommended():
     formats = [candidate(0.7), candidate(0.97, CACHE_ALONE), candidate(0.9, DraftConfig(bits=8))]
     for context in (1024, 8192, 131072):
-        found = plan(Setting(LLAMA, context, DEVICE), formats)
+        found = plan(Setting(LLAMA, context, DEVICE), formats).to_dict()
         every = [g["milliseconds_a_token"] for row in found["candidates"] for g in row["gammas"]]
         every += [row["milliseconds_a_token"] for row in found["plain"].values()]
         assert found["recommendation"]["milliseconds_a_token"] == min(every)
@@ -109,27 +102,28 @@ def test_large_batches_are_bound_by_arithmetic():
 
 def test_what_does_not_fit_is_not_recommended():
     formats = [candidate(0.9), candidate(0.97, CACHE_ALONE)]
-    free = plan(Setting(LLAMA, 32768, Device(1000, 1000)), formats)
+    free = plan(Setting(LLAMA, 32768, Device(1000, 1000)), formats).to_dict()
     needed = {row["draft"]: row["needed_bytes"] for row in free["candidates"]}
     assert free["recommendation"]["draft"] == FOUR_BITS.describe()
     assert needed[FOUR_BITS.describe()] - needed["full weights"] == pytest.approx(
         bits_per_weight(LLAMA, FOUR_BITS) / 8 * WEIGHTS
     )
     between = (needed["full weights"] + needed[FOUR_BITS.describe()]) / 2 / GIB
-    tight = plan(Setting(LLAMA, 32768, Device(between, 1000)), formats)
+    found = plan(Setting(LLAMA, 32768, Device(between, 1000)), formats)
+    tight = found.to_dict()
     assert tight["recommendation"]["draft"] == "full weights"
     assert tight["plain"]["full"]["fits"] is False  # twice the cache
     assert tight["plain"]["int8"]["fits"] is True
-    (reason,) = [r for r in tight["reasons"] if r.startswith(FOUR_BITS.describe())]
+    (reason,) = [r for r in reasons(found) if r.startswith(FOUR_BITS.describe())]
     assert f"{needed[FOUR_BITS.describe()]:,} bytes, and there are {int(between * GIB):,}" in reason
     nothing = plan(Setting(LLAMA, 32768, Device(1, 1000)), formats)
-    assert nothing["recommendation"] is None
-    assert len(nothing["reasons"]) == 4
+    assert nothing.to_dict()["recommendation"] is None
+    assert len(reasons(nothing)) == 4
 
 
 def test_unknown_memory_is_not_judged():
     found = plan(Setting(LLAMA, 32768, DEVICE), [candidate(0.9)])
-    assert {row["fits"] for row in [*found["candidates"], *found["plain"].values()]} == {None}
+    assert {row.fits for row in (*found.drafted, *found.plain)} == {None}
 
 
 def test_a_given_acceptance_scales_the_other_formats():
@@ -148,7 +142,7 @@ def test_a_given_acceptance_is_that_of_the_stored_draft():
         found, source = candidates(0.9, stored=stored)
         assert found == [Candidate(stored.describe(), 0.9, stored)]
         assert stored.describe() in source
-        (row,) = plan(Setting(LLAMA, 1024, DEVICE), found)["candidates"]
+        (row,) = plan(Setting(LLAMA, 1024, DEVICE), found).to_dict()["candidates"]
         assert row["draft_bits_per_weight"] == bits_per_weight(LLAMA, stored)
         assert row["draft_read_bytes"] == bytes_read(LLAMA, stored, 1024).draft
 
@@ -157,9 +151,9 @@ def test_a_calibrated_draft_comes_with_what_makes_it():
     calibrated = DraftConfig(group_size=64, method="gptq")
     found = plan(Setting(LLAMA, 32768, DEVICE), [candidate(0.9, calibrated)])
     made = "quantspec convert --draft gptq --draft-bits 4 --draft-group 64"
-    assert any(reason.endswith(made) for reason in found["reasons"])
+    assert any(reason.endswith(made) for reason in reasons(found))
     found = plan(Setting(LLAMA, 32768, DEVICE), [candidate(0.9)])
-    assert not any("convert" in reason for reason in found["reasons"])
+    assert not any("convert" in reason for reason in reasons(found))
 
 
 def test_acceptance_at_temperature_1_is_another():
@@ -194,7 +188,7 @@ def test_measured_formats_are_the_candidates(measured):
     assert [each.config for each in found] == [FOUR_BITS, MIXED]
     assert [each.acceptance for each in found] == [0.8, 0.93]
     assert {e.acceptance for e in candidates(measured=str(measured), sampled=True)[0]} == {0.95}
-    rows = plan(Setting(LLAMA, 32768, DEVICE), found)["candidates"]
+    rows = plan(Setting(LLAMA, 32768, DEVICE), found).to_dict()["candidates"]
     assert rows[0]["draft_bits_per_weight"] == bits_per_weight(LLAMA, FOUR_BITS)
     assert rows[1]["draft_bits_per_weight"] == 5.0
     more_bytes = rows[1]["draft_read_bytes"] - rows[0]["draft_read_bytes"]
@@ -279,14 +273,14 @@ def test_json_is_all_of_standard_output(capsys):
     assert recommendation["mode"] == "quantspec"
     options = recommendation["options"].split()
     arguments = ["generate", "--model", "m", "--prompt", "p", *options]
-    parsed = cli.make_parser(arguments).parse_args(arguments)
+    parsed = cli.make_parser().parse_args(arguments)
     assert parsed.gamma == recommendation["gamma"]
     # A calibrated draft: the options that make it are those of `convert`.
     assert result["reasons"]
     (made,) = [r for r in result["reasons"] if "quantspec convert " in r]
     arguments = ["convert", "m", "out", *made.partition("quantspec convert ")[2].split()]
-    parsed = cli.make_parser(arguments).parse_args(arguments)
-    assert cli.draft_config(parsed, parsed.draft).describe() == recommendation["draft"]
+    parsed = cli.make_parser().parse_args(arguments)
+    assert draft_config(parsed, parsed.draft).describe() == recommendation["draft"]
 
 
 @pytest.mark.parametrize(
@@ -299,8 +293,8 @@ def test_json_is_all_of_standard_output(capsys):
 def test_conversion_of_a_calibrated_draft_makes_it(options):
     calibrated = DraftConfig(method="gptq", **options)
     arguments = ["convert", "m", "out", *shlex.split(candidate(0.9, calibrated).conversion)]
-    parsed = cli.make_parser(arguments).parse_args(arguments)
-    assert cli.draft_config(parsed, parsed.draft) == calibrated
+    parsed = cli.make_parser().parse_args(arguments)
+    assert draft_config(parsed, parsed.draft) == calibrated
 
 
 def test_options_of_a_rounded_draft_make_it():
@@ -308,14 +302,15 @@ def test_options_of_a_rounded_draft_make_it():
         if each.options:
             options = shlex.split(each.options)
             arguments = ["generate", "--model", "m", "--prompt", "p", *options]
-            parsed = cli.make_parser(arguments).parse_args(arguments)
-            assert cli.draft_config(parsed) == each.config
+            parsed = cli.make_parser().parse_args(arguments)
+            assert draft_config(parsed) == each.config
 
 
 def test_the_table_shows_every_candidate_and_the_reasons(capsys):
     assert cli.main([*PLAN, "--device", "h200", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    text = table(result)
+    assert cli.main([*PLAN, "--device", "h200"]) == 0
+    text = capsys.readouterr().out
     for row in result["candidates"]:
         assert f"\n{row['draft']} " in text
     for line in (*result["reasons"], *result["notes"]):

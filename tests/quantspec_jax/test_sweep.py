@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from quantspec_jax import DraftConfig, Model, ModelConfig, cli, evaluate
+from quantspec_jax.commands.evaluate import stored_draft
 from quantspec_jax.cost import bytes_read
 from quantspec_jax.evaluate.sweep import plot, predictions, table
 from quantspec_jax.evaluate.teacher_forced import compare_drafts
@@ -173,4 +174,4 @@ def test_wrong_options_are_named_before_loading(book, options, words, capsys):
 
 def test_draft_of_a_directory_without_one_is_named(model, tiny_llama_dir):
     with pytest.raises(ValueError, match="allowed: a directory converted with a draft"):
-        cli.stored_draft(model, str(tiny_llama_dir))
+        stored_draft(model, str(tiny_llama_dir))

@@ -6,9 +6,8 @@ from typing import Any, Protocol
 
 import jax
 
-from pallas_kernels.layout import Planes
+from pallas_kernels.layout import LayerCache, Planes
 from quantspec_jax.cache.config import CacheConfig
-from quantspec_jax.cache.state import LayerCache
 from quantspec_jax.models.config import ModelConfig
 
 
@@ -53,6 +52,13 @@ class Codec(Protocol):
         self, layer: LayerCache, sequence: jax.Array, tile: jax.Array, group_size: int, backend: str
     ) -> LayerCache:
         """The G tokens of tile number `tile` of one sequence, from the buffer into their place."""
+        ...
+
+    def decoded(
+        self, keys: jax.Array, values: jax.Array, view: str, group_size: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Keys after RoPE and values [B, K, T, D] in full precision → what `view` reads of them
+        once they are coded, in their type: for evaluation and calibration."""
         ...
 
     def read_bytes(

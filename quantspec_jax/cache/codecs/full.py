@@ -7,9 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.layout import LayerCache
 from quantspec_jax.cache.codecs.codec import BUFFER_AXES, fit, values_per_token
 from quantspec_jax.cache.config import CacheConfig
-from quantspec_jax.cache.state import LayerCache
 from quantspec_jax.models.config import ModelConfig
 
 
@@ -49,6 +49,12 @@ class Full:
     ) -> LayerCache:
         """Nothing ever moves."""
         return layer
+
+    def decoded(
+        self, keys: jax.Array, values: jax.Array, view: str, group_size: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """As they are."""
+        return keys, values
 
     def read_bytes(
         self, model: ModelConfig, view: str, context: float, itemsize: int, group_size: int

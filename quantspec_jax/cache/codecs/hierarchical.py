@@ -21,12 +21,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.layout import Planes
+from pallas_kernels.kv_attention.xla import dequantize_keys, dequantize_values
+from pallas_kernels.layout import LayerCache, Planes
+from pallas_kernels.quantize_pack import xla
 from pallas_kernels.quantize_pack.api import quantize_keys, quantize_values
 from quantspec_jax.cache.codecs.codec import BUFFER_AXES, fit, values_per_token
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.cache.schedule import quantized_length
-from quantspec_jax.cache.state import LayerCache
 from quantspec_jax.models.config import ModelConfig
 
 
@@ -110,6 +111,19 @@ class Hierarchical:
             keys=write(layer.keys, layer.key_buffer, quantize_keys),
             values=write(layer.values, layer.value_buffer, quantize_values),
         )
+
+    def decoded(
+        self, keys: jax.Array, values: jax.Array, view: str, group_size: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Coded and read again. Of a last tile that is not full the keys mean nothing."""
+        t = keys.shape[2]
+        whole = -(-t // group_size) * group_size
+        read = (
+            dequantize_keys(xla.quantize_keys(fit(keys, whole), group_size), view),
+            dequantize_values(xla.quantize_values(fit(values, whole), group_size), view),
+        )
+        coded_keys, coded_values = (x[:, :, :t].astype(keys.dtype) for x in read)
+        return coded_keys, coded_values
 
     def read_bytes(
         self, model: ModelConfig, view: str, context: float, itemsize: int, group_size: int

@@ -1,0 +1,43 @@
+"""A whole text's attention, each position reading what decoding would: for evaluation and
+calibration. (Decoding itself reads the cache by `pallas_kernels.kv_attention`.)"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quantspec_jax.cache.codecs import codec_of
+from quantspec_jax.models.attention import Tokens, sequence_attention
+from quantspec_jax.models.linear import precision
+
+
+def attend_coded(
+    q: jax.Array,
+    own: Tokens,
+    past: Tokens,
+    *,
+    view: str,
+    group_size: int,
+    sm_scale: float,
+) -> jax.Array:
+    """Attention at all positions of a text, by the schedule: of the tokens before it each reads
+    those that are coded in `view`, the newer ones in full precision, and its own.
+
+    Args:
+      q: [B, S, H, D] queries after RoPE.
+      own: keys and values [B, S, K, D] at the queries' own positions, of the pass that asks.
+      past: those that the cache has of all positions, the target's.
+
+    Returns:
+      [B, S, H, D] float32.
+    """
+    exact, codec = precision(q.dtype), codec_of(view)
+    if not codec.num_tiles(q.shape[1], group_size):
+        return sequence_attention(q, own, past, sm_scale=sm_scale, exact=exact)
+    with jax.ensure_compile_time_eval():
+        length = np.asarray(codec.quantized_length(jnp.arange(q.shape[1]), group_size))
+    by_head = (past.keys.swapaxes(1, 2), past.values.swapaxes(1, 2))
+    read = codec.decoded(*by_head, view, group_size)
+    older = Tokens(*(x.swapaxes(1, 2) for x in read))
+    return sequence_attention(q, own, past, older, length, sm_scale=sm_scale, exact=exact)

@@ -1,0 +1,154 @@
+"""`quantspec eval`: perplexity, or a draft's acceptance, over a text."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantspec_jax.checks import require
+from quantspec_jax.commands import terminal
+from quantspec_jax.commands.options import (
+    add_draft,
+    add_dtype,
+    add_model,
+    add_rope,
+    check_rope,
+    command,
+    draft_config,
+    draft_options,
+    given,
+    load_model,
+    preset,
+    refuse,
+)
+from quantspec_jax.weights.formats import DraftConfig
+
+if TYPE_CHECKING:
+    from quantspec_jax.loading import Model
+
+
+def add(commands: Any) -> None:
+    """The parser."""
+    parser = command(commands, "eval", run, "measure quality over a text, teacher-forced")
+    parser.add_argument("measure", choices=("perplexity", "acceptance"))
+    add_model(parser)
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--context", required=True, type=int, metavar="N", help="tokens to read")
+    parser.add_argument("--skip-characters", type=int, default=0, metavar="N", help="default: 0")
+    add_dtype(parser)
+    add_draft(parser)
+    add_rope(parser)
+    group = parser.add_argument_group(
+        "sweep", "acceptance of several drafts, and the limit of the speed-up that each promises"
+    )
+    group.add_argument(
+        "--sweep", action="store_true", help="common formats, rounded to nearest, and the draft"
+    )
+    group.add_argument(
+        "--draft-of",
+        action="append",
+        metavar="DIR",
+        help="also the draft stored with this converted checkpoint of the model; may be repeated",
+    )
+    group.add_argument("--preset", metavar="NAME", help="predict for these shapes (the model's)")
+    group.add_argument("--output", metavar="FILE", help="record the run as JSON")
+    group.add_argument("--plot", metavar="FILE", help="acceptance against bits: .png, .svg, .pdf")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Read the text, evaluate."""
+    from quantspec_jax.text.prompts import encode, read_text
+
+    draft = draft_config(args)
+    check_rope(args)
+    check_sweep(args)
+    require(args.context >= 8, "--context", args.context, "8 tokens or more")
+    require(args.skip_characters >= 0, "--skip-characters", args.skip_characters, "0 or more")
+    text = read_text(args.text, "text file")[args.skip_characters :]
+    if args.measure == "perplexity":
+        if draft_options(args):
+            terminal.notice("perplexity drafts nothing: draft options change nothing")
+        draft = DraftConfig(bits=None)
+
+    from quantspec_jax import evaluate
+
+    model = load_model(args, draft)
+    limit = model.config.max_context
+    require(args.context <= limit, "--context", args.context, f"at most {limit}, the model's")
+    tokens = encode(text, model.tokenizer, "text")
+    have = f"{len(tokens)} tokens after --skip-characters"
+    require(len(tokens) >= args.context, args.text, have, f"{args.context} (--context) or more")
+    tokens = tokens[: args.context]
+    if args.sweep:
+        return sweep(args, model, tokens)
+    if args.measure == "perplexity":
+        result = evaluate.perplexity(model, tokens, context=args.context, progress=True)
+    else:
+        result = evaluate.acceptance(model, tokens, progress=True)
+    if not args.json:
+        terminal.show(result)
+    return result
+
+
+def check_sweep(args: argparse.Namespace) -> None:
+    """Raise for what a sweep could not do, before anything is loaded."""
+    if not args.sweep:
+        options = given(args, "draft_of", "preset", "output", "plot")
+        refuse(options, "an evaluation of one draft: they need --sweep")
+        return
+    if args.measure == "perplexity":
+        refuse({"sweep": True}, "perplexity: it evaluates the cache, not drafts")
+    preset(args.preset)
+    if args.output is not None:
+        folder = os.path.dirname(args.output) or "."
+        require(os.path.isdir(folder), "--output", args.output, "a file in an existing directory")
+    if args.plot is not None:
+        from quantspec_jax.plotting import check_plot
+
+        check_plot(args.plot)
+
+
+def sweep(args: argparse.Namespace, model: Model, tokens: Sequence[int]) -> dict[str, Any]:
+    """Evaluate the drafts; write the files that were asked for."""
+    from quantspec_jax import evaluate
+    from quantspec_jax.bench import record
+    from quantspec_jax.evaluate.sweep import default_drafts, plot, table
+
+    drafts = [*default_drafts(model), *(stored_draft(model, path) for path in args.draft_of or ())]
+    found = evaluate.sweep(model, tokens, drafts, shapes=preset(args.preset), progress=True)
+    name = Path(args.model).stem
+    rows = found.pop("rows")
+    settings = {
+        "model": name,
+        "text": Path(args.text).name,
+        "context": args.context,
+        "skip_characters": args.skip_characters,
+        "dtype": model.dtype.name,
+        "predicted_for": args.preset or name,
+    }
+    result = {**settings, **found, "rows": rows}
+    if args.output is not None:
+        command = record.command("quantspec eval acceptance", args)
+        record.write(Path(args.output), command, rows, **settings, **found)
+    if args.plot is not None:
+        plot(result, Path(args.plot))
+    if not args.json:
+        print(table(result))
+    return result
+
+
+def stored_draft(model: Model, directory: str) -> Model:
+    """The same model with the draft that is stored in another directory."""
+    import convert
+    from quantspec_jax.loading import Model
+
+    checkpoint = convert.open_source(directory)
+    stored = checkpoint.load_draft()
+    require(stored is not None, "--draft-of", directory, "a directory converted with a draft")
+    assert stored is not None
+    same = checkpoint.config == model.config
+    require(same, "--draft-of", directory, "a checkpoint of the evaluated model")
+    return Model(model.config, model.params, model.tokenizer, *stored)

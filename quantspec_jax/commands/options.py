@@ -1,0 +1,258 @@
+"""Options that several commands have, and what they say.
+
+Each group of options is a pair: one function adds it to a parser, another reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from quantspec_jax.checks import require
+from quantspec_jax.commands import terminal
+from quantspec_jax.weights.formats import DraftConfig
+
+if TYPE_CHECKING:
+    from quantspec_jax.loading import Model
+    from quantspec_jax.models.config import ModelConfig
+
+DTYPES = ("bfloat16", "float32")
+ROPE_SCALINGS = ("none", "linear", "yarn")
+# The options of `add_draft_options` by the field of DraftConfig that they set; --draft-bits and
+# --draft-from, which decide between kinds of drafts, are not among them.
+DRAFT_FIELDS = {
+    "draft_group": "group_size",
+    "draft_symmetric": "symmetric",
+    "draft_layers": "layers",
+    "draft_lm_head_bits": "lm_head_bits",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong argument as a ValueError, in one line like every other error.
+
+    Args:
+      fill: adds the arguments when the parser is first used, where they are slow to import.
+    """
+
+    def __init__(self, *, fill: Callable[[Parser], None] | None = None, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+        self._fill = fill
+
+    def complete(self) -> None:
+        """Add what `fill` adds, once."""
+        fill, self._fill = self._fill, None
+        if fill is not None:
+            fill(self)
+
+    def parse_known_args(self, *args: Any, **settings: Any) -> Any:
+        self.complete()
+        return super().parse_known_args(*args, **settings)
+
+    def error(self, message: str) -> Any:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def command(
+    commands: Any, name: str, run: Callable[..., Any], summary: str, *, json: bool = True
+) -> Parser:
+    """A command with the options that all of them have."""
+    parser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run=run)
+    if json:
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    return parser
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of the options that were given, by name."""
+    found = {name: getattr(args, name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def refuse(options: Mapping[str, Any], reason: str) -> None:
+    """Raise where options were given that `reason` rules out."""
+    if options:
+        names = ", ".join("--" + name.replace("_", "-") for name in options)
+        raise ValueError(f"{names} cannot go with {reason}")
+
+
+def seed(text: str) -> int:
+    """An option's value: a seed."""
+    number = int(text)
+    if not 0 <= number < 2**32:  # a key keeps 32 bits
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {2**32 - 1}")
+    return number
+
+
+def gamma(text: str) -> int | str:
+    """An option's value: a number of tokens, or auto."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer, nor auto") from None
+
+
+def bits(text: str) -> str:
+    """An option's value: bits a weight, kept as they were typed."""
+    try:
+        float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    return text
+
+
+def preset(name: str | None) -> ModelConfig | None:
+    """The shapes of a well-known model; None for no name."""
+    from quantspec_jax.models.presets import PRESETS
+
+    require(name in (None, *PRESETS), "--preset", name, ", ".join(sorted(PRESETS)))
+    return None if name is None else PRESETS[name]
+
+
+# The model
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model."""
+    parser.add_argument("--model", required=True, metavar="M", help="what `convert` reads or wrote")
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """--dtype, to compute in."""
+    parser.add_argument("--dtype", choices=DTYPES, help="float32 on the CPU, bfloat16 elsewhere")
+
+
+def load_model(args: argparse.Namespace, draft: DraftConfig | str | None) -> Model:
+    """Load `args.model`, with a notice where draft options override a stored draft."""
+    import quantspec_jax as qs
+    from quantspec_jax import compilation_cache
+
+    compilation_cache.enable()
+    if draft_options(args) and draft is not None:
+        import convert
+
+        stored = convert.open_source(args.model).draft_config
+        if stored is not None:
+            terminal.notice(f"draft options override the stored draft ({stored.describe()})")
+    return qs.load(args.model, dtype=args.dtype, draft=draft, **rope(args))
+
+
+# Rotary position embedding
+
+
+def add_rope(parser: argparse.ArgumentParser) -> None:
+    """--rope-scaling and --rope-scale."""
+    group = parser.add_argument_group("RoPE", "default: as the checkpoint says")
+    group.add_argument(
+        "--rope-scaling",
+        choices=ROPE_SCALINGS,
+        help="how positions beyond the context of training are read; none: not at all",
+    )
+    group.add_argument(
+        "--rope-scale", type=float, metavar="F", help="the context grows by this factor"
+    )
+
+
+def check_rope(args: argparse.Namespace) -> None:
+    """Raise for half of a scaling."""
+    if args.rope_scaling in (None, "none"):
+        named = "--rope-scaling none" if args.rope_scaling else "the checkpoint's own scaling"
+        refuse(given(args, "rope_scale"), named)
+        return
+    scale = args.rope_scale
+    require(scale is not None and scale >= 1, "--rope-scale", scale, "a number ≥ 1")
+
+
+def rope(args: argparse.Namespace) -> dict[str, Any]:
+    """The argument `rope` of `load` and `convert`; nothing where no scaling was named."""
+    check_rope(args)
+    if args.rope_scaling is None:
+        return {}
+    import quantspec_jax as qs
+
+    factor = 1.0 if args.rope_scale is None else args.rope_scale
+    return {"rope": qs.RopeScaling(args.rope_scaling, factor)}  # type: ignore[attr-defined]
+
+
+# The draft's weights
+
+
+def add_draft(parser: argparse.ArgumentParser, *, convert: bool = False) -> None:
+    """The options that say what the draft's weights are: at load, or to be stored."""
+    group = parser.add_argument_group(
+        "draft",
+        "what to store (default: nothing)"
+        if convert
+        else "default: the draft stored with the checkpoint, else 4 bits rounded at load",
+    )
+    if convert:
+        group.add_argument(
+            "--draft",
+            choices=("none", "rtn", "gptq"),
+            help="weights rounded to nearest (rtn), or calibrated on a text (gptq)",
+        )
+        group.add_argument(
+            "--draft-bits",
+            type=bits,
+            metavar="B",
+            help="4, 8, or for gptq an average such as 4.75: each layer gets what it needs (4)",
+        )
+        group.add_argument(
+            "--draft-text", metavar="FILE", help="UTF-8 text for gptq (default: a text of Python's)"
+        )
+    else:
+        group.add_argument(
+            "--draft-bits", choices=("4", "8", "none"), help="none: the full weights (4)"
+        )
+    group.add_argument("--draft-group", type=int, metavar="N", help="input channels a scale (64)")
+    group.add_argument(
+        "--draft-symmetric", action="store_true", default=None, help="scales without minima"
+    )
+    group.add_argument(
+        "--draft-layers",
+        metavar="L",
+        help="all, mlp, or names such as layers.*.down,layers.0.* (all)",
+    )
+    group.add_argument(
+        "--draft-lm-head-bits",
+        type=int,
+        metavar="B",
+        help="4: a copy of lm_head in 4 bits; 16: the target's own (16)",
+    )
+    group.add_argument(
+        "--draft-from",
+        metavar="CHECKPOINT",
+        help="take the codes of a 4-bit checkpoint of the same model: GGUF, GPTQ, AWQ",
+    )
+
+
+def draft_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The draft options that were given."""
+    return given(args, "draft_bits", *DRAFT_FIELDS, "draft_from")
+
+
+def draft_config(args: argparse.Namespace, method: str = "rtn") -> DraftConfig | str | None:
+    """What the draft options say: a configuration, or a checkpoint to take codes from; None where
+    none was given."""
+    options = draft_options(args)
+    if not options:
+        return None
+    if "draft_from" in options:
+        source = options.pop("draft_from")
+        refuse(options, "--draft-from, which has its own format")
+        return source
+    wanted = options.pop("draft_bits", "4")
+    if wanted == "none":
+        refuse(options, "--draft-bits none")
+        return DraftConfig(bits=None)
+    fields: dict[str, Any] = {DRAFT_FIELDS[name]: value for name, value in options.items()}
+    if float(wanted) in (4, 8):
+        fields["bits"] = int(float(wanted))
+    else:
+        fields["average_bits"] = float(wanted)
+    return DraftConfig(method=method, **fields)

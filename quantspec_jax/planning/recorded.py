@@ -1,0 +1,66 @@
+"""What is read from recorded runs: acceptance of `eval acceptance`, speed of `bench decode`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from quantspec_jax.checks import require
+from quantspec_jax.planning.candidates import Candidate
+from quantspec_jax.planning.devices import Efficiency
+from quantspec_jax.weights.formats import DraftConfig
+
+PASSES = ("autoregressive full", "draft step", "verify step")  # the order of Efficiency's fields
+
+
+def measured_candidates(path: str, sampled: bool = False) -> list[Candidate]:
+    """Candidates from what `quantspec eval acceptance` wrote, of one draft or of a sweep.
+
+    Raises:
+      ValueError: the file is something else; says what it lacks.
+    """
+    run = _read_json(path)
+    rows = run.get("rows", [run])
+    kind = "sampled_acceptance" if sampled else "greedy_acceptance"
+    needed = {"draft", "draft_bits_per_weight", kind}
+    good = isinstance(rows, list) and bool(rows)
+    if not good or not all(isinstance(row, dict) and needed <= set(row) for row in rows):
+        raise ValueError(f"{path} is not what `quantspec eval acceptance` writes: each of its rows "
+                         f"has {', '.join(sorted(needed))}")  # fmt: skip
+    configs: list[DraftConfig | None] = [DraftConfig.from_dict(x) for x in run.get("drafts", ())]
+    return [
+        Candidate(row["draft"], row[kind], config, row["draft_bits_per_weight"])
+        for row, config in zip(rows, configs or [None] * len(rows), strict=True)
+    ]
+
+
+def measured_speed(path: str, context: int) -> tuple[float, Efficiency]:
+    """GB/s read and efficiencies from what `quantspec bench decode --json` wrote, each from the row
+    whose context is nearest.
+
+    Raises:
+      ValueError: the file is something else; says what it lacks.
+    """
+    run = _read_json(path)
+    shares = []
+    for kind in PASSES:
+        rows = [row for row in run.get("rows", ()) if row.get("mode", "").startswith(kind)]
+        if not rows or "read_ceiling_gb_per_second" not in run:
+            raise ValueError(
+                f"{path} is not what `quantspec bench decode --json` writes: it lacks rows of mode "
+                f"{kind!r} (--mode full draft verify)"
+            )
+        nearest = min(rows, key=lambda row: abs(math.log(row["context"] / context)))
+        shares.append(min(1.0, nearest["percent_of_floor"] / 100))
+    return run["read_ceiling_gb_per_second"], Efficiency(*shares)
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        run = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    require(isinstance(run, dict), path, type(run).__name__, "one JSON object")
+    return run
