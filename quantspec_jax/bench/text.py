@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens drafted a round, or auto (2 4 auto)",
     )
     parser.add_argument("--draft-policy", choices=tuple(POLICIES), nargs="+", default=["all"])
-    parser.add_argument("--coupling", choices=COUPLINGS, nargs="+", default=["rejection"])
+    parser.add_argument("--coupling", choices=COUPLINGS, nargs="+", default=["block"])
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--temperature",

@@ -52,7 +52,7 @@ class GenerateConfig:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     stop_ids: tuple[int, ...] = ()
-    coupling: str = "rejection"
+    coupling: str = "block"
     pass_width: int = 1
     group_size: int = 128
     max_length: int | None = None
