@@ -41,7 +41,7 @@ def draft(
         cache, token, seen, found = carry
         position = jnp.minimum(start + i, last)
         logits, cache = cache_pass(
-            params, program, cache, token[:, None], position, program.draft_view
+            params, program, cache, token[:, None], position, program.draft_view, pages
         )
         token, probabilities = choose(
             logits[:, 0], seen, sampling, keys, position + 1, coupling.draft_role, sampled
@@ -52,6 +52,7 @@ def draft(
         )
         return cache, token, seen.at[rows, token].set(True), found
 
+    pages = program.policy.pages(state.memory, state.cache)
     nothing = no_proposals(len(rows), program.gamma, program.model.vocab_size)
     carry = (state.cache, state.pending, state.seen, nothing)
     cache, _, _, found = jax.lax.fori_loop(0, program.gamma, step, carry)
