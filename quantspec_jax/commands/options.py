@@ -176,7 +176,7 @@ def rope(args: argparse.Namespace) -> dict[str, Any]:
     import quantspec_jax as qs
 
     factor = 1.0 if args.rope_scale is None else args.rope_scale
-    return {"rope": qs.RopeScaling(args.rope_scaling, factor)}  # type: ignore[attr-defined]
+    return {"rope": qs.RopeScaling(args.rope_scaling, factor)}
 
 
 # The draft's weights
