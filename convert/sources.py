@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import collections
 import functools
-import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,20 @@ from jax.typing import DTypeLike
 
 from convert.files import converted, hub
 from convert.files.gguf import GgufFile, read_gguf
-from convert.files.safetensors import read_safetensors
-from convert.files.tensors import FLOATS, StoredTensor
+from convert.files.safetensors import read_directory, weight_files_exist
+from convert.files.tensors import FLOATS
 from convert.gguf_config import parse_gguf_config
 from convert.hf_config import parse_hf_config
 from convert.weights import (
     Parameter,
+    derivable,
     gguf_parameters,
     hf_parameters,
-    is_derivable,
     load_parameters,
-    with_prefix,
 )
 from quantspec_jax.checks import require
 from quantspec_jax.dtypes import BFLOAT16, FLOAT32, STORED, float_type
+from quantspec_jax.files import read_json
 from quantspec_jax.models.config import ModelConfig, RopeScaling
 from quantspec_jax.models.parameters import parameter_count
 from quantspec_jax.text.tokenizer import gguf_tokenizer, pretrained_tokenizer, saved_tokenizer
@@ -54,11 +53,8 @@ class Checkpoint(ABC):
 
     Attributes:
       source: what was given to `open_source`.
-      kind: "safetensors", "gguf" or "converted".
       config: the model's.
     """
-
-    kind: str
 
     def __init__(self, source: str, config: ModelConfig):
         self.source = source
@@ -116,8 +112,6 @@ class HuggingFaceCheckpoint(Checkpoint):
     `fetch` brings the weights into the directory where it does not hold them yet.
     """
 
-    kind = "safetensors"
-
     def __init__(self, source: str, directory: Path, fetch: Callable[[], Path] | None = None):
         self.directory = directory
         self._fetch = fetch
@@ -137,7 +131,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     @property
     def source_dtype(self) -> np.dtype:
         """The type of most elements; the stated one while the weights are not downloaded."""
-        if self._fetch and not _weight_files_exist(self.directory):
+        if self._fetch and not weight_files_exist(self.directory):
             return self._stated_dtype
         elements: collections.Counter[np.dtype] = collections.Counter()
         for parameter in self._parameters:
@@ -147,7 +141,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     @functools.cached_property
     def _parameters(self) -> list[Parameter]:
         directory = self._fetch() if self._fetch else self.directory
-        return hf_parameters(self.config, read_hf_tensors(directory, self.config))
+        return hf_parameters(self.config, read_directory(directory, derivable(self.config)))
 
     def check(self) -> None:
         _ = self._parameters
@@ -161,8 +155,6 @@ class HuggingFaceCheckpoint(Checkpoint):
 
 class GgufCheckpoint(Checkpoint):
     """One GGUF file."""
-
-    kind = "gguf"
 
     def __init__(self, source: str, path: Path):
         self._file: GgufFile = read_gguf(path)
@@ -196,8 +188,6 @@ class GgufCheckpoint(Checkpoint):
 
 class ConvertedCheckpoint(Checkpoint):
     """A directory that `convert` wrote."""
-
-    kind = "converted"
 
     def __init__(self, source: str, directory: Path, values: dict[str, Any]):
         self.directory = directory
@@ -288,61 +278,3 @@ def _open_file(source: str, path: Path) -> Checkpoint:
         f"source is {source!r}, a file that is not GGUF; allowed files: .gguf (for safetensors "
         "name the directory)"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ValueError names the file where it is not one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    require(isinstance(values, dict), str(path), type(values).__name__, "a JSON object")
-    return values
-
-
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def _weight_files_exist(directory: Path) -> bool:
-    return (directory / _SINGLE).exists() or any(directory.glob("model-*.safetensors"))
-
-
-def read_hf_tensors(directory: Path, config: ModelConfig) -> Mapping[str, StoredTensor]:
-    """The tensors of a directory by name, from one file or from the shards its index names."""
-    if (directory / _SINGLE).exists():
-        return with_prefix(read_safetensors(directory / _SINGLE))
-    if not (directory / _INDEX).exists():
-        others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        hint = f"; {', '.join(others[:3])}: pickled weights are not read" if others else ""
-        raise ValueError(f"{directory} has neither {_SINGLE} nor {_INDEX}{hint}")
-    return with_prefix(_read_shards(directory, config))
-
-
-def _read_shards(directory: Path, config: ModelConfig) -> dict[str, StoredTensor]:
-    """Index and shards must agree, but for tensors that nobody needs."""
-    index = directory / _INDEX
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
-        raise ValueError(f"{index} has no weight_map from tensors to files")
-    needed = {name: shard for name, shard in where.items() if not is_derivable(name, config)}
-    tensors: dict[str, StoredTensor] = {}
-    for name in sorted(set(where.values())):
-        shard = directory / name
-        if Path(name).name != name or not shard.exists():
-            if Path(name).name == name and name not in needed.values():
-                continue
-            raise ValueError(f"{index} names {name}, which does not exist beside it")
-        for tensor in read_safetensors(shard).values():
-            if is_derivable(tensor.name, config):
-                tensors.setdefault(tensor.name, tensor)
-                continue
-            if tensor.name in tensors:
-                other = tensors[tensor.name].file.name
-                raise ValueError(f"duplicate tensor {tensor.name}: in {other} and {name}")
-            if where.get(tensor.name) != name:
-                raise ValueError(f"{shard} holds {tensor.name}, which {index.name} does not place")
-            tensors[tensor.name] = tensor
-    missing = sorted(set(needed) - set(tensors))
-    if missing:
-        raise ValueError(f"missing tensor {missing[0]}: {where[missing[0]]} does not hold it")
-    return tensors

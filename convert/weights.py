@@ -87,11 +87,15 @@ def _name(path: str, top: Mapping[str, str], layer: Mapping[str, str], layers: s
     return f"{layers}.{index}.{layer[name]}{suffix}"
 
 
-def is_derivable(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor says nothing that the configuration and the others do not: RoPE's buffers,
-    and the head of a model whose embedding is its head."""
-    tied_head = config.tie_embeddings and name == "lm_head.weight"
-    return tied_head or _HF_DERIVABLE.fullmatch(name) is not None
+def derivable(config: ModelConfig) -> Callable[[str], bool]:
+    """Whether the tensor of a name says nothing that the configuration and the others do not:
+    RoPE's buffers, and the head of a model whose embedding is its head."""
+
+    def holds(name: str) -> bool:
+        tied_head = config.tie_embeddings and name == "lm_head.weight"
+        return tied_head or _HF_DERIVABLE.fullmatch(name) is not None
+
+    return holds
 
 
 def with_prefix(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
@@ -106,9 +110,10 @@ def with_prefix(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTenso
 
 def hf_parameters(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> list[Parameter]:
     """Pairs the model's parameters with the tensors of a Hugging Face checkpoint."""
+    tensors = with_prefix(tensors)
     if config.tie_embeddings:
         _check_tied(tensors)
-    ignored = {name for name in tensors if is_derivable(name, config)}
+    ignored = set(filter(derivable(config), tensors))
     return _pair(config, tensors, hf_name, ignored)
 
 

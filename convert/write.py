@@ -21,8 +21,9 @@ from jax.typing import DTypeLike
 from convert.drafts import make
 from convert.drafts.make import DraftSource
 from convert.files import converted
-from convert.sources import Checkpoint, HuggingFaceCheckpoint, open_source, read_json
+from convert.sources import Checkpoint, HuggingFaceCheckpoint, open_source
 from quantspec_jax.dtypes import STORED, float_type
+from quantspec_jax.files import read_json
 from quantspec_jax.models.config import RopeScaling
 from quantspec_jax.weights.formats import DraftConfig
 

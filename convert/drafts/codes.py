@@ -179,7 +179,7 @@ def _relative_error(restored: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.where(off == 0, 0, off / size)
 
 
-def check_finite(tensor: StoredTensor, values: np.ndarray) -> None:
+def check_finite(tensor: StoredTensor, *arrays: np.ndarray) -> None:
     """ValueError, naming the tensor, where a scale or minimum is not finite."""
-    if not np.isfinite(values).all():
+    if not all(np.isfinite(values).all() for values in arrays):
         raise ValueError(f"{tensor.file}: tensor {tensor.name} has a NaN or infinite scale")

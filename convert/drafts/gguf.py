@@ -11,12 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.drafts.codes import (
-    MORE_BITS,
-    Codes,
-    QuantizedCheckpoint,
-    check_finite,
-)
+from convert.drafts.codes import MORE_BITS, Codes, QuantizedCheckpoint, check_finite
 from convert.files.gguf import read_gguf
 from convert.gguf_config import parse_gguf_config
 from convert.weights import Parameter, deinterleave, gguf_parameters
@@ -50,8 +45,7 @@ class GgufBlocks(QuantizedCheckpoint):
         if tensor.kind not in _BLOCKS:
             return None
         codes, scale, minimum = _BLOCKS[tensor.kind](_rows(parameter))
-        check_finite(tensor, scale)
-        check_finite(tensor, scale if minimum is None else minimum)
+        check_finite(tensor, *(x for x in (scale, minimum) if x is not None))
         n = len(codes)
         return Codes(
             codes.reshape(n, -1).T,

@@ -34,13 +34,13 @@ from convert.drafts.codes import (
     restore,
     stored_group,
 )
-from convert.files.safetensors import read_safetensors
+from convert.files.safetensors import read_directory, read_safetensors
 from convert.files.tensors import FLOATS, StoredTensor
 from convert.hf_config import parse_hf_config
-from convert.sources import read_hf_tensors, read_json
-from convert.weights import hf_name, with_prefix
+from convert.weights import derivable, hf_name, with_prefix
 from pallas_kernels.layout import QuantizedWeight
 from quantspec_jax.checks import require
+from quantspec_jax.files import read_json
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import LINEAR_LAYERS, linear_layers, parameter_shapes
 from quantspec_jax.weights.formats import WeightFormat
@@ -295,4 +295,4 @@ def _packed_tensors(directory: Path, config: ModelConfig) -> Mapping[str, Stored
     indexed = any(directory.glob("*.safetensors.index.json"))
     if len(files) == 1 and not indexed:
         return with_prefix(read_safetensors(files[0]))
-    return read_hf_tensors(directory, config)
+    return with_prefix(read_directory(directory, derivable(config)))

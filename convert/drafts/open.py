@@ -10,8 +10,9 @@ from convert.drafts.codes import QuantizedCheckpoint
 from convert.drafts.gguf import GgufBlocks
 from convert.drafts.gptq_awq import Awq, Gptq, PackedSafetensors
 from convert.files import hub
-from convert.sources import looks_like_hub_id, read_json
+from convert.sources import looks_like_hub_id
 from quantspec_jax.checks import require
+from quantspec_jax.files import read_json
 from quantspec_jax.models.config import ModelConfig
 
 _METHODS: dict[str, type[PackedSafetensors]] = {"gptq": Gptq, "awq": Awq}

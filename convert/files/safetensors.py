@@ -1,6 +1,6 @@
-"""The header of a safetensors file, checked in full before a byte of a tensor is read.
+"""Headers of safetensors files, checked in full before a byte of a tensor is read.
 
-The file is eight bytes (the header's length), the header (JSON: name → dtype, shape, offsets) and
+A file is eight bytes (the header's length), the header (JSON: name → dtype, shape, offsets) and
 the tensors, which cover the rest without gap or overlap.
 """
 
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from convert.files.tensors import FLOATS, INTS, StoredTensor, stored_bytes
+from quantspec_jax.files import read_json
 
 _MAX_HEADER = 100 << 20
 
@@ -80,3 +82,54 @@ def _check_cover(path: Path, tensors: list[StoredTensor], start: int, size: int)
         raise ValueError(f"{path} is truncated: {size} bytes of {position}")
     if position < size:
         raise ValueError(f"{path} is corrupt: {size - position} bytes after the last tensor")
+
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def weight_files_exist(directory: Path) -> bool:
+    return (directory / _SINGLE).exists() or any(directory.glob("model-*.safetensors"))
+
+
+def read_directory(directory: Path, derivable: Callable[[str], bool]) -> dict[str, StoredTensor]:
+    """The tensors of a directory by name, from one file or from the shards its index names.
+
+    `derivable`: whether a tensor's name says that nobody needs it; on such ones index and shards
+    need not agree.
+    """
+    if (directory / _SINGLE).exists():
+        return read_safetensors(directory / _SINGLE)
+    if not (directory / _INDEX).exists():
+        others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        hint = f"; {', '.join(others[:3])}: pickled weights are not read" if others else ""
+        raise ValueError(f"{directory} has neither {_SINGLE} nor {_INDEX}{hint}")
+    return _read_shards(directory, derivable)
+
+
+def _read_shards(directory: Path, derivable: Callable[[str], bool]) -> dict[str, StoredTensor]:
+    index = directory / _INDEX
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files")
+    needed = {name: shard for name, shard in where.items() if not derivable(name)}
+    tensors: dict[str, StoredTensor] = {}
+    for name in sorted(set(where.values())):
+        shard = directory / name
+        if Path(name).name != name or not shard.exists():
+            if Path(name).name == name and name not in needed.values():
+                continue
+            raise ValueError(f"{index} names {name}, which does not exist beside it")
+        for tensor in read_safetensors(shard).values():
+            if derivable(tensor.name):
+                tensors.setdefault(tensor.name, tensor)
+                continue
+            if tensor.name in tensors:
+                other = tensors[tensor.name].file.name
+                raise ValueError(f"duplicate tensor {tensor.name}: in {other} and {name}")
+            if where.get(tensor.name) != name:
+                raise ValueError(f"{shard} holds {tensor.name}, which {index.name} does not place")
+            tensors[tensor.name] = tensor
+    missing = sorted(set(needed) - set(tensors))
+    if missing:
+        raise ValueError(f"missing tensor {missing[0]}: {where[missing[0]]} does not hold it")
+    return tensors

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
-from typing import Any
 
-from quantspec_jax.checks import require
+from quantspec_jax.files import read_json
 from quantspec_jax.planning.candidates import Candidate
 from quantspec_jax.planning.devices import Efficiency
 from quantspec_jax.weights.formats import DraftConfig
@@ -21,7 +18,7 @@ def measured_candidates(path: str, sampled: bool = False) -> list[Candidate]:
     Raises:
       ValueError: the file is something else; says what it lacks.
     """
-    run = _read_json(path)
+    run = read_json(path)
     rows = run.get("rows", [run])
     kind = "sampled_acceptance" if sampled else "greedy_acceptance"
     needed = {"draft", "draft_bits_per_weight", kind}
@@ -43,7 +40,7 @@ def measured_speed(path: str, context: int) -> tuple[float, Efficiency]:
     Raises:
       ValueError: the file is something else; says what it lacks.
     """
-    run = _read_json(path)
+    run = read_json(path)
     shares = []
     for kind in PASSES:
         rows = [row for row in run.get("rows", ()) if row.get("mode", "").startswith(kind)]
@@ -55,12 +52,3 @@ def measured_speed(path: str, context: int) -> tuple[float, Efficiency]:
         nearest = min(rows, key=lambda row: abs(math.log(row["context"] / context)))
         shares.append(min(1.0, nearest["percent_of_floor"] / 100))
     return run["read_ceiling_gb_per_second"], Efficiency(*shares)
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        run = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    require(isinstance(run, dict), path, type(run).__name__, "one JSON object")
-    return run

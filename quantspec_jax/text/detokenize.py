@@ -254,14 +254,16 @@ def special_ids(tokenizer: Any) -> dict[int, str]:
 
 
 def _mark_special(tokenizer: Any, stop: Sequence[str]) -> tuple[dict[int, str], tuple[str, ...]]:
-    """A character for each special token that a stop string names, and the stop strings with these
-    in place of the names. The characters are lone surrogates, which no decoded text has."""
+    """A character for each special token that a stop string names, and the stop strings: as they
+    are, for a model may write the names out, and with these characters in place of the names. They
+    are lone surrogates, which no decoded text has."""
     names = {i: text for i, text in special_ids(tokenizer).items() if any(text in s for s in stop)}
     marks: dict[int, str] = {}
+    marked = list(stop)
     for i, text in sorted(names.items(), key=lambda item: -len(item[1])):
         marks[i] = chr(_FIRST_MARK + len(marks))
-        stop = [s.replace(text, marks[i]) for s in stop]
-    return marks, tuple(stop)
+        marked = [s.replace(text, marks[i]) for s in marked]
+    return marks, tuple(dict.fromkeys([*stop, *marked]))
 
 
 def _without_marks(text: str) -> str:

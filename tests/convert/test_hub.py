@@ -16,7 +16,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PROGRAM = """
 import sys, convert
 checkpoint = convert.open_source("owner/tiny-model")
-print(checkpoint.kind, checkpoint.config.family, checkpoint.source_dtype.name)
+print(type(checkpoint).__name__, checkpoint.config.family, checkpoint.source_dtype.name)
 print(len(checkpoint.load("float32")))
 """
 
@@ -50,7 +50,7 @@ NOBODY = "http://127.0.0.1:9"  # the discard port: connections are refused
 def test_a_cached_model_opens_without_network(cache, tmp_path):
     result = run(cache, NOBODY, tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["safetensors", "llama", "float32", "4"]
+    assert result.stdout.split() == ["HuggingFaceCheckpoint", "llama", "float32", "4"]
 
 
 def test_a_cached_model_opens_in_offline_mode(cache, tmp_path):
@@ -84,5 +84,5 @@ def test_weights_that_are_not_cached_are_an_error(cache, tmp_path):
     (weights,) = cache.rglob("model.safetensors")
     weights.unlink()
     result = run(cache, NOBODY, tmp_path)
-    assert result.stdout.split()[0] == "safetensors"
+    assert result.stdout.split()[0] == "HuggingFaceCheckpoint"
     assert "model.safetensors" in result.stderr.strip().splitlines()[-1]

@@ -459,5 +459,5 @@ def test_directories_and_files_that_hold_no_model(tmp_path):
     with pytest.raises(ValueError, match=r"config.json is not JSON"):
         convert.open_source(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"a JSON object"):
+    with pytest.raises(ValueError, match=r"config.json is 'list'; allowed: one JSON object"):
         convert.open_source(tmp_path)

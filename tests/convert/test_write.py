@@ -24,6 +24,7 @@ import quantspec_jax as qs
 from convert import write
 from convert.files import converted as converted_io
 from convert.hf_config import parse_hf_config
+from convert.sources import ConvertedCheckpoint
 from convert.weights import hf_name
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
 from quantspec_jax.models.parameters import flatten, parameter_shapes
@@ -56,7 +57,8 @@ def assert_equal_trees(one, other) -> None:
 def test_the_round_trip(dtype, llama_dir, tmp_path):
     out = convert.convert(llama_dir, tmp_path / "out", dtype=dtype, progress=False)
     source, opened = convert.open_source(llama_dir), convert.open_source(out)
-    assert (opened.kind, opened.source_dtype.name) == ("converted", dtype)
+    assert isinstance(opened, ConvertedCheckpoint)
+    assert opened.source_dtype.name == dtype
     assert opened.config == source.config
     assert opened.load_draft() is None
     assert opened.draft_config is None
@@ -328,7 +330,7 @@ def test_overwrite_replaces_nothing_but_checkpoints_and_empty_directories(llama_
     empty = tmp_path / "empty"
     empty.mkdir()
     convert.convert(llama_dir, empty, overwrite=True, progress=False)
-    assert convert.open_source(empty).kind == "converted"
+    assert isinstance(convert.open_source(empty), ConvertedCheckpoint)
 
 
 def test_parents_are_made_and_removed_again_after_an_error(llama_dir, tmp_path, monkeypatch):

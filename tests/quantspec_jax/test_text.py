@@ -170,6 +170,15 @@ class TestStopStrings:
                 assert special not in ids[:at]
                 assert stream.finish() == ""
 
+    def test_a_special_token_that_is_written_out_stops_too(self, byte_level_tokenizer):
+        """By a model that spells its name in ordinary tokens."""
+        pieces = ["one", "</", "s>", "two"]
+        ids = [i for text in pieces for i in byte_level_tokenizer(text)["input_ids"]]
+        assert decode(byte_level_tokenizer, ids) == "one</s>two"
+        stream = TextStream(byte_level_tokenizer, ["</s>"])
+        stream.push(ids)
+        assert (stream.stopped, stream.text) == (True, "one")
+
     def test_a_stop_string_may_hold_special_tokens_and_text(self, byte_level_tokenizer):
         encode = lambda text: byte_level_tokenizer(text)["input_ids"]  # noqa: E731
         stop = "the</s><|user|>cat"
