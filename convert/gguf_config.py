@@ -10,7 +10,7 @@ import numpy as np
 
 from convert.files.gguf import GgufFile
 from convert.files.tensors import StoredTensor
-from quantspec_jax.checks import require
+from quantspec_jax.checks import is_int, require
 from quantspec_jax.models.config import Family, ModelConfig, RopeConfig
 from quantspec_jax.text.tokenizer import gguf_eos_ids
 
@@ -107,11 +107,11 @@ def parse_gguf_config(file: GgufFile) -> ModelConfig:
     context = keys.number("context_length")
     rope, max_context = _parse_rope(keys, context, head_dim)
     rope = _apply_rope_factors(file, rope, head_dim)
-    window = keys.get("attention.sliding_window")
-    if window:
+    window = keys.get("attention.sliding_window") or None
+    if window is not None:
         keys.require(
             "attention.sliding_window",
-            window >= max_context,
+            is_int(window) and window >= max_context,
             window,
             f"at least the context of {max_context} tokens",
         )
@@ -133,6 +133,7 @@ def parse_gguf_config(file: GgufFile) -> ModelConfig:
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         qk_norm=architecture == "qwen3",
         eos_ids=gguf_eos_ids(file.metadata, _vocab_size(file)),
+        sliding_window=window,
     )
     keys.refuse_the_rest()
     return config

@@ -6,10 +6,11 @@ must be the neutral one, or it is refused by name. Missing keys take transformer
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from quantspec_jax.checks import is_number, require
+from quantspec_jax.checks import is_int, is_number, require
 from quantspec_jax.models.config import FAMILIES, ROPE_TYPES, ModelConfig, RopeConfig
 
 # Bookkeeping, training, and generation defaults that older versions wrote beside the model's own
@@ -155,10 +156,10 @@ def parse_hf_config(
         ),
         **_biases(family, keys, where),
     )
-    _check_sliding_window(keys, config, where)
+    window = _sliding_window(keys, config, where)
     _check_auto_map(keys.get("auto_map", None), where)
     keys.refuse_the_rest()
-    return config
+    return dataclasses.replace(config, sliding_window=window)
 
 
 def _biases(family: str, keys: _Keys, where: str) -> dict[str, bool]:
@@ -199,8 +200,8 @@ def _check_auto_map(auto_map: Any, where: str) -> None:
     require(not models, f"auto_map in {where}", models, "no Python code for the model")
 
 
-def _check_sliding_window(keys: _Keys, config: ModelConfig, where: str) -> None:
-    """A window that the context can outgrow is refused, where a layer has it."""
+def _sliding_window(keys: _Keys, config: ModelConfig, where: str) -> int | None:
+    """The window, where a layer has one; one that the context can outgrow is refused."""
     window = keys.get("sliding_window", None)
     kinds = {str(kind) for kind in keys.get("layer_types", None) or ()}
     first_layers = keys.get("max_window_layers", 28)  # which, in qwen, have no window
@@ -214,13 +215,15 @@ def _check_sliding_window(keys: _Keys, config: ModelConfig, where: str) -> None:
         windowed = True  # layer_types or not
     allowed = {"full_attention"} | ({"sliding_attention"} if window is not None else set())
     require(kinds <= allowed, f"layer_types in {where}", sorted(kinds), "full_attention")
-    if windowed and window is not None:
-        require(
-            window >= config.max_context,
-            f"sliding_window in {where}",
-            window,
-            f"null, or at least the context of {config.max_context} tokens",
-        )
+    if not windowed or window is None:
+        return None
+    require(
+        is_int(window) and window >= config.max_context,
+        f"sliding_window in {where}",
+        window,
+        f"null, or at least the context of {config.max_context} tokens",
+    )
+    return window
 
 
 def _parse_rope(keys: _Keys, max_position: int, where: str) -> tuple[RopeConfig, int]:

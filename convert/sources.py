@@ -30,7 +30,7 @@ from convert.weights import (
 )
 from quantspec_jax.checks import require
 from quantspec_jax.dtypes import BFLOAT16, FLOAT32, STORED, float_type
-from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.config import ModelConfig, RopeScaling
 from quantspec_jax.models.parameters import parameter_count
 from quantspec_jax.text.tokenizer import gguf_tokenizer, pretrained_tokenizer, saved_tokenizer
 from quantspec_jax.weights.formats import DraftConfig
@@ -227,14 +227,21 @@ class ConvertedCheckpoint(Checkpoint):
         return saved_tokenizer(self.directory)
 
 
-def open_source(source: str | Path) -> Checkpoint:
+def open_source(source: str | Path, rope: RopeScaling | None = None) -> Checkpoint:
     """A converted checkpoint, a Hugging Face directory, a .gguf file or a hub id → Checkpoint.
+
+    `rope`: a RoPE scaling in place of the source's; None: the source's.
 
     What exists on disk is opened there. A hub id is `owner/name`; whatever looks like a path, and
     does not exist, is an error and is not looked for on the hub. Raises ValueError for a source
     that is missing, damaged or not supported.
     """
-    source = str(source)
+    checkpoint = _open(str(source))
+    checkpoint.config = checkpoint.config.scaled(rope)
+    return checkpoint
+
+
+def _open(source: str) -> Checkpoint:
     require(bool(source.strip()), "source", source, "a path or a hub id")
     path = Path(source).expanduser()
     if path.is_dir():

@@ -23,6 +23,7 @@ from convert.drafts.make import DraftSource
 from convert.files import converted
 from convert.sources import Checkpoint, HuggingFaceCheckpoint, open_source, read_json
 from quantspec_jax.dtypes import STORED, float_type
+from quantspec_jax.models.config import RopeScaling
 from quantspec_jax.weights.formats import DraftConfig
 
 
@@ -35,6 +36,7 @@ def convert(
     draft: DraftConfig | None = None,
     draft_text: str | None = None,
     draft_from: str | Path | None = None,
+    rope: RopeScaling | None = None,
     progress: bool = True,
 ) -> Path:
     """Writes `source` (anything `open_source` takes) as a checkpoint that `qs.load` opens fast.
@@ -53,6 +55,7 @@ def convert(
       draft_text: text to calibrate on; None: one that comes with Python.
       draft_from: a 4-bit checkpoint of the same model whose codes become the draft's: GGUF file,
         or directory or hub id of GPTQ or AWQ safetensors.
+      rope: a RoPE scaling to store in place of the source's; a draft is calibrated with it.
       progress: a progress bar on standard error.
 
     Returns:
@@ -62,7 +65,7 @@ def convert(
     _check_target(out, overwrite)
     kept = None if dtype is None else float_type(dtype, allowed=STORED)
     make.check_arguments(draft, draft_text, draft_from)
-    checkpoint = open_source(source)
+    checkpoint = open_source(source, rope)
     finished = out.parent / f".{out.name}.calibration"
     own = make.prepare(checkpoint, draft, draft_text, draft_from, finished)
     with _keep_finished_layers(finished, progress), _partial_directory(out) as partial:

@@ -40,11 +40,11 @@ from quantspec_jax.commands.options import (
     add_dtype,
     add_model,
     add_rope,
-    check_rope,
     draft_config,
     gamma,
     given,
     load_model,
+    rope,
     seed,
 )
 from quantspec_jax.engine.adaptive import MOST_DRAFTED
@@ -475,7 +475,7 @@ def check(args: argparse.Namespace) -> None:
     if args.output is not None:
         folder = os.path.dirname(args.output) or "."
         require(os.path.isdir(folder), "--output", args.output, "a file in an existing directory")
-    check_rope(args)
+    rope(args)
     for temperature in args.temperature:
         for case in cases(args, temperature):
             case.config(temperature, args)

@@ -3,12 +3,15 @@ calibration. (Decoding itself reads the cache by `pallas_kernels.kv_attention`.)
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from quantspec_jax.cache.codecs import codec_of
 from quantspec_jax.models.attention import Tokens, sequence_attention
+from quantspec_jax.models.decoder import Attend
 from quantspec_jax.models.linear import precision
 
 
@@ -41,3 +44,16 @@ def attend_coded(
     read = codec.decoded(*by_head, view, group_size)
     older = Tokens(*(x.swapaxes(1, 2) for x in read))
     return sequence_attention(q, own, past, older, length, sm_scale=sm_scale, exact=exact)
+
+
+def attend_text(view: str, group_size: int, sm_scale: float) -> Attend:
+    """`attend_coded` for `models.decoder`: the state is what the cache has, None where the pass
+    makes it, as the target does."""
+
+    def attend(past: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+        own = Tokens(k, v)
+        past = own if past is None else past
+        out = attend_coded(q, own, past, view=view, group_size=group_size, sm_scale=sm_scale)
+        return out, past
+
+    return attend

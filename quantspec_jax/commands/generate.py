@@ -14,7 +14,6 @@ from quantspec_jax.commands.options import (
     add_dtype,
     add_model,
     add_rope,
-    check_rope,
     command,
     draft_config,
     draft_options,
@@ -22,12 +21,13 @@ from quantspec_jax.commands.options import (
     given,
     load_model,
     refuse,
+    rope,
     seed,
 )
 from quantspec_jax.generate.config import BACKENDS, MODES, GenerateConfig
+from quantspec_jax.generate.couplings import COUPLINGS
 from quantspec_jax.weights.formats import DraftConfig
 
-COUPLINGS = ("rejection", "block", "invariant")
 # Options of the same name and meaning as a field of GenerateConfig, whose defaults count.
 FIELDS = (
     *("gamma", "kv", "pass_width", "coupling"),
@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
     )
     add_dtype(parser)
     parser.add_argument(
-        "--gamma", type=gamma, metavar="N", help="tokens drafted a round, or auto (4)"
+        "--gamma", type=gamma, metavar="N", help="tokens drafted a round, or auto (auto)"
     )
     parser.add_argument(
         "--coupling",
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     config = generate_config(args)
     draft = draft_config(args)
-    check_rope(args)
+    rope(args)  # wrong options are named before the model is loaded
     if args.system is not None and not args.chat:
         raise ValueError("--system needs --chat")
     prompts: list[Any] = args.prompt or [read_text(args.prompt_file)]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from pallas_kernels.layout import PackedWeight
 from quantspec_jax.cache.codecs import CODECS
 from quantspec_jax.cache.config import CacheConfig
-from quantspec_jax.cache.sequence import attend_coded
+from quantspec_jax.cache.sequence import attend_text
 from quantspec_jax.generate.config import Backend
 from quantspec_jax.loading import Model
 from quantspec_jax.models.attention import Tokens
@@ -204,16 +204,7 @@ def _block(
     """A stream through a block. `past`: keys and values that the cache has, None: the stream's own,
     which are returned."""
     config, cache = reader.model, reader.cache
-
-    def attend(past: Tokens | None, q: jax.Array, k: jax.Array, v: jax.Array):
-        own = Tokens(k, v)
-        past = own if past is None else past
-        scale = config.head_dim**-0.5
-        out = attend_coded(
-            q, own, past, view=cache.view, group_size=cache.group_size, sm_scale=scale
-        )
-        return out, past
-
+    attend = attend_text(cache.view, cache.group_size, config.head_dim**-0.5)
     frequencies = rope_frequencies(config.rope, config.head_dim, cache.max_length)
     rope = rope_tables(*frequencies, jnp.arange(stream.x.shape[1])[None])
     x, h, past = run_block(

@@ -41,7 +41,7 @@ class GenerateConfig:
     """
 
     max_new_tokens: int = 256
-    gamma: int | Literal["auto"] = 4
+    gamma: int | Literal["auto"] = "auto"
     mode: Mode = "quantspec"
     kv: str | None = None
     temperature: float = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,14 @@ class Tokens(NamedTuple):
 
     keys: jax.Array
     values: jax.Array
+
+
+class State(NamedTuple):
+    """What the blocks of queries have read so far, before division."""
+
+    maximum: jax.Array  # [blocks, B, K, R] of the scores
+    total: jax.Array  # [blocks, B, K, R] Σ exp(score − maximum)
+    output: jax.Array  # [blocks, B, K, R, D] Σ exp(score − maximum) v
 
 
 def prompt_attention(
@@ -112,7 +120,7 @@ def sequence_attention(
     at = jnp.tile(jnp.arange(tiles * block, dtype=jnp.int32).reshape(tiles, block), (1, rep))
     first_recent = jnp.tile(jnp.asarray(limits).reshape(tiles, block), (1, rep))
 
-    def visit(state: Any, pair: jax.Array) -> tuple[Any, None]:
+    def visit(state: State, pair: jax.Array) -> tuple[State, None]:
         i, j = pair
         maximum, total, output = (jax.lax.dynamic_index_in_dim(x, i, 0, False) for x in state)
         key, value = (jax.lax.dynamic_slice_in_dim(x, j * wide, wide, 2) for x in (keys, values))
@@ -125,14 +133,14 @@ def sequence_attention(
         weights = jnp.exp(scores - higher[..., None])
         decay = jnp.exp(maximum - higher)
         added = _einsum("bkrt,bktd->bkrd", weights.astype(value.dtype), value, exact)
-        merged = (higher, total * decay + weights.sum(-1), output * decay[..., None] + added)
+        merged = State(higher, total * decay + weights.sum(-1), output * decay[..., None] + added)
         update = jax.lax.dynamic_update_index_in_dim
-        return tuple(update(x, y, i, 0) for x, y in zip(state, merged, strict=True)), None
+        return State(*(update(x, y, i, 0) for x, y in zip(state, merged, strict=True))), None
 
     # Each query begins with its own token, so its maximum is finite whatever it reads first.
     own_key, own_value = (rows(jnp.repeat(x.astype(jnp.float32), rep, 2)) for x in own)
     score = (queries.astype(jnp.float32) * own_key).sum(-1) * sm_scale
-    start = (score, jnp.ones_like(score), own_value)
+    start = State(score, jnp.ones_like(score), own_value)
     pairs = jnp.asarray(_pairs(limits, s, block, wide, blocks))
     (_, total, output), _ = jax.lax.scan(visit, start, pairs)
     out = (output / total[..., None]).reshape(tiles, b, kv_heads, rep, block, d)

@@ -28,6 +28,8 @@ FORMATS = (
     WeightFormat(8, 48, symmetric=True),
 )
 
+quantize = jax.jit(gptq.quantize, static_argnames="stored")
+
 
 def correlated(tokens: int = 512, kin: int = 96, seed: int = 0) -> jax.Array:
     """Inputs [tokens, Kin] that share directions, some of them much larger than others."""
@@ -57,7 +59,7 @@ def test_less_output_error_than_round_to_nearest(stored):
     x, fresh = correlated()[:256], correlated()[256:]
     kernel = jax.random.normal(jax.random.key(1), (96, 40))
     gram = x.T @ x
-    entry = gptq.quantize(kernel, gram, gptq.factorize(gram), stored)
+    entry = quantize(kernel, gram, gptq.factorize(gram), stored)
     plain = quantize_linear(kernel, stored)
 
     def error(entry) -> float:
@@ -80,7 +82,7 @@ def test_channels_are_taken_from_the_largest_on_whatever_their_order():
 
     def rounded(x, kernel):
         gram = x.T @ x
-        return restored(gptq.quantize(kernel, gram, gptq.factorize(gram), stored), 96)
+        return restored(quantize(kernel, gram, gptq.factorize(gram), stored), 96)
 
     np.testing.assert_allclose(
         rounded(x[:, moved], kernel[moved]), rounded(x, kernel)[moved], atol=1e-5
@@ -92,12 +94,14 @@ def test_what_the_inputs_lack_is_made_good():
     wrong = x + 0.3 * x @ jax.random.normal(jax.random.key(3), (96, 96)) / 10
     kernel = jax.random.normal(jax.random.key(1), (96, 8))
     sums = gptq.Moments(wrong.T @ wrong, wrong.T @ (x - wrong))
-    better = gptq.wanted(kernel, sums, shared=True)
+    better = gptq.wanted(kernel, gptq.correction(sums), shared=True)
     assert jnp.sum((wrong @ better - x @ kernel) ** 2) < 0.5 * jnp.sum(
         (wrong @ kernel - x @ kernel) ** 2
     )
     direct = gptq.Moments(sums.gram, wrong.T @ ((x - wrong) @ kernel))
-    np.testing.assert_allclose(better, gptq.wanted(kernel, direct, shared=False), atol=1e-3)
+    np.testing.assert_allclose(
+        better, gptq.wanted(kernel, gptq.correction(direct), shared=False), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize(

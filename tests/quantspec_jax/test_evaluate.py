@@ -11,13 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.layout import QuantizedWeight, TiledWeight, can_tile, tile
 from quantspec_jax import DraftConfig, Model, ModelConfig, Program, evaluate
 from quantspec_jax.cache import create, flush
 from quantspec_jax.cache.config import CacheConfig
-from quantspec_jax.evaluate.teacher_forced import compare, score
-from quantspec_jax.generate.verify import cache_pass
+from quantspec_jax.evaluate.teacher_forced import _block, compare, compare_drafts, score
+from quantspec_jax.generate.cache_pass import cache_pass
 from quantspec_jax.models.attention import Tokens, sequence_attention
 from quantspec_jax.models.module import init_params
+from quantspec_jax.weights.formats import WeightFormat
+from quantspec_jax.weights.rounding import quantize_linear
 from quantspec_jax.weights.sizes import bits_per_weight
 
 G = 8
@@ -43,11 +46,14 @@ def ids():
 
 @functools.partial(jax.jit, static_argnames=("program", "view"))
 def one_token(params, cache, token, program, view):
-    """A decoding step of one row; logits [N] and the layers."""
-    logits, layers = cache_pass(
-        params, program, cache.layers, token, cache.length, cache.quantized_length, view
-    )
-    return logits[0, 0], layers
+    """A pass of one row; logits [N] and the cache, as long as before."""
+    logits, cache = cache_pass(params, program, cache, token, cache.length, view)
+    return logits[0, 0], cache
+
+
+@jax.jit
+def advance(cache):
+    return flush(dataclasses.replace(cache, length=cache.length + 1))
 
 
 def decode(model, ids, view, group_size=G, draft_params=None):
@@ -59,12 +65,11 @@ def decode(model, ids, view, group_size=G, draft_params=None):
     for token in jnp.asarray(ids, jnp.int32).reshape(-1, 1, 1):
         if draft_params is not None:
             # As in a round: the draft writes its slot, and the target writes it again.
-            logits, layers = one_token(draft_params, cache, token, program, "int4")
-            cache = dataclasses.replace(cache, layers=layers)
+            logits, cache = one_token(draft_params, cache, token, program, "int4")
             drafted.append(logits)
-        logits, layers = one_token(model.params, cache, token, program, view)
+        logits, cache = one_token(model.params, cache, token, program, view)
         target.append(logits)
-        cache = flush(dataclasses.replace(cache, layers=layers, length=cache.length + 1))
+        cache = advance(cache)
     return np.stack(target), np.stack(drafted) if drafted else None
 
 
@@ -134,6 +139,47 @@ def test_own_token_joins_the_softmax():
         "bhst,bthd->bshd", np.where(itself, weights, 0), np.repeat(own.values, 2, 2)
     )
     np.testing.assert_allclose(out, wanted, atol=1e-5)
+
+
+def test_all_layers_are_one_program(model, ids):
+    """Two streams, each compiled once for both layers and never again for another text."""
+    compare(model, ids, group_size=G)
+    before = _block._cache_size()
+    compare(model, ids[::-1], group_size=G)
+    assert _block._cache_size() == before
+    longer = ModelConfig("llama", VOCABULARY, 32, 64, 5, 4, 2, 16, max_context=64)
+    other = Model(longer, init_params(longer, jax.random.key(1)), draft=DraftConfig(group_size=16))
+    compare(other, ids, group_size=G)
+    assert _block._cache_size() == before + 2
+
+
+def test_a_draft_as_a_device_holds_it_is_the_same_draft(ids):
+    """Tiled weights, 8 bits, channels in another order, a 4-bit lm_head: what evaluation unpacks is
+    what the products multiply with."""
+    config = ModelConfig("llama", VOCABULARY, 64, 64, 2, 4, 2, 16, max_context=64)
+    params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
+    draft = Model(
+        config, params, draft=DraftConfig(bits=8, group_size=32, lm_head_bits=4)
+    ).draft_params
+    block = dict(draft["layers"]["1"])
+    order = jnp.asarray(np.random.default_rng(1).permutation(64), jnp.int32)
+    moved = params["layers"]["1"]["down"]["kernel"][order]
+    block["down"] = quantize_linear(moved, WeightFormat(8, 32)) | {"order": order}
+    draft = draft | {"layers": draft["layers"] | {"1": block}}
+
+    def tiled(leaf):
+        return tile(leaf) if isinstance(leaf, QuantizedWeight) and can_tile(leaf) else leaf
+
+    arranged = jax.tree.map(tiled, draft, is_leaf=lambda leaf: isinstance(leaf, QuantizedWeight))
+    kinds = jax.tree.leaves(arranged, is_leaf=lambda leaf: isinstance(leaf, TiledWeight))
+    assert sum(isinstance(leaf, TiledWeight) for leaf in kinds) == 2 * 7 * 2
+    model = Model(config, params)
+    _, drafted = decode(model, ids, "int8", draft_params=draft)
+    for tree in (draft, arranged):
+        (seen,) = compare_drafts(model, [tree], ids, group_size=G)
+        np.testing.assert_allclose(seen.draft_log_prob[:-1], following(drafted, ids), atol=NOISE)
+        np.testing.assert_array_equal(seen.draft_top, drafted.argmax(-1))
 
 
 def test_perplexity_counts_from_a_quarter_on(model, ids):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from quantspec_jax.checks import require
 from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.linear import unpacked
 from quantspec_jax.models.parameters import LINEAR_LAYERS, Params
 from quantspec_jax.weights.calibrate import gptq, mixed_precision, streams
 from quantspec_jax.weights.calibrate.gptq import Moments
+from quantspec_jax.weights.calibrate.programs import program
 from quantspec_jax.weights.calibrate.resume import Finished
 from quantspec_jax.weights.calibrate.streams import Block, Pair
 from quantspec_jax.weights.entries import quantize_lm_head
@@ -63,19 +65,18 @@ def calibrate(
         draft = _with_formats(draft, formats)
     blocks = range(config.num_layers)
     entries = [finished.load(i) for i in blocks]
-    todo = blocks if None in entries else []
-    embedded = (params["embedding"][row].astype(jnp.float32) for row in tokens if todo)
-    hidden = [Pair(x, x) for x in embedded]
-    for i in tqdm(todo, desc="calibrating", unit=" blocks", disable=not progress):
-        here = {name: formats[f"layers.{i}.{name}"] for name in LINEAR_LAYERS}
-        block, entry = params["layers"][str(i)], entries[i]
-        if entry is None:
-            make = functools.partial(_quantize, f"layers.{i}", block, here)
-            entry, hidden = _through(config, block, hidden, make)
-            finished.save(i, entry)
-            entries[i] = entry
-        else:
-            _, hidden = _through(config, block, hidden, functools.partial(_kept, entry))
+    if None in entries:
+        hidden = _embedded(params["embedding"], tokens)
+        for i in tqdm(blocks, desc="calibrating", unit=" blocks", disable=not progress):
+            here = {name: formats[f"layers.{i}.{name}"] for name in LINEAR_LAYERS}
+            block, entry = params["layers"][str(i)], entries[i]
+            if entry is None:
+                make = functools.partial(_quantize, f"layers.{i}", block, here)
+                entry, hidden = _through(config, block, hidden, make)
+                finished.save(i, entry)
+                entries[i] = entry
+            else:
+                _, hidden = _through(config, block, hidden, functools.partial(_kept, entry))
     own = {str(i): entry for i, entry in enumerate(entries) if entry}
     return draft, ({"layers": own} if own else {}) | quantize_lm_head(params, draft)
 
@@ -109,41 +110,46 @@ def _with_formats(draft: DraftConfig, formats: mixed_precision.Formats) -> Draft
 # (names of layers with the same inputs, their moments when asked for) → their entries
 Make = Callable[[tuple[str, ...], Callable[[], Moments]], Entry]
 
+_attend = program("config")(streams.attend)
+_gate = program("config")(streams.gate)
+_add = program()(streams.add)
 
-def _through(
-    config: ModelConfig, block: Block, hidden: list[Pair], make: Make
-) -> tuple[Entry, list[Pair]]:
+
+@program()
+def _embedded(embedding: jax.Array, tokens: jax.Array) -> Pair:
+    x = embedding[tokens].astype(jnp.float32)
+    return Pair(x, x)
+
+
+def _through(config: ModelConfig, block: Block, hidden: Pair, make: Make) -> tuple[Entry, Pair]:
     """Both streams through a block, its layers made as soon as their inputs are known: what was
-    made, and the streams [chunks] after it."""
+    made, and the streams after it."""
     entries: Entry = {}
-    own: Block = {}
+    own = {name: x for name, x in block.items() if name not in LINEAR_LAYERS}
 
-    def layers(names: tuple[str, ...], parts: Callable[[], Iterable[Moments]]) -> None:
-        made = make(names, lambda: functools.reduce(_add, parts()))
+    def layers(names: tuple[str, ...], moments: Callable[[], Moments]) -> None:
+        made = make(names, moments)
         entries.update(made)
         for name in names:
             kernel = block[name]["kernel"]
-            restored = {"kernel": streams.restored(made[name], kernel)} if name in made else {}
+            restored = {"kernel": _restored(made[name], inputs=len(kernel))} if name in made else {}
             own[name] = block[name] | restored
 
-    def summed(norm: str) -> Iterable[Moments]:
-        return (streams.input_moments(config, block, norm, x) for x in hidden)
+    def output(name: str, inputs: Pair) -> Pair:
+        layers((name,), lambda: streams.output_moments(block[name], hidden, inputs))
+        return _add(block[name], own[name], hidden, inputs)
 
-    def output(name: str, inputs: list[Pair]) -> list[Pair]:
-        both = list(zip(hidden, inputs, strict=True))
-        layers((name,), lambda: (streams.output_moments(block[name], *xy) for xy in both))
-        return [streams.add(block[name], own[name], *xy) for xy in both]
+    def input_moments(norm: str) -> Callable[[], Moments]:
+        return lambda: streams.input_moments(config, block[norm], hidden)
 
-    layers(("q", "k", "v"), lambda: summed("attention_norm"))
-    hidden = output("o", [streams.attend(config, block, own, x) for x in hidden])
-    layers(("gate", "up"), lambda: summed("mlp_norm"))
-    hidden = output("down", [streams.gate(config, block, own, x) for x in hidden])
+    layers(("q", "k", "v"), input_moments("attention_norm"))
+    hidden = output("o", _attend(config, block, own, hidden))
+    layers(("gate", "up"), input_moments("mlp_norm"))
+    hidden = output("down", _gate(config, block, own, hidden))
     return entries, hidden
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _add(total: Moments, part: Moments) -> Moments:
-    return jax.tree.map(jnp.add, total, part)
+_restored = program("inputs")(unpacked)
 
 
 def _quantize(
@@ -158,16 +164,30 @@ def _quantize(
     if not names:
         return {}
     sums = moments()
-    if not all(bool(jnp.isfinite(x).all()) for x in sums):
+    if not bool(_finite(sums)):
         layers = ", ".join(f"{prefix}.{name}" for name in names)
         raise ValueError(f"{layers}: the activations are not finite (NaN or infinity)")
-    factor = gptq.factorize(sums.gram)
+    factor, change = gptq.factorize(sums.gram), gptq.correction(sums)
     shared = names[0] not in ("o", "down")
-    made = {}
-    for name in names:
-        w = gptq.wanted(block[name]["kernel"], sums, shared)
-        made[name] = gptq.quantize(w, sums.gram, factor, formats[name])
+    made: Entry = {}
+    for alike in _by_format(names, formats):
+        kernels = [block[name]["kernel"] for name in alike]
+        stored = formats[alike[0]]
+        found = gptq.quantize_layers(kernels, change, sums.gram, factor, stored, shared)
+        made |= dict(zip(alike, found, strict=True))
     return made
+
+
+@program()
+def _finite(sums: Moments) -> jax.Array:
+    return jnp.isfinite(sums.gram).all() & jnp.isfinite(sums.miss).all()
+
+
+def _by_format(names: tuple[str, ...], formats: dict[str, WeightFormat]) -> list[tuple[str, ...]]:
+    """Layers to round at once: all of them where their formats are the same, else each alone, so
+    that there are few shapes to compile for."""
+    same = len({formats[name] for name in names}) == 1
+    return [names] if same else [(name,) for name in names]
 
 
 def _kept(entry: Entry, names: tuple[str, ...], _: Callable[[], Moments]) -> Entry:

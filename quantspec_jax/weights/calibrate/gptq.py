@@ -15,13 +15,15 @@ Both are damped well: of few thousand tokens only the strong directions of the i
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.layout import QuantizedWeight, pack
+from quantspec_jax.weights.calibrate.programs import program
 from quantspec_jax.weights.formats import WeightFormat
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -72,7 +74,7 @@ def _damped(gram: jax.Array, share: float) -> jax.Array:
     return gram + jnp.eye(kin) * jnp.where(mean > 0, share * mean, 1)
 
 
-@jax.jit
+@program()
 def factorize(gram: jax.Array) -> Factor:
     """H [Kin, Kin] → its `Factor`."""
     order = jnp.argsort(-jnp.diag(gram))
@@ -83,17 +85,40 @@ def factorize(gram: jax.Array) -> Factor:
     return Factor(order, inverse[::-1, ::-1])
 
 
-@partial(jax.jit, static_argnames="shared")
-def wanted(kernel: jax.Array, sums: Moments, shared: bool) -> jax.Array:
-    """W* [Kin, N] float32. `shared`: `sums.miss` is that of δ."""
-    w = kernel.astype(jnp.float32)
-    miss = _dot(sums.miss, w) if shared else sums.miss
+@program()
+def correction(sums: Moments) -> jax.Array:
+    """(H + damping)⁻¹ `sums.miss`: what W* adds to W, or where the miss is that of the inputs, what
+    it adds to the identity before W."""
     factor = jax.scipy.linalg.cho_factor(_damped(sums.gram, RIDGE))
-    return w + jax.scipy.linalg.cho_solve(factor, miss)
+    return jax.scipy.linalg.cho_solve(factor, sums.miss)
 
 
-@partial(jax.jit, static_argnames="stored")
-def quantize(w: jax.Array, gram: jax.Array, factor: Factor, stored: WeightFormat):
+def wanted(kernel: jax.Array, change: jax.Array, shared: bool) -> jax.Array:
+    """W* [Kin, N] float32. `change`: the `correction`; `shared`: of moments that are those of δ."""
+    w = kernel.astype(jnp.float32)
+    return w + (_dot(change, w) if shared else change)
+
+
+@program("stored", "shared")
+def quantize_layers(
+    kernels: Sequence[jax.Array],
+    change: jax.Array,
+    gram: jax.Array,
+    factor: Factor,
+    stored: WeightFormat,
+    shared: bool,
+) -> list[dict[str, QuantizedWeight]]:
+    """The entries of linear layers [Kin, N] with the same inputs: their outputs side by side."""
+    w = wanted(jnp.concatenate(list(kernels), 1), change, shared)
+    ends = np.cumsum([kernel.shape[1] for kernel in kernels])[:-1]
+    leaves, tree = jax.tree.flatten(quantize(w, gram, factor, stored))
+    parts = zip(*(jnp.split(leaf, ends, -1) for leaf in leaves), strict=True)
+    return [jax.tree.unflatten(tree, part) for part in parts]
+
+
+def quantize(
+    w: jax.Array, gram: jax.Array, factor: Factor, stored: WeightFormat
+) -> dict[str, QuantizedWeight]:
     """[Kin, N] → the entries of one linear layer, as `quantize_linear` of `weights.rounding`.
 
     Args:
@@ -191,31 +216,28 @@ def _round(w, factor: Factor, scale, minimum, stored: WeightFormat):
     upper = jnp.eye(filled).at[:kin, :kin].set(factor.upper)
     w = jnp.pad(w[factor.order], ((0, filled - kin), (0, 0)))
     planes = 1 if stored.bits == 4 else 2
-    codes = jnp.zeros((planes, filled, n), jnp.int8)
 
-    def block(b, state):
-        w, codes = state
-        begin = b * BLOCK
+    def block(w, inputs):
+        begin, group = inputs
         rows = jax.lax.dynamic_slice_in_dim(w, begin, BLOCK)
         u = jax.lax.dynamic_slice_in_dim(upper, begin, BLOCK)  # [BLOCK, Kin]
         square = jax.lax.dynamic_slice_in_dim(u, begin, BLOCK, 1)
 
-        def channel(i, state):
-            rows, errors, codes = state
-            group = group_of[begin + i]
+        def channel(rows, inputs):
+            i, group, u = inputs
             code, near = _near(rows[i], scale[group], minimum[group], stored)
-            error = (rows[i] - near) / square[i, i]
-            rows = rows - square[i][:, None] * error
-            codes = codes.at[:, begin + i].set(jnp.stack(code[:planes]))
-            return rows, errors.at[i].set(error), codes
+            error = (rows[i] - near) / u[i]
+            return rows - u[:, None] * error, (error, jnp.stack(code[:planes]))
 
-        start = rows, jnp.zeros_like(rows), codes
-        _, errors, codes = jax.lax.fori_loop(0, BLOCK, channel, start)
+        each = jnp.arange(BLOCK), group, square
+        _, (errors, codes) = jax.lax.scan(channel, rows, each)
         return w - _dot(u.T, errors), codes
 
-    _, codes = jax.lax.fori_loop(0, filled // BLOCK, block, (w, codes))
-    back = jnp.argsort(factor.order)
-    return tuple(plane[:kin][back] for plane in codes)
+    begins = jnp.arange(0, filled, BLOCK)
+    _, codes = jax.lax.scan(block, w, (begins, group_of.reshape(-1, BLOCK)))
+    codes = codes.reshape(filled, planes, n)[:kin]
+    codes = jnp.zeros_like(codes).at[factor.order].set(codes, unique_indices=True)
+    return tuple(codes[:, plane] for plane in range(planes))
 
 
 def _refit(w, gram, codes, scale, minimum, stored: WeightFormat):

@@ -8,7 +8,6 @@ target's. Where the layers' errors are independent that is twice what its roundi
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,8 +17,10 @@ from pallas_kernels.add_rms_norm.xla import rms_norm
 from quantspec_jax.checks import require
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.decoder import unembed
+from quantspec_jax.models.linear import unpacked
 from quantspec_jax.models.parameters import LINEAR_LAYERS, Params, parameter_shapes
 from quantspec_jax.weights.calibrate import streams
+from quantspec_jax.weights.calibrate.programs import program
 from quantspec_jax.weights.calibrate.streams import Block, Pair
 from quantspec_jax.weights.formats import WeightFormat
 from quantspec_jax.weights.rounding import quantize_linear
@@ -39,7 +40,7 @@ def costs(
         return block, _rounded(block, {n: formats[f"layers.{i}.{n}"] for n in LINEAR_LAYERS})
 
     for row in tokens:
-        x = params["embedding"][row].astype(jnp.float32)
+        x = params["embedding"][row[None]].astype(jnp.float32)
         inputs = [Pair(x, x)]
         for i in range(config.num_layers):
             block, kernels = rounded(i)
@@ -131,10 +132,16 @@ def ladder(symmetric: bool) -> list[WeightFormat]:
     return [*four, WeightFormat(8, 128, symmetric=True)]
 
 
-@partial(jax.jit, static_argnums=1)
+@program("stored")
+def _restored(kernel: jax.Array, stored: WeightFormat) -> jax.Array:
+    """A kernel [Kin, N] rounded to nearest, float32."""
+    return unpacked(quantize_linear(kernel, stored), len(kernel))
+
+
+@program("stored")
 def _rounding_error(kernel: jax.Array, stored: WeightFormat) -> jax.Array:
     kernel = kernel.astype(jnp.float32)
-    return jnp.sum((streams.restored(quantize_linear(kernel, stored), kernel) - kernel) ** 2)
+    return jnp.sum((unpacked(quantize_linear(kernel, stored), len(kernel)) - kernel) ** 2)
 
 
 def _head(params: Params) -> Params:
@@ -144,9 +151,7 @@ def _head(params: Params) -> Params:
 def _rounded(block: Block, formats: Formats) -> dict[str, jax.Array]:
     """The kernels [Kin, N] of a block rounded to nearest, in 4-bit formats; others as they are."""
     return {
-        name: streams.restored(
-            quantize_linear(block[name]["kernel"], stored), block[name]["kernel"]
-        )
+        name: _restored(block[name]["kernel"], stored)
         if stored.bits == 4
         else block[name]["kernel"].astype(jnp.float32)
         for name, stored in formats.items()
@@ -154,18 +159,18 @@ def _rounded(block: Block, formats: Formats) -> dict[str, jax.Array]:
 
 
 def _draft(config: ModelConfig, block: Block, kernels: Any, x: Pair) -> Pair:
-    own = {name: block[name] | {"kernel": kernel} for name, kernel in kernels.items()}
+    own = block | {name: block[name] | {"kernel": kernel} for name, kernel in kernels.items()}
     middle = streams.add(block["o"], own["o"], x, streams.attend(config, block, own, x))
     inputs = streams.gate(config, block, own, middle)
     return streams.add(block["down"], own["down"], middle, inputs)
 
 
-_block = jax.jit(_draft, static_argnums=0)
+_block = program("config")(_draft)
 
 
-@partial(jax.jit, static_argnums=0)
+@program("config")
 def _output_slope(config: ModelConfig, head: Params, x: Pair) -> jax.Array:
-    """The gradient [S, E] of Σ KL(target ‖ draft) by the draft's stream after the last block."""
+    """The gradient [1, S, E] of Σ KL(target ‖ draft) by the draft's stream after the last block."""
 
     def log_probs(y: jax.Array) -> jax.Array:
         return jax.nn.log_softmax(
@@ -176,7 +181,7 @@ def _output_slope(config: ModelConfig, head: Params, x: Pair) -> jax.Array:
     return jax.grad(lambda y: -jnp.sum(jnp.exp(target) * log_probs(y)))(x.draft)
 
 
-@partial(jax.jit, static_argnums=0)
+@program("config")
 def _backwards(config: ModelConfig, block: Block, kernels: Any, x: Pair, slope: jax.Array):
     """By layer how fast the KL falls, and the gradient by the draft's stream before the block."""
 
