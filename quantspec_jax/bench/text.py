@@ -101,7 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens drafted a round, or auto (2 4 auto)",
     )
     parser.add_argument("--draft-policy", choices=tuple(POLICIES), nargs="+", default=["all"])
-    parser.add_argument("--coupling", choices=COUPLINGS, nargs="+", default=["rejection"])
+    parser.add_argument("--draft-share", type=float, metavar="F", help="of policies other than all")
+    parser.add_argument("--coupling", choices=COUPLINGS, nargs="+", default=["block"])
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--temperature",
@@ -148,7 +149,7 @@ class Case:
             return GenerateConfig(mode="autoregressive", kv=self.mode, **common)
         chosen: dict[str, Any] = {"gamma": self.gamma, "coupling": self.coupling}
         if self.policy != "all":
-            chosen["draft_policy"] = self.policy
+            chosen |= {"draft_policy": self.policy, "draft_share": args.draft_share}
         return GenerateConfig(**chosen, **common)
 
     @property

@@ -26,11 +26,13 @@ from quantspec_jax.commands.options import (
 )
 from quantspec_jax.generate.config import BACKENDS, MODES, GenerateConfig
 from quantspec_jax.generate.couplings import COUPLINGS
+from quantspec_jax.generate.policies import POLICIES
 from quantspec_jax.weights.formats import DraftConfig
 
 # Options of the same name and meaning as a field of GenerateConfig, whose defaults count.
+DRAFTING = ("gamma", "coupling", "draft_policy", "draft_share")
 FIELDS = (
-    *("gamma", "kv", "pass_width", "coupling"),
+    *(*DRAFTING, "kv", "pass_width"),
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
 )
 
@@ -58,6 +60,14 @@ def add(commands: Any) -> None:
         "--coupling",
         choices=COUPLINGS,
         help="how sampled proposals are accepted (the text's law is the same)",
+    )
+    parser.add_argument(
+        "--draft-policy",
+        choices=tuple(POLICIES),
+        help="which part of the cache the draft reads (all)",
+    )
+    parser.add_argument(
+        "--draft-share", type=float, metavar="F", help="and how much of it, in (0, 1]"
     )
     add_draft(parser)
     add_rope(parser)
@@ -95,7 +105,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 def generate_config(args: argparse.Namespace) -> GenerateConfig:
     """The configuration that the options ask for; options that do not fit the mode are refused."""
     if args.mode == "autoregressive":
-        drafting = given(args, "gamma", "coupling") | draft_options(args)
+        drafting = given(args, *DRAFTING) | draft_options(args)
         refuse(drafting, "--mode autoregressive: nothing is drafted")
     else:
         refuse(given(args, "pass_width"), "--mode quantspec: a pass has gamma + 1 rows")

@@ -16,6 +16,7 @@ from quantspec_jax.engine.adaptive import MOST_DRAFTED
 from quantspec_jax.engine.bucket import bucket
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.couplings import coupling
+from quantspec_jax.generate.policies import policy
 from quantspec_jax.generate.requests import Requests, requests
 from quantspec_jax.generate.state import Program
 from quantspec_jax.loading import Model
@@ -93,6 +94,11 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         dtype=model.dtype,
     )
     program = Program(
-        model.config, cache, gamma, coupling=coupling(config.coupling), backend=config.backend
+        model.config,
+        cache,
+        gamma,
+        policy=policy(config.draft_policy, config.draft_share),
+        coupling=coupling(config.coupling),
+        backend=config.backend,
     )
     return program, min(bucket(longest), length)

@@ -8,6 +8,7 @@ from typing import Literal
 from quantspec_jax.cache.codecs import CODECS, VIEWS
 from quantspec_jax.checks import is_int, is_number, require
 from quantspec_jax.generate.couplings import COUPLINGS
+from quantspec_jax.generate.policies import policy
 
 Mode = Literal["quantspec", "autoregressive"]
 Backend = Literal["auto", "mosaic_gpu", "xla"]
@@ -32,6 +33,8 @@ class GenerateConfig:
     draft_cost: what a draft step costs over a plain one, for "auto"; None: it is measured, once for
       a model, device and context bucket (`engine.draft_cost`).
     coupling: how sampled proposals are accepted (`generate.couplings`).
+    draft_policy, draft_share: which part of the cache a draft reads, and how large a share of its
+      coded tokens (`generate.policies`); None: the policy's own.
     stop_ids: token ids that end a sequence, beside the model's own and where these are ignored.
     pass_width: rows an autoregressive pass is padded to.
     max_length: tokens the cache is allocated for; None: what the prompts and `max_new_tokens` need,
@@ -52,7 +55,9 @@ class GenerateConfig:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     stop_ids: tuple[int, ...] = ()
-    coupling: str = "rejection"
+    coupling: str = "block"
+    draft_policy: str = "all"
+    draft_share: float | None = None
     pass_width: int = 1
     group_size: int = 128
     max_length: int | None = None
@@ -82,6 +87,7 @@ class GenerateConfig:
         require(self.mode in MODES, "mode", self.mode, ", ".join(MODES))
         require(self.kv in (None, *VIEWS), "kv", self.kv, ", ".join(VIEWS))
         require(self.coupling in COUPLINGS, "coupling", self.coupling, ", ".join(COUPLINGS))
+        policy(self.draft_policy, self.draft_share)
         if self.mode == "quantspec":
             require(
                 self.kv in (None, TARGET_VIEW), "kv", self.kv, "int8 in mode quantspec (its target)"
