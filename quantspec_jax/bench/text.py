@@ -462,7 +462,7 @@ def line(row: dict[str, Any]) -> str:
         more.append(f"{row['differences']} differ from {TARGET}, {row['ties']} at ties")
     kind = f", {row['coupling']}" if row["temperature"] and row["coupling"] else ""
     return (
-        f"{row['context']:>7} T {row['temperature']:g} {name + kind:<28} "
+        f"{row['context']:>7} T {row['temperature']:g} {name + kind:<34} "
         f"{row['milliseconds_a_round']:8.2f} ms a round, {', '.join(more)}"
     )
 

@@ -16,12 +16,12 @@ import scipy.stats
 from quantspec_jax.generate import couplings, sampling
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.couplings import COUPLINGS, Verdict, coupling
+from quantspec_jax.generate.requests import sampling_arrays
 from quantspec_jax.generate.sampling import (
     Role,
     choose,
     draw,
     draw_keys,
-    sampling_arrays,
     warp,
 )
 
@@ -384,19 +384,20 @@ def speculated_text(
 
     @jax.jit
     def one(last, seen, length, proposed):
-        draft_keys, tokens, q = rule.draft_keys(keys, length), [], []
-        before, known = last, seen
-        for i in range(gamma):
-            before, probabilities = choose(
+        draft_keys = rule.draft_keys(keys, length)
+
+        def step(carry, i):
+            before, known = carry
+            token, q = choose(
                 draft[before], known, settings, draft_keys, length + i, rule.draft_role
             )
-            known = known.at[sequence, before].set(True)
-            tokens.append(before)
-            q.append(probabilities)
-        proposals = jnp.stack(tokens, 1)
+            return (token, known.at[sequence, token].set(True)), (token, q)
+
+        _, drafted = jax.lax.scan(step, (last, seen), jnp.arange(gamma))
+        proposals, q = (x.swapaxes(0, 1) for x in drafted)
         context = jnp.concatenate([last[:, None], proposals], 1)
         p = warp(target[context], seen_rows(seen, proposals), settings)
-        return proposals, rule.verdict(p, jnp.stack(q, 1), proposals, proposed, keys, length)
+        return proposals, rule.verdict(p, q, proposals, proposed, keys, length)
 
     texts: list[list[int]] = [[START] for _ in range(b)]
     accepted = tried = 0
