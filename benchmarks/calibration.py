@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
-from pathlib import Path
 from unittest import mock
 
 import jax
+import script
 
-from quantspec_jax.bench import record
 from quantspec_jax.bench.decode import random_params
 from quantspec_jax.models.presets import PRESETS
 from quantspec_jax.weights.calibrate import blocks, calibrate
@@ -26,16 +24,18 @@ from quantspec_jax.weights.calibrate.resume import Finished
 from quantspec_jax.weights.formats import DraftConfig
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_parser() -> argparse.ArgumentParser:
+    parser = script.new_parser(__doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="llama-2-7b")
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
+    script.add_dtype(parser, "bfloat16")
+    return parser
 
+
+def main() -> int:
+    args = make_parser().parse_args()
     whole = PRESETS[args.preset]
     model = dataclasses.replace(whole, num_layers=args.blocks)
     params = jax.block_until_ready(random_params(model, args.dtype))
@@ -62,9 +62,7 @@ def main() -> int:
         "whole_model_minutes": (seconds[0] + later * (whole.num_layers - 1)) / 60,
         "peak_device_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }
-    print(json.dumps(row), file=sys.stderr)
-    command = record.command("python benchmarks/calibration.py --output FILE", args)
-    record.write(args.output, command, [row], weights="random", dtype=args.dtype)
+    script.write(__file__, args, [script.show(row)], weights="random", dtype=args.dtype)
     return 0
 
 

@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import script
 import torch
 import transformers
 
 import quantspec_jax as qs
-from quantspec_jax.bench import record
 from quantspec_jax.models.parameters import flatten
 
 HF_NAMES = {
@@ -103,23 +103,23 @@ def torch_twin(model: qs.Model) -> torch.nn.Module:
     return peer.eval()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="of the Llama family, without biases")
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--output", type=Path, required=True)
+def make_parser() -> argparse.ArgumentParser:
+    parser = script.new_parser(__doc__)
+    script.add_model(parser, "of the Llama family, without biases")
+    script.add_text(parser)
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[512, 4000])
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
-    args = parser.parse_args()
+    return parser
 
+
+def main() -> int:
+    args = make_parser().parse_args()
     model = qs.load(args.model, dtype="float32")
     peer = torch_twin(model)
-    text = Path(args.text).read_text(encoding="utf-8")[20_000:60_000]
-    ids = model.tokenizer(text)["input_ids"]
     rows, new = [], args.new_tokens
     for length in args.prompt_tokens:
-        prompt = ids[:length]
+        prompt = script.tokens(model, args.text, length)
         runs = {"transformers": functools.partial(theirs, peer, prompt, new)}
         for name, options in CONFIGS.items():
             runs[name] = functools.partial(ours, model, prompt, new, options)
@@ -139,11 +139,8 @@ def main() -> int:
                 "decode_tokens_per_second": statistics.median(decode),
                 "acceptance_rate": rate[0],
             }
-            rows.append(row)
-            print(row, file=sys.stderr, flush=True)
-    start = "python benchmarks/cpu_decode.py --model M.gguf --text TEXT --output FILE"
-    command = record.command(start, args)
-    record.write(args.output, command, rows, model=Path(args.model).stem, dtype="float32")
+            rows.append(script.show(row))
+    script.write(__file__, args, rows, model=Path(args.model).stem, dtype="float32")
     return 0
 
 

@@ -25,14 +25,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import script
 
 import quantspec_jax as qs
-from quantspec_jax.bench import record
+from quantspec_jax.cache.schedule import room
 from quantspec_jax.evaluate.teacher_forced import Overlap, compare
 
-SKIP = 20_000  # characters
 APART = 200_000  # characters between two prompts of a text
-NO_EOS = jnp.full(1, -1, jnp.int32)
 
 
 class Rounds:
@@ -58,31 +57,17 @@ class Rounds:
         return (self.accepted / self.proposed).tolist()
 
 
-def prompts(model: qs.Model, texts: list[str], number: int, length: int) -> list[list[int]]:
-    """Prompts of `length` tokens, in turn from the texts, each from another place."""
-    found = []
-    for i in range(number):
-        text = Path(texts[i % len(texts)]).read_text(encoding="utf-8")
-        begin = SKIP + APART * (i // len(texts))
-        ids = model.tokenizer(text[begin : begin + 10 * length])["input_ids"]
-        found.append(ids[:length])
-    return found
-
-
 def generate(
     model: qs.Model, inputs: list[list[int]], config: qs.GenerateConfig
 ) -> tuple[list[list[int]], Rounds]:
     """New tokens of each sequence, and what became of the proposals of every round."""
     batch = len(inputs)
-    ready = qs.prepare(model, inputs, config, jax.random.key(0))
-    state = jax.jit(qs.prefill, static_argnames=("program", "capacity"))(
-        model.params, *ready.inputs, program=ready.program.prompt, capacity=ready.capacity
-    )
+    state, program = script.prefilled(model, inputs, config)
     step = jax.jit(qs.generate_tokens, static_argnames="program", donate_argnames="state")
     rounds = Rounds(config.gamma)
     seen = np.zeros((2, batch), int)
     while not np.asarray(state.finished).all():
-        state = step(model.params, model.draft_params, state, jnp.int32(1), program=ready.program)
+        state = step(model.params, model.draft_params, state, jnp.int32(1), program=program)
         now = np.array([np.asarray(x).sum(-1) for x in (state.proposed, state.accepted)])
         for proposed, accepted in (now - seen).T:
             rounds.add(proposed, np.arange(config.gamma) < accepted)
@@ -103,7 +88,7 @@ def follow(chance: np.ndarray, first: int, rounds: Rounds, group_size: int) -> N
     begins = np.zeros(end + gamma + 2)  # the chance that a round begins at a position
     begins[first] = 1
     for n in range(first, end - gamma):
-        proposed = min(gamma, group_size - 1 - n % group_size)
+        proposed = min(gamma, room(n, group_size))
         reach = np.cumprod(np.r_[1.0, chance[n : n + proposed]])  # of at least 0 … proposed
         rounds.add(proposed, np.r_[reach[1:], np.zeros(gamma - proposed)], begins[n])
         begins[n + 1 : n + 2 + proposed] += begins[n] * (reach - np.r_[reach[1:], 0])
@@ -113,7 +98,8 @@ def measure(
     model: qs.Model, inputs: list[list[int]], gamma: int, new: int, temperature: float, known: dict
 ) -> dict[str, Any]:
     """One row. `known` keeps evaluations: greedy text is the same at every γ."""
-    config = qs.GenerateConfig(max_new_tokens=new, gamma=gamma, temperature=temperature)
+    common = {"max_new_tokens": new, "ignore_eos": True}
+    config = qs.GenerateConfig(gamma=gamma, temperature=temperature, **common)
     tokens, rounds = generate(model, inputs, config)
     expected, alphas = Rounds(gamma), []
     for prompt, made in zip(inputs, tokens, strict=True):
@@ -140,38 +126,31 @@ def measure(
     }
 
 
-def main() -> int:
-    """Run, record, and exit with 1 where γ = 1 differs from the evaluation by over 3 points."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", required=True, help="with its stored draft, if it has one")
-    parser.add_argument("--text", required=True, action="append")
+def make_parser() -> argparse.ArgumentParser:
+    parser = script.new_parser(__doc__)
+    script.add_model(parser, "with its stored draft, if it has one")
+    script.add_text(parser, several=True)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--prompt-tokens", type=int, default=500)
     parser.add_argument("--new-tokens", type=int, default=300)
     parser.add_argument("--gamma", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--output", required=True, type=Path)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Run, record, and exit with 1 where γ = 1 differs from the evaluation by over 3 points."""
+    args = make_parser().parse_args()
     model = qs.load(args.model, dtype="float32")
-    inputs = prompts(model, args.text, args.prompts, args.prompt_tokens)
+    inputs = script.prompts(model, args.text, [args.prompt_tokens] * args.prompts, APART)
     rows: list[dict[str, Any]] = []
     known: dict[tuple[int, ...], Overlap] = {}
     for temperature in args.temperature:
         for gamma in args.gamma:
             row = measure(model, inputs, gamma, args.new_tokens, temperature, known)
-            rows.append(row)
-            print(row, file=sys.stderr, flush=True)
-    texts = " ".join(f"--text {Path(text).name}" for text in args.text)
-    record.write(
-        args.output,
-        record.command(
-            f"python benchmarks/draft_acceptance.py --model M {texts} --output FILE", args
-        ),
-        rows,
-        model=Path(args.model).stem,
-        dtype=model.dtype,
-        draft=model.draft.describe(),
-    )
+            rows.append(script.show(row))
+    about = {"dtype": model.dtype.name, "draft": model.draft.describe()}
+    script.write(__file__, args, rows, model=Path(args.model).stem, **about)
     first = [row for row in rows if row["gamma"] == 1]
     return int(any(abs(row["acceptance_rate"] - row["evaluated"]) > 0.03 for row in first))
 

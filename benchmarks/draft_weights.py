@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -22,16 +21,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import script
 
 import quantspec_jax as qs
-from quantspec_jax.bench import record
 from quantspec_jax.evaluate.measures import accepted
 from quantspec_jax.evaluate.teacher_forced import compare
 from quantspec_jax.models import decoder
 from quantspec_jax.weights.calibrate import calibrate, calibration_tokens
 from quantspec_jax.weights.sizes import bits_per_weight
 
-SKIP = 20_000  # characters
 METHODS: dict[str, dict[str, Any]] = {
     "full weights": {"bits": None},
     "round to nearest, symmetric 128": {"group_size": 128, "symmetric": True},
@@ -87,23 +85,24 @@ def measure(model: qs.Model, ids: list[int], group: int) -> dict[str, float]:
     return accepted(seen, first) | {"draft_perplexity": float(np.exp(-log_prob))}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--text", action="append", required=True, type=Path, help="two of them")
-    parser.add_argument("--output", type=Path, required=True)
+def make_parser() -> argparse.ArgumentParser:
+    parser = script.new_parser(__doc__)
+    script.add_model(parser)
+    script.add_text(parser, several=True)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--chunks", type=int, default=16, help="of calibration text")
     parser.add_argument("--length", type=int, default=512, help="tokens of a chunk")
     parser.add_argument("--keep", type=Path, help="calibrations; default: OUTPUT without .json")
-    args = parser.parse_args()
+    return parser
 
+
+def main() -> int:
+    args = make_parser().parse_args()
     base = qs.load(args.model, dtype="float32")
-    texts = {path.stem: path.read_text(encoding="utf-8")[SKIP:] for path in args.text}
-    ids = {name: base.tokenizer(text)["input_ids"] for name, text in texts.items()}
-    done = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
-    rows = done["rows"]
+    texts = {path.stem: path.read_text(encoding="utf-8")[script.SKIP :] for path in args.text}
+    ids = {path.stem: script.tokens(base, path, args.context) for path in args.text}
+    rows = script.finished_rows(args.output)
     finished = {(r["method"], r["measured_on"], r["context"]) for r in rows}
     keep = args.keep or args.output.with_suffix("")
     for measured_on in reversed(texts):
@@ -127,7 +126,7 @@ def main() -> int:
             with rotated_keys("rotated" in method):
                 measured = measure(
                     model,
-                    ids[measured_on][: args.context],
+                    ids[measured_on],
                     64 if "cache group 64" in method else 128,
                 )
             row = {
@@ -140,11 +139,8 @@ def main() -> int:
                 **measured,
                 "calibration_seconds": calibrated - begin if calibrated_on else None,
             }
-            rows.append(row)
-            print(json.dumps(row), file=sys.stderr, flush=True)
-            start = "python benchmarks/draft_weights.py --model M --text A --text B --output FILE"
-            command = record.command(start, args)
-            record.write(args.output, command, rows, model=Path(args.model).stem)
+            rows.append(script.show(row))
+            script.write(__file__, args, rows, model=Path(args.model).stem)
     return 0
 
 

@@ -15,20 +15,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import script
 
 import quantspec_jax as qs
-from quantspec_jax.bench import record
+from quantspec_jax.cache.schedule import room
 from quantspec_jax.evaluate import acceptance
 from quantspec_jax.evaluate.teacher_forced import compare
-
-SKIP = 20_000  # characters
 
 
 def at_rounds(accepted: np.ndarray, first: int, group_size: int) -> float:
     """Share accepted of the positions at which rounds of γ = 1 start, from `first` on."""
     outcomes, position = [], first
     while position < len(accepted):
-        proposed = (position + 1) % group_size != 0
+        proposed = room(position, group_size) > 0
         if proposed:
             outcomes.append(bool(accepted[position]))
         position += 2 if proposed and accepted[position] else 1
@@ -56,25 +55,24 @@ def measure(model: qs.Model, prompt: list[int], new: int) -> dict[str, object]:
     }
 
 
-def main() -> int:
-    """Run, record, and exit with 1 where the two differ by more than 3 points."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--text", required=True, action="append")
+def make_parser() -> argparse.ArgumentParser:
+    parser = script.new_parser(__doc__)
+    script.add_model(parser)
+    script.add_text(parser, several=True)
     parser.add_argument("--prompt-tokens", type=int, default=1000)
     parser.add_argument("--new-tokens", type=int, default=400)
-    parser.add_argument("--output", required=True, type=Path)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Run, record, and exit with 1 where the two differ by more than 3 points."""
+    args = make_parser().parse_args()
     model = qs.load(args.model, dtype="float32")
     rows = []
     for path in args.text:
-        text = Path(path).read_text(encoding="utf-8")[SKIP:]
-        prompt = model.tokenizer(text[: 10 * args.prompt_tokens])["input_ids"][: args.prompt_tokens]
-        rows.append({"text": Path(path).name, **measure(model, prompt, args.new_tokens)})
-        print(rows[-1], file=sys.stderr)
-    start = "python benchmarks/first_proposals.py --model M --text A --text B --output FILE"
-    command = record.command(start, args)
-    record.write(args.output, command, rows, model=Path(args.model).stem, dtype=model.dtype)
+        row = measure(model, script.tokens(model, path, args.prompt_tokens), args.new_tokens)
+        rows.append(script.show({"text": path.name, **row}))
+    script.write(__file__, args, rows, model=Path(args.model).stem, dtype=model.dtype.name)
     return int(any(abs(row["acceptance_rate"] - row["evaluated"]) > 0.03 for row in rows))
 
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from quantspec_jax.bench import record
+import script
 
 CHILD = """
 import sys, time
@@ -37,7 +37,15 @@ def measure(args: argparse.Namespace, cache: str) -> tuple[float, float]:
     """(seconds to the first text, seconds to the end) of a new process."""
     begin = time.time()
     out = subprocess.run(
-        [sys.executable, "-c", CHILD, args.model, args.text, str(args.prompt_tokens), args.dtype],
+        [
+            sys.executable,
+            "-c",
+            CHILD,
+            args.model,
+            str(args.text),
+            str(args.prompt_tokens),
+            args.dtype,
+        ],
         env={**os.environ, "QUANTSPEC_CACHE_DIR": cache},
         capture_output=True,
         text=True,
@@ -46,32 +54,31 @@ def measure(args: argparse.Namespace, cache: str) -> tuple[float, float]:
     return float(out[0]) - begin, float(out[1]) - begin
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--output", type=Path, required=True)
+def make_parser() -> argparse.ArgumentParser:
+    parser = script.new_parser(__doc__)
+    script.add_model(parser)
+    script.add_text(parser)
     parser.add_argument("--prompt-tokens", type=int, default=1000)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
+    script.add_dtype(parser, "float32")
     parser.add_argument("--cache", type=Path, help="compiled code of an earlier run; no cold start")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = make_parser().parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as empty:
         names = ["compiled code on disk", "compiled code on disk, again"]
         for name in names if args.cache else ["cold", *names]:
             first, end = measure(args, str(args.cache or empty))
-            rows.append(
-                {
-                    "what": name,
-                    "prompt_tokens": args.prompt_tokens,
-                    "first_token_seconds": first,
-                    "end_of_64_tokens_seconds": end,
-                }
-            )
-            print(rows[-1], file=sys.stderr, flush=True)
-    start = "python benchmarks/first_token.py --model M --text TEXT --output FILE"
-    command = record.command(start, args)
-    record.write(args.output, command, rows, model=Path(args.model).stem, dtype=args.dtype)
+            row = {
+                "what": name,
+                "prompt_tokens": args.prompt_tokens,
+                "first_token_seconds": first,
+                "end_of_64_tokens_seconds": end,
+            }
+            rows.append(script.show(row))
+    script.write(__file__, args, rows, model=Path(args.model).stem, dtype=args.dtype)
     return 0
 
 

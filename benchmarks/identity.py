@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 import time
 from pathlib import Path
@@ -22,29 +21,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import script
 
 import quantspec_jax as qs
-from quantspec_jax.bench import record
 from quantspec_jax.cache import flush, rollback
 from quantspec_jax.cache.schedule import room
 from quantspec_jax.generate.cache_pass import cache_pass
 
 LENGTHS = (1000, 1200, 1500, 1800, 2200, 2700, 3300, 4000)
-SKIP = 20_000  # characters
-NO_EOS = jnp.full(1, -1, jnp.int32)
-prefill = jax.jit(qs.prefill, static_argnames=("program", "capacity"))
-
-
-def prompts(model: qs.Model, texts: list[str]) -> list[list[int]]:
-    """Eight prompts, taken in turn from the texts, each from another place."""
-    assert model.tokenizer is not None
-    found = []
-    for i, length in enumerate(LENGTHS):
-        text = Path(texts[i % len(texts)]).read_text(encoding="utf-8")
-        begin = SKIP + 30_000 * (i // len(texts))
-        ids = model.tokenizer(text[begin : begin + 8 * length])["input_ids"]
-        found.append(ids[:length])
-    return found
+APART = 30_000  # characters between two prompts of a text
 
 
 def config(gamma: int, new: int, speculative: bool, max_length: int) -> qs.GenerateConfig:
@@ -69,9 +54,8 @@ def logits_after(
     model: qs.Model, prompt: list[int], tokens: list[int], settings: qs.GenerateConfig
 ) -> np.ndarray:
     """Logits after a prompt and these new tokens, decoded in passes of the settings' rows."""
-    ready = qs.prepare(model, [prompt], settings)
-    program = ready.program
-    cache = qs.prefill(model.params, *ready.inputs, program=program.prompt, capacity=2).cache
+    state, program = script.prefilled(model, [prompt], settings)
+    cache = state.cache
     rows, group, at = program.cache.pass_width, program.cache.group_size, 0
     while True:
         count = min(rows, room(int(cache.length[0]), group) + 1, len(tokens) - at)
@@ -123,27 +107,26 @@ def compare(model, inputs, gamma, new, max_length) -> dict:
     return row | {"tokens": ours.tokens, "theirs": theirs.tokens}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--text", action="append", required=True)
-    parser.add_argument("--output", type=Path, required=True)
+def make_parser() -> argparse.ArgumentParser:
+    parser = script.new_parser(__doc__)
+    script.add_model(parser)
+    script.add_text(parser, several=True)
     parser.add_argument("--gamma", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6, 7, 8])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--new-tokens", type=int, default=600)
     parser.add_argument("--prompts", type=int, nargs="+", default=list(range(len(LENGTHS))))
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
-    args = parser.parse_args()
+    script.add_dtype(parser, "float32")
+    return parser
 
+
+def main() -> int:
+    args = make_parser().parse_args()
     model = qs.load(args.model, dtype=args.dtype)
-    every = prompts(model, args.text)
+    every = script.prompts(model, args.text, LENGTHS, APART)
     max_length = 6144
-    done = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
-    rows = done["rows"]
+    rows = script.finished_rows(args.output)
     finished = {(r["gamma"], tuple(r["prompt_tokens"])) for r in rows}
     narrow = config(0, args.new_tokens, False, max_length)
-    start = "python benchmarks/identity.py --model M --text A --text B --output FILE"
-    command = record.command(start, args)
     alone: dict[int, list[int]] = {}
     for gamma in args.gamma:
         for batch in args.batch:
@@ -168,10 +151,8 @@ def main() -> int:
                         if (found := tie(model, every[i], ours, theirs, settings, narrow))
                     )
                     row[name] = list(ties)
-                rows.append(row)
-                print(json.dumps(row), file=sys.stderr, flush=True)
-                name = Path(args.model).stem
-                record.write(args.output, command, rows, model=name, dtype=args.dtype)
+                rows.append(script.show(row))
+                script.write(__file__, args, rows, model=Path(args.model).stem, dtype=args.dtype)
     return 0 if all(row["identical"] for row in rows) else 1
 
 

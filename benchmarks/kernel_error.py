@@ -9,35 +9,25 @@ and once by the XLA reference in float32. An error is ‖kernel − reference‖
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import script
 
 import quantspec_jax as qs
 from pallas_kernels.kv_attention.api import kv_attention
 from pallas_kernels.kv_attention.read import Read
-from quantspec_jax.bench import record
 from quantspec_jax.cache import append
 from quantspec_jax.models.decoder import forward
-
-SKIP = 20_000  # characters
-
-
-def filled(model: qs.Model, ids: list[int]):
-    """The state after a prompt."""
-    ready = qs.prepare(model, [ids], qs.GenerateConfig(max_new_tokens=64))
-    run = jax.jit(qs.prefill, static_argnames=("program", "capacity"))
-    state = run(model.params, *ready.inputs, program=ready.program.prompt, capacity=ready.capacity)
-    return state, ready.program
 
 
 def errors(model: qs.Model, ids: list[int], view: str, tokens: int) -> dict[str, float]:
     """The largest error of all layers, before and after rounding to bfloat16."""
-    state, program = filled(model, ids[:-tokens])
+    config = qs.GenerateConfig(max_new_tokens=64)
+    state, program = script.prefilled(model, [ids[:-tokens]], config)
     cache = state.cache
 
     @jax.jit
@@ -65,24 +55,24 @@ def errors(model: qs.Model, ids: list[int], view: str, tokens: int) -> dict[str,
     return {"error": float(found[:, 0].max()), "error_after_rounding": float(found[:, 1].max())}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--text", required=True, type=Path)
-    parser.add_argument("--output", type=Path, required=True)
+def make_parser() -> argparse.ArgumentParser:
+    parser = script.new_parser(__doc__)
+    script.add_model(parser)
+    script.add_text(parser)
     parser.add_argument("--context", type=int, default=4000)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = make_parser().parse_args()
     model = qs.load(args.model, dtype="bfloat16")
-    text = args.text.read_text(encoding="utf-8")[SKIP:]
-    ids = model.tokenizer(text)["input_ids"][: args.context]
+    ids = script.tokens(model, args.text, args.context)
     rows = []
     for view, tokens in (("int4", 1), ("int8", 1), ("int8", 5), ("int8", 8)):
         found = errors(model, ids, view, tokens)
-        rows.append({"view": view, "query_tokens": tokens, "context": len(ids), **found})
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    start = "python benchmarks/kernel_error.py --model M --text TEXT --output FILE"
-    command = record.command(start, args)
-    record.write(args.output, command, rows, model=Path(args.model).stem, text=args.text.stem)
+        row = {"view": view, "query_tokens": tokens, "context": len(ids), **found}
+        rows.append(script.show(row))
+    script.write(__file__, args, rows, model=Path(args.model).stem, text=args.text.stem)
     return 0
 
 

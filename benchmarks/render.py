@@ -1,39 +1,220 @@
-"""Write the tables of recorded runs into README.md: `python benchmarks/render.py`.
+"""Write what recorded runs say into README.md and benchmarks/README.md.
+
+    python benchmarks/render.py [--check]
 
 Each benchmarks/*.json is one run: what, command, device, versions (name → version), date, rows (a
-list of flat or nested objects). Its table stands between the two markers of README.md; `--check`
-changes nothing and exits with 1 where README.md is not what the files say.
+list of flat or nested objects), perhaps a note. benchmarks/README.md has a table a run. README.md
+has one table, between two markers, of the runs that `HEADLINES` names. `--check` changes nothing
+and exits with 1 where a file is not what the runs say.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import fnmatch
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
+ALL_RUNS = FOLDER / "README.md"
 BEGIN = "<!-- results: made by benchmarks/render.py from benchmarks/*.json -->"
 END = "<!-- end of results -->"
 MOST_ROWS = 24
-KEYS = ("what", "title", "command", "device", "versions", "date", "rows")
+MOST_HEADLINES = 8
+KEYS = ("what", "title", "command", "note", "device", "versions", "date", "rows")
+
+# The runs of README.md's table by name, and how many rows of each at most; real text comes first.
+HEADLINES: tuple[tuple[str, int], ...] = (
+    ("text-*", 6),
+    ("decode-llama-2-7b-h200-*", 2),
+    ("decode-llama-3.1-8b-h200-*", 1),
+)
+
+# The sections of benchmarks/README.md, and the names of their runs; the first that fits counts.
+SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Decoding real text", ("text-*", "decode-cpu-*", "first-token-*")),
+    ("Greedy tokens beside those of the target", ("identity-*",)),
+    ("Acceptance of drafts", ("draft-*", "first-proposals-*")),
+    ("Decoding with simulated acceptance", ("decode-*",)),
+    ("Prefill, calibration", ("prefill-*", "calibration-*")),
+    ("Kernels", ("kernel*",)),
+    ("Other runs", ("*",)),
+)
+INTRODUCTION = """\
+# Recorded runs
+
+Made by `python benchmarks/render.py` from the files of this folder, one JSON a run, which have the
+command, the versions and every row. A command names the files that it reads, not where they lie:
+M, A, B, TEXT stand for a model and for texts. `quantspec bench text` measures what users run, a
+real model on a real text. `quantspec bench decode` has random weights at full size, and accepts
+each proposal with a given probability: its tables say "simulated acceptance".
+"""
 
 
-def tables(folder: Path = FOLDER) -> str:
-    """Markdown: a table a file, in the order of the files' names."""
-    paths = sorted(folder.glob("*.json"))
-    if not paths:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A recorded run and its file."""
+
+    path: Path
+    record: dict[str, Any]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [flatten(row) for row in self.record.get("rows", [])]
+
+    @property
+    def simulated(self) -> float | None:
+        """The acceptance that was simulated; None where it is the model's own."""
+        return self.record.get("simulated_acceptance")
+
+    @property
+    def title(self) -> str:
+        """The run's title, else its name in words."""
+        name = re.sub(r"-\d{4}-\d\d-\d\d$", "", self.record["what"]).replace("-", " ")
+        name = re.sub(r"\b([cg]pu|[hab]\d+)\b", lambda found: found[0].upper(), name)
+        words = self.record.get("title", name[:1].upper() + name[1:])
+        return words if self.simulated is None else f"{words}, simulated acceptance"
+
+
+def recorded(folder: Path = FOLDER) -> list[Run]:
+    """All runs, in the order of their files' names."""
+    return [
+        Run(path, json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(folder.glob("*.json"))
+    ]
+
+
+def matching(runs: Iterable[Run], pattern: str) -> list[Run]:
+    return [run for run in runs if fnmatch.fnmatch(run.path.stem, pattern)]
+
+
+# README.md's table
+
+
+@dataclasses.dataclass(frozen=True)
+class Headline:
+    """Plain decoding and QuantSpec side by side, of one run."""
+
+    model: str
+    context: int
+    sampling: str
+    plain: float
+    ours: float
+    acceptance: str
+    device: str
+    simulated: bool
+
+    @property
+    def speed_up(self) -> float:
+        return self.ours / self.plain
+
+    @property
+    def cells(self) -> list[str]:
+        return [
+            *(self.model, f"{self.context:,}", self.sampling),
+            *(f"{self.plain:,.0f}", f"{self.ours:,.0f}", f"{self.speed_up:.2f} ×"),
+            *(self.acceptance, self.device),
+        ]
+
+
+HEADLINE_COLUMNS = (
+    *("model", "context", "sampling", "plain, tokens/s", "QuantSpec, tokens/s", "speed-up"),
+    *("acceptance", "device"),
+)
+
+
+def headlines(runs: Sequence[Run]) -> list[Headline]:
+    """The rows of README.md's table."""
+    found = []
+    for pattern, most in HEADLINES:
+        rows = [row for run in matching(runs, pattern) for row in headlines_of(run)]
+        found += rows[:most]
+    return found[:MOST_HEADLINES]
+
+
+def headlines_of(run: Run) -> list[Headline]:
+    """A row for each model, context and temperature: γ auto, which is what users get unless they
+    say otherwise, where the run has it, else the fastest γ."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in run.rows:
+        if row.get("acceptance_rate", row.get("acceptance")) is not None:
+            setting = (row.get("model"), row["context"], row.get("temperature"))
+            groups.setdefault(setting, []).append(row)
+    return [_headline(run, rows) for rows in groups.values()]
+
+
+def _headline(run: Run, rows: list[dict[str, Any]]) -> Headline:
+    """`speed_up` is over plain decoding with a cache in full precision, of the same run."""
+    adaptive = [row for row in rows if row.get("gamma") == "auto"]
+    row = max(adaptive or rows, key=lambda each: each["tokens_per_second"])
+    if run.simulated is None:
+        acceptance = f"{row['acceptance_rate']:.2f}"
+    else:
+        acceptance = f"{run.simulated:g}, *simulated*"
+    return Headline(
+        model=row.get("model") or run.record.get("model") or run.record["preset"],
+        context=row["context"],
+        sampling=_sampling(row.get("temperature")),
+        plain=row["tokens_per_second"] / row["speed_up"],
+        ours=row["tokens_per_second"],
+        acceptance=acceptance,
+        device=run.record["device"],
+        simulated=run.simulated is not None,
+    )
+
+
+def _sampling(temperature: float | None) -> str:
+    """In words; nothing where it was not the model's own choice of tokens."""
+    if temperature is None:
+        return ""
+    return f"temperature {temperature:g}" if temperature else "greedy"
+
+
+def headline_text(runs: Sequence[Run]) -> str:
+    """One sentence of result, and the table."""
+    rows = headlines(runs)
+    if not rows:
         return "No runs are recorded yet.\n"
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    parts = [table(run, path) for run, path in zip(runs, paths, strict=True)]
-    return "\n".join([*roofline(runs), *parts])
+    real = [row for row in rows if not row.simulated]
+    lines = ["No run on real text is recorded on this version."]
+    if real:
+        best = max(real, key=lambda row: row.speed_up)
+        lines = [
+            f"On real text, {best.model} makes {best.ours:,.0f} tokens/s after "
+            f"{best.context:,} tokens, {best.speed_up:.2f} times plain decoding ({best.sampling}, "
+            f"{best.device})."
+        ]
+    if len(real) < len(rows):
+        lines[0] += (
+            " Rows marked *simulated* have random weights, and accept proposals at a given rate."
+        )
+    table = markdown(HEADLINE_COLUMNS, [row.cells for row in rows])
+    return "\n".join([*lines, "", *table]) + "\n"
 
 
-def roofline(runs: list[dict[str, Any]]) -> list[str]:
+# benchmarks/README.md
+
+
+def all_runs(runs: Sequence[Run]) -> str:
+    """Markdown: a section a kind of run, a table a file."""
+    parts, left = [INTRODUCTION], list(runs)
+    for heading, patterns in SECTIONS:
+        chosen = [run for run in left if any(matching([run], pattern) for pattern in patterns)]
+        left = [run for run in left if run not in chosen]
+        if chosen:
+            parts += [f"## {heading}\n", *roofline(chosen), *map(table, chosen)]
+    if not runs:
+        parts.append("No runs are recorded yet.\n")
+    return "\n".join(parts)
+
+
+def roofline(runs: Sequence[Run]) -> list[str]:
     """How near decoding is to the time that reading its bytes takes, all runs of `bench decode` in
     one table; nothing where there are none."""
     names = {
@@ -52,71 +233,71 @@ def roofline(runs: list[dict[str, Any]]) -> list[str]:
         "speed_up": "speed-up",
     }
     rows = [
-        [run.get("preset", ""), *(cell(name, row.get(name)) for name in names), run["device"]]
+        [
+            run.record.get("preset", ""),
+            *(cell(name, row.get(name)) for name in names),
+            run.record["device"],
+        ]
         for run in runs
-        for row in map(_with_simulation(run), map(flatten, run.get("rows", [])))
+        for row in map(_with_simulation(run), run.rows)
         if "floor_milliseconds" in row
     ]
     if not rows:
         return []
-    columns = ["model", *names.values(), "device"]
     lines = [
-        "**Roofline** · the floor of a round is the time that reading its bytes takes, weights and "
-        "cache once a pass, at the read ceiling measured in the run; what was reached is split by "
-        "kind of kernel, in ms from a trace (elementwise: norms and copies into the cache, too)",
+        "**Roofline, simulated acceptance** · the floor of a round is the time that reading its "
+        "bytes takes, weights and cache once a pass, at the read ceiling measured in the run; what "
+        "was reached is split by kind of kernel, in ms from a trace (elementwise: norms and copies "
+        "into the cache, too)",
         "",
-        "| " + " | ".join(columns) + " |",
-        "|" + " --- |" * len(columns),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *markdown(["model", *names.values(), "device"], rows),
     ]
     return ["\n".join(lines) + "\n"]
 
 
-def _with_simulation(run: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _with_simulation(run: Run) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Marks the mode of a row whose acceptance is none of the model's."""
 
     def marked(row: dict[str, Any]) -> dict[str, Any]:
         if not row.get("acceptance_is_simulated"):
             return row
-        return row | {"mode": f"{row['mode']}, acceptance {run['simulated_acceptance']} simulated"}
+        return row | {"mode": f"{row['mode']}, acceptance {run.simulated} simulated"}
 
     return marked
 
 
-def table(run: dict[str, Any], path: Path) -> str:
+def table(run: Run) -> str:
     """One run: what, where and when, how to repeat it, and its rows."""
-    rows = [flatten(row) for row in run.get("rows", [])]
+    record, rows = run.record, run.rows
     columns = list(dict.fromkeys(name for row in rows for name in row))
     same = [name for name in columns if len(rows) > 1 and is_same(name, rows)]
     columns = [name for name in columns if name not in same]
-    settings = {name: run[name] for name in run if name not in KEYS}
+    settings = {name: record[name] for name in record if name not in KEYS}
     settings = flatten(settings) | {name: rows[0][name] for name in same}
-    lines = [
-        f"**{title(run)}** · {run['device']} · {run['date']} · {versions(run)}",
-        "",
-        f"[{path.name}](benchmarks/{path.name}): `{one_line(run['command'])}`",
-    ]
+    about = f"[{run.path.name}]({run.path.name}): `{one_line(record['command'])}`"
     if settings:
-        lines[-1] += "; " + ", ".join(f"{words(n)} {cell(n, v)}" for n, v in settings.items())
-    lines.append("")
+        about += "; " + ", ".join(f"{words(n)} {cell(n, v)}" for n, v in settings.items())
+    if "note" in record:
+        about += f" ({record['note']})"
+    lines = [
+        f"**{run.title}** · {record['device']} · {record['date']} · {versions(record)}",
+        *("", about, ""),
+    ]
     if "floor_milliseconds" in columns:
         lines.append("Its rows are in the table above.")
         return "\n".join(lines) + "\n"
     if columns:
-        lines.append("| " + " | ".join(map(words, columns)) + " |")
-        lines.append("|" + " --- |" * len(columns))
-    for row in rows[:MOST_ROWS]:
-        lines.append("| " + " | ".join(cell(name, row.get(name)) for name in columns) + " |")
+        shown = [[cell(name, row.get(name)) for name in columns] for row in rows[:MOST_ROWS]]
+        lines += markdown(list(map(words, columns)), shown)
     if len(rows) > MOST_ROWS:
         lines += ["", f"The first {MOST_ROWS} of {len(rows)} rows; the file has them all."]
     return "\n".join(lines) + "\n"
 
 
-def title(run: dict[str, Any]) -> str:
-    """The run's title, else its name in words."""
-    name = re.sub(r"-\d{4}-\d\d-\d\d$", "", run["what"]).replace("-", " ")
-    name = re.sub(r"\b([cg]pu|[hab]\d+)\b", lambda found: found[0].upper(), name)
-    return run.get("title", name[:1].upper() + name[1:])
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def is_same(name: str, rows: list[dict[str, Any]]) -> bool:
@@ -166,32 +347,37 @@ def one_line(command: str | list[str]) -> str:
     return " ".join(text.split())
 
 
-def versions(run: dict[str, Any]) -> str:
+def versions(record: dict[str, Any]) -> str:
     """Those that decide what a number is; the file has the rest."""
-    given = run.get("versions", {})
+    given = record.get("versions", {})
     return ", ".join(
         f"{name} {given[name]}" for name in ("jax", "torch", "python") if name in given
     )
 
 
-def rendered(text: str, folder: Path = FOLDER) -> str:
-    """`text` with the tables between its markers."""
+def rendered(text: str, runs: Sequence[Run]) -> str:
+    """README.md's `text` with the table between its markers."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"README.md lacks a line {BEGIN!r} or {END!r}")
-    return f"{before}{BEGIN}\n\n{tables(folder)}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{headline_text(runs)}\n{END}{after}"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 if out of date")
+    return parser
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write the recorded runs into README.md.")
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 if out of date")
-    check = parser.parse_args().check
+    check, runs = make_parser().parse_args().check, recorded()
     old = README.read_text(encoding="utf-8")
-    new = rendered(old)
+    new = {README: rendered(old, runs), ALL_RUNS: all_runs(runs)}
     if check:
-        return int(old != new)
-    README.write_text(new, encoding="utf-8")
+        return int(any(not p.exists() or p.read_text("utf-8") != new[p] for p in new))
+    for path, text in new.items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

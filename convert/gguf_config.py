@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from convert.files.gguf import GgufFile
 from convert.files.tensors import StoredTensor
-from quantspec_jax.checks import require
+from quantspec_jax.checks import is_int, require
 from quantspec_jax.models.config import Family, ModelConfig, RopeConfig
+from quantspec_jax.text.tokenizer import gguf_eos_ids
 
 # llama.cpp stores Mistral under the architecture "llama": the computation is the same.
 ARCHITECTURES: dict[str, Family] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -44,7 +45,6 @@ _YARN_NEUTRAL = {
     "yarn_ext_factor": (1.0, -1.0),
     "yarn_log_multiplier": (0.0,),
 }
-_HARMLESS_PREFIXES = ("general.", "tokenizer.", "quantize.", "split.", "GGUF.", "imatrix.")
 
 
 class _Keys:
@@ -73,11 +73,12 @@ class _Keys:
         require(condition, f"{self.architecture}.{key} in {self.path}", given, allowed)
 
     def refuse_the_rest(self) -> None:
+        """Keys of other namespaces are notes about the file; these alone describe the model."""
         for name, value in self._metadata.items():
-            if name in self._asked or name.startswith(_HARMLESS_PREFIXES):
-                continue
             key = name.removeprefix(f"{self.architecture}.")
-            if key == name or key not in _NEUTRAL:
+            if key == name or name in self._asked:
+                continue
+            if key not in _NEUTRAL:
                 raise ValueError(
                     f"{self.path} has {name}, which is not known; it may change the computation, "
                     "so the model is not loaded"
@@ -106,11 +107,11 @@ def parse_gguf_config(file: GgufFile) -> ModelConfig:
     context = keys.number("context_length")
     rope, max_context = _parse_rope(keys, context, head_dim)
     rope = _apply_rope_factors(file, rope, head_dim)
-    window = keys.get("attention.sliding_window")
-    if window:
+    window = keys.get("attention.sliding_window") or None
+    if window is not None:
         keys.require(
             "attention.sliding_window",
-            window >= max_context,
+            is_int(window) and window >= max_context,
             window,
             f"at least the context of {max_context} tokens",
         )
@@ -131,8 +132,8 @@ def parse_gguf_config(file: GgufFile) -> ModelConfig:
         output_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         qk_norm=architecture == "qwen3",
-        eos_ids=_eos_ids(file.metadata),
-        bos_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
+        eos_ids=gguf_eos_ids(file.metadata, _vocab_size(file)),
+        sliding_window=window,
     )
     keys.refuse_the_rest()
     return config
@@ -148,13 +149,6 @@ def _vocab_size(file: GgufFile) -> int:
     if embedding is None:
         raise ValueError(f"{file.path}: missing tensor token_embd.weight")
     return embedding.shape[0]
-
-
-def _eos_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """End of sequence, of turn, of message: a model may end its answer with any of them."""
-    names = ("eos_token_id", "eot_token_id", "eom_token_id")
-    ids = [metadata.get(f"tokenizer.ggml.{name}") for name in names]
-    return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
 def _parse_rope(keys: _Keys, context: int, head_dim: int) -> tuple[RopeConfig, int]:
@@ -229,27 +223,51 @@ def llama3_factors(rope: RopeConfig, head_dim: int) -> np.ndarray:
 def llama3_from_factors(factors: np.ndarray, theta: float) -> RopeConfig | None:
     """The llama3 scaling whose divisors these are, or None.
 
-    Between its two ends 1/divisor is linear in the number of rotations r within the original
-    context: smooth = (r - low) / (high - low). Scaling context, low and high together changes
-    nothing, so low = 1 fixes the solution; every published model has low = 1.
+    A frequency that makes r turns within the original context is divided by
+
+        1 / (smooth + (1 − smooth) / factor)        smooth = clip((r − low) / (high − low), 0, 1)
+
+    Scaling context, low and high together changes nothing, so low = 1 fixes the solution; every
+    published model has low = 1. The factor is the largest divisor, where a frequency is slow enough
+    for it; else one of those that models have. Where few frequencies lie between the two ends,
+    several contexts give the same divisors; published ones come first.
     """
-    factor = float(f"{np.max(factors):.6g}")
-    if not (np.all(np.isfinite(factors)) and np.min(factors) > 1 - 1e-5 and factor > 1):
+    largest = float(f"{np.max(factors):.6g}")
+    if not (np.all(np.isfinite(factors)) and np.min(factors) > 1 - 1e-5 and largest > 1):
         return None
     head_dim = 2 * len(factors)
-    frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
-    smooth = (1 / factors - 1 / factor) / (1 - 1 / factor)
+    turns = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)  # a token
+    for factor in (largest, *(f for f in _FACTORS if f > largest)):
+        smooth = (1 / factors - 1 / factor) / (1 - 1 / factor)
+        for original, high in _contexts(turns, smooth):
+            if original < 1 or high <= 1:
+                continue
+            rope = RopeConfig("llama3", theta, factor, original, 1.0, high)
+            if np.allclose(llama3_factors(rope, head_dim), factors, rtol=1e-4, atol=0):
+                return rope
+    return None
+
+
+_FACTORS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+_HIGHS = (4.0, 2.0, 8.0, 3.0, 16.0, 32.0)  # high_freq_factor; models have 4
+_ORIGINALS = (8192, *(2**n for n in range(5, 21)))
+
+
+def _contexts(turns: np.ndarray, smooth: np.ndarray) -> Iterator[tuple[int, float]]:
+    """Original contexts and high_freq_factors that may give `smooth`, with low_freq_factor 1."""
     inside = (smooth > 1e-4) & (smooth < 1 - 1e-4)
-    candidates = [(8192, 4.0)]
-    if np.count_nonzero(inside) >= 2:
-        slope, intercept = np.polyfit(frequency[inside], smooth[inside], 1)
+    if np.count_nonzero(inside) >= 2:  # smooth = (original · turns − 1) / (high − 1), a line
+        slope, intercept = np.polyfit(turns[inside], smooth[inside], 1)
         if intercept < 0 < slope:
             high = 1 - 1 / intercept
-            candidates.insert(0, (round(slope * (high - 1)), round(high, 2)))
-    for original, high in candidates:
-        if original < 1 or high <= 1:
-            continue
-        rope = RopeConfig("llama3", theta, factor, original, 1.0, high)
-        if np.allclose(llama3_factors(rope, head_dim), factors, rtol=1e-4, atol=0):
-            return rope
-    return None
+            original = round(slope * (high - 1))
+            yield from ((original, round(high, digits)) for digits in (2, 6))
+    elif inside.any():
+        (one,), (part,) = turns[inside], smooth[inside]
+        yield from ((round((1 + part * (high - 1)) / one), high) for high in _HIGHS)
+        yield from ((n, float(1 + (n * one - 1) / part)) for n in _ORIGINALS)
+    yield from ((n, high) for high in _HIGHS for n in _ORIGINALS)
+    slow, fast = turns[smooth < 0.5], turns[smooth > 0.5]
+    if slow.size and fast.size:  # nothing between them: the ends lie where they are
+        original = math.floor(1 / slow.max())
+        yield original, float(original * fast.min())

@@ -6,10 +6,11 @@ must be the neutral one, or it is refused by name. Missing keys take transformer
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from quantspec_jax.checks import require
+from quantspec_jax.checks import is_int, is_number, require
 from quantspec_jax.models.config import FAMILIES, ROPE_TYPES, ModelConfig, RopeConfig
 
 # Bookkeeping, training, and generation defaults that older versions wrote beside the model's own
@@ -31,7 +32,9 @@ HARMLESS = {
     "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
     "begin_suppress_tokens", "suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
     "remove_invalid_values", "exponential_decay_length_penalty", "max_sequence_length",
-    "model_max_length", "num_labels",
+    "model_max_length", "num_labels", "bos_token_id", "neftune_noise_alpha", "max_new_tokens",
+    "min_p", "renormalize_logits", "cache_implementation", "classifier_dropout",
+    "attention_probs_dropout_prob", "hidden_dropout_prob", "use_return_dict", "_commit_hash",
 }  # fmt: skip
 
 # Keys that would change the computation: only these values, or null, are what the decoder does.
@@ -59,12 +62,11 @@ _ROPE_KEYS = {
 }  # fmt: skip
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    "llama": {"max_position_embeddings": 2048, "eos_token_id": 2},
     "mistral": {
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,
         "sliding_window": 4096,
-        "bos_token_id": 1,
         "eos_token_id": 2,
     },
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
@@ -149,13 +151,15 @@ def parse_hf_config(
         rope=rope,
         tie_embeddings=keys.flag("tie_word_embeddings"),
         qk_norm=family == "qwen3",
-        eos_ids=_eos_ids(keys.get("eos_token_id", None), generation or {}),
-        bos_id=keys.get("bos_token_id", None),
+        eos_ids=_eos_ids(
+            keys.get("eos_token_id", None), generation or {}, keys.number("vocab_size"), where
+        ),
         **_biases(family, keys, where),
     )
-    _check_sliding_window(keys, config, where)
+    window = _sliding_window(keys, config, where)
+    _check_auto_map(keys.get("auto_map", None), where)
     keys.refuse_the_rest()
-    return config
+    return dataclasses.replace(config, sliding_window=window)
 
 
 def _biases(family: str, keys: _Keys, where: str) -> dict[str, bool]:
@@ -172,21 +176,32 @@ def _biases(family: str, keys: _Keys, where: str) -> dict[str, bool]:
     }
 
 
-def _eos_ids(of_config: Any, generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """The union of both files' ids, generation_config.json's first."""
+def _eos_ids(
+    of_config: Any, generation: Mapping[str, Any], vocab_size: int, where: str
+) -> tuple[int, ...]:
+    """The union of both files' ids, generation_config.json's first. An id that is no token of the
+    vocabulary (−1, say) is none."""
 
     def ids(value: Any) -> list[int]:
-        value = value if isinstance(value, list | tuple) else [value]
-        value = [v for v in value if v is not None]
-        whole = all(type(v) is int and v >= 0 for v in value)
-        require(whole, "eos_token_id", value, "token ids")
-        return value
+        several = value if isinstance(value, list | tuple) else [value]
+        numbers = [v for v in several if v is not None]
+        whole = all(type(v) is int for v in numbers)
+        require(whole, f"eos_token_id in {where}", value, "a token id, or a list of them")
+        return [v for v in numbers if 0 <= v < vocab_size]
 
     return tuple(dict.fromkeys(ids(generation.get("eos_token_id")) + ids(of_config)))
 
 
-def _check_sliding_window(keys: _Keys, config: ModelConfig, where: str) -> None:
-    """A window that the context can outgrow is refused, where a layer has it."""
+def _check_auto_map(auto_map: Any, where: str) -> None:
+    """Python of the checkpoint's own is never run. Where it is the model's, it may compute
+    something else than the decoder; a tokenizer's or a configuration's is passed over."""
+    names = sorted(map(str, auto_map)) if isinstance(auto_map, Mapping | list) else []
+    models = [name for name in names if name.startswith("AutoModel")]
+    require(not models, f"auto_map in {where}", models, "no Python code for the model")
+
+
+def _sliding_window(keys: _Keys, config: ModelConfig, where: str) -> int | None:
+    """The window, where a layer has one; one that the context can outgrow is refused."""
     window = keys.get("sliding_window", None)
     kinds = {str(kind) for kind in keys.get("layer_types", None) or ()}
     first_layers = keys.get("max_window_layers", 28)  # which, in qwen, have no window
@@ -200,20 +215,59 @@ def _check_sliding_window(keys: _Keys, config: ModelConfig, where: str) -> None:
         windowed = True  # layer_types or not
     allowed = {"full_attention"} | ({"sliding_attention"} if window is not None else set())
     require(kinds <= allowed, f"layer_types in {where}", sorted(kinds), "full_attention")
-    if windowed and window is not None:
-        require(
-            window >= config.max_context,
-            f"sliding_window in {where}",
-            window,
-            f"null, or at least the context of {config.max_context} tokens",
-        )
+    if not windowed or window is None:
+        return None
+    require(
+        is_int(window) and window >= config.max_context,
+        f"sliding_window in {where}",
+        window,
+        f"null, or at least the context of {config.max_context} tokens",
+    )
+    return window
 
 
 def _parse_rope(keys: _Keys, max_position: int, where: str) -> tuple[RopeConfig, int]:
-    """Both spellings (`rope_parameters`; `rope_theta` and `rope_scaling`) → RopeConfig, context."""
-    name = "rope_scaling" if keys.get("rope_scaling", None) else "rope_parameters"
-    given = keys.get("rope_scaling", None) or keys.get("rope_parameters", None) or {}
-    require(isinstance(given, Mapping), f"{name} in {where}", given, "an object")
+    """Both spellings (`rope_parameters`; `rope_theta` and `rope_scaling`) → RopeConfig, context.
+
+    Where both are there, they must say the same.
+    """
+    names = ("rope_scaling", "rope_parameters")
+    given = {name: value for name in names if (value := keys.get(name, None))}
+    for name, value in given.items():
+        require(isinstance(value, Mapping), f"{name} in {where}", value, "an object")
+    theta = _theta(keys, given, where)
+    parsed = {
+        name: _parse_scaling(name, value, theta, keys, max_position, where)
+        for name, value in (given or {"rope_parameters": {}}).items()
+    }
+    if len(set(parsed.values())) > 1:
+        raise ValueError(
+            f"{where} has rope_scaling {given['rope_scaling']!r} and rope_parameters "
+            f"{given['rope_parameters']!r}; allowed: one of them, or two that say the same"
+        )
+    return next(iter(parsed.values()))
+
+
+def _theta(keys: _Keys, given: Mapping[str, Mapping[str, Any]], where: str) -> float:
+    """The one `rope_theta`, at the top or within; 10000 where there is none."""
+    places = {"rope_theta": keys.get("rope_theta", None)}
+    places |= {f"{name}.rope_theta": value.get("rope_theta") for name, value in given.items()}
+    stated = {place: value for place, value in places.items() if value is not None}
+    for place, value in stated.items():
+        require(is_number(value), f"{place} in {where}", value, "a number")
+    if len(set(stated.values())) > 1:
+        raise ValueError(f"{where} has several bases of RoPE, {stated}; allowed: one")
+    return float(next(iter(stated.values()), 10000.0))
+
+
+def _parse_scaling(
+    name: str,
+    given: Mapping[str, Any],
+    theta: float,
+    keys: _Keys,
+    max_position: int,
+    where: str,
+) -> tuple[RopeConfig, int]:
     values = {key: value for key, value in given.items() if value is not None}
     unknown = sorted(set(values) - _ROPE_KEYS)
     kind = values.get("rope_type", values.get("type", "default"))
@@ -228,7 +282,6 @@ def _parse_rope(keys: _Keys, max_position: int, where: str) -> tuple[RopeConfig,
             raise ValueError(f"{name} in {where} has no {key}, which rope_type {kind} needs")
         return values[key]
 
-    theta = float(values.get("rope_theta", keys.number("rope_theta", 10000.0)))
     original = keys.get("original_max_position_embeddings", None)
     original = original or values.get("original_max_position_embeddings", max_position)
     if kind == "default":

@@ -7,7 +7,7 @@ import functools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,17 @@ from convert.files.safetensors import read_safetensors
 from convert.files.tensors import FLOATS, StoredTensor
 from convert.gguf_config import parse_gguf_config
 from convert.hf_config import parse_hf_config
-from convert.weights import Parameter, gguf_parameters, hf_parameters, load_parameters
+from convert.weights import (
+    Parameter,
+    gguf_parameters,
+    hf_parameters,
+    is_derivable,
+    load_parameters,
+    with_prefix,
+)
 from quantspec_jax.checks import require
 from quantspec_jax.dtypes import BFLOAT16, FLOAT32, STORED, float_type
-from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.config import ModelConfig, RopeScaling
 from quantspec_jax.models.parameters import parameter_count
 from quantspec_jax.text.tokenizer import gguf_tokenizer, pretrained_tokenizer, saved_tokenizer
 from quantspec_jax.weights.formats import DraftConfig
@@ -114,7 +121,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     def __init__(self, source: str, directory: Path, fetch: Callable[[], Path] | None = None):
         self.directory = directory
         self._fetch = fetch
-        values = read_json(directory / "config.json")
+        values = self._values = read_json(directory / "config.json")
         generation = directory / "generation_config.json"
         stated: Any = values.get("dtype") or values.get("torch_dtype")
         self._stated_dtype = next((d for d in STORED if stated == d.name), FLOAT32)
@@ -140,7 +147,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     @functools.cached_property
     def _parameters(self) -> list[Parameter]:
         directory = self._fetch() if self._fetch else self.directory
-        return hf_parameters(self.config, read_hf_tensors(directory))
+        return hf_parameters(self.config, read_hf_tensors(directory, self.config))
 
     def check(self) -> None:
         _ = self._parameters
@@ -149,7 +156,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         return load_parameters(self._parameters, dtype, device=device, progress=progress)
 
     def _load_tokenizer(self) -> Any | None:
-        return pretrained_tokenizer(self.directory)
+        return pretrained_tokenizer(self.directory, self._values)
 
 
 class GgufCheckpoint(Checkpoint):
@@ -220,14 +227,21 @@ class ConvertedCheckpoint(Checkpoint):
         return saved_tokenizer(self.directory)
 
 
-def open_source(source: str | Path) -> Checkpoint:
+def open_source(source: str | Path, rope: RopeScaling | None = None) -> Checkpoint:
     """A converted checkpoint, a Hugging Face directory, a .gguf file or a hub id → Checkpoint.
+
+    `rope`: a RoPE scaling in place of the source's; None: the source's.
 
     What exists on disk is opened there. A hub id is `owner/name`; whatever looks like a path, and
     does not exist, is an error and is not looked for on the hub. Raises ValueError for a source
     that is missing, damaged or not supported.
     """
-    source = str(source)
+    checkpoint = _open(str(source))
+    checkpoint.config = checkpoint.config.scaled(rope)
+    return checkpoint
+
+
+def _open(source: str) -> Checkpoint:
     require(bool(source.strip()), "source", source, "a path or a hub id")
     path = Path(source).expanduser()
     if path.is_dir():
@@ -293,35 +307,42 @@ def _weight_files_exist(directory: Path) -> bool:
     return (directory / _SINGLE).exists() or any(directory.glob("model-*.safetensors"))
 
 
-def read_hf_tensors(directory: Path) -> dict[str, StoredTensor]:
+def read_hf_tensors(directory: Path, config: ModelConfig) -> Mapping[str, StoredTensor]:
     """The tensors of a directory by name, from one file or from the shards its index names."""
     if (directory / _SINGLE).exists():
-        return read_safetensors(directory / _SINGLE)
+        return with_prefix(read_safetensors(directory / _SINGLE))
     if not (directory / _INDEX).exists():
         others = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         hint = f"; {', '.join(others[:3])}: pickled weights are not read" if others else ""
         raise ValueError(f"{directory} has neither {_SINGLE} nor {_INDEX}{hint}")
-    return _read_shards(directory)
+    return with_prefix(_read_shards(directory, config))
 
 
-def _read_shards(directory: Path) -> dict[str, StoredTensor]:
+def _read_shards(directory: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    """Index and shards must agree, but for tensors that nobody needs."""
     index = directory / _INDEX
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
         raise ValueError(f"{index} has no weight_map from tensors to files")
+    needed = {name: shard for name, shard in where.items() if not is_derivable(name, config)}
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(where.values())):
         shard = directory / name
         if Path(name).name != name or not shard.exists():
+            if Path(name).name == name and name not in needed.values():
+                continue
             raise ValueError(f"{index} names {name}, which does not exist beside it")
         for tensor in read_safetensors(shard).values():
+            if is_derivable(tensor.name, config):
+                tensors.setdefault(tensor.name, tensor)
+                continue
             if tensor.name in tensors:
                 other = tensors[tensor.name].file.name
                 raise ValueError(f"duplicate tensor {tensor.name}: in {other} and {name}")
             if where.get(tensor.name) != name:
                 raise ValueError(f"{shard} holds {tensor.name}, which {index.name} does not place")
             tensors[tensor.name] = tensor
-    missing = sorted(set(where) - set(tensors))
+    missing = sorted(set(needed) - set(tensors))
     if missing:
         raise ValueError(f"missing tensor {missing[0]}: {where[missing[0]]} does not hold it")
     return tensors

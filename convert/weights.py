@@ -31,7 +31,11 @@ _HF_LAYER = {
     **{name: f"mlp.{name}_proj" for name in ("gate", "up", "down")},
 }
 _HF_TOP = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head"}
-_HF_IGNORED = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq")
+_HF_DERIVABLE = re.compile(
+    r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)"
+)
+_HF_PREFIX = "model."
+_HF_PREFIXED = ("embed_tokens.", "layers.", "norm.", "rotary_emb.")
 
 _GGUF_LAYER = {
     "attention_norm": "attn_norm",
@@ -83,19 +87,36 @@ def _name(path: str, top: Mapping[str, str], layer: Mapping[str, str], layers: s
     return f"{layers}.{index}.{layer[name]}{suffix}"
 
 
+def is_derivable(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor says nothing that the configuration and the others do not: RoPE's buffers,
+    and the head of a model whose embedding is its head."""
+    tied_head = config.tie_embeddings and name == "lm_head.weight"
+    return tied_head or _HF_DERIVABLE.fullmatch(name) is not None
+
+
+def with_prefix(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """The tensors of a base model, stored without the prefix `model.`, by their names with it."""
+    if any(name.startswith(_HF_PREFIX) for name in tensors):
+        return tensors
+    return {
+        _HF_PREFIX + name if name.startswith(_HF_PREFIXED) else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def hf_parameters(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> list[Parameter]:
     """Pairs the model's parameters with the tensors of a Hugging Face checkpoint."""
-    ignored = {name for name in tensors if _HF_IGNORED.fullmatch(name)}
     if config.tie_embeddings:
-        ignored |= {"lm_head.weight"} & _check_tied(tensors)
+        _check_tied(tensors)
+    ignored = {name for name in tensors if is_derivable(name, config)}
     return _pair(config, tensors, hf_name, ignored)
 
 
-def _check_tied(tensors: Mapping[str, StoredTensor]) -> set[str]:
+def _check_tied(tensors: Mapping[str, StoredTensor]) -> None:
     """A tied checkpoint may store the embedding twice, if both are the same."""
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if head is None or embedding is None:
-        return set(tensors)
+        return
     same = (head.kind, head.shape) == (embedding.kind, embedding.shape)
     with embedding.file.open("rb") as one, head.file.open("rb") as other:
         one.seek(embedding.offset)
@@ -110,7 +131,6 @@ def _check_tied(tensors: Mapping[str, StoredTensor]) -> set[str]:
             f"{head.file}: tie_word_embeddings is true, but tensor lm_head.weight differs from "
             "model.embed_tokens.weight"
         )
-    return set(tensors)
 
 
 def gguf_parameters(config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> list[Parameter]:

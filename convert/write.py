@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from convert.drafts.make import DraftSource
 from convert.files import converted
 from convert.sources import Checkpoint, HuggingFaceCheckpoint, open_source, read_json
 from quantspec_jax.dtypes import STORED, float_type
+from quantspec_jax.models.config import RopeScaling
 from quantspec_jax.weights.formats import DraftConfig
 
 
@@ -34,6 +36,7 @@ def convert(
     draft: DraftConfig | None = None,
     draft_text: str | None = None,
     draft_from: str | Path | None = None,
+    rope: RopeScaling | None = None,
     progress: bool = True,
 ) -> Path:
     """Writes `source` (anything `open_source` takes) as a checkpoint that `qs.load` opens fast.
@@ -41,7 +44,9 @@ def convert(
     Args:
       source: what to convert.
       out_dir: the directory to make. It is written under another name beside it and renamed at the
-        end, so that an error, a full disk or Ctrl-C leaves nothing.
+        end, so that an error, a full disk or Ctrl-C leaves nothing. Should something have come to
+        lie there meanwhile, it stays, and the finished checkpoint gets the first free of the names
+        `out_dir-1`, `out_dir-2`, ..., which the ValueError says.
       dtype: float32, bfloat16 or float16; None keeps the source's (GGUF: bfloat16).
       overwrite: replace `out_dir` if it is a converted checkpoint or empty.
       draft: store a draft's quantized weights too. Method `gptq` calibrates them, which takes a
@@ -50,6 +55,7 @@ def convert(
       draft_text: text to calibrate on; None: one that comes with Python.
       draft_from: a 4-bit checkpoint of the same model whose codes become the draft's: GGUF file,
         or directory or hub id of GPTQ or AWQ safetensors.
+      rope: a RoPE scaling to store in place of the source's; a draft is calibrated with it.
       progress: a progress bar on standard error.
 
     Returns:
@@ -59,7 +65,7 @@ def convert(
     _check_target(out, overwrite)
     kept = None if dtype is None else float_type(dtype, allowed=STORED)
     make.check_arguments(draft, draft_text, draft_from)
-    checkpoint = open_source(source)
+    checkpoint = open_source(source, rope)
     finished = out.parent / f".{out.name}.calibration"
     own = make.prepare(checkpoint, draft, draft_text, draft_from, finished)
     with _keep_finished_layers(finished, progress), _partial_directory(out) as partial:
@@ -69,7 +75,7 @@ def convert(
         with _disk_errors(out):
             _write_tokenizer(checkpoint, partial)
             _write_weights(checkpoint, partial, stored_dtype, own, progress)
-            _move_into_place(partial, out)
+            _move_into_place(partial, out, overwrite)
     return out
 
 
@@ -81,13 +87,18 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise ValueError(f"out_dir is {str(out)!r}, which exists; allowed: a new directory, or "
                          "overwrite a converted checkpoint with --overwrite")  # fmt: skip
-    config = out / "config.json"
-    ours = config.exists() and read_json(config).get("format") == converted.FORMAT
-    if not ours and any(out.iterdir()):
+    if not _is_replaceable(out):
         raise ValueError(
             f"out_dir is {str(out)!r}, which is neither empty nor a converted checkpoint: it is "
             "not overwritten"
         )
+
+
+def _is_replaceable(directory: Path) -> bool:
+    """Whether it is empty or a converted checkpoint."""
+    config = directory / "config.json"
+    ours = config.exists() and read_json(config).get("format") == converted.FORMAT
+    return ours or not any(directory.iterdir())
 
 
 @contextlib.contextmanager
@@ -202,21 +213,69 @@ def _write_weights(
     (partial / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _move_into_place(partial: Path, out: Path) -> None:
-    """A rename; an old checkpoint steps aside first, and comes back should the rename fail."""
+class _OccupiedError(Exception):
+    """Something that is not to be replaced lies at the name."""
+
+
+def _move_into_place(partial: Path, out: Path, overwrite: bool) -> None:
+    """A rename. What came to lie at `out` since the beginning is never touched, unless it is what
+    `overwrite` is for; then the finished checkpoint is kept under another name beside it."""
     partial.chmod(0o777 & ~_umask())
     _sync(partial)
-    if not out.exists():
-        partial.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    out.rename(old)
+    try:
+        if overwrite and out.exists():
+            _replace(partial, out)
+        else:
+            _rename(partial, out)
+    except _OccupiedError as error:
+        aside = _keep_aside(partial, out)
+        raise ValueError(
+            f"out_dir is {str(out)!r}, where something else came to lie while this was converted: "
+            f"it is left as it is, and the converted checkpoint is {str(aside)!r}"
+        ) from error
+
+
+def _rename(partial: Path, out: Path) -> None:
+    """To a name that nobody has: making the directory is what only one can do, and one directory
+    may be renamed to another that is empty."""
+    try:
+        out.mkdir()
+    except FileExistsError as error:
+        raise _OccupiedError from error
     try:
         partial.rename(out)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            out.rmdir()
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise _OccupiedError from error
+        raise
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """The old checkpoint steps aside first, and comes back should the rename fail."""
+    if out.is_symlink() or not out.is_dir():
+        raise _OccupiedError
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    try:
+        out.rename(old)
+        if not _is_replaceable(old):
+            raise _OccupiedError
+        _rename(partial, out)
     except BaseException:
-        old.rename(out)
+        with contextlib.suppress(OSError):  # another one lies there by now
+            old.rename(out)
         raise
     _remove(old)
+
+
+def _keep_aside(partial: Path, out: Path) -> Path:
+    for number in itertools.count(1):
+        aside = out.with_name(f"{out.name}-{number}")
+        with contextlib.suppress(_OccupiedError):
+            _rename(partial, aside)
+            return aside
+    raise AssertionError("unreachable")
 
 
 def _umask() -> int:

@@ -9,7 +9,7 @@ from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.prefill import prefill
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.loading import Model, load
-from quantspec_jax.models.config import ModelConfig, RopeConfig
+from quantspec_jax.models.config import ModelConfig, RopeConfig, RopeScaling
 from quantspec_jax.weights.formats import DraftConfig
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "ModelConfig",
     "Program",
     "RopeConfig",
+    "RopeScaling",
     "generate",
     "generate_tokens",
     "load",

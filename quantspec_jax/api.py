@@ -51,7 +51,8 @@ class _Run:
     ):
         self.model, self.prompts, self.config = model, prompts, config
         self.backend = backend_in_use(config.backend)
-        self.streams = [TextStream(model.tokenizer, config.stop) for _ in prompts]
+        self._ends = config.end_ids(model.config.eos_ids, model.config.vocab_size)
+        self.streams = [TextStream(model.tokenizer, config.stop, prompt) for prompt in prompts]
         self.engine = Engine(model, config, max(map(len, prompts)), len(prompts))
         self._key, self._progress = key, progress
         self._taken = [0] * len(prompts)  # new tokens that the streams have
@@ -91,10 +92,9 @@ class _Run:
 
     def _finish_reason(self, slot: int) -> str:
         tokens, config = self.streams[slot].tokens, self.config
-        ends = () if config.ignore_eos else (*self.model.config.eos_ids, *config.stop_ids)
         if self.streams[slot].stopped:
             return "stop"
-        if tokens and tokens[-1] in ends:
+        if tokens and tokens[-1] in self._ends:
             return "eos"
         if len(tokens) >= config.max_new_tokens:
             return "length"

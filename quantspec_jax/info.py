@@ -88,7 +88,7 @@ def table(result: dict[str, Any]) -> str:
             f"{', tied embeddings' if config['tie_embeddings'] else ''}, "
             f"EOS {', '.join(map(str, config['eos_ids'])) or 'none'}",
         ),
-        ("context", f"{result['context_limit']:,} (RoPE {rope['type']}, theta {rope['theta']:g})"),
+        ("context", f"{result['context_limit']:,} (RoPE {_rope(rope)}, theta {rope['theta']:g})"),
         (
             "parameters",
             f"{result['parameters']:,}, {_size(result['parameter_bytes'])} as {result['dtype']}, "
@@ -111,6 +111,15 @@ def table(result: dict[str, Any]) -> str:
         ratio = row["total"] / row["bf16_equivalent"]
         lines.append(f"{row['context']:<12,}{cells}{ratio:>8.3f}")
     return "\n".join(lines)
+
+
+def _rope(rope: dict[str, Any]) -> str:
+    """The scaling, by what, and of which context."""
+    if rope["type"] == "default":
+        return "default"
+    original = rope["original_max_position"]
+    context = "" if original is None else f" from {original:,}"
+    return f"{rope['type']} × {rope['factor']:g}{context}"
 
 
 def _format_line(row: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from quantspec_jax import compilation_cache
 from quantspec_jax.checks import require
 from quantspec_jax.dtypes import BFLOAT16, FLOAT32, float_type
 from quantspec_jax.models.attention import causal_attention
-from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.config import ModelConfig, RopeScaling
 from quantspec_jax.models.decoder import forward, unembed
 from quantspec_jax.models.parameters import Params, check_params
 from quantspec_jax.weights.entries import draft_tree, quantize_params
@@ -129,6 +129,8 @@ def load(
     source: str,
     dtype: DTypeLike | None = None,
     draft: DraftConfig | str | Path | None = None,
+    *,
+    rope: RopeScaling | None = None,
 ) -> Model:
     """Load a model.
 
@@ -139,6 +141,8 @@ def load(
       draft: how to quantize the draft's weights. None: the draft stored with the checkpoint, else
         `DraftConfig()`. `DraftConfig(bits=None)` drafts with the full weights. A path or hub id: a
         4-bit checkpoint of the same model (GGUF, GPTQ, AWQ) whose codes become the draft's.
+      rope: a RoPE scaling that stretches the model's context, in place of the checkpoint's own
+        (`ModelConfig.scaled`); None: the checkpoint's. No draft's weights depend on it.
 
     Turns JAX's persistent compilation cache on (`quantspec_jax.compilation_cache`).
 
@@ -149,7 +153,7 @@ def load(
     compilation_cache.enable()
     import convert  # the one import against the direction of the packages, with the CLI's
 
-    checkpoint = convert.open_source(str(source))
+    checkpoint = convert.open_source(str(source), rope)
     config = checkpoint.config
     if isinstance(draft, str | Path):
         quantized = convert.open_draft(draft, config)

@@ -120,6 +120,11 @@ def byte_level_tokenizer():
     return make_byte_level_tokenizer()
 
 
+@pytest.fixture(scope="session")
+def byte_fallback_tokenizer():
+    return make_byte_fallback_tokenizer()
+
+
 @pytest.fixture(scope="session", params=TOKENIZERS)
 def any_tokenizer(request: pytest.FixtureRequest):
     """Each kind of decoder in turn."""

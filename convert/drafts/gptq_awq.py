@@ -38,7 +38,7 @@ from convert.files.safetensors import read_safetensors
 from convert.files.tensors import FLOATS, StoredTensor
 from convert.hf_config import parse_hf_config
 from convert.sources import read_hf_tensors, read_json
-from convert.weights import hf_name
+from convert.weights import hf_name, with_prefix
 from pallas_kernels.layout import QuantizedWeight
 from quantspec_jax.checks import require
 from quantspec_jax.models.config import ModelConfig
@@ -69,7 +69,7 @@ class PackedSafetensors(QuantizedCheckpoint):
         whole = isinstance(group, int) and (group == -1 or (group > 0 and group % 8 == 0))
         require(whole, f"group_size in {source}", group, "a multiple of 8, or −1")
         self.group_size: int = group
-        self.tensors = _packed_tensors(directory)
+        self.tensors = _packed_tensors(directory, own)
         self._shapes = parameter_shapes(config)
         for layer in linear_layers(config):
             self.check_tensors(layer)
@@ -289,10 +289,10 @@ def _first(values: Mapping[str, Any], *keys: str) -> Any:
     return next((values[key] for key in keys if values.get(key) is not None), None)
 
 
-def _packed_tensors(directory: Path) -> dict[str, StoredTensor]:
+def _packed_tensors(directory: Path, config: ModelConfig) -> Mapping[str, StoredTensor]:
     """Of the usual files, or of the only one with another name, such as gptq_model-4bit-128g."""
     files = list(directory.glob("*.safetensors"))
     indexed = any(directory.glob("*.safetensors.index.json"))
     if len(files) == 1 and not indexed:
-        return read_safetensors(files[0])
-    return read_hf_tensors(directory)
+        return with_prefix(read_safetensors(files[0]))
+    return read_hf_tensors(directory, config)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import mmap
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from convert.files.tensors import FLOATS, QUANTIZED, StoredTensor, stored_bytes
+from quantspec_jax.checks import is_int, require
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _MOST_ELEMENTS = 1 << 22  # of a vocabulary or a list of merges
@@ -92,7 +94,50 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Reads the header, no tensor. Raises ValueError for a damaged or unsupported file."""
+    """Reads the header, no tensor; of a file in several parts, the headers of all.
+
+    Raises ValueError for a damaged or unsupported file.
+    """
+    first = _read_header(path)
+    count = first.metadata.get("split.count", 1)
+    require(is_int(count), f"split.count in {path}", count, "an integer")
+    return _read_parts(first, count) if count > 1 else first
+
+
+def _read_parts(first: GgufFile, count: int) -> GgufFile:
+    """All parts' tensors under the first part's metadata. Parts are named as llama.cpp names them:
+    `name-00001-of-00003.gguf`."""
+    path, tensors = first.path, dict(first.tensors)
+    names = _part_names(path, count)
+    if path.name != names[0] or first.metadata.get("split.no", 0) != 0:
+        raise ValueError(
+            f"{path} is part of a split GGUF (split.count = {count}): name its first part, "
+            f"{names[0]}"
+        )
+    for number, name in enumerate(names[1:], start=1):
+        part = path.with_name(name)
+        if not part.exists():
+            raise ValueError(f"{path} is one of {count} parts, and {name} does not exist beside it")
+        read = _read_header(part)
+        for key, expected in (("split.no", number), ("split.count", count)):
+            value = read.metadata.get(key)
+            require(value == expected, f"{key} in {part}", value, f"{expected}, as in its name")
+        if twice := sorted(set(tensors) & set(read.tensors)):
+            raise ValueError(f"{part} is corrupt: tensor {twice[0]} is in another part, too")
+        tensors |= read.tensors
+    total = first.metadata.get("split.tensors.count", len(tensors))
+    require(total == len(tensors), f"split.tensors.count in {path}", total, str(len(tensors)))
+    return GgufFile(path, first.metadata, tensors)
+
+
+def _part_names(path: Path, count: int) -> list[str]:
+    found = re.fullmatch(r"(.*)-\d{5}-of-\d{5}\.gguf", path.name)
+    stem = found[1] if found else path.name.removesuffix(".gguf")
+    return [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+
+
+def _read_header(path: Path) -> GgufFile:
+    """Of one file."""
     size = path.stat().st_size
     if size < 24:
         raise ValueError(f"{path} is truncated: {size} bytes are no GGUF file")
@@ -107,11 +152,6 @@ def read_gguf(path: Path) -> GgufFile:
         for count in (num_tensors, num_keys):
             cursor.check_count(count)
         metadata = _read_metadata(cursor, num_keys)
-        if metadata.get("split.count", 1) > 1:
-            raise ValueError(
-                f"{path} is part of a split GGUF (split.count = {metadata['split.count']}); "
-                "merge the parts into one file first"
-            )
         tensors = _read_tensors(cursor, num_tensors, metadata.get("general.alignment", 32), size)
     return GgufFile(path, metadata, tensors)
 

@@ -21,6 +21,7 @@ def kv_attention(
     *,
     read: Read,
     sm_scale: float,
+    pages: jax.Array | None = None,
     strict: bool = False,
     out_dtype: Any = jnp.float32,
     backend: str = "auto",
@@ -41,6 +42,7 @@ def kv_attention(
       start: [B] int32, position of the pass's first token.
       read: what to read of the cache (`pallas_kernels.kv_attention.read.Read`).
       sm_scale: factor on the scores, 1/√D as a rule.
+      pages: [B, K, T/G] bool, the tiles of the planes that are read; None: all of them.
       strict: leave out the row's own position.
       out_dtype: of the output; with bf16 queries the kernel writes float32 or bfloat16.
       backend: `auto`, `mosaic_gpu` or `xla`.
@@ -51,7 +53,7 @@ def kv_attention(
     """
     operands = (q, cache, quantized_length, start)
     options: dict[str, Any] = {"read": read, "sm_scale": sm_scale, "strict": strict}
-    if _mosaic_gpu(q, cache, options, backend):
+    if _mosaic_gpu(q, cache, pages, options, backend):
         from pallas_kernels.kv_attention import configs, mosaic_gpu
 
         shape = mosaic_gpu.shape_of(q, cache, **options)
@@ -68,11 +70,17 @@ def kv_attention(
             out_dtype=jnp.dtype(out_dtype),
             blocks=dispatch.target().multiprocessors,
         )
-    out, log_sum_exp = xla.kv_attention(*operands, **options)
+    out, log_sum_exp = xla.kv_attention(*operands, pages=pages, **options)
     return out.astype(out_dtype), log_sum_exp
 
 
-def _mosaic_gpu(q: jax.Array, cache: LayerCache, options: dict[str, Any], backend: str) -> bool:
+def _mosaic_gpu(
+    q: jax.Array,
+    cache: LayerCache,
+    pages: jax.Array | None,
+    options: dict[str, Any],
+    backend: str,
+) -> bool:
     """Whether the Pallas kernel takes the call. CUDA code is imported only where it can."""
     if backend == "xla" or dispatch.device() is None:
         return dispatch.use_mosaic_gpu(backend, "kv_attention", None)
@@ -80,6 +88,8 @@ def _mosaic_gpu(q: jax.Array, cache: LayerCache, options: dict[str, Any], backen
 
     shape = mosaic_gpu.shape_of(q, cache, **options)
     reason = mosaic_gpu.unsupported(shape, (q.dtype, cache.key_buffer.dtype))
-    if reason is None and configs.choose(shape) is None:
+    if pages is not None:
+        reason = "it reads all pages"
+    elif reason is None and configs.choose(shape) is None:
         reason = "no configuration fits the shape into shared memory"
     return dispatch.use_mosaic_gpu(backend, "kv_attention", reason)

@@ -78,9 +78,9 @@ def _einsum(equation: str, *operands: jax.Array) -> jax.Array:
 
 
 def _merge(state: Partial, scores: jax.Array, mask: jax.Array, weigh: Weigh) -> Partial:
-    """Merge tokens with scores [B, K, R, t], where `mask` [B, R, t] admits them, into `state`.
+    """Merge tokens with scores [B, K, R, t], where `mask` [B, K, R, t] admits them, into `state`.
     `weigh`: weights [B, K, R, t] → [B, K, R, D], the weighted sum of the tokens' values."""
-    scores = jnp.where(mask[:, None], scores, -jnp.inf)
+    scores = jnp.where(mask, scores, -jnp.inf)
     maximum = jnp.maximum(state.maximum, scores.max(-1))
     # A row that has seen no key yet has maximum −∞; subtracting 0 keeps its weights 0, not NaN.
     origin = jnp.where(jnp.isfinite(maximum), maximum, 0.0)
@@ -154,9 +154,10 @@ def kv_attention(
     *,
     read: Read,
     sm_scale: float,
+    pages: jax.Array | None = None,
     strict: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.kv_attention.api.kv_attention`."""
+    """See `pallas_kernels.kv_attention.api.kv_attention`. Pages that are not read are masked."""
     keys, values, view = cache.keys, cache.values, read.view
     b, s, h, d = q.shape
     k, length = cache.key_buffer.shape[1:3]
@@ -183,7 +184,11 @@ def kv_attention(
 
         def over_tiles(i: jax.Array, state: Partial) -> Partial:
             token = i * step * g + jnp.arange(step * g)
-            mask = jnp.broadcast_to(token < quantized_length[:, None, None], (b, rows, step * g))
+            mask = (token < quantized_length[:, None, None])[:, None]
+            if pages is not None:
+                here = jax.lax.dynamic_slice_in_dim(pages, i * step, step, 2)
+                mask &= jnp.repeat(here, g, 2)[:, :, None]
+            mask = jnp.broadcast_to(mask, (b, k, rows, step * g))
             scores = _key_scores(grouped, tiles(keys, i), view)
             return _merge(state, scores, mask, lambda w: _weigh_values(w, tiles(values, i), view))
 
@@ -201,7 +206,7 @@ def kv_attention(
 
         slot = begin + jnp.arange(width)
         held = first + (slot - first) % length
-        mask = (held <= position) & (slot >= i * width)
+        mask = ((held <= position) & (slot >= i * width))[:, None]
         scores = _einsum("bkrd,bktd->bkrt", grouped, cut(cache.key_buffer))
         value = cut(cache.value_buffer)
         return _merge(state, scores, mask, lambda w: _einsum("bkrt,bktd->bkrd", w, value))

@@ -8,11 +8,17 @@ from collections.abc import Sequence
 from pallas_kernels.timing import Kernel
 
 # A kernel is of the first kind whose pattern its name contains: this package's kernels, cuDNN's
-# and cuBLAS', copies and fills; XLA's fusions are the rest.
+# and cuBLAS', and what moves data; XLA's other fusions are the rest.
 KINDS = {
-    "attention": r"kv_attention|fmha|flash|sdpa|cudnn",
-    "matmuls": r"int4_matmul|gemm|gemv|nvjet|cutlass|xmma|cublas|splitk",
-    "copies": r"memcpy|memset",
+    "merges": r"kv_attention_merge",
+    "int4 attention": r"kv_attention_int4",
+    "int8 attention": r"kv_attention_int8",
+    "full attention": r"kv_attention|fmha|flash|sdpa|cudnn",
+    "int4 products": r"int4_matmul",
+    "full products": r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk",
+    "norms": r"rms_norm",
+    "quantization": r"quantize_(keys|values)",
+    "copies": r"memcpy|memset|copy|concatenate|transpose|dynamic_update_slice",
 }
 REST, GAPS = "elementwise", "gaps"
 

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         draft_text=text,
         draft_from=draft if isinstance(draft, str) else None,
         progress=True,
-        **scaling,
+        rope=scaling,
     )
     print(args.out_dir)
 

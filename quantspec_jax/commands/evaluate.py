@@ -15,7 +15,6 @@ from quantspec_jax.commands.options import (
     add_dtype,
     add_model,
     add_rope,
-    check_rope,
     command,
     draft_config,
     draft_options,
@@ -23,11 +22,13 @@ from quantspec_jax.commands.options import (
     load_model,
     preset,
     refuse,
+    rope,
 )
 from quantspec_jax.weights.formats import DraftConfig
 
 if TYPE_CHECKING:
     from quantspec_jax.loading import Model
+    from quantspec_jax.models.config import RopeScaling
 
 
 def add(commands: Any) -> None:
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from quantspec_jax.text.prompts import encode, read_text
 
     draft = draft_config(args)
-    check_rope(args)
+    scaling = rope(args)
     check_sweep(args)
     require(args.context >= 8, "--context", args.context, "8 tokens or more")
     require(args.skip_characters >= 0, "--skip-characters", args.skip_characters, "0 or more")
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     require(len(tokens) >= args.context, args.text, have, f"{args.context} (--context) or more")
     tokens = tokens[: args.context]
     if args.sweep:
-        return sweep(args, model, tokens)
+        return sweep(args, model, tokens, scaling)
     if args.measure == "perplexity":
         result = evaluate.perplexity(model, tokens, context=args.context, progress=True)
     else:
@@ -111,13 +112,16 @@ def check_sweep(args: argparse.Namespace) -> None:
         check_plot(args.plot)
 
 
-def sweep(args: argparse.Namespace, model: Model, tokens: Sequence[int]) -> dict[str, Any]:
+def sweep(
+    args: argparse.Namespace, model: Model, tokens: Sequence[int], scaling: RopeScaling | None
+) -> dict[str, Any]:
     """Evaluate the drafts; write the files that were asked for."""
     from quantspec_jax import evaluate
     from quantspec_jax.bench import record
     from quantspec_jax.evaluate.sweep import default_drafts, plot, table
 
-    drafts = [*default_drafts(model), *(stored_draft(model, path) for path in args.draft_of or ())]
+    stored = [stored_draft(model, path, scaling) for path in args.draft_of or ()]
+    drafts = [*default_drafts(model), *stored]
     found = evaluate.sweep(model, tokens, drafts, shapes=preset(args.preset), progress=True)
     name = Path(args.model).stem
     rows = found.pop("rows")
@@ -140,12 +144,13 @@ def sweep(args: argparse.Namespace, model: Model, tokens: Sequence[int]) -> dict
     return result
 
 
-def stored_draft(model: Model, directory: str) -> Model:
-    """The same model with the draft that is stored in another directory."""
+def stored_draft(model: Model, directory: str, scaling: RopeScaling | None = None) -> Model:
+    """The same model with the draft that is stored in another directory, whose context is stretched
+    as the model's was."""
     import convert
     from quantspec_jax.loading import Model
 
-    checkpoint = convert.open_source(directory)
+    checkpoint = convert.open_source(directory, scaling)
     stored = checkpoint.load_draft()
     require(stored is not None, "--draft-of", directory, "a directory converted with a draft")
     assert stored is not None

@@ -14,7 +14,6 @@ from quantspec_jax.commands.options import (
     add_dtype,
     add_model,
     add_rope,
-    check_rope,
     command,
     draft_config,
     draft_options,
@@ -22,15 +21,18 @@ from quantspec_jax.commands.options import (
     given,
     load_model,
     refuse,
+    rope,
     seed,
 )
 from quantspec_jax.generate.config import BACKENDS, MODES, GenerateConfig
+from quantspec_jax.generate.couplings import COUPLINGS
+from quantspec_jax.generate.policies import POLICIES
 from quantspec_jax.weights.formats import DraftConfig
 
-COUPLINGS = ("rejection", "block", "invariant")
 # Options of the same name and meaning as a field of GenerateConfig, whose defaults count.
+DRAFTING = ("gamma", "coupling", "draft_policy", "draft_share")
 FIELDS = (
-    *("gamma", "kv", "pass_width", "coupling"),
+    *(*DRAFTING, "kv", "pass_width"),
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
 )
 
@@ -52,12 +54,20 @@ def add(commands: Any) -> None:
     )
     add_dtype(parser)
     parser.add_argument(
-        "--gamma", type=gamma, metavar="N", help="tokens drafted a round, or auto (4)"
+        "--gamma", type=gamma, metavar="N", help="tokens drafted a round, or auto (auto)"
     )
     parser.add_argument(
         "--coupling",
         choices=COUPLINGS,
         help="how sampled proposals are accepted (the text's law is the same)",
+    )
+    parser.add_argument(
+        "--draft-policy",
+        choices=tuple(POLICIES),
+        help="which part of the cache the draft reads (all)",
+    )
+    parser.add_argument(
+        "--draft-share", type=float, metavar="F", help="and how much of it, in (0, 1]"
     )
     add_draft(parser)
     add_rope(parser)
@@ -95,7 +105,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 def generate_config(args: argparse.Namespace) -> GenerateConfig:
     """The configuration that the options ask for; options that do not fit the mode are refused."""
     if args.mode == "autoregressive":
-        drafting = given(args, "gamma", "coupling") | draft_options(args)
+        drafting = given(args, *DRAFTING) | draft_options(args)
         refuse(drafting, "--mode autoregressive: nothing is drafted")
     else:
         refuse(given(args, "pass_width"), "--mode quantspec: a pass has gamma + 1 rows")
@@ -118,7 +128,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     config = generate_config(args)
     draft = draft_config(args)
-    check_rope(args)
+    rope(args)  # wrong options are named before the model is loaded
     if args.system is not None and not args.chat:
         raise ValueError("--system needs --chat")
     prompts: list[Any] = args.prompt or [read_text(args.prompt_file)]

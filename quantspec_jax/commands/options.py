@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantspec_jax.checks import require
 from quantspec_jax.commands import terminal
+from quantspec_jax.models.config import ROPE_SCALINGS, RopeScaling
 from quantspec_jax.weights.formats import DraftConfig
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from quantspec_jax.models.config import ModelConfig
 
 DTYPES = ("bfloat16", "float32")
-ROPE_SCALINGS = ("none", "linear", "yarn")
 # The options of `add_draft_options` by the field of DraftConfig that they set; --draft-bits and
 # --draft-from, which decide between kinds of drafts, are not among them.
 DRAFT_FIELDS = {
@@ -139,7 +139,7 @@ def load_model(args: argparse.Namespace, draft: DraftConfig | str | None) -> Mod
         stored = convert.open_source(args.model).draft_config
         if stored is not None:
             terminal.notice(f"draft options override the stored draft ({stored.describe()})")
-    return qs.load(args.model, dtype=args.dtype, draft=draft, **rope(args))
+    return qs.load(args.model, dtype=args.dtype, draft=draft, rope=rope(args))
 
 
 # Rotary position embedding
@@ -158,25 +158,21 @@ def add_rope(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_rope(args: argparse.Namespace) -> None:
-    """Raise for half of a scaling."""
-    if args.rope_scaling in (None, "none"):
-        named = "--rope-scaling none" if args.rope_scaling else "the checkpoint's own scaling"
+def rope(args: argparse.Namespace) -> RopeScaling | None:
+    """What the options say; None where no scaling was named.
+
+    Raises:
+      ValueError: one option without the other, or a scale that is none.
+    """
+    kind, scale = args.rope_scaling, args.rope_scale
+    if kind in (None, "none"):
+        named = (
+            "--rope-scaling none" if kind else "the checkpoint's own scaling: name --rope-scaling"
+        )
         refuse(given(args, "rope_scale"), named)
-        return
-    scale = args.rope_scale
-    require(scale is not None and scale >= 1, "--rope-scale", scale, "a number ≥ 1")
-
-
-def rope(args: argparse.Namespace) -> dict[str, Any]:
-    """The argument `rope` of `load` and `convert`; nothing where no scaling was named."""
-    check_rope(args)
-    if args.rope_scaling is None:
-        return {}
-    import quantspec_jax as qs
-
-    factor = 1.0 if args.rope_scale is None else args.rope_scale
-    return {"rope": qs.RopeScaling(args.rope_scaling, factor)}  # type: ignore[attr-defined]
+        return None if kind is None else RopeScaling(kind)
+    require(scale is not None, "--rope-scale", scale, f"a number > 1, for --rope-scaling {kind}")
+    return RopeScaling(kind, scale)
 
 
 # The draft's weights

@@ -22,8 +22,9 @@ from quantspec_jax.cost import tokens_a_round
 
 MOST_DRAFTED = 7  # a pass of 8 rows is one block of the kernels' products
 FADING = 0.99  # of evidence, a round
-PRIOR = (0.85, 4.0)  # acceptance assumed before anything was seen, and the tries it weighs
+PRIOR = (0.9, 4.0)  # acceptance assumed before anything was seen, and the tries it weighs
 GAIN = 1.01  # that another γ has to promise
+SETTLED, FIRST_ROUNDS = 64.0, 8  # tries until which chunks are short
 PROBE_ROUNDS, OLD_TRIES = 4, 4.0
 FIRST_WAIT, LONGEST_WAIT = 64, 512  # rounds of plain decoding before drafting is tried again
 
@@ -51,7 +52,7 @@ class AdaptiveGamma:
 
     def _yield(self, gamma: int) -> float:
         """Tokens for what a plain step costs."""
-        tokens = tokens_a_round(round(self.acceptance, 2), gamma, self.group_size)
+        tokens = tokens_a_round(round(self.acceptance, 3), gamma, self.group_size)
         return tokens / (1 + self.cost * gamma)
 
     def observe(self, rounds: int, proposed: np.ndarray, accepted: np.ndarray) -> None:
@@ -77,4 +78,4 @@ class AdaptiveGamma:
         if self._yield(best) > GAIN * self._yield(self.gamma):
             self._wait = FIRST_WAIT if best else self._wait
             self.gamma = best
-        return self.gamma, rounds
+        return self.gamma, min(rounds, FIRST_ROUNDS) if self._tried < SETTLED else rounds

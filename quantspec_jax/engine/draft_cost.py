@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from quantspec_jax import compilation_cache
+from quantspec_jax.cost import bytes_read
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.loading import Model
 
@@ -52,6 +53,19 @@ def key_of(model: Model, program: Program, batch: int, sampled: bool) -> str:
         with_gamma(program, TRIAL_GAMMA),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def by_bytes(model: Model, program: Program, batch: int) -> float:
+    """What a draft step reads over what a plain one does: a guess where no time is to be lost."""
+    costs = bytes_read(
+        model.config,
+        model.draft,
+        program.cache.max_length,
+        batch=batch,
+        itemsize=model.dtype.itemsize,
+        group_size=program.cache.group_size,
+    )
+    return costs.draft / costs.verify
 
 
 def known(key: str) -> float | None:

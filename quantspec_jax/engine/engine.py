@@ -36,6 +36,7 @@ from quantspec_jax.generate.requests import Requests, requests
 from quantspec_jax.generate.state import DecodeState, Program, insert
 from quantspec_jax.loading import Model
 
+TRIAL_PAYS = 64  # new tokens; fewer are decoded sooner than the cost of a draft step is known
 INSERT = jax.jit(insert, donate_argnames="state")
 
 
@@ -106,7 +107,8 @@ class Engine:
         most = min(self.capacity, self.program.cache.max_length - max(lengths))
         new = config.max_new_tokens
         require(new <= most, "max_new_tokens", new, f"at most {most} in this engine")
-        wants = requests(config, keys, self.model.config.eos_ids, number)
+        ends = config.end_ids(self.model.config.eos_ids, self.model.config.vocab_size)
+        wants = requests(config, keys, ends, number)
         state = self._prefill(prompts, wants, progress)
         if number == self.slots:
             self._state = state
@@ -246,6 +248,8 @@ class Engine:
             sampled = bool(np.asarray(self._state.requests.sampling.temperature > 0).any())
             key = draft_cost.key_of(self.model, self.program, self.slots, sampled)
             cost = draft_cost.known(key)
+            if cost is None and self.config.max_new_tokens < TRIAL_PAYS:
+                cost = draft_cost.by_bytes(self.model, self.program, self.slots)
             if cost is None:
                 started, compiled = time.perf_counter(), self.clock.compile
                 self._state, cost = draft_cost.measured(self._state, self.program, self._decode)

@@ -16,6 +16,7 @@ from quantspec_jax.engine.adaptive import MOST_DRAFTED
 from quantspec_jax.engine.bucket import bucket
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.couplings import coupling
+from quantspec_jax.generate.policies import policy
 from quantspec_jax.generate.requests import Requests, requests
 from quantspec_jax.generate.state import Program
 from quantspec_jax.loading import Model
@@ -51,7 +52,8 @@ def prepare(
     config = config or GenerateConfig()
     ids = read_prompts(prompts, model.tokenizer, model.config.vocab_size)
     program, padded = program_for(model, config, max(map(len, ids)))
-    wants = requests(config, key, model.config.eos_ids, len(ids))
+    ends = config.end_ids(model.config.eos_ids, model.config.vocab_size)
+    wants = requests(config, key, ends, len(ids))
     return Prepared(program, bucket(config.max_new_tokens), (*pad(ids, padded), wants))
 
 
@@ -92,6 +94,11 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         dtype=model.dtype,
     )
     program = Program(
-        model.config, cache, gamma, coupling=coupling(config.coupling), backend=config.backend
+        model.config,
+        cache,
+        gamma,
+        policy=policy(config.draft_policy, config.draft_share),
+        coupling=coupling(config.coupling),
+        backend=config.backend,
     )
     return program, min(bucket(longest), length)

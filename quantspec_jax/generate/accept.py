@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from quantspec_jax.generate.couplings import Verdict
 from quantspec_jax.generate.draft import Proposals
-from quantspec_jax.generate.sampling import any_sampled, penalize, warp
+from quantspec_jax.generate.sampling import either, penalize, warp
 from quantspec_jax.generate.state import DecodeState, Program
 
 
@@ -23,6 +23,7 @@ def accept(
     proposed: jax.Array,
     state: DecodeState,
     program: Program,
+    sampled: bool | None = None,
 ) -> Verdict:
     """Compare a round's proposals with the target.
 
@@ -32,6 +33,7 @@ def accept(
       proposals: γ a sequence.
       proposed: [B] int32, 0..γ: only the first so many proposals count.
       state: before the round.
+      sampled: as in `choose`.
 
     Returns:
       How many proposals are accepted, and the token after them.
@@ -40,8 +42,8 @@ def accept(
     sampling = state.requests.sampling
     rest = (tokens, proposed, state.requests.keys, state.cache.length + 1)
 
-    def sampled() -> Verdict:
-        p = warp(logits, _seen_by_row(state.seen, tokens), sampling)
+    def drawn() -> Verdict:
+        p = warp(logits, _seen_by_row(state.seen, tokens), sampling, sampled is None)
         return program.coupling.verdict(p, q, *rest)
 
     def greedy() -> Verdict:
@@ -49,7 +51,7 @@ def accept(
         best = jnp.argmax(penalized, -1).astype(jnp.int32)
         return program.coupling.greedy(best, *rest)
 
-    return jax.lax.cond(any_sampled(sampling), sampled, greedy)
+    return either(sampled, sampling, drawn, greedy)
 
 
 def _seen_by_row(seen: jax.Array, proposals: jax.Array) -> jax.Array:

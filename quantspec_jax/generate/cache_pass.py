@@ -22,12 +22,14 @@ def cache_pass(
     tokens: jax.Array,
     start: jax.Array,
     view: str,
+    pages: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Run S consecutive tokens of each sequence over the cache and append their keys and values.
 
     Args:
       tokens: [B, S] int32; start: [B] int32, position of the first.
       view: what to read of the coded tokens.
+      pages: [B, K, T/G] bool, which tiles of them; None: all.
 
     Returns:
       [B, S, N] float32 logits, and the cache with S more tokens in its buffers; its lengths are as
@@ -45,6 +47,7 @@ def cache_pass(
             start,
             read=Read(view),
             sm_scale=program.model.head_dim**-0.5,
+            pages=pages,
             out_dtype=q.dtype,
             backend=program.backend,
         )

@@ -8,6 +8,7 @@ from typing import Literal
 from quantspec_jax.cache.codecs import CODECS, VIEWS
 from quantspec_jax.checks import is_int, is_number, require
 from quantspec_jax.generate.couplings import COUPLINGS
+from quantspec_jax.generate.policies import policy
 
 Mode = Literal["quantspec", "autoregressive"]
 Backend = Literal["auto", "mosaic_gpu", "xla"]
@@ -32,7 +33,9 @@ class GenerateConfig:
     draft_cost: what a draft step costs over a plain one, for "auto"; None: it is measured, once for
       a model, device and context bucket (`engine.draft_cost`).
     coupling: how sampled proposals are accepted (`generate.couplings`).
-    stop_ids: token ids that end a sequence, beside the model's own.
+    draft_policy, draft_share: which part of the cache a draft reads, and how large a share of its
+      coded tokens (`generate.policies`); None: the policy's own.
+    stop_ids: token ids that end a sequence, beside the model's own and where these are ignored.
     pass_width: rows an autoregressive pass is padded to.
     max_length: tokens the cache is allocated for; None: what the prompts and `max_new_tokens` need,
       rounded up to a bucket.
@@ -41,7 +44,7 @@ class GenerateConfig:
     """
 
     max_new_tokens: int = 256
-    gamma: int | Literal["auto"] = 4
+    gamma: int | Literal["auto"] = "auto"
     mode: Mode = "quantspec"
     kv: str | None = None
     temperature: float = 0.0
@@ -52,7 +55,9 @@ class GenerateConfig:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     stop_ids: tuple[int, ...] = ()
-    coupling: str = "rejection"
+    coupling: str = "block"
+    draft_policy: str = "all"
+    draft_share: float | None = None
     pass_width: int = 1
     group_size: int = 128
     max_length: int | None = None
@@ -82,6 +87,7 @@ class GenerateConfig:
         require(self.mode in MODES, "mode", self.mode, ", ".join(MODES))
         require(self.kv in (None, *VIEWS), "kv", self.kv, ", ".join(VIEWS))
         require(self.coupling in COUPLINGS, "coupling", self.coupling, ", ".join(COUPLINGS))
+        policy(self.draft_policy, self.draft_share)
         if self.mode == "quantspec":
             require(
                 self.kv in (None, TARGET_VIEW), "kv", self.kv, "int8 in mode quantspec (its target)"
@@ -111,10 +117,15 @@ class GenerateConfig:
         require(all(isinstance(s, str) and s for s in stop), "stop", self.stop, "non-empty strings")
         object.__setattr__(self, "stop", stop)
         ids = tuple(self.stop_ids)
-        largest = 2**31 - 1
-        possible = all(is_int(i) and 0 <= i <= largest for i in ids)
-        require(possible, "stop_ids", self.stop_ids, f"token ids from 0 to {largest}")
+        require(all(is_int(i) and i >= 0 for i in ids), "stop_ids", ids, "integers ≥ 0")
         object.__setattr__(self, "stop_ids", ids)
+
+    def end_ids(self, eos_ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+        """The ids that end a sequence: the model's, unless they are ignored, and `stop_ids`."""
+        for token in self.stop_ids:
+            allowed = f"0 to {vocab_size - 1}, the vocabulary"
+            require(token < vocab_size, "a token id of stop_ids", token, allowed)
+        return tuple(dict.fromkeys((() if self.ignore_eos else eos_ids) + self.stop_ids))
 
     @property
     def target_view(self) -> str:

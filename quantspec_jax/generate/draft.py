@@ -22,8 +22,10 @@ class Proposals(NamedTuple):
     probabilities: jax.Array
 
 
-def draft(params: Params, state: DecodeState, program: Program) -> tuple[Proposals, KVCache]:
-    """Propose γ tokens after the pending one.
+def draft(
+    params: Params, state: DecodeState, program: Program, sampled: bool | None = None
+) -> tuple[Proposals, KVCache]:
+    """Propose γ tokens after the pending one. `sampled`: as in `choose`.
 
     Each step appends the draft's own keys and values to the buffers; the verification writes the
     same slots again. Steps past the next flush do not count (`cache.schedule`): they repeat the
@@ -39,10 +41,10 @@ def draft(params: Params, state: DecodeState, program: Program) -> tuple[Proposa
         cache, token, seen, found = carry
         position = jnp.minimum(start + i, last)
         logits, cache = cache_pass(
-            params, program, cache, token[:, None], position, program.draft_view
+            params, program, cache, token[:, None], position, program.draft_view, pages
         )
         token, probabilities = choose(
-            logits[:, 0], seen, sampling, keys, position + 1, coupling.draft_role
+            logits[:, 0], seen, sampling, keys, position + 1, coupling.draft_role, sampled
         )
         found = Proposals(
             jax.lax.dynamic_update_index_in_dim(found.tokens, token, i, 1),
@@ -50,6 +52,7 @@ def draft(params: Params, state: DecodeState, program: Program) -> tuple[Proposa
         )
         return cache, token, seen.at[rows, token].set(True), found
 
+    pages = program.policy.pages(state.memory, state.cache)
     nothing = no_proposals(len(rows), program.gamma, program.model.vocab_size)
     carry = (state.cache, state.pending, state.seen, nothing)
     cache, _, _, found = jax.lax.fori_loop(0, program.gamma, step, carry)

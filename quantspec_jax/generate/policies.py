@@ -7,12 +7,14 @@ sequence is a pytree of arrays with the batch first, in the decode state.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from quantspec_jax.cache import KVCache
+from quantspec_jax.checks import is_number, require
 
 
 class Policy(Protocol):
@@ -32,9 +34,17 @@ class Policy(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class All:
-    """Every page: QuantSpec as published."""
+    """Every page: QuantSpec as published.
 
+    Args:
+      share: of the coded tokens that are read; only 1.
+    """
+
+    share: float = 1.0
     name: str = "all"
+
+    def __post_init__(self) -> None:
+        require(self.share == 1, "draft_share", self.share, "1 (draft_policy all reads all)")
 
     def start(self, batch: int) -> Any:
         """Nothing."""
@@ -47,16 +57,19 @@ class All:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The first pages, where attention sinks lie, and the most recent ones: StreamingLLM (Xiao et
-    al., arXiv 2309.17453) over the draft's view.
+    """The first page, where attention sinks lie, and the most recent ones: StreamingLLM (Xiao et
+    al., arXiv 2309.17453) over the draft's view. The buffer is always read.
 
     Args:
-      sinks, recent: pages (tiles of G tokens) that are read, beside the buffer.
+      share: of the coded tokens that are read, sinks included.
     """
 
-    sinks: int = 1
-    recent: int = 4
+    share: float = 0.25
     name: str = "window"
+
+    def __post_init__(self) -> None:
+        possible = is_number(self.share) and 0 < self.share <= 1
+        require(possible, "draft_share", self.share, "a number in (0, 1]")
 
     def start(self, batch: int) -> Any:
         """Nothing."""
@@ -65,14 +78,21 @@ class Window:
     def pages(self, memory: Any, cache: KVCache) -> jax.Array | None:
         """By number alone."""
         planes = cache.layers[0].keys
-        if planes is None:
-            return None
+        assert planes is not None, "a cache whose draft reads planes"
         b, k, tiles = planes.scale.shape[:3]
+        coded = cache.quantized_length // cache.group_size  # [B]
+        recent = jnp.ceil(self.share * coded).astype(jnp.int32) - SINKS
         tile = jnp.arange(tiles)
-        first = (cache.quantized_length // cache.group_size - self.recent)[:, None]
-        read = (tile < self.sinks) | (tile >= first)
+        read = (tile < SINKS) | (tile >= (coded - recent)[:, None])
         return jnp.broadcast_to(read[:, None], (b, k, tiles))
 
 
+SINKS = 1  # pages
 ALL = All()
-POLICIES: dict[str, type[Policy]] = {"all": All}
+POLICIES: dict[str, Callable[..., Policy]] = {"all": All, "window": Window}
+
+
+def policy(name: str, share: float | None) -> Policy:
+    """A policy by its name and the share of the coded tokens that it reads; None: its own."""
+    require(name in POLICIES, "draft_policy", name, ", ".join(POLICIES))
+    return POLICIES[name]() if share is None else POLICIES[name](share)

@@ -39,12 +39,12 @@ class Requests:
 
 
 def requests(
-    config: GenerateConfig, keys: jax.Array | None, eos_ids: Sequence[int], batch: int
+    config: GenerateConfig, keys: jax.Array | None, end_ids: Sequence[int], batch: int
 ) -> Requests:
-    """The same wish for each of `batch` sequences, but a key each (`sequence_keys`)."""
-    ids = sorted({*eos_ids, *config.stop_ids}) if not config.ignore_eos else []
-    slots = max(EOS_SLOTS, len(ids))
-    row = np.array([*ids, *[-1] * (slots - len(ids))], np.int32)
+    """The same wish for each of `batch` sequences, but a key each (`sequence_keys`). `end_ids`:
+    `GenerateConfig.end_ids`."""
+    slots = max(EOS_SLOTS, len(end_ids))
+    row = np.array([*end_ids, *[-1] * (slots - len(end_ids))], np.int32)
     return Requests(
         sampling_arrays(config, batch),
         sequence_keys(keys, batch),

@@ -4,20 +4,26 @@ The order and meaning of the warpers are those of transformers' `generate`:
 
     repetition penalty on seen tokens → temperature → top-k → top-p → min-p
 
-Top-k and top-p look for one number a row, the smallest logit that stays. It is found by bisection
-over the 32 bits of the logits, which reads the row 32 times and is still an order of magnitude
-faster than sorting a vocabulary on a CPU.
+Top-k and top-p look for one number a row, the smallest logit that stays. It is found by its 32
+bits, the highest first: on a CPU one at a time, which reads the row 32 times and is still an order
+of magnitude faster than sorting a vocabulary; on a GPU, where launches cost more than comparisons,
+four at a time.
+
+A GPU's branch waits for the host to read its condition. There nothing of this is in a branch:
+`sampled` says at compile time whether anything is drawn (`generate.loop`).
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Result = TypeVar("Result")
 
 
 class Role(enum.IntEnum):
@@ -63,27 +69,36 @@ def _ordered(x: jax.Array) -> jax.Array:
     return jnp.where(x < 0, ~bits, bits | np.uint32(1 << 31))
 
 
-def _largest(holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> jax.Array:
-    """The largest uint32 of each row for which `holds`, true up to it and false above."""
+def _largest(
+    holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], bits: int
+) -> jax.Array:
+    """The largest uint32 of each row for which `holds`, true up to it and false above.
 
-    def set_bit(i: jax.Array, found: jax.Array) -> jax.Array:
-        candidate = found | (np.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(holds(candidate), candidate, found)
+    `holds` takes candidates [C, *shape] and answers each; `bits` are found at a time.
+    """
+    steps = jnp.arange(1, 1 << bits, dtype=jnp.uint32).reshape(-1, *[1] * len(shape))
 
-    return jax.lax.fori_loop(0, 32, set_bit, jnp.zeros(shape, jnp.uint32))
+    def more(i: jax.Array, found: jax.Array) -> jax.Array:
+        shift = (32 - bits * (i + 1)).astype(jnp.uint32)
+        digit = jnp.sum(holds(found | (steps << shift)), 0, dtype=jnp.uint32)
+        return found | (digit << shift)
+
+    return jax.lax.fori_loop(0, 32 // bits, more, jnp.zeros(shape, jnp.uint32))
 
 
-def _top_k(order: jax.Array, k: jax.Array) -> jax.Array:
+def _top_k(order: jax.Array, k: jax.Array, bits: int) -> jax.Array:
     """[B, S, N] bool: the k largest of each row, and what equals the last of them. k 0: all."""
     n = order.shape[-1]
     k = jnp.where(k > 0, jnp.minimum(k, n), n)[:, None]
     smallest = _largest(
-        lambda key: jnp.sum(order >= key[..., None], -1, dtype=jnp.int32) >= k, order.shape[:-1]
+        lambda key: jnp.sum(order >= key[..., None], -1, dtype=jnp.int32) >= k,
+        order.shape[:-1],
+        bits,
     )
     return order >= smallest[..., None]
 
 
-def _top_p(order: jax.Array, weights: jax.Array, top_p: jax.Array) -> jax.Array:
+def _top_p(order: jax.Array, weights: jax.Array, top_p: jax.Array, bits: int) -> jax.Array:
     """[B, S, N] bool: what is left once the least likely tokens, 1 − top_p of the mass together
     at most, are removed. Of equal tokens the first stay, as at temperature 0.
     """
@@ -92,7 +107,7 @@ def _top_p(order: jax.Array, weights: jax.Array, top_p: jax.Array) -> jax.Array:
     def mass_below(key: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(order < key[..., None], weights, 0.0), -1)
 
-    smallest = _largest(lambda key: mass_below(key) <= budget, order.shape[:-1])
+    smallest = _largest(lambda key: mass_below(key) <= budget, order.shape[:-1], bits)
     smallest = jnp.minimum(smallest, jnp.max(order, -1))
     # The mass of what is below fits into the budget, that of all that equals `smallest` does not.
     equal = order == smallest[..., None]
@@ -103,13 +118,16 @@ def _top_p(order: jax.Array, weights: jax.Array, top_p: jax.Array) -> jax.Array:
     return (order > smallest[..., None]) | (equal & (rank <= kept[..., None]))
 
 
-def warp(logits: jax.Array, seen: jax.Array, sampling: Sampling) -> jax.Array:
+def warp(
+    logits: jax.Array, seen: jax.Array, sampling: Sampling, branches: bool = True
+) -> jax.Array:
     """The distribution that tokens are drawn from.
 
     Args:
       logits: [B, S, N] float32.
       seen: [B, S, N] bool, tokens of the prompt and the text before each row.
       sampling: one value a sequence.
+      branches: leave out, in branches, the filters that are off in all sequences.
 
     Returns:
       [B, S, N] float32 probabilities; at temperature 0, 1 at the (first) largest penalized logit.
@@ -122,16 +140,15 @@ def warp(logits: jax.Array, seen: jax.Array, sampling: Sampling) -> jax.Array:
     x = (x - jnp.max(x, -1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1.0)
     order, weights = _ordered(x), jnp.exp(x)
 
-    everything = jnp.ones_like(seen)
-    keep = jax.lax.cond(
-        jnp.any(sampling.top_k > 0), lambda: _top_k(order, sampling.top_k), lambda: everything
-    )
+    def filtered(on: jax.Array, keep: Callable[[], jax.Array]) -> jax.Array:
+        if not branches:
+            return keep()
+        return jax.lax.cond(jnp.any(on), keep, lambda: jnp.ones_like(seen))
+
+    bits = 1 if branches else 4
+    keep = filtered(sampling.top_k > 0, lambda: _top_k(order, sampling.top_k, bits))
     weights = jnp.where(keep, weights, 0.0)
-    keep = jax.lax.cond(
-        jnp.any(sampling.top_p < 1),
-        lambda: _top_p(order, weights, sampling.top_p),
-        lambda: everything,
-    )
+    keep = filtered(sampling.top_p < 1, lambda: _top_p(order, weights, sampling.top_p, bits))
     # The largest weight is 1 and survives, so min-p compares with the weights themselves.
     keep &= weights >= sampling.min_p[:, None, None]
     weights = jnp.where(keep, weights, 0.0)
@@ -170,6 +187,7 @@ def choose(
     keys: jax.Array,
     position: jax.Array,
     role: Role,
+    sampled: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The token at sequence position `position`: the draft's, or the autoregressive target's.
 
@@ -180,6 +198,7 @@ def choose(
       keys: [B] typed PRNG keys, one a sequence.
       position: [B] int32, position of the token that is chosen.
       role: `Role.DRAFT` or `Role.TARGET`.
+      sampled: whether any sequence is drawn, where that is known; None: a branch finds out.
 
     Returns:
       [B] int32 tokens and the [B, N] float32 probabilities they were drawn from; where every
@@ -187,12 +206,25 @@ def choose(
     """
     logits, seen = logits[:, None], seen[:, None]
 
-    def sampled() -> tuple[jax.Array, jax.Array]:
-        probabilities = warp(logits, seen, sampling)[:, 0]
+    def drawn() -> tuple[jax.Array, jax.Array]:
+        probabilities = warp(logits, seen, sampling, sampled is None)[:, 0]
         return draw(probabilities, keys, position, role), probabilities
 
     def greedy() -> tuple[jax.Array, jax.Array]:
         token = jnp.argmax(penalize(logits, seen, sampling)[:, 0], -1).astype(jnp.int32)
         return token, jnp.zeros((logits.shape[0], logits.shape[-1]), jnp.float32)
 
-    return jax.lax.cond(any_sampled(sampling), sampled, greedy)
+    return either(sampled, sampling, drawn, greedy)
+
+
+def either(
+    sampled: bool | None,
+    sampling: Sampling,
+    drawn: Callable[[], Result],
+    greedy: Callable[[], Result],
+) -> Result:
+    """`drawn()` where any sequence is sampled, else `greedy()`; in a branch where `sampled` does
+    not say which."""
+    if sampled is None:
+        return jax.lax.cond(any_sampled(sampling), drawn, greedy)
+    return drawn() if sampled else greedy()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
-from quantspec_jax.checks import is_int, require
+from quantspec_jax.checks import is_int, is_number, require
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 
@@ -51,13 +52,49 @@ class RopeConfig:
             )
 
 
+ROPE_SCALINGS = ("none", "linear", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How to stretch a model's context when it is loaded: `ModelConfig.scaled`.
+
+    type    linear: positions are divided by the factor (position interpolation, arXiv 2306.15595);
+            yarn: fast dimensions stay, slow ones are interpolated, and the attention is tempered
+            (arXiv 2309.00071); none: the scaling that the checkpoint has is taken away
+    factor  the new context over the model's own; > 1, and none has no factor (1)
+    """
+
+    type: str
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(
+            self.type in ROPE_SCALINGS, "rope scaling type", self.type, ", ".join(ROPE_SCALINGS)
+        )
+        number = is_number(self.factor) and math.isfinite(self.factor)
+        if self.type == "none":
+            allowed = number and self.factor == 1
+            require(allowed, "rope scaling factor", self.factor, "1, for type none")
+        else:
+            allowed = number and self.factor > 1
+            require(allowed, "rope scaling factor", self.factor, "a number > 1")
+
+
+_LONGEST = 2**31 - 1  # positions are int32
+
+# Fields of older versions, which nothing read.
+_WRITTEN_ONCE = frozenset({"bos_id"})
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One decoder for the Llama family: what differs between families is data here.
 
     Letters as elsewhere: L num_layers, H num_heads, K num_kv_heads, D head_dim, N vocab_size.
     `max_context` is the longest sequence, in tokens, that the checkpoint says it handles, with the
-    RoPE scaling counted.
+    RoPE scaling counted. `sliding_window`: positions that the model's attention sees, at least
+    `max_context`, so that it never cuts; None: all of them.
     """
 
     family: Family
@@ -77,7 +114,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     eos_ids: tuple[int, ...] = ()
-    bos_id: int | None = None
+    sliding_window: int | None = None
 
     def __post_init__(self) -> None:
         require(self.family in FAMILIES, "family", self.family, ", ".join(FAMILIES))
@@ -101,6 +138,40 @@ class ModelConfig:
         )
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number")
 
+    @property
+    def original_context(self) -> int:
+        """Tokens of context without the RoPE scaling."""
+        if self.rope.type == "linear":
+            return round(self.max_context / self.rope.factor)
+        return self.rope.original_max_position or self.max_context
+
+    def scaled(self, scaling: RopeScaling | None) -> ModelConfig:
+        """The same weights with another RoPE scaling; None: as it is.
+
+        The scaling is the whole of it, as in vLLM's `hf_overrides` and with llama.cpp's
+        `--rope-scaling`: it begins at the model's own context, keeps θ and has the type's defaults
+        beside its factor. On a model that is scaled already, it replaces one of the same type. One
+        of another type was trained with or chosen for a reason: `none` first takes it away.
+
+        Raises:
+          ValueError: the model has a scaling of another type, or windows that are too short.
+        """
+        if scaling is None:
+            return self
+        theta, context = self.rope.theta, self.original_context
+        if scaling.type == "none":
+            return dataclasses.replace(self, rope=RopeConfig(theta=theta), max_context=context)
+        given, own = (f"{rope.type} {rope.factor:g}" for rope in (scaling, self.rope))
+        replaceable = self.rope.type in ("default", scaling.type)
+        allowed = "none (the model is scaled already, by {own}), or another factor of its own type"
+        require(replaceable, "rope scaling", given, allowed.format(own=own))
+        longest = int(context * scaling.factor)
+        most = min(self.sliding_window or _LONGEST, _LONGEST)
+        require(longest <= most, "rope scaling", given, f"at most {most} tokens (not {longest})")
+        original = context if scaling.type == "yarn" else None
+        rope = RopeConfig(scaling.type, theta, float(scaling.factor), original)
+        return dataclasses.replace(self, rope=rope, max_context=longest)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that `from_dict` reads back."""
         return dataclasses.asdict(self)
@@ -109,9 +180,9 @@ class ModelConfig:
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
         """Inverse of `to_dict`; an unknown key is a ValueError."""
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known)
+        values = {key: value for key, value in data.items() if key not in _WRITTEN_ONCE}
+        unknown = sorted(set(values) - known)
         require(not unknown, "model config keys", unknown, ", ".join(sorted(known)))
-        values = dict(data)
         values["rope"] = RopeConfig(**values["rope"])
         values["eos_ids"] = tuple(values["eos_ids"])
         return cls(**values)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+from pallas_kernels.devices import GENERATIONS, Capability, generation
 from quantspec_jax.checks import require
 
 # What is read of the bandwidth in the data sheet: 4,390 of 4,800 GB/s, measured on an H200.
 READABLE = 0.915
-# The kernels of this package need it; elsewhere XLA runs, far from the limit.
-LEAST_CAPABILITY = (9, 0)
+# The kernels need it; elsewhere XLA runs, far from the limit.
+LEAST_CAPABILITY = next(g.capability for g in GENERATIONS if g.unsupported is None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Device:
     memory: float | None
     bandwidth: float
     teraflops: float | None = None
-    capability: tuple[int, int] | None = None
+    capability: Capability | None = None
 
     def __post_init__(self) -> None:
         for name in ("memory", "bandwidth"):
@@ -37,7 +38,7 @@ class Device:
     @property
     def runs_kernels(self) -> bool:
         """Whether it may; False only where it is known not to."""
-        return self.capability is None or self.capability >= LEAST_CAPABILITY
+        return self.capability is None or generation(self.capability).unsupported is None
 
     def milliseconds(self, bytes_read: float, operations: float = 0) -> float:
         """The least time of a pass: what takes longer, reading or arithmetic."""
@@ -46,7 +47,7 @@ class Device:
 
 
 def _data_sheet(
-    memory: float, bandwidth: float, teraflops: float, capability: tuple[int, int]
+    memory: float, bandwidth: float, teraflops: float, capability: Capability
 ) -> Device:
     return Device(memory, READABLE * bandwidth, teraflops, capability)
 

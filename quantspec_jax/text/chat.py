@@ -17,12 +17,18 @@ def chat_ids(prompt: str, tokenizer: Any, system: str | None = None) -> list[int
       system: the system message; None: the template's own default, if it has one.
 
     Raises:
-      ValueError: the prompt is empty, there is no chat template, or it refuses the messages (some
-        take no system message).
+      ValueError: the prompt is empty, there is no chat template, it refuses the messages (some take
+        no system message), fails, or renders nothing.
     """
     require(prompt != "", "prompt", prompt, "a text of one character or more")
     # The template writes the special tokens itself.
-    return encode(chat_text(prompt, tokenizer, system), tokenizer, special=False)
+    ids = encode(chat_text(prompt, tokenizer, system), tokenizer, special=False)
+    if not ids:
+        raise ValueError(_NOTHING)
+    return ids
+
+
+_NOTHING = "the chat template renders nothing for this conversation"
 
 
 def chat_text(prompt: str, tokenizer: Any, system: str | None = None) -> str:
@@ -36,9 +42,19 @@ def chat_text(prompt: str, tokenizer: Any, system: str | None = None) -> str:
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
-            f"the chat template refuses messages of the roles {roles}: {error}"
+            f"the chat template refuses messages of the roles {roles}: {_first_line(error)}"
         ) from error
+    except Exception as error:  # a template is a program: it may raise anything
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise ValueError(f"the chat template fails with {reason}") from error
+    if not text:
+        raise ValueError(_NOTHING)
+    return text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]

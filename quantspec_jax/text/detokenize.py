@@ -6,7 +6,8 @@ one may lose its leading space. So ids are decoded in a window that begins one s
     ids   ... | context | new |      text of new = decode(context + new) less decode(context)
 
 and the window moves on at boundaries behind which no later id changes anything. Each id is decoded
-a few times, however long the text grows.
+a few times, however long the text grows. The first context is the end of the prompt: the text of a
+completion is decode(prompt + ids) less decode(prompt).
 """
 
 from __future__ import annotations
@@ -18,25 +19,28 @@ from quantspec_jax.checks import require
 
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not (yet) UTF-8
 LONGEST_CHARACTER = 4  # bytes of a character in UTF-8, so tokens at most
+_FIRST_MARK = 0xD800
 LONG_WINDOW = 64  # ids that wait for the end of a character before another boundary is sought
 
 
 class Detokenizer:
     """Text of a growing sequence of ids, in final pieces.
 
-    The pieces together are `tokenizer.decode(ids, skip_special_tokens=True,
-    clean_up_tokenization_spaces=False)` of all the ids.
+    The pieces together are `tokenizer.decode(prompt + ids, skip_special_tokens=True,
+    clean_up_tokenization_spaces=False)` of all the ids, less what it is for the prompt alone. Where
+    the prompt ends within a character, the first ids complete it.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._byte_ids, self._special_ids = _byte_ids(tokenizer), _special_ids(tokenizer)
-        self._ids: list[int] = []
+        self._byte_ids, self._special_ids = _byte_ids(tokenizer), frozenset(special_ids(tokenizer))
+        self._ids = self._end_of(prompt)
         self._settled = 0  # ids before the run of byte tokens at the end
         self._context = 0  # first id of the window
-        self._boundary = 0  # first id of its new part
-        self._context_text = ""
+        self._boundary = len(self._ids)  # first id of its new part
+        self._context_text = self._decode(0, self._boundary)
         self._emitted = 0  # characters of the window's text, context included, that are out
+        self._begun = False  # whether any are out that are not the prompt's
 
     def push(self, ids: Iterable[int]) -> str:
         """Take new ids; returns the text that became final with them."""
@@ -44,7 +48,7 @@ class Detokenizer:
             self._ids.append(int(token))
             # Whether a byte token is a part of a character depends on its whole run, which tokens
             # that decoding leaves out do not end.
-            if token not in self._byte_ids and not self._is_silent(int(token)):
+            if self._is_text(int(token)):
                 self._settled = len(self._ids)
         if self._settled <= self._boundary:
             return ""
@@ -57,18 +61,32 @@ class Detokenizer:
         """The text held back so far; the sequence has ended."""
         return self._emit(self._decode(self._context, len(self._ids)))
 
-    def _is_silent(self, token: int) -> bool:
-        """Whether decoding leaves it out: special, or an id that only the model has."""
-        if self._tokenizer is None or token in self._special_ids:
-            return True
-        return self._tokenizer.convert_ids_to_tokens(token) is None
+    def _is_text(self, token: int) -> bool:
+        """Whether it is neither a byte nor left out in decoding: special, or the model's alone."""
+        if self._tokenizer is None or token in self._special_ids or token in self._byte_ids:
+            return False
+        return self._tokenizer.convert_ids_to_tokens(token) is not None
+
+    def _end_of(self, prompt: Sequence[int]) -> list[int]:
+        """Ids at the end of the prompt, from a token of text on, that have a text."""
+        length = 8
+        while length < len(prompt):
+            end = [int(token) for token in prompt[-length:]]
+            start = next((i for i, token in enumerate(end) if self._is_text(token)), length)
+            if decode(self._tokenizer, end[start:]):
+                return end[start:]
+            length *= 2
+        return [int(token) for token in prompt]
 
     def _decode(self, start: int, end: int) -> str:
         return decode(self._tokenizer, self._ids[start:end])
 
     def _emit(self, text: str) -> str:
+        if not self._begun:
+            self._emitted = _common(text, self._context_text)
         piece = text[self._emitted :]
         self._emitted = max(self._emitted, len(text))
+        self._begun |= piece != ""
         return piece
 
     def _move_window(self, text: str) -> None:
@@ -103,7 +121,8 @@ class TextStream:
 
     The text ends before the first stop string (the one whose last character comes first; of several
     that end there, the longest), wherever tokens and pushes are split. What may still become a stop
-    string is held back.
+    string is held back. Special tokens are not text, but those that a stop string names count as
+    theirs while it is sought.
 
     Attributes:
       stopped: whether a stop string was found; later ids are ignored.
@@ -111,22 +130,21 @@ class TextStream:
         of `tokens` may be longer than `text`: by the stop string and the rest of its last token.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str] = (), prompt: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        self._detokenizer = Detokenizer(tokenizer, prompt)
+        self._prompt = prompt
+        given = (stop,) if isinstance(stop, str) else tuple(stop)
         allowed = "no stop strings (the model has no tokenizer)"
-        require(tokenizer is not None or not self._stop, "stop", self._stop, allowed)
+        require(tokenizer is not None or not given, "stop", given, allowed)
+        self._marks, self._stop = _mark_special(tokenizer, given)
         self._pieces: list[str] = []
         self._held = ""
         self._complete = 0  # ids whose text was all final at the last look
         self.stopped = False
         self.tokens: list[int] = []
-
-    @property
-    def kept(self) -> int:
-        """Number of `tokens`."""
-        return len(self.tokens)
 
     @property
     def text(self) -> str:
@@ -144,7 +162,10 @@ class TextStream:
             if self.stopped:
                 break
             self.tokens.append(int(token))
-            self._filter(self._detokenizer.push([int(token)]))
+            mark = self._marks.get(int(token), "")
+            ends = mark in self._stop
+            piece = self._detokenizer.finish() if ends else self._detokenizer.push([int(token)])
+            self._filter(piece + mark)
         return "".join(self._pieces[start:])
 
     def finish(self) -> str:
@@ -159,6 +180,7 @@ class TextStream:
         return "".join(self._pieces[start:])
 
     def _release(self, text: str) -> str:
+        text = _without_marks(text)
         if text:
             self._pieces.append(text)
         return text
@@ -173,7 +195,8 @@ class TextStream:
             end, start = min(hits)
             self._release(text[:start])
             self.stopped = True
-            self._drop_tokens_after(self.text + text[start:end])
+            if text[end - 1] not in self._marks.values():
+                self._drop_tokens_after(self.text + _without_marks(text[start:end]))
             return
         keep = max((_overlap(text, s) for s in self._stop), default=0)
         self._release(text[: len(text) - keep])
@@ -183,7 +206,8 @@ class TextStream:
     def _drop_tokens_after(self, text: str) -> None:
         """Keep the fewest tokens that decode to `text` (bytes may have waited for later ones)."""
         for count in range(self._complete + 1, len(self.tokens)):
-            if decode(self._tokenizer, self.tokens[:count]).startswith(text):
+            stream = Detokenizer(self._tokenizer, self._prompt)
+            if (stream.push(self.tokens[:count]) + stream.finish()).startswith(text):
                 del self.tokens[count:]
                 return
 
@@ -193,6 +217,12 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     if tokenizer is None:
         return ""
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _common(one: str, other: str) -> int:
+    """Length of the longest common beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -214,9 +244,25 @@ def _byte_ids(tokenizer: Any) -> frozenset[int]:
     )
 
 
-def _special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of tokens that decoding leaves out."""
+def special_ids(tokenizer: Any) -> dict[int, str]:
+    """Tokens that decoding leaves out, by id: their texts."""
     if tokenizer is None:
-        return frozenset()
+        return {}
     added = tokenizer.added_tokens_decoder.items()
-    return frozenset(tokenizer.all_special_ids) | {i for i, token in added if token.special}
+    named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    return {**dict(named), **{i: str(token) for i, token in added if token.special}}
+
+
+def _mark_special(tokenizer: Any, stop: Sequence[str]) -> tuple[dict[int, str], tuple[str, ...]]:
+    """A character for each special token that a stop string names, and the stop strings with these
+    in place of the names. The characters are lone surrogates, which no decoded text has."""
+    names = {i: text for i, text in special_ids(tokenizer).items() if any(text in s for s in stop)}
+    marks: dict[int, str] = {}
+    for i, text in sorted(names.items(), key=lambda item: -len(item[1])):
+        marks[i] = chr(_FIRST_MARK + len(marks))
+        stop = [s.replace(text, marks[i]) for s in stop]
+    return marks, tuple(stop)
+
+
+def _without_marks(text: str) -> str:
+    return "".join(c for c in text if not _FIRST_MARK <= ord(c) < _FIRST_MARK + 0x800)

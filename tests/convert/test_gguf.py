@@ -11,6 +11,7 @@ import convert
 from convert.files.gguf import read_gguf
 from convert.gguf_config import llama3_from_factors
 from quantspec_jax.models.config import RopeConfig
+from quantspec_jax.models.parameters import flatten
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,27 @@ def test_llama3_scaling_is_recovered(head_dim, factor, high, original):
     assert found == RopeConfig("llama3", 500000.0, factor, original, 1.0, high)
 
 
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+@pytest.mark.parametrize("factor", [2.0, 8.0, 32.0])
+@pytest.mark.parametrize("high", [2.0, 4.0, 3.7])
+@pytest.mark.parametrize("original", [64, 256, 2048, 3000, 8192, 131072])
+@pytest.mark.parametrize("head_dim", [8, 16, 32, 64, 128])
+def test_any_llama3_scaling_is_followed(head_dim, original, high, factor, theta):
+    """Few frequencies leave several rules that give the same divisors; any of them is right."""
+    turns = original / (2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim))
+    smooth = np.clip((turns - 1) / (high - 1), 0, 1)
+    factors = 1 / ((1 - smooth) / factor + smooth)
+    found = llama3_from_factors(factors.astype(np.float32).astype(np.float64), theta)
+    if np.allclose(factors, 1, atol=1e-6):  # the file then scales nothing
+        return
+    assert found is not None
+    assert found.original_max_position is not None
+    turns *= found.original_max_position / original
+    span = found.high_freq_factor - found.low_freq_factor
+    smooth = np.clip((turns - found.low_freq_factor) / span, 0, 1)
+    np.testing.assert_allclose(1 / ((1 - smooth) / found.factor + smooth), factors, rtol=2e-4)
+
+
 def test_rope_factors_in_a_file(tools, tmp_path):
     scaling = {
         "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -148,6 +170,49 @@ def test_eos_ids(tools, model, tmp_path):
 
     assert config_with(tools, model, tmp_path).eos_ids == (1,)
     assert config_with(tools, model, tmp_path, with_tokenizer=ids).eos_ids == (1, 5)
+
+
+@pytest.mark.parametrize("value", [320, 2**31, 2**32 - 1])
+def test_an_end_id_that_is_no_token_is_none(value, tools, model, tmp_path):
+    def ids(writer):
+        writer.add_eot_token_id(value)
+        writer.add_pad_token_id(value)
+
+    assert config_with(tools, model, tmp_path, with_tokenizer=ids).eos_ids == (1,)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "</s>", "<EOT>",
+        "<|eom_id|>", "<|end_of_text|>", "<end_of_utterance>", "<|fim_pad|>", "<|file_sep|>",
+    ],
+)  # fmt: skip
+def test_control_tokens_that_end_an_answer_are_found_by_their_text(text, tools, model, tmp_path):
+    def tokens(kind):
+        def add(writer):
+            writer.add_token_list([*(f"t{i}" for i in range(319)), text])
+            writer.add_token_types([3] * 319 + [kind])
+
+        return add
+
+    for kind, ids in ((3, (1, 319)), (1, (1,)), (4, (1,))):
+        assert config_with(tools, model, tmp_path, with_tokenizer=tokens(kind)).eos_ids == ids
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "mradermacher.quantize_version", "acme.note", "llama.attention.key_of_the_future",
+        "quantize.imatrix.file", "note", "qwen3",
+    ],
+)  # fmt: skip
+def test_keys_of_other_namespaces_change_nothing(key, tools, model, tmp_path):
+    plain = config_with(tools, model, tmp_path)
+    noted = config_with(
+        tools, model, tmp_path, with_tokenizer=lambda writer: writer.add_string(key, "x")
+    )
+    assert noted == plain
 
 
 # Damage.
@@ -212,10 +277,67 @@ def test_a_nan_in_a_quantized_scale_is_named(tools, model, tmp_path):
         convert.open_source(path).load("float32")
 
 
-def test_split_files_are_refused_by_name(tools, model, tmp_path):
-    def split(writer):
-        writer.add_uint16("split.count", 3)
+# Several parts.
 
-    path = tools.write_gguf(model, tmp_path / "model.gguf", with_tokenizer=split)
-    with pytest.raises(ValueError, match=r"split.count = 3"):
-        convert.open_source(path)
+
+@pytest.fixture
+def parts(tools, model, tmp_path):
+    """The model in three files, written as llama.cpp's gguf-split does: path by number."""
+    weights = list(tools.gguf_weights(model).items())
+    cuts = [weights[:5], weights[5:9], weights[9:]]
+
+    def write(number, tensors=None, **changes):
+        def split(writer):
+            values = {"no": number, "count": 3, "tensors.count": len(weights)} | changes
+            for key, value in values.items():
+                if value is not None:
+                    writer.add_uint16(f"split.{key}", value)
+
+        path = tmp_path / f"model-{number + 1:05d}-of-00003.gguf"
+        tensors = dict(cuts[number] if tensors is None else tensors)
+        return tools.write_gguf(model, path, tensors=tensors, with_tokenizer=split)
+
+    write.cuts = cuts
+    write.paths = [write(number) for number in range(3)]
+    return write
+
+
+def test_a_file_in_parts_is_the_whole_model(parts, tools, model, tmp_path):
+    opened = convert.open_source(parts.paths[0])
+    whole = convert.open_source(tools.write_gguf(model, tmp_path / "whole.gguf"))
+    assert opened.config == whole.config
+    ours, theirs = flatten(opened.load("float32")), flatten(whole.load("float32"))
+    assert set(ours) == set(theirs)
+    for path in theirs:
+        np.testing.assert_array_equal(np.asarray(ours[path]), np.asarray(theirs[path]))
+
+
+def test_parts_that_do_not_fit_are_named(parts, tmp_path):
+    first, second, third = parts.paths
+    for other in (second, third):
+        with pytest.raises(ValueError, match=r"name its first part, model-00001-of-00003\.gguf"):
+            convert.open_source(other)
+    whole = second.read_bytes()
+    for cut in (10, 500, len(whole) - 40):
+        second.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"model-00002-of-00003\.gguf"):
+            convert.open_source(first)
+    second.unlink()
+    with pytest.raises(ValueError, match=r"model-00002-of-00003\.gguf does not exist"):
+        convert.open_source(first)
+    wrong = [
+        ({"no": 2}, r"split.no in .*00002.* is 2; allowed: 1"),
+        ({"no": None}, r"split.no in .*00002.* is None"),
+        ({"count": 4}, r"split.count in .*00002.* is 4; allowed: 3"),
+        ({"tensors": parts.cuts[0]}, r"00002.* tensor blk.0.attn_k.weight is in another part"),
+        ({"tensors": parts.cuts[1][1:]}, r"split.tensors.count in .*00001"),
+    ]
+    for changes, words in wrong:
+        parts(1, **changes)
+        with pytest.raises(ValueError, match=words):
+            convert.open_source(first)
+    parts(1)
+    convert.open_source(first).check()
+    first.rename(tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match=r"split.count = 3.*model-00001-of-00003"):
+        convert.open_source(tmp_path / "model.gguf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -124,7 +125,6 @@ def test_missing_keys_take_transformers_defaults(family, tmp_path):
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
     assert ours.tie_embeddings == theirs.tie_word_embeddings
-    assert ours.bos_id == theirs.bos_token_id
     assert ours.eos_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
     for key in required:
         with pytest.raises(ValueError, match=f"has no {key}"):
@@ -249,10 +249,18 @@ def test_what_changes_the_computation_is_refused_by_name(key, value):
         ("temperature", 0.7),
         ("attention_dropout", 0.1),
         ("use_cache", False),
+        ("bos_token_id", [1]),
+        ("bos_token_id", -1),
+        ("pad_token_id", 2**32 - 1),
+        ("pad_token_id", "<pad>"),
+        ("neftune_noise_alpha", 5.0),
     ],
 )
 def test_what_leaves_it_alone_is_accepted(key, value):
-    assert parse_hf_config(LLAMA | {key: value}) == parse_hf_config(LLAMA)
+    """But for a window that the context fills, which counts when that is stretched."""
+    window = value if key == "sliding_window" else None
+    expected = dataclasses.replace(parse_hf_config(LLAMA), sliding_window=window)
+    assert parse_hf_config(LLAMA | {key: value}) == expected
 
 
 @pytest.mark.parametrize("family", ["gemma", "mixtral", "phi3", "qwen2_moe", None, "LLAMA"])
@@ -295,5 +303,66 @@ def test_eos_ids_are_the_union_generation_config_first():
     assert parse_hf_config(config, {"eos_token_id": [7, 2]}).eos_ids == (7, 2, 5)
     assert parse_hf_config(config | {"eos_token_id": None}, {"eos_token_id": 9}).eos_ids == (9,)
     assert parse_hf_config(config | {"eos_token_id": None}).eos_ids == ()
-    with pytest.raises(ValueError, match="eos_token_id is"):
-        parse_hf_config(config, {"eos_token_id": "</s>"})
+    for wrong in ("</s>", 2.0, True, [[2]], {"id": 2}):
+        with pytest.raises(ValueError, match=r"eos_token_id in config\.json is"):
+            parse_hf_config(config, {"eos_token_id": wrong})
+
+
+@pytest.mark.parametrize("value", [-1, 320, 2**31, 2**32 - 1, 2**63, 10**30])
+def test_an_eos_id_that_is_no_token_is_none(value):
+    assert parse_hf_config(LLAMA | {"eos_token_id": value}).eos_ids == ()
+    assert parse_hf_config(LLAMA | {"eos_token_id": [value, 5]}).eos_ids == (5,)
+    assert parse_hf_config(LLAMA | {"eos_token_id": 2}, {"eos_token_id": [value]}).eos_ids == (2,)
+
+
+SCALING = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "parameters", "theta"),
+    [
+        (SCALING, SCALING, 5e5),
+        (SCALING, SCALING | {"rope_theta": 500000}, 5e5),
+        (SCALING, SCALING | {"rope_theta": 5e5}, None),
+        (SCALING | {"rope_theta": 5e5}, SCALING, None),
+        ({"type": "yarn", **SCALING}, SCALING | {"factor": 2}, 5e5),
+        (None, SCALING, 5e5),
+        ({}, SCALING, 5e5),
+        (SCALING, {}, 5e5),
+        (SCALING, None, 5e5),
+    ],
+)
+def test_both_spellings_of_a_scaling_may_say_the_same(scaling, parameters, theta):
+    config = LLAMA | {"rope_scaling": scaling, "rope_parameters": parameters, "rope_theta": theta}
+    assert parse_hf_config(config).rope == RopeConfig("yarn", 5e5, 2.0, 2048)
+
+
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        (
+            {"rope_scaling": SCALING, "rope_parameters": SCALING | {"factor": 4.0}},
+            ["'factor': 2.0", "'factor': 4.0"],
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default"}, "rope_parameters": SCALING},
+            ["'default'", "'yarn'"],
+        ),
+        (
+            {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            ["10000.0", "1000000.0"],
+        ),
+    ],
+)
+def test_two_that_differ_are_refused_with_both_values(changes, given):
+    with pytest.raises(ValueError, match="allowed: one") as caught:
+        parse_hf_config(LLAMA | changes)
+    assert all(value in str(caught.value) for value in given)
+
+
+def test_python_of_a_checkpoint_counts_only_where_it_is_the_models():
+    of_the_tokenizer = {"AutoTokenizer": ["tokenization_x.X", None], "AutoConfig": "config_x.X"}
+    assert parse_hf_config(LLAMA | {"auto_map": of_the_tokenizer}) == parse_hf_config(LLAMA)
+    for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"):
+        with pytest.raises(ValueError, match=f"auto_map in config.json is .*{name}"):
+            parse_hf_config(LLAMA | {"auto_map": of_the_tokenizer | {name: "modeling_x.X"}})

@@ -21,6 +21,7 @@ import quantspec_jax as qs
 from convert.weights import load_parameters
 from pallas_kernels.int4_matmul.xla import dequantize
 from pallas_kernels.layout import unpack
+from quantspec_jax.dtypes import FLOAT32
 from quantspec_jax.loading import Model, full_logits
 from quantspec_jax.models.parameters import LINEAR_LAYERS, flatten
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
@@ -314,7 +315,7 @@ def test_smollm2_reproduces_itself(smollm2_gguf):
     checkpoint = convert.open_source(smollm2_gguf)
     wanted = ("layers.0.", "layers.29.")
     parameters = [p for p in checkpoint._parameters if p.path.startswith(wanted)]
-    params = load_parameters(parameters, "float32")
+    params = load_parameters(parameters, FLOAT32)
     quantized = convert.open_draft(smollm2_gguf, checkpoint.config)
     assert quantized.draft_config() == DraftConfig(group_size=32, method="imported")
     for i in (0, 29):

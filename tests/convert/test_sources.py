@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import gguf
 import jax
 import ml_dtypes
@@ -241,13 +243,37 @@ def test_a_tied_model_may_store_its_head_if_it_is_the_embedding(tools, tmp_path)
         convert.open_source(tmp_path).load("float32")
 
 
-def test_rotary_buffers_are_ignored(llama_model, tools, tmp_path):
+def test_rotary_buffers_change_nothing(llama_model, tools, tmp_path):
     tensors = tools.weights_of(llama_model)
+    expected = expected_parameters(tensors)
     for i in range(2):
         tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
     tools.write_hf(llama_model, tmp_path)
     save_file(tensors, tmp_path / "model.safetensors")
-    convert.open_source(tmp_path).load("float32")
+    assert_same(convert.open_source(tmp_path).load("float32"), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_base_model_without_the_prefix_is_the_same_model(family, tools, tmp_path):
+    """As `AutoModel` saves it: no `model.` before the names."""
+    model = tools.make_model(family)
+    tools.write_hf(model, tmp_path)
+    tensors = tools.weights_of(model)
+    expected = expected_parameters(tensors)
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    bare["rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    save_file(bare, tmp_path / "model.safetensors")
+    assert_same(convert.open_source(tmp_path).load("float32"), expected)
+    if family == "qwen2":  # whose head is the embedding
+        (tmp_path / "model.safetensors").unlink()
+        model.model.save_pretrained(tmp_path, max_shard_size="300KB")
+        assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+        assert_same(convert.open_source(tmp_path).load("float32"), expected)
+    else:
+        del bare["lm_head.weight"]
+        save_file(bare, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=r"missing lm_head\.weight"):
+            convert.open_source(tmp_path).load("float32")
 
 
 def test_gguf_tensors_that_do_not_fit_are_named(tools, tmp_path):
@@ -296,6 +322,57 @@ def test_a_tensor_that_its_shard_does_not_hold_is_named(sharded):
     name, _ = tensors.popitem()
     save_file(tensors, shard)
     with pytest.raises(ValueError, match=f"missing tensor {name}"):
+        convert.open_source(sharded).load("float32")
+
+
+def edit_index(sharded, edit) -> None:
+    index = sharded / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    edit(values["weight_map"])
+    index.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("name", [
+    "model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq",
+])  # fmt: skip
+@pytest.mark.parametrize("where", ["index", "shard", "another shard", "two shards", "no file"])
+def test_buffers_that_can_be_derived_may_be_on_either_side(
+    name, where, sharded, llama_model, tools
+):
+    one, two = sorted(sharded.glob("model-*.safetensors"))[:2]
+    shards = {"shard": [one], "another shard": [two], "two shards": [one, two]}.get(where, [])
+    for shard in shards:
+        save_file(load_file(shard) | {name: np.ones(8, np.float32)}, shard)
+    if where in ("index", "another shard"):
+        edit_index(sharded, lambda weights: weights.update({name: one.name}))
+    if where == "no file":
+        edit_index(sharded, lambda weights: weights.update({name: "model-9.safetensors"}))
+    expected = expected_parameters(tools.weights_of(llama_model))
+    assert_same(convert.open_source(sharded).load("float32"), expected)
+
+
+@pytest.mark.parametrize("where", ["index", "shard"])
+def test_a_tied_head_may_be_on_either_side(where, tools, tmp_path):
+    model = tools.make_model("qwen2")
+    tools.write_hf(model, tmp_path, sharded=True)
+    tensors = tools.weights_of(model)
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[-1]
+    if where == "index":
+        edit_index(tmp_path, lambda weights: weights.update({"lm_head.weight": shard.name}))
+    else:
+        head = tensors["model.embed_tokens.weight"].copy()
+        save_file(load_file(shard) | {"lm_head.weight": head}, shard)
+    assert_same(convert.open_source(tmp_path).load("float32"), expected_parameters(tensors))
+    if where == "shard":
+        save_file(load_file(shard) | {"lm_head.weight": head + 1}, shard)
+        with pytest.raises(ValueError, match=r"lm_head.weight differs"):
+            convert.open_source(tmp_path).load("float32")
+
+
+def test_an_unknown_tensor_that_the_index_does_not_place_is_named(sharded):
+    shard = sorted(sharded.glob("model-*.safetensors"))[0]
+    save_file(load_file(shard) | {"extra": np.ones(3, np.float32)}, shard)
+    with pytest.raises(ValueError, match=r"holds extra, which .* does not place"):
         convert.open_source(sharded).load("float32")
 
 

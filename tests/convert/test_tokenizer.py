@@ -1,16 +1,19 @@
-"""Token ids of GGUF tokenizers against transformers' own reading, which needs torch."""
+"""Token ids of GGUF tokenizers against those of the models' own tokenizer.json files."""
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
+import warnings
 
 import pytest
 import transformers
+from tokenizers import Tokenizer, pre_tokenizers
 
 import convert
-from quantspec_jax.text.tokenizer import SPLITS, gguf_tokenizer
+from quantspec_jax.text.tokenizer import BYTE_PAIRS, gguf_tokenizer
 
 # Stretches of Unicode: scripts with and without spaces, combining marks, digits of other scripts,
 # joiners and flags, private use, the astral planes.
@@ -56,9 +59,27 @@ def smollm2(smollm2_gguf):
 
 @pytest.fixture(scope="module")
 def smollm2_by_transformers(smollm2_gguf):
-    return transformers.AutoTokenizer.from_pretrained(
+    """transformers' own reading, which needs torch, with the digits split as tokenizer.json has
+    it: that reading forgets it."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
         smollm2_gguf.parent, gguf_file=smollm2_gguf.name
     )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [("  1", [256, 33]), ("\n 1", [3805, 33]), ("x = 10\n    42", None), ("a  2b ½", None)],
+)
+def test_smollm2_splits_digits_off_first(text, ids, smollm2, smollm2_by_transformers):
+    theirs = smollm2_by_transformers(text)["input_ids"]
+    assert smollm2(text)["input_ids"] == theirs == (ids or theirs)
 
 
 def test_smollm2_ids_equal_transformers(smollm2, smollm2_by_transformers):
@@ -110,8 +131,6 @@ def test_gguf_tokenizer_without_torch(smollm2_gguf):
 
 
 def byte_level_metadata(tokenizer) -> dict:
-    import json
-
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     special = set(tokenizer.all_special_tokens)
@@ -122,9 +141,59 @@ def byte_level_metadata(tokenizer) -> dict:
     }
 
 
-@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "tekken", "smollm", "gpt-2"])
-def test_byte_level_kinds_equal_transformers(pre, byte_level_tokenizer, tools, tmp_path):
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def pattern(expression: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated",
+            "invert": False}  # fmt: skip
+
+
+def byte_level(use_regex: bool) -> dict:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+            "use_regex": use_regex}  # fmt: skip
+
+
+# What the published tokenizer.json has beside the vocabulary: normalizer, pre-tokenizers, settings
+# of the model; and whether BOS goes before the text.
+PUBLISHED = {
+    "llama-bpe": (None, [pattern(LLAMA3_PATTERN)], {"ignore_merges": True}, True),
+    "qwen2": ({"type": "NFC"}, [pattern(LLAMA3_PATTERN.replace("{1,3}", ""))], {}, False),
+    "smollm": (None, [{"type": "Digits", "individual_digits": True}], {}, False),
+    "gpt-2": (None, [], {}, False),
+}
+
+
+def published(pre: str, metadata: dict) -> Tokenizer:
+    normalizer, splits, settings, _ = PUBLISHED[pre]
+    own = pre in ("smollm", "gpt-2")
+    merges = [merge.split(" ") for merge in metadata["merges"]]
+    vocabulary = {token: i for i, token in enumerate(metadata["tokens"])}
+    special = [i for i, kind in enumerate(metadata["types"]) if kind == 3]
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    content = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": metadata["tokens"][i], "special": True, **flags} for i in special
+        ],
+        "normalizer": normalizer,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level(own)]},
+        "decoder": byte_level(True),
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges, **settings},
+    }
+    return Tokenizer.from_str(json.dumps(content))
+
+
+@pytest.mark.parametrize("pre", PUBLISHED)
+def test_byte_level_kinds_equal_published_files(pre, byte_level_tokenizer, tools, tmp_path):
+    """BOS as the kind has it: the file does not say."""
     metadata = byte_level_metadata(byte_level_tokenizer)
+    word = "ĠXyz"  # a word of the vocabulary that no merges make
+    metadata["tokens"].append(word)
+    metadata["types"].append(1)
 
     def add(writer):
         writer.add_tokenizer_model("gpt2")
@@ -132,7 +201,32 @@ def test_byte_level_kinds_equal_transformers(pre, byte_level_tokenizer, tools, t
         writer.add_token_list(metadata["tokens"])
         writer.add_token_types(metadata["types"])
         writer.add_token_merges(metadata["merges"])
-        writer.add_add_bos_token(pre == "llama-bpe")
+
+    model = tools.make_model("qwen3", vocab_size=len(metadata["tokens"]))
+    path = tools.write_gguf(model, tmp_path / "model.gguf", with_tokenizer=add)
+    ours = convert.open_source(path).tokenizer
+    theirs = published(pre, metadata)
+    out = convert.convert(path, tmp_path / "out", progress=False)
+    strings = [*random_strings(200), " Xyz", "  Xyz", "cafe\u0301 12 1234", "\n 1", "  1"]
+    bos = PUBLISHED[pre][-1]
+    for tokenizer in (ours, convert.open_source(out).tokenizer):
+        for text in strings:
+            ids = tokenizer(text)["input_ids"]
+            assert ids == [model.config.bos_token_id] * bos + theirs.encode(text).ids, repr(text)
+            assert tokenizer.decode(ids[bos:]) == theirs.decode(ids[bos:], False)
+    assert (ours.convert_tokens_to_ids(word) in ours(" Xyz")["input_ids"]) == (pre == "llama-bpe")
+
+
+def test_tekken_equals_transformers(byte_level_tokenizer, tools, tmp_path):
+    metadata = byte_level_metadata(byte_level_tokenizer)
+
+    def add(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("tekken")
+        writer.add_token_list(metadata["tokens"])
+        writer.add_token_types(metadata["types"])
+        writer.add_token_merges(metadata["merges"])
+        writer.add_add_bos_token(False)
 
     model = tools.make_model("qwen3")
     path = tools.write_gguf(model, tmp_path / "model.gguf", with_tokenizer=add)
@@ -141,10 +235,52 @@ def test_byte_level_kinds_equal_transformers(pre, byte_level_tokenizer, tools, t
     # Where a file has no <|endoftext|>, transformers adds one, with an id past the vocabulary.
     strings = [text for text in random_strings(200) if "<|endoftext|>" not in text]
     assert_same_ids(ours, theirs, strings)
-    out = convert.convert(path, tmp_path / "out", progress=False)
-    assert_same_ids(convert.open_source(out).tokenizer, ours, strings)
-    starts_with_bos = ours("a")["input_ids"][0] == model.config.bos_token_id
-    assert starts_with_bos == (pre == "llama-bpe")
+    assert ours("a")["input_ids"] == ours("a", add_special_tokens=False)["input_ids"]
+
+
+QWEN2 = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "qwen2",
+    "tokenizer.ggml.tokens": ["a", "b", "ab", "<s>", "1", "Ġ", "!"],
+    "tokenizer.ggml.token_type": [1, 1, 1, 3, 1, 1, 1],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.bos_token_id": 3,
+}
+
+
+@pytest.mark.parametrize("pre", sorted(BYTE_PAIRS))
+def test_bos_goes_first_where_the_file_or_its_kind_says_so(pre):
+    kind = QWEN2 | {"tokenizer.ggml.pre": pre}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        own = gguf_tokenizer(kind)("ab").input_ids == [3, 2]
+        assert own == (pre in ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"))
+        for said in (True, False):
+            tokenizer = gguf_tokenizer(kind | {"tokenizer.ggml.add_bos_token": said})
+            assert tokenizer("ab").input_ids == [3] * said + [2]
+            unnamed = kind | {"tokenizer.ggml.add_bos_token": said}
+            del unnamed["tokenizer.ggml.bos_token_id"]
+            assert gguf_tokenizer(unnamed)("ab").input_ids == [2]
+
+
+@pytest.mark.parametrize("pre", [None, "default"])
+def test_a_file_that_names_no_split_takes_llama_cpps_default(pre, byte_level_tokenizer):
+    metadata = byte_level_metadata(byte_level_tokenizer)
+    given = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": metadata["tokens"],
+        "tokenizer.ggml.token_type": metadata["types"],
+        "tokenizer.ggml.merges": metadata["merges"],
+        **({"tokenizer.ggml.pre": pre} if pre else {}),
+    }
+    with pytest.warns(UserWarning, match=r"tokenizer.ggml.pre is .* default rules"):
+        tokenizer = gguf_tokenizer(given)
+    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("it's $12345, a b!!  \n")
+    assert [text for text, _ in pieces] == [
+        "it", "'", "s", "Ġ", "$", "123", "45", ",", "Ġa", "Ġb", "!!", "ĠĠĊ",
+    ]  # fmt: skip
+    for text in random_strings(50):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
 WORDS = [
@@ -176,8 +312,46 @@ def sentencepiece_parts(merges: bool) -> dict:
     return {"tokens": tokens, "types": types, "scores": scores, "merges": merges and pairs}
 
 
+def published_sentencepiece(parts: dict) -> Tokenizer:
+    """As Llama 2's tokenizer.json: a space before the text and after every special token."""
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    added = [
+        {"id": i, "content": parts["tokens"][i], "special": kind in (2, 3), **flags}
+        for i, kind in enumerate(parts["types"])
+        if kind in (2, 3, 4)
+    ]
+    content = {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Prepend", "prepend": "▁"}, space],
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                back,
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": {token: i for i, token in enumerate(parts["tokens"])},
+            "merges": [merge.split(" ") for merge in sentencepiece_parts(True)["merges"]],
+        },
+    }
+    return Tokenizer.from_str(json.dumps(content))
+
+
 @pytest.mark.parametrize("merges", [True, False])
-def test_sentencepiece_kinds_equal_transformers(merges, tools, tmp_path):
+def test_sentencepiece_kinds_equal_published_files(merges, tools, tmp_path):
     parts = sentencepiece_parts(merges)
 
     def add(writer):
@@ -192,10 +366,23 @@ def test_sentencepiece_kinds_equal_transformers(merges, tools, tmp_path):
     model = tools.make_model("llama", bos_token_id=1, eos_token_id=2)
     path = tools.write_gguf(model, tmp_path / "model.gguf", with_tokenizer=add)
     ours = convert.open_source(path).tokenizer
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
-    strings = ["that then the hat", " at<|user|>the<extra> an", *random_strings(200)]
-    assert_same_ids(ours, theirs, strings)
-    assert ours("the")["input_ids"] == [1, parts["tokens"].index("▁the")]
+    out = convert.convert(path, tmp_path / "out", progress=False)
+    theirs = published_sentencepiece(parts)
+    strings = [
+        "that then the hat", " at<|user|>the<extra> an", " the", "  the", "<s>the</s> the",
+        "<s>", "<s> <|user|>  an", "a<unk>the", " ", "\n the", *random_strings(200),
+    ]  # fmt: skip
+    for tokenizer in (ours, convert.open_source(out).tokenizer):
+        for text in strings:
+            ids = tokenizer(text)["input_ids"]
+            assert ids == [1, *theirs.encode(text).ids], repr(text)
+            for special in (True, False):
+                decoded = tokenizer.decode(ids, skip_special_tokens=special)
+                assert decoded == theirs.decode(ids, skip_special_tokens=special), repr(text)
+    index = parts["tokens"].index
+    assert ours("the")["input_ids"] == [1, index("▁the")]
+    assert ours(" the")["input_ids"] == [1, index("▁"), index("▁the")]
+    assert ours("<s>the")["input_ids"] == [1, 1, index("▁the")]
     assert ours.decode(ours("that é")["input_ids"], skip_special_tokens=True) == "that é"
 
 
@@ -219,10 +406,17 @@ def test_a_file_may_say_that_no_space_goes_before_the_text():
     [
         ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model is 'bert'; allowed: gpt2, llama"),
         ({"tokenizer.ggml.pre": "deepseek-v3"}, "tokenizer.ggml.pre is 'deepseek-v3'"),
-        ({"tokenizer.ggml.pre": None}, "tokenizer.ggml.pre is None"),
         ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.merges": ["a"]}, "tokenizer.ggml.merges"),
-        ({"tokenizer.ggml.eos_token_id": 99}, "tokenizer.ggml.eos_token_id is 99"),
+        ({"tokenizer.ggml.merges": ["a b c"]}, "tokenizer.ggml.merges is 'a b c'"),
+        ({"tokenizer.ggml.merges": [1]}, "tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.eos_token_id": "x"}, "tokenizer.ggml.eos_token_id is 'x'"),
+        (
+            {"tokenizer.ggml.token_type": [1, 1]},
+            "tokenizer.ggml.token_type is '2 numbers'; allowed: a list of 3",
+        ),
+        ({"tokenizer.ggml.token_type": 1}, "tokenizer.ggml.token_type is 1"),
+        ({"tokenizer.ggml.add_bos_token": "yes"}, "tokenizer.ggml.add_bos_token is 'yes'"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(changes, words):
@@ -235,6 +429,15 @@ def test_what_is_not_known_is_refused_by_name(changes, words):
     assert gguf_tokenizer(metadata)("ab").input_ids == [2]
     with pytest.raises(ValueError, match=words):
         gguf_tokenizer(metadata | changes)
+
+
+@pytest.mark.parametrize("value", [-1, 7, 2**32 - 1])
+@pytest.mark.parametrize("name", ["bos", "eos", "unknown", "padding"])
+def test_an_id_that_is_no_token_is_none(name, value):
+    tokenizer = gguf_tokenizer(QWEN2 | {f"tokenizer.ggml.{name}_token_id": value})
+    short = {"unknown": "unk", "padding": "pad"}.get(name, name)
+    assert getattr(tokenizer, f"{short}_token") is None
+    assert tokenizer("ab").input_ids == [2]
 
 
 def test_no_tokenizer_is_none(llama_dir, tmp_path):
@@ -270,7 +473,49 @@ def test_a_damaged_tokenizer_is_named(byte_level_tokenizer, llama_dir, tmp_path)
         _ = convert.open_source(tmp_path).tokenizer
 
 
+def test_python_of_a_checkpoint_never_runs_and_nobody_is_asked(
+    byte_level_tokenizer, llama_dir, tmp_path, monkeypatch
+):
+    """Passed over where a class of transformers reads the files; else refused by name."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    byte_level_tokenizer.save_pretrained(tmp_path)
+    config = json.loads((llama_dir / "config.json").read_text())
+    auto_map = {"AutoTokenizer": ["foreign.Foreign", None], "AutoConfig": "foreign.Config"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    (tmp_path / "model.safetensors").write_bytes((llama_dir / "model.safetensors").read_bytes())
+    (tmp_path / "foreign.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    own = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    texts = random_strings(20)
+    for changes in ({}, {"tokenizer_class": "PreTrainedTokenizerFast"}):
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps({**own, **changes, "auto_map": auto_map})
+        )
+        tokenizer = convert.open_source(tmp_path).tokenizer
+        assert [tokenizer(t).input_ids for t in texts] == [
+            byte_level_tokenizer(t).input_ids for t in texts
+        ]
+        out = convert.convert(tmp_path, tmp_path / "out", overwrite=True, progress=False)
+        assert "auto_map" not in (out / "tokenizer_config.json").read_text()
+    foreign = {**own, "tokenizer_class": "Foreign", "auto_map": auto_map}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(foreign))
+    with pytest.raises(ValueError, match=r"the tokenizer in .* cannot be read: .*Foreign|auto_map"):
+        _ = convert.open_source(tmp_path).tokenizer
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", [[1], "x", -1, 2**40])
+def test_odd_ids_in_config_json_do_not_reach_the_tokenizer(
+    value, byte_level_tokenizer, llama_dir, tmp_path
+):
+    byte_level_tokenizer.save_pretrained(tmp_path)
+    config = json.loads((llama_dir / "config.json").read_text())
+    odd = config | {"bos_token_id": value, "pad_token_id": value}
+    (tmp_path / "config.json").write_text(json.dumps(odd))
+    text = "größer 12"
+    assert convert.open_source(tmp_path).tokenizer(text) == byte_level_tokenizer(text)
+
+
 def test_every_split_is_a_valid_expression():
     from tokenizers import Regex
 
-    assert all(Regex(split) for split in SPLITS.values() if split is not None)
+    assert all(Regex(split) for how in BYTE_PAIRS.values() for split in how.splits)

@@ -386,6 +386,78 @@ def test_a_failing_last_rename_brings_the_old_checkpoint_back(llama_dir, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Something to do while the weights are being written, once."""
+
+    def at_the_same_time(act):
+        save_tree = converted_io.save_tree
+
+        def saving(*args):
+            monkeypatch.setattr(converted_io, "save_tree", save_tree)
+            act()
+            save_tree(*args)
+
+        monkeypatch.setattr(converted_io, "save_tree", saving)
+
+    return at_the_same_time
+
+
+def make_directory(out: Path) -> None:
+    out.mkdir()
+    (out / "chapter.txt").write_text("x")
+
+
+def make_file(out: Path) -> None:
+    out.write_text("x")
+
+
+def make_link(out: Path) -> None:
+    (out.parent / "elsewhere").mkdir()
+    out.symlink_to(out.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("make", [make_directory, make_file, make_link, Path.mkdir])
+def test_what_comes_to_lie_at_out_dir_meanwhile_stays(
+    make, overwrite, meanwhile, llama_dir, tmp_path
+):
+    """It is named, and so is where the work is kept. An empty directory may be overwritten."""
+    out = tmp_path / "out"
+    (tmp_path / "out-1").mkdir()
+    before = []
+    meanwhile(lambda: before.append(make(out) or out.lstat()))
+    if overwrite and make is Path.mkdir:
+        assert convert.convert(llama_dir, out, overwrite=True, progress=False) == out
+        return
+    with pytest.raises(ValueError, match=r"out_dir is '.*/out', .* checkpoint is '.*/out-2'"):
+        convert.convert(llama_dir, out, overwrite=overwrite, progress=False)
+    assert out.lstat().st_ino == before[0].st_ino
+    assert (make is make_directory) == (out.is_dir() and (out / "chapter.txt").exists())
+    assert list((tmp_path / "out-1").iterdir()) == []
+    kept = convert.open_source(tmp_path / "out-2")
+    assert_equal_trees(kept.load("float32"), convert.open_source(llama_dir).load("float32"))
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_of_two_at_once_one_wins_and_the_other_says_so(meanwhile, llama_dir, tmp_path):
+    out = tmp_path / "out"
+    meanwhile(lambda: convert.convert(llama_dir, out, dtype="bfloat16", progress=False))
+    with pytest.raises(ValueError, match=r"out_dir is .* checkpoint is '.*/out-1'"):
+        convert.convert(llama_dir, out, progress=False)
+    assert convert.open_source(out).source_dtype.name == "bfloat16"
+    assert convert.open_source(tmp_path / "out-1").source_dtype.name == "float32"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-1"]
+
+
+def test_one_checkpoint_may_overwrite_another_that_came_meanwhile(meanwhile, llama_dir, tmp_path):
+    out = tmp_path / "out"
+    meanwhile(lambda: convert.convert(llama_dir, out, dtype="bfloat16", progress=False))
+    convert.convert(llama_dir, out, overwrite=True, progress=False)
+    assert convert.open_source(out).source_dtype.name == "float32"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 # A full disk.
 
 

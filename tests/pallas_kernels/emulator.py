@@ -7,6 +7,7 @@ says they do. Slow, so for small shapes; results poisoned where nothing was writ
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -98,9 +99,6 @@ class Lanes:
 
     def to_i64(self) -> Lanes:
         return Lanes(self.array, "i64")
-
-    def to_i32(self) -> Lanes:
-        return Lanes(self.array, "i32")
 
     def bits(self) -> Lanes:
         return Lanes(self.array.view(np.uint32), "i32")
@@ -461,11 +459,12 @@ def kernel(body, out_type, *, name, blocks, warpgroups, shared_bytes=0, cluster=
     return call
 
 
-def install(monkeypatch: Any, *modules: Any) -> None:
-    """Let the kernels of `modules` run here."""
-    for name, replacement in REPLACEMENTS.items():
-        monkeypatch.setattr(ptx, name, replacement)
-    monkeypatch.setattr(ptx, "kernel", kernel)
-    for module in modules:
-        for name in ("i32", "f32"):
-            monkeypatch.setattr(module, name, REPLACEMENTS[name])
+def install(monkeypatch: Any) -> None:
+    """Let the kernels that have been imported run here: whichever module has a name of `ptx` gets
+    what stands for it."""
+    modules = [m for name, m in sys.modules.items() if name.startswith("pallas_kernels.")]
+    for name, replacement in {**REPLACEMENTS, "kernel": kernel}.items():
+        original = getattr(ptx, name)
+        for module in modules:
+            if vars(module).get(name) is original:
+                monkeypatch.setattr(module, name, replacement)

@@ -20,7 +20,7 @@ from pallas_kernels.quantize_pack import xla as quantize_reference
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch):
-    emulator.install(monkeypatch, attention, norm, quantize)
+    emulator.install(monkeypatch)
 
 
 @pytest.mark.parametrize(

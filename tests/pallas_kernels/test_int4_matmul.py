@@ -46,7 +46,7 @@ def operands(rows, inputs, outputs, group, symmetric):
 def test_every_product_is_the_dense_one(
     monkeypatch, rows, inputs, outputs, group, symmetric, config
 ):
-    emulator.install(monkeypatch, matmul)
+    emulator.install(monkeypatch)
     x, weights = operands(rows, inputs, outputs, group, symmetric)
     found = matmul.int4_matmuls(x, [tile(w) for w in weights], config=config)
     for y, w in zip(found, weights, strict=True):
@@ -55,7 +55,7 @@ def test_every_product_is_the_dense_one(
 
 
 def test_results_are_rounded_once(monkeypatch):
-    emulator.install(monkeypatch, matmul)
+    emulator.install(monkeypatch)
     x, (weight,) = operands(2, 64, (32,), 32, False)
     run = functools.partial(matmul.int4_matmuls, x, [tile(weight)], config=Config(1, 1, 1))
     (wide,), (narrow,) = run(), run(out_dtype=jnp.bfloat16)

@@ -17,7 +17,7 @@ from pallas_kernels.kv_attention.read import Read
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch):
-    emulator.install(monkeypatch, attention)
+    emulator.install(monkeypatch)
 
 
 def check(call, view: str, config: attention.Config, strict: bool = False, blocks: int = 2):

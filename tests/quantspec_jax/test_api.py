@@ -17,6 +17,7 @@ from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.engine import draft_cost, programs
 from quantspec_jax.engine.bucket import bucket
 from quantspec_jax.models.module import init_params
+from quantspec_jax.text.detokenize import decode
 from quantspec_jax.weights.sizes import draft_bytes
 
 
@@ -28,7 +29,8 @@ def model(byte_level_tokenizer):
     return qs.Model(config, params, byte_level_tokenizer, qs.DraftConfig(group_size=32))
 
 
-FAST = {"max_new_tokens": 40, "group_size": 16}
+FAST = {"max_new_tokens": 40, "group_size": 16, "gamma": 4}
+AUTO = {**FAST, "gamma": "auto"}
 
 
 def test_statistics_add_up(model):
@@ -51,7 +53,7 @@ def test_statistics_add_up(model):
 
 def test_adaptive_gamma_is_reported_and_changes_no_token(model):
     prompt = [[5, 6, 7] * 20]
-    out = qs.generate(model, prompt, qs.GenerateConfig(**FAST, gamma="auto", draft_cost=0.1))
+    out = qs.generate(model, prompt, qs.GenerateConfig(**AUTO, draft_cost=0.1))
     fixed = qs.GenerateConfig(**FAST, mode="autoregressive", kv="int8")
     assert out.tokens == qs.generate(model, prompt, fixed).tokens
     stats = out.stats[0]
@@ -62,9 +64,7 @@ def test_adaptive_gamma_is_reported_and_changes_no_token(model):
 
 
 def test_speculation_switches_itself_off_where_it_does_not_pay(model):
-    out = qs.generate(
-        model, [[5, 6, 7] * 20], qs.GenerateConfig(**FAST, gamma="auto", draft_cost=3.0)
-    )
+    out = qs.generate(model, [[5, 6, 7] * 20], qs.GenerateConfig(**AUTO, draft_cost=3.0))
     stats = out.stats[0]
     assert (stats["proposed"], stats["rounds"], stats["acceptance_rate"]) == (0, 39, None)
 
@@ -83,7 +83,7 @@ def test_the_cost_of_a_draft_step_is_measured_once_and_changes_no_token(
 ):
     """Its trial takes everything back: the text is what it is with the same cost given; and it is
     kept for other processes."""
-    config = {**FAST, "gamma": "auto", "temperature": temperature}
+    config = {**AUTO, "max_new_tokens": 80, "temperature": temperature}
     prompt = [[5, 6, 7] * 20, [9, 8] * 35]
     first = qs.generate(model, prompt, qs.GenerateConfig(**config))
     cost = first.stats[0]["draft_cost"]
@@ -107,10 +107,10 @@ def test_the_cost_of_a_draft_step_is_measured_once_and_changes_no_token(
 def test_another_gamma_or_coupling_compiles_no_prefill(model):
     """Programs are compiled for what they read."""
     prompt = [list(range(1, 90))]
-    qs.generate(model, prompt, qs.GenerateConfig(**FAST, gamma=2))
+    qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 2}))
     before = set(programs.PROGRAMS._kept)
-    qs.generate(model, prompt, qs.GenerateConfig(**FAST, gamma=3))
-    qs.generate(model, prompt, qs.GenerateConfig(**FAST, gamma=2, coupling="invariant"))
+    qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 3}))
+    qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 2}, coupling="invariant"))
     new = set(programs.PROGRAMS._kept) - before
     assert {key[0] for key in new} == {id(programs.DECODE)}
     assert len(new) == 2
@@ -145,6 +145,38 @@ def test_a_stop_string_cuts_text_and_tokens(model):
     assert out.text[0] == free.text[0][: free.text[0].index(stop)]
     assert out.tokens[0] == free.tokens[0][: len(out.tokens[0])]
     assert stop in model.tokenizer.decode(out.tokens[0])
+
+
+def test_stop_ids_end_a_sequence_beside_the_models_own(model):
+    """Also where these are ignored; the text has no special token's."""
+    free = qs.generate(model, [[5, 6, 7] * 20], qs.GenerateConfig(**FAST))
+    token = free.tokens[0][5]
+    cut = free.tokens[0][: free.tokens[0].index(token) + 1]
+    for ignore in (False, True):
+        config = qs.GenerateConfig(**FAST | {"ignore_eos": ignore}, stop_ids=(token,))
+        out = qs.generate(model, [[5, 6, 7] * 20], config)
+        assert out.tokens[0] == cut
+        assert out.stats[0]["finish_reason"] == "eos"
+    assert config.end_ids((3, token), 320) == (token,)
+    assert qs.GenerateConfig(stop_ids=[4, 3]).end_ids((3, 9), 320) == (3, 9, 4)
+    for wrong in ((-1,), (1.0,), ("a",), (True,)):
+        with pytest.raises(ValueError, match="stop_ids is"):
+            qs.GenerateConfig(stop_ids=wrong)
+    beyond = qs.GenerateConfig(stop_ids=(10**6,))
+    with pytest.raises(ValueError, match="a token id of stop_ids is 1000000"):
+        qs.generate(model, [5, 6], beyond)
+
+
+def test_a_completion_begins_with_its_space(model, byte_fallback_tokenizer):
+    """Which a tokenizer of SentencePiece's kind drops at the beginning of a text."""
+    model = qs.Model(model.config, model.params, byte_fallback_tokenizer, model.draft)
+    config = qs.GenerateConfig(**FAST, rounds_per_chunk=1)
+    prompt = byte_fallback_tokenizer("the cat")["input_ids"]
+    out = qs.generate(model, prompt, config)
+    both = decode(byte_fallback_tokenizer, prompt + out.tokens[0])
+    assert out.text[0] == both.removeprefix("the cat")
+    assert both.startswith("the cat")
+    assert "".join(qs.stream(model, prompt, config)) == out.text[0]
 
 
 def test_an_interruption_returns_what_there_is(model):

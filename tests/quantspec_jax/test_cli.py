@@ -20,6 +20,7 @@ from quantspec_jax import cli, compilation_cache
 from quantspec_jax.cache import create
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.commands import generate, terminal
+from quantspec_jax.generate.couplings import COUPLINGS
 from quantspec_jax.text.chat import chat_ids
 from quantspec_jax.text.detokenize import decode
 from quantspec_jax.weights.formats import DraftConfig
@@ -29,6 +30,7 @@ STATISTICS = {
     "mode",
     "kv",
     "gamma",
+    "coupling",
     "backend",
     "dtype",
     "prompt_tokens",
@@ -37,13 +39,16 @@ STATISTICS = {
     "proposed",
     "accepted",
     "acceptance_rate",
+    "accepted_by_position",
     "tokens_per_round",
     "prefill_seconds",
     "decode_seconds",
     "decode_tokens_per_second",
     "compile_seconds",
+    "trial_seconds",
     "cache_bytes",
 }
+OF_GAMMA_AUTO = {"mean_gamma", "draft_cost"}
 CACHE_PARTS = {"upper", "lower", "scales", "buffer", "total", "bf16_equivalent"}
 
 
@@ -82,6 +87,7 @@ def prompt(text="the cat"):
 
 
 NEEDED = ["generate", "--model", "nowhere", *prompt()]
+EVALUATE = ["eval", "perplexity", "--model", "nowhere", "--text", "t"]
 
 
 class TestErrors:
@@ -122,6 +128,23 @@ class TestErrors:
             ([*NEEDED, "--draft-bits", "none", "--draft-group", "32"], "--draft-group cannot go"),
             ([*NEEDED, "--draft-group", "7"], "draft group_size is 7"),
             ([*NEEDED, "--system", "S"], "--system needs --chat"),
+            ([*NEEDED, "--stop-id", "x"], "--stop-id: invalid int value: 'x'"),
+            ([*NEEDED, "--stop-id", "1", "-1"], "stop_ids is (1, -1)"),
+            ([*NEEDED, "--coupling", "none"], "--coupling: invalid choice"),
+            (
+                [*NEEDED, "--mode", "autoregressive", "--coupling", "block"],
+                "--coupling cannot go with --mode autoregressive",
+            ),
+            ([*NEEDED, "--rope-scaling", "ntk"], "--rope-scaling: invalid choice"),
+            ([*NEEDED, "--rope-scaling", "yarn"], "--rope-scale is None; allowed: a number > 1"),
+            ([*NEEDED, "--rope-scaling", "yarn", "--rope-scale", "1"], "factor is 1.0"),
+            ([*NEEDED, "--rope-scaling", "none", "--rope-scale", "2"], "--rope-scale cannot go"),
+            ([*NEEDED, "--rope-scale", "2"], "name --rope-scaling"),
+            (["convert", "nowhere", "out", "--rope-scale", "2"], "--rope-scale cannot go with"),
+            (
+                [*EVALUATE, "--context", "64", "--rope-scaling", "linear"],
+                "--rope-scale is None",
+            ),
             (["generate", "--model", "m", "--prompt", ""], "prompt is ''"),
             (["generate", "--model", "m", "--prompt-file", "gone.txt"], "gone.txt: No such file"),
             (["generate", "--model", "m", "--prompt-file", "."], ".: Is a directory"),
@@ -240,7 +263,8 @@ class TestErrors:
 class TestGenerate:
     def test_json(self, run_json, tiny_llama_dir):
         result = run_json(
-            "generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24, "--ignore-eos"
+            *("generate", "--model", tiny_llama_dir, *prompt()),
+            *("--max-new-tokens", 24, "--ignore-eos", "--gamma", 4),
         )
         assert set(result) == STATISTICS | {"text", "tokens"}
         assert set(result["cache_bytes"]) == CACHE_PARTS
@@ -257,8 +281,9 @@ class TestGenerate:
         result = run_json(*common, *prompt("the cat"), *prompt("中文"))
         assert set(result) == {"outputs"}
         assert [set(output) for output in result["outputs"]] == [
-            STATISTICS | {"text", "tokens"}
+            STATISTICS | OF_GAMMA_AUTO | {"text", "tokens"}
         ] * 2
+        assert [output["gamma"] for output in result["outputs"]] == ["auto"] * 2
 
     def test_text_is_streamed_and_statistics_are_one_line(self, run, run_json, tiny_llama_dir):
         argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24]
@@ -306,6 +331,21 @@ class TestGenerate:
 
         sampled = run_json(*argv, "--gamma", 2, "--draft-bits", "none", "--dtype", "bfloat16")
         assert (sampled["gamma"], sampled["dtype"]) == (2, "bfloat16")
+
+    def test_stop_ids_end_the_text_with_them(self, run_json, tiny_llama_dir):
+        argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24]
+        full = run_json(*argv, "--ignore-eos")["tokens"]
+        end = full[5]
+        unused = next(i for i in range(100) if i not in full)
+        result = run_json(*argv, "--ignore-eos", "--stop-id", unused, end, "--stop-id", unused)
+        assert result["tokens"] == full[: full.index(end) + 1]
+        assert result["finish_reason"] != "length"
+
+    @pytest.mark.parametrize("coupling", COUPLINGS)
+    def test_coupling_is_reported(self, run_json, tiny_llama_dir, coupling):
+        argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 8]
+        result = run_json(*argv, "--temperature", 0.9, "--coupling", coupling)
+        assert result["coupling"] == coupling
 
     def test_autoregressive(self, run_json, tiny_llama_dir):
         argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24]
@@ -364,6 +404,45 @@ class TestInfo:
         config = convert.open_source(str(tiny_llama_dir)).config
         cache = create(config, CacheConfig(max_length=2048, dtype="bfloat16"), 1)
         assert said["total"] == sum(array.nbytes for array in jax.tree.leaves(cache))
+
+
+class TestRopeScaling:
+    OPTIONS = ("--rope-scaling", "yarn", "--rope-scale", 2)
+
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            ("convert", "s", "o"),
+            ("generate", "--model", "m", "--prompt", "p"),
+            ("eval", "acceptance", "--model", "m", "--text", "text", "--context", 64),
+        ],
+    )
+    @pytest.mark.parametrize(
+        ("options", "scaling"),
+        [
+            (OPTIONS, qs.RopeScaling("yarn", 2)),
+            (("--rope-scaling", "none"), qs.RopeScaling("none")),
+            ((), None),
+        ],
+    )
+    def test_options(self, argv, options, scaling, monkeypatch, run, tmp_path):
+        given = []
+        for module, name in ((convert, "convert"), (qs, "load")):
+            monkeypatch.setattr(module, name, lambda *_, rope, **__: given.append(rope))
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "text").write_text("the cat")
+        run(*argv, *options)
+        assert given == [scaling]
+
+    def test_is_stored_and_shown(self, run, run_json, tiny_llama_dir, tmp_path):
+        before = run_json("info", tiny_llama_dir)["context_limit"]
+        assert run("convert", tiny_llama_dir, tmp_path / "out", *self.OPTIONS)[0] == 0
+        shown = run_json("info", tmp_path / "out")
+        rope = shown["architecture"]["rope"]
+        assert (rope["type"], rope["factor"]) == ("yarn", 2)
+        assert shown["context_limit"] == 2 * before
+        _, table, _ = run("info", tmp_path / "out")
+        assert f"{2 * before:,} (RoPE yarn × 2 from {before:,}, theta" in table
 
 
 class TestDraft:

@@ -11,13 +11,21 @@ from quantspec_jax.bench.profile import breakdown, busy, kind_of
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("kv_attention_merge_mosaic_gpu_kernel", "attention"),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", "attention"),
-        ("nvjet_sm90_tst_128x8_64x12_4x1_v_bz_NNT", "matmuls"),
-        ("gemm_fusion_dot_451", "matmuls"),
-        ("int4_matmul_mosaic_gpu_kernel", "matmuls"),
+        ("kv_attention_merge_mosaic_gpu_kernel", "merges"),
+        ("kv_attention_int4_mosaic_gpu_kernel", "int4 attention"),
+        ("kv_attention_int8_mosaic_gpu_kernel", "int8 attention"),
+        ("kv_attention_full_mosaic_gpu_kernel", "full attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", "full attention"),
+        ("nvjet_sm90_tst_128x8_64x12_4x1_v_bz_NNT", "full products"),
+        ("gemm_fusion_dot_451", "full products"),
+        ("int4_matmul_mosaic_gpu_kernel", "int4 products"),
+        ("add_rms_norm_mosaic_gpu_kernel", "norms"),
+        ("quantize_keys_mosaic_gpu_kernel", "quantization"),
         ("MemcpyD2H", "copies"),
-        ("loop_dynamic_update_slice_fusion_3", "elementwise"),
+        ("input_concatenate_fusion_2", "copies"),
+        ("loop_transpose_fusion", "copies"),
+        ("loop_dynamic_update_slice_fusion_3", "copies"),
+        ("loop_add_fusion", "elementwise"),
     ],
 )
 def test_kernels_are_told_apart_by_name(name, kind):
@@ -34,6 +42,6 @@ def test_parts_and_gaps_add_up_to_the_round():
     names = ("gemm", "kv_attention_int4", "loop_add_fusion", "memcpy32_post")
     kernels = [Kernel(1e6 * i, 5e5 + 1e5 * (i % 4), names[i % 4]) for i in range(8)]
     found = breakdown(kernels, 2, 3.0)
-    assert found["attention"] == pytest.approx(0.6)
-    assert found["matmuls"] == pytest.approx(0.5)
+    assert found["int4 attention"] == pytest.approx(0.6)
+    assert found["full products"] == pytest.approx(0.5)
     assert sum(found.values()) == pytest.approx(3.0)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from pallas_kernels import dispatch
 from pallas_kernels.kv_attention.xla import dequantize_keys, dequantize_values
@@ -50,7 +51,6 @@ def test_the_rule(h200, dtype, head_dim, backend, expected):
 
 
 def test_cudnns_attention_is_causal_and_repeats_no_keys(h200, monkeypatch):
-    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     q, k = (jax.ShapeDtypeStruct((2, 300, n, 64), jnp.bfloat16) for n in (8, 2))
     traced = jax.jit(lambda q, k, v: prompt_attention(q, k, v, 0.1)).trace(q, k, k)

@@ -55,6 +55,42 @@ class TestDetokenizer:
         if "�" not in decode(any_tokenizer, ids):
             assert not any("�" in piece for piece in pieces)
 
+    @settings(max_examples=300, deadline=None)
+    @given(data=st.data(), cuts=lengths)
+    def test_a_completion_is_the_text_of_all_less_that_of_the_prompt(
+        self, any_tokenizer, data, cuts
+    ):
+        """Prompts at random; where one ends within a character, the first ids may complete it."""
+        ids = st.lists(st.integers(0, len(any_tokenizer) + 3), max_size=40)
+        prompt, new = data.draw(ids), data.draw(ids)
+        stream = Detokenizer(any_tokenizer, prompt)
+        text = "".join(stream.push(piece) for piece in splits(new, cuts)) + stream.finish()
+        before, after = decode(any_tokenizer, prompt), decode(any_tokenizer, prompt + new)
+        kept = next(n for n in range(len(before), -1, -1) if after.startswith(before[:n]))
+        assert text == after[kept:]
+
+    def test_a_completion_keeps_its_space(self, byte_fallback_tokenizer):
+        the = byte_fallback_tokenizer("the")["input_ids"]
+        (special,) = byte_fallback_tokenizer("</s>")["input_ids"]
+        for before in (the, [*the, special], the * 30 + [special] * 60):
+            stream = Detokenizer(byte_fallback_tokenizer, before)
+            assert [stream.push(the), stream.push(the)] == [" the", " the"]
+        stream = Detokenizer(byte_fallback_tokenizer, [special])  # behind no text there is none
+        assert stream.push([*the, *the]) == "the the"
+
+    def test_a_long_prompt_costs_no_more_than_its_end(self, any_tokenizer):
+        prompt = any_tokenizer("the cat 😀 ")["input_ids"] * 500
+        decoded = 0
+
+        class Counting(Detokenizer):
+            def _decode(self, start, end):
+                nonlocal decoded
+                decoded += end - start
+                return super()._decode(start, end)
+
+        Counting(any_tokenizer, prompt)
+        assert decoded < 200
+
     def test_text_is_not_held_back_without_need(self, byte_level_tokenizer):
         ids = byte_level_tokenizer("plain words, one by one")["input_ids"]
         stream = Detokenizer(byte_level_tokenizer)
@@ -117,6 +153,44 @@ class TestStopStrings:
             assert any(kept.startswith(expected + s) for s in stop)
             before = decode(any_tokenizer, stream.tokens[:-1])
             assert not any(before.startswith(expected + s) for s in stop)
+
+    def test_a_special_token_stops_where_it_comes(self, any_tokenizer):
+        """Though it is no text; what was held back and the rest of a character come before it."""
+        for text in {any_tokenizer.eos_token, any_tokenizer.bos_token}:
+            special = any_tokenizer.convert_tokens_to_ids(text)
+            ids = any_tokenizer("the é")["input_ids"][:-1]
+            for stop in (text, [text, "zzz"], ["the éa", text]):
+                stream = TextStream(any_tokenizer, stop)
+                pieces = [stream.push([token]) for token in [*ids, special, *ids]]
+                assert stream.stopped
+                assert stream.tokens[-1] == special
+                at = len(stream.tokens) - 1
+                assert stream.tokens == [*ids, special, *ids][: at + 1]
+                assert "".join(pieces) == stream.text == decode(any_tokenizer, ids[:at])
+                assert special not in ids[:at]
+                assert stream.finish() == ""
+
+    def test_a_stop_string_may_hold_special_tokens_and_text(self, byte_level_tokenizer):
+        encode = lambda text: byte_level_tokenizer(text)["input_ids"]  # noqa: E731
+        stop = "the</s><|user|>cat"
+        whole = encode(f"one {stop} more")
+        stream = TextStream(byte_level_tokenizer, [stop, "zebra"])
+        stream.push(whole)
+        assert stream.stopped
+        assert stream.text == "one "
+        assert stream.tokens == encode(f"one {stop}")
+        for near in ("the</s>cat", "the<|user|></s>cat", "thecat", "the</s><|user|>car"):
+            stream = TextStream(byte_level_tokenizer, [stop])
+            stream.push(encode(f"one {near} more"))
+            stream.finish()
+            assert not stream.stopped
+            assert stream.text == decode(byte_level_tokenizer, encode(f"one {near} more"))
+
+    def test_a_stop_string_may_begin_with_the_first_space(self, byte_fallback_tokenizer):
+        the = byte_fallback_tokenizer("the")["input_ids"]
+        stream = TextStream(byte_fallback_tokenizer, [" the"], the)
+        stream.push([*the, *the])
+        assert (stream.stopped, stream.text, stream.tokens) == (True, "", the)
 
     def test_holds_back_only_what_may_become_a_stop_string(self, byte_level_tokenizer):
         stream = TextStream(byte_level_tokenizer, ["###"])
@@ -238,6 +312,29 @@ class TestChat:
         assert chat_text("Hi", tokenizer) == "Hi"
         with pytest.raises(ValueError, match="roles system, user: user first"):
             chat_ids("Hi", tokenizer, "Be brief.")
+
+    @pytest.mark.parametrize(
+        ("template", "words"),
+        [
+            ("{{ 'a' + 1 }}", "fails with TypeError: "),
+            ("{{ 1 // 0 }}", "fails with ZeroDivisionError: "),
+            ("{{ messages[0]['content'].x.y }}", "refuses messages of the roles user"),
+            ("{% for %}", "refuses messages of the roles user"),
+            ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails with RecursionError: "),
+            ("{{ range(10 ** 9) | list }}", "fails with OverflowError: "),
+            ("{{ raise_exception('one\ntwo') }}", "roles user: one$"),
+            ("{{ raise_exception('') }}", "roles user: no message"),
+            ("{% if false %}x{% endif %}", "renders nothing"),
+        ],
+    )
+    def test_a_template_that_fails_is_named_with_its_error(
+        self, template, words, byte_level_tokenizer
+    ):
+        tokenizer = copy.deepcopy(byte_level_tokenizer)
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=f"the chat template .*{words}") as caught:
+            chat_ids("Hi", tokenizer)
+        assert "\n" not in str(caught.value)
 
     def test_empty_prompt(self, byte_level_tokenizer):
         with pytest.raises(ValueError, match="prompt is ''"):

@@ -1,0 +1,256 @@
+"""The first kernel: teams of warps walk over the units of all sequences and heads."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+from pallas_kernels import ptx
+from pallas_kernels.kv_attention.mosaic_gpu.exchange import Alone, Exchange
+from pallas_kernels.kv_attention.mosaic_gpu.full_precision import FullPrecision
+from pallas_kernels.kv_attention.mosaic_gpu.operands import Operands
+from pallas_kernels.kv_attention.mosaic_gpu.plan import Plan
+from pallas_kernels.kv_attention.mosaic_gpu.queries import Queries, Rows, SharedQueries
+from pallas_kernels.kv_attention.mosaic_gpu.ring import Pipeline
+from pallas_kernels.kv_attention.mosaic_gpu.softmax import State
+from pallas_kernels.kv_attention.mosaic_gpu.tile import Tile
+from pallas_kernels.kv_attention.mosaic_gpu.units import Lengths, share
+from pallas_kernels.ptx import V, f32, i32
+
+# What is done with a unit: state, its place in shared memory, what was prepared while it came.
+Compute = Callable[[State, V, list[Rows]], None]
+
+
+def attention_body(plan: Plan) -> Callable[[Sequence[V], V], None]:
+    """The first kernel: partial results of each team and key-value head that it touches."""
+    return lambda addresses, shared: _Warp(plan, addresses, shared).run()
+
+
+class _Warp:
+    """A warp of a team, which walks over the units that are dealt to its team, head by head."""
+
+    def __init__(self, plan: Plan, addresses: Sequence[V], shared: V):
+        c = plan.config
+        self.plan, self.shared = plan, shared
+        self.operands = Operands(plan, addresses)
+        self.lengths = Lengths(plan, self.operands["quantized_length"], self.operands["start"])
+        self.thread = ptx.special("tid.x")
+        self.lane = self.thread & 31
+        warp = ptx.uniform(self.thread >> 5)
+        self.team, self.in_team = warp // plan.team_warps, warp % plan.team_warps
+        self.token_warp, self.columns = self.in_team % c.token_warps, self.in_team // c.token_warps
+        self.first_row = self.columns * (8 * c.column_blocks)
+        self.q = self.lane & 3
+
+    def run(self) -> None:
+        plan = self.plan
+        ptx.when(self.thread.equals(0), self._initialize)
+        ptx.sync_threads(i32(0), 128 * plan.config.warpgroups)
+        total = self.lengths.total()
+        me = ptx.special("ctaid.x") * plan.teams + self.team
+        everyone = plan.blocks * plan.teams
+        begin, end = share(total, everyone, me), share(total, everyone, me + 1)
+        ptx.when(begin < end, lambda: self._work(begin, end, me))
+
+    def _initialize(self) -> None:
+        for i in range(self.plan.teams * self.plan.config.stages):
+            ptx.barrier_init(self.shared + 16 * i, 1)
+            ptx.barrier_init(self.shared + 16 * i + 8, self.plan.team_warps)
+        ptx.fence_barrier_init()
+
+    def _work(self, begin: V, end: V, me: V) -> None:
+        """The units begin … end − 1, of the team number `me`."""
+        plan, c, lane = self.plan, self.plan.config, self.lane
+        first, last = self.lengths.locate(begin), self.lengths.locate(end - 1)
+        self.pipeline = Pipeline(
+            plan,
+            self.operands,
+            self.lengths,
+            leader=(self.in_team * 32 + lane).equals(0),
+            shared=self.shared,
+            team=self.team,
+        )
+        own = self.shared + plan.ring_bytes + self.team * (plan.query_bytes + plan.exchange_bytes)
+        self.scaled_at, words_at = own, own + plan.query_bytes
+        self.together = Alone(plan, self.token_warp, lane)
+        if c.exchange:
+            words_at = words_at + self.columns * (512 * c.token_warps * c.column_blocks)
+            self.together = Exchange(plan, words_at, self.team, self.token_warp, lane)
+        producer = self.pipeline.start(*first, end, begin)
+        for _ in range(c.stages - 1):
+            producer = self.pipeline.produce(producer)
+
+        def head(bk: V, carry: list[V]) -> list[V]:
+            left, skip, *flow = carry
+            walk = _Head(self, bk, skip, left)
+            flow, state = walk.attend(flow)
+            slot = self.together.slot((me + bk) * plan.writers)
+            write_partial(plan, self.operands, state, slot, self.first_row, lane, self.together)
+            return [left - (walk.stop - skip), i32(0), *flow]
+
+        (b0, k0, u0), (b1, k1, _) = first, last
+        zero, kv_heads = i32(0), plan.shape.kv_heads
+        ptx.loop(
+            b0 * kv_heads + k0,
+            b1 * kv_heads + k1 + 1,
+            [end - begin, u0, zero, zero, *producer],
+            head,
+        )
+
+
+class _Head:
+    """A warp's walk over units of a sequence's key-value head: from `skip` on, at most `left`.
+
+    What is carried from unit to unit: the stage and its phase, the producer, the state.
+    """
+
+    def __init__(self, warp: _Warp, bk: V, skip: V, left: V):
+        s, c = warp.plan.shape, warp.plan.config
+        self.warp, self.plan, self.skip = warp, warp.plan, skip
+        self.b, self.k = bk // s.kv_heads, bk % s.kv_heads
+        self.tiles, units, self.used = warp.lengths.units(self.b)
+        (quantized,) = ptx.load(warp.operands["quantized_length"] + self.b.to_i64() * 4)
+        (start,) = ptx.load(warp.operands["start"] + self.b.to_i64() * 4)
+        self.stop = ptx.minimum(units, skip + left)
+        # One block of rows stays in registers; of more, there would be none left.
+        self.kept = self._rows() if c.column_blocks == 1 and not c.shared else None
+        self.visible = []
+        for n in range(c.column_blocks):
+            row = [warp.first_row + 8 * n + warp.q * 2 + i for i in range(2)]
+            reach = start - quantized - int(s.strict)
+            self.visible.append([reach + r % s.tokens for r in row])
+
+    def _rows(self) -> Rows:
+        """This warp's query rows."""
+        return self._rows_from(self.warp.first_row, self.plan.config.column_blocks)
+
+    def _rows_from(self, first_row: V, blocks: int) -> Rows:
+        warp = self.warp
+        return Rows(self.plan, warp.operands, self.b, self.k, first_row, warp.lane, blocks)
+
+    def attend(self, flow: list[V]) -> tuple[list[V], State]:
+        """Over all units: what is carried on to the next head, and the state."""
+        flow = [*flow, *State(self.plan).flat()]
+        if self.plan.shape.planes:
+            flow = ptx.loop(self.skip, ptx.minimum(self.stop, self.tiles), flow, self._tile)
+        flow = ptx.loop(ptx.at_least(self.skip, self.tiles), self.stop, flow, self._full_precision)
+        carried = 2 + Pipeline.PRODUCER
+        return flow[:carried], State(self.plan, flow[carried:])
+
+    def _step(
+        self, carry: list[V], compute: Compute, prepare: Callable[[], list[Rows]] = list
+    ) -> list[V]:
+        """Order a unit ahead, wait for this one, compute, leave its stage."""
+        pipeline, lane = self.warp.pipeline, self.warp.lane
+        stage, phase, *rest = carry
+        producer = pipeline.produce(rest[: Pipeline.PRODUCER])
+        state = State(self.plan, rest[Pipeline.PRODUCER :])
+        prepared = prepare()
+        ptx.barrier_wait(pipeline.full(stage), phase)
+        compute(state, pipeline.data(stage), prepared)
+        ptx.sync_warp()
+        ptx.when(lane.equals(0), lambda: ptx.barrier_arrive(pipeline.empty(stage)))
+        stage, phase = pipeline.next(stage, phase)
+        return [stage, phase, *producer, *state.flat()]
+
+    def _tile(self, _: V, carry: list[V]) -> list[V]:
+        plan, c, warp = self.plan, self.plan.config, self.warp
+        # Blocks of rows that this warp scales: its own, or its part of the team's.
+        mine = [warp.in_team + n for n in range(0, plan.query_blocks, plan.team_warps)]
+
+        def rows() -> list[Rows]:
+            return [self._rows_from(n * 8, 1) for n in mine] if c.shared else []
+
+        def compute(state: State, data: V, rows: list[Rows]) -> None:
+            tile = Tile(plan, warp.lane)
+            if c.shared:
+                queries = self._shared_queries(tile, data, mine, rows)
+            else:
+                queries = Queries(*tile.queries(data, self.kept or self._rows()))
+            for turn in range(plan.shape.group_size // (32 * c.token_warps)):
+                tile.accumulate(state, data, warp.token_warp, turn, queries, warp.together)
+
+        return self._step(carry, compute, rows)
+
+    def _shared_queries(self, tile: Tile, data: V, mine: list[V], rows: list[Rows]) -> Queries:
+        """Scale the blocks of rows `mine` for the team, and read all from shared memory."""
+        plan, warp = self.plan, self.warp
+        made = [tile.queries(data, x) for x in rows]
+        queries = SharedQueries(plan, warp.scaled_at, warp.first_row >> 3, warp.lane)
+        # All have read those of the last tile; then all have written theirs.
+        ptx.sync_threads(warp.team + 1, 32 * plan.team_warps)
+        for block, (pairs, bias) in zip(mine, made, strict=True):
+            ptx.when(
+                block < plan.query_blocks,
+                functools.partial(queries.write, block, pairs[0], bias[0]),
+            )
+        ptx.sync_threads(warp.team + 1, 32 * plan.team_warps)
+        queries.read_bias()
+        return queries
+
+    def _full_precision(self, i: V, carry: list[V]) -> list[V]:
+        plan, s, warp = self.plan, self.plan.shape, self.warp
+
+        def compute(state: State, data: V, _: list[Rows]) -> None:
+            active = warp.token_warp < plan.unit_rows // 16
+            mine = ptx.select(active, warp.token_warp * 16, 0)
+            keys = data + mine * (2 * s.head_dim)
+            values = warp.together.origin(data, keys) + plan.unit_rows * 2 * s.head_dim
+            first = (i - self.tiles) * plan.unit_rows
+            slot = ptx.select(active, first + mine, 1 << 30)
+            exact = FullPrecision(plan, self.kept or self._rows(), warp.lane)
+            exact.accumulate(
+                state, keys, values, first, slot, self.used, self.visible, warp.together
+            )
+
+        return self._step(carry, compute)
+
+
+def write_partial(
+    plan: Plan,
+    operands: Operands,
+    state: State,
+    slot: V,
+    first_row: V,
+    lane: V,
+    team: Alone,
+) -> None:
+    """Σ p v in [slots, R, D] and (reference, Σ p) in [slots, R, 2], before any division."""
+    s = plan.shape
+    g, q = lane >> 2, lane & 3
+    base = slot.to_i64() * s.rows
+    blocks = range(plan.config.column_blocks)
+
+    def sum_lanes(x: V) -> V:
+        for distance in (4, 8, 16):
+            x = x + ptx.shuffle_xor(x, distance)
+        return x
+
+    # Of each block: Σ p, and Σ p m̂ of each group of channels.
+    sums = [[[sum_lanes(x) for x in v] for v in (state.total[n], *state.offset[n])] for n in blocks]
+    added = team.added([pair for block in sums for pair in block])
+    each = 1 + s.value_groups
+    sums = [added[each * n : each * (n + 1)] for n in blocks]
+    for n in blocks:
+        for i in range(2):
+            row = first_row + 8 * n + q * 2 + i
+            total, *offsets = [pair[i] for pair in sums[n]]
+
+            def write(n: int = n, i: int = i, row: V = row, total: V = total, offsets=offsets):
+                index = base + row.to_i64()
+                ptx.when(
+                    team.writes_statistics(g),
+                    lambda: ptx.store(
+                        operands["statistics"] + index * 8,
+                        [f32(0.0) - state.origin[n][i], total],
+                    ),
+                )
+                at = operands["output"] + index * (4 * s.head_dim) + (g * 4).to_i64()
+                at = team.channels(at, 64 * plan.channel_blocks)
+                for m in range(plan.channel_blocks):
+                    for y in range(2):
+                        offset = offsets[(16 * m) // s.value_width]
+                        x = ptx.fma(state.sums[n][m][2 * y + i], f32(1 / s.unit), offset)
+                        ptx.store(at + 64 * m + 32 * y, [x])
+
+            ptx.when(row < s.rows, write)

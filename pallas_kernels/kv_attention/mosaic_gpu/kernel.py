@@ -1,0 +1,97 @@
+"""The call: which shape it specializes the kernel to, whether it can, and the two launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import devices, ptx
+from pallas_kernels.kv_attention.mosaic_gpu.body import attention_body
+from pallas_kernels.kv_attention.mosaic_gpu.merge import MERGE_WARPGROUPS, merge_body
+from pallas_kernels.kv_attention.mosaic_gpu.plan import Config, Plan, Shape
+from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.layout import LayerCache
+
+
+def shape_of(
+    q: jax.Array, cache: LayerCache, *, read: Read, sm_scale: float, strict: bool
+) -> Shape:
+    """The shape that a call specializes the kernel to."""
+    b, tokens, h, d = q.shape
+    kv_heads, buffer_length = cache.key_buffer.shape[1:3]
+    tiles, group_size = (0, 128) if cache.keys is None else cache.keys.upper.shape[2:4]
+    return Shape(
+        batch=b,
+        kv_heads=kv_heads,
+        group=h // kv_heads,
+        tokens=tokens,
+        head_dim=d,
+        group_size=group_size,
+        tiles=tiles,
+        buffer_length=buffer_length,
+        view="full" if cache.keys is None else read.view,
+        strict=strict,
+        sm_scale=float(sm_scale),
+    )
+
+
+def unsupported(shape: Shape, dtypes: Sequence[Any]) -> str | None:
+    """Why the kernel cannot do a call, or None."""
+    if any(d != jnp.bfloat16 for d in dtypes):
+        return "queries and buffer have to be bfloat16"
+    if shape.head_dim % 32 or shape.head_dim > 256:
+        return f"head_dim is {shape.head_dim}; it takes multiples of 32 up to 256"
+    if shape.planes and (shape.group_size % 32 or shape.buffer_length % 64):
+        return f"group_size is {shape.group_size}; it takes multiples of 32"
+    if shape.rows > 256:
+        return f"a key-value head has {shape.rows} query rows; it takes up to 256"
+    return None
+
+
+def kv_attention(
+    q: jax.Array,
+    cache: LayerCache,
+    quantized_length: jax.Array,
+    start: jax.Array,
+    *,
+    read: Read,
+    sm_scale: float,
+    strict: bool,
+    config: Config,
+    out_dtype: Any = jnp.float32,
+    blocks: int = devices.DEFAULT.multiprocessors,
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.kv_attention.api.kv_attention`; bf16 queries and buffer."""
+    shape = shape_of(q, cache, read=read, sm_scale=sm_scale, strict=strict)
+    plan = Plan(shape, config, blocks)
+    operands = [quantized_length, start, q, cache.key_buffer, cache.value_buffer]
+    for part in (cache.keys, cache.values):
+        if part is not None:
+            operands += [part.upper, part.lower][: shape.planes]
+            operands += [part.scale, part.minimum]
+    partial, statistics = ptx.kernel(
+        attention_body(plan),
+        [
+            jax.ShapeDtypeStruct((plan.partials, shape.rows, shape.head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((plan.partials, shape.rows, 2), jnp.float32),
+        ],
+        name=f"kv_attention_{shape.view}",
+        blocks=blocks,
+        warpgroups=config.warpgroups,
+        shared_bytes=plan.shared_bytes,
+    )(*operands)
+    merge = ptx.kernel(
+        merge_body(plan, out_dtype),
+        [
+            jax.ShapeDtypeStruct(q.shape, out_dtype),
+            jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
+        ],
+        name="kv_attention_merge",
+        blocks=shape.batch * shape.kv_heads * shape.rows,
+        warpgroups=MERGE_WARPGROUPS,
+        shared_bytes=4 * MERGE_WARPGROUPS * 128 * (2 + shape.head_dim // 32),
+    )
+    return merge(quantized_length, start, partial, statistics)

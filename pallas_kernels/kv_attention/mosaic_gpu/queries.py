@@ -1,0 +1,71 @@
+"""A warp's query rows, and what a tile makes of them: operands of the products with keys."""
+
+from __future__ import annotations
+
+from pallas_kernels import ptx
+from pallas_kernels.kv_attention.mosaic_gpu.operands import Operands, row_offset
+from pallas_kernels.kv_attention.mosaic_gpu.plan import Plan
+from pallas_kernels.ptx import V, i32
+
+
+class Rows:
+    """A warp's query rows of one key-value head, as matrix operands.
+
+    Lane 4 g + q holds, of row g of each block of 8, channels [D/8 · q, D/8 · (q+1)) of either half
+    of the head: `low` and `high`, words of two bf16.
+    """
+
+    def __init__(
+        self, plan: Plan, operands: Operands, b: V, k: V, first_row: V, lane: V, blocks: int
+    ):
+        s = plan.shape
+        g, q = lane >> 2, lane & 3
+        self.low: list[list[V]] = []
+        self.high: list[list[V]] = []
+        words = s.head_dim // 16
+        for n in range(blocks):
+            row = first_row + 8 * n + g
+            valid = row < s.rows
+            safe = ptx.select(valid, row, i32(0))
+            offset = row_offset(s, b, k, safe) * (2 * s.head_dim)
+            here = operands["q"] + offset + (q * (s.head_dim // 4)).to_i64()
+            for half, out in ((0, self.low), (s.head_dim, self.high)):
+                loaded = ptx.load_wide(here + half, words)
+                out.append([ptx.select(valid, w, i32(0)) for w in loaded])
+
+
+class Queries:
+    """Scaled queries of a warp as matrix operands, and the scores' bias, in registers."""
+
+    def __init__(self, operands: list[list[list[V]]], bias: list[list[V]]):
+        self.operands, self.bias = operands, bias
+
+    def pairs(self, block: int, word: int) -> list[list[V]]:
+        """Operands of the two steps that a word of codes is for."""
+        return self.operands[block][2 * word : 2 * word + 2]
+
+
+class SharedQueries(Queries):
+    """The same in a team's shared memory: of a block of 8 rows, 512 bytes a word of codes, in which
+    each lane finds its own 16; after all blocks a float32 bias a row."""
+
+    def __init__(self, plan: Plan, where: V, first_block: V, lane: V):
+        self.plan, self.lane = plan, lane
+        self.block_bytes = 16 * plan.shape.head_dim
+        self.where, self.first_block = where, first_block
+        self.bias_at = where + plan.query_blocks * self.block_bytes + (lane & 3) * 8
+
+    def write(self, block: V, operands: list[list[V]], bias: list[V]) -> None:
+        for i in range(len(operands) // 2):
+            at = self.where + block * self.block_bytes + self.lane * 16 + 512 * i
+            ptx.store(at, [*operands[2 * i], *operands[2 * i + 1]])
+        ptx.when(self.lane < 4, lambda: ptx.store(self.bias_at + block * 32, bias))
+
+    def read_bias(self) -> None:
+        blocks = range(self.plan.config.column_blocks)
+        self.bias = [ptx.load(self.bias_at + (self.first_block + n) * 32, 2, "f32") for n in blocks]
+
+    def pairs(self, block: int, word: int) -> list[list[V]]:
+        at = self.where + (self.first_block + block) * self.block_bytes
+        words = ptx.load(at + self.lane * 16 + 512 * word, 4)
+        return [words[:2], words[2:]]

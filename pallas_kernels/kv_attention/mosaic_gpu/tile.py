@@ -1,0 +1,228 @@
+"""Attention of a warp to the tokens of a tile of codes."""
+
+from __future__ import annotations
+
+from pallas_kernels import ptx
+from pallas_kernels.kv_attention.mosaic_gpu.exchange import Alone, largest_of
+from pallas_kernels.kv_attention.mosaic_gpu.plan import Plan
+from pallas_kernels.kv_attention.mosaic_gpu.queries import Queries, Rows
+from pallas_kernels.kv_attention.mosaic_gpu.softmax import LOG2E, State, softmax
+from pallas_kernels.ptx import V, f32, i32
+
+
+class Tile:
+    """Computation of a warp on its tokens of a tile of codes in shared memory.
+
+    Codes enter the products as float16 subnormals: the bits of code c, in bits 0–3 or 4–7 of a
+    half word, read as float16, are c·2⁻²⁴ or 16 c·2⁻²⁴, exactly, and matrix instructions take them
+    at full speed. Products with the second kind carry a factor 1/16 on the other side; with both
+    planes a byte 16 u + l + 8 takes their place, and none is needed.
+    """
+
+    def __init__(self, plan: Plan, lane: V):
+        self.plan, self.lane = plan, lane
+        self.g, self.q = lane >> 2, lane & 3
+        s = plan.shape
+        # Of 16 tokens, a lane's rows g and g + 8 are 2 g and 2 g + 1 in the draft view, and in the
+        # target view `order` and order + 2: there neighbours g read neighbouring rows of keys, from
+        # all banks, and the value codes are sorted as cheaply.
+        self.order = (self.g >> 1) * 4 + (self.g & 1)
+        self.both = s.planes == 2
+        # What the codes are short of in the draft and target views, in steps.
+        self.unit = s.unit
+        self.half = 0.5 if self.both else 1 / 32
+        self.high_factor = 1.0 if self.both else 1 / 16
+        self.words = s.head_dim // 32
+        sections = plan.sections
+        starts = [sum(sections[:i]) for i in range(len(sections))]
+        parts = len(sections) // 2
+        self.key_at, self.value_at = starts[:parts], starts[parts:]
+
+    def queries(self, tile: V, rows: Rows) -> tuple[list[list[list[V]]], list[list[V]]]:
+        """Key scales folded into the queries: (operands[block][step], bias[block][column]).
+
+        The bias is what the scores are short of, for key minima and the codes' offset. It also
+        moves the codes' origin to their middle, where float16's rounding of the scaled queries
+        weighs least: Σ x₁₆ (u − 8) + 8 Σ x, x the scaled queries and x₁₆ the rounded ones.
+        """
+        s = self.plan.shape
+        here = tile + self.q * (s.head_dim // 4)
+        *_, scale_at, minimum_at = self.key_at
+        scale, minimum = (
+            [ptx.load_wide(here + at + half, 2 * self.words) for half in (0, s.head_dim)]
+            for at in (scale_at, minimum_at)
+        )
+        operands, bias = [], []
+        for low, high in zip(rows.low, rows.high, strict=True):
+            steps = []
+            for i in range(self.words):
+                halves = (ptx.low_bf16, ptx.high_bf16)
+                for step in range(2):
+                    # Channels in the order of `fragments`: neighbours, or every other one.
+                    parts = (
+                        [(part, 2 * i + step) for part in halves]
+                        if self.both
+                        else [(halves[step], 2 * i), (halves[step], 2 * i + 1)]
+                    )
+                    pair = []
+                    for x, numbers, factor in (
+                        (low, scale[0], 1.0),
+                        (high, scale[1], self.high_factor),
+                    ):
+                        two = []
+                        for part, w in parts:
+                            value = part(x[w])
+                            if factor != 1.0:
+                                value = value * factor
+                            two.append(value * part(numbers[w]))
+                        pair.append(ptx.pack_f16(*two))
+                    steps.append(pair)
+            # Sums of their own, since each product waits for the last one of its sum.
+            sums = [[f32(0.0)] * 4 for _ in range(6)]
+            exact = ((low, minimum[0]), (high, minimum[1]), (low, scale[0]), (high, scale[1]))
+            for j, (x, numbers) in enumerate(exact):
+                for w in range(0, 2 * self.words, 2):
+                    a = [numbers[w], numbers[w], numbers[w + 1], numbers[w + 1]]
+                    sums[j] = ptx.mma("bf16", a, [x[w], x[w + 1]], sums[j])
+            first = i32(0xC800C800)  # −8 twice
+            second = first if self.both else i32(0xD800D800)  # −8 · 16
+            for i, pair in enumerate(steps):
+                j = 4 + i % 2
+                sums[j] = ptx.mma("f16", [first, first, second, second], pair, sums[j])
+            operands.append(steps)
+            factor = s.sm_scale * LOG2E
+            bias.append(
+                [
+                    ptx.fma(
+                        sums[2][i] + sums[3][i],
+                        f32(8 - self.half),
+                        sums[0][i] + sums[1][i] + (sums[4][i] + sums[5][i]),
+                    )
+                    * factor
+                    for i in (0, 1)
+                ]
+            )
+        return operands, bias
+
+    def numbers(self, where: V) -> V:
+        """A word of this lane's two of the 16 numbers at `where`."""
+        if not self.both:
+            return ptx.load(where + self.g * 4)[0]
+        low, high = ptx.load(where + (self.g >> 1) * 8, 2)
+        odd = (self.g & 1).equals(1)
+        return ptx.select(
+            odd, ptx.permute_bytes(low, high, 0x7632), ptx.permute_bytes(low, high, 0x5410)
+        )
+
+    def fragments(self, upper: list[V], lower: list[V] | None = None) -> list[list[V]]:
+        """Matrix operands of two steps from one word of each of rows g and g + 8."""
+        if lower is None:
+            steps = []
+            for shift in (0, 8):
+                x = [w >> shift if shift else w for w in upper]
+                steps.append([w & 0x000F000F for w in x] + [w & 0x00F000F0 for w in x])
+            return steps
+        low = [ptx.merge_bits(u << 4, w, 0xF0F0F0F0) for u, w in zip(upper, lower, strict=True)]
+        high = [ptx.merge_bits(u, w >> 4, 0xF0F0F0F0) for u, w in zip(upper, lower, strict=True)]
+        both = [*low, *high]
+        zero = i32(0)
+        return [
+            [ptx.permute_bytes(w, zero, 0x4140) for w in both],
+            [ptx.permute_bytes(w, zero, 0x4342) for w in both],
+        ]
+
+    def scores(self, tile: V, first: V, operands: Queries) -> list[list[list[V]]]:
+        """Of 32 tokens from `first` on: [block][half of the tokens][4], in units."""
+        s = self.plan.shape
+        blocks = self.plan.config.column_blocks
+        stride = s.head_dim // 2
+        out = [[[f32(0.0)] * 4 for _ in range(2)] for _ in range(blocks)]
+        loaded = []
+        for half in range(2):
+            token = first + 16 * half + (self.order if self.both else self.g * 2)
+            row = token * stride + self.q * (4 * self.words)
+            far = (2 if self.both else 1) * stride
+            loaded.append(
+                [
+                    [ptx.load_wide(tile + at + row + y * far, self.words) for y in range(2)]
+                    for at in self.key_at[: s.planes]
+                ]
+            )
+        for i in range(self.words):
+            steps = [
+                self.fragments(*[[x[i] for x in plane] for plane in planes]) for planes in loaded
+            ]
+            for n in range(blocks):
+                for step, b in enumerate(operands.pairs(n, i)):
+                    for half in range(2):
+                        out[n][half] = ptx.mma("f16", steps[half][step], b, out[n][half])
+        return out
+
+    def accumulate(
+        self,
+        state: State,
+        tile: V,
+        mine: V,
+        turn: int,
+        operands: Queries,
+        team: Alone,
+    ) -> None:
+        """Attend to 32 tokens, number `turn` of the part of warp `mine`."""
+        s = self.plan.shape
+        blocks = self.plan.config.column_blocks
+        turns = s.group_size // (32 * self.plan.config.token_warps)
+        first = (mine * turns + turn) * 32
+        scores = self.scores(tile, first, operands)
+        *_, scale_at, minimum_at = self.value_at
+        scales: list[list[V]] = []
+        minima: list[list[V]] = []
+        for v in range(s.value_groups):
+            at = tile + first * 2 + v * 2 * s.group_size
+            group_scale, group_minimum = [], []
+            for half in range(2):
+                scale = self.numbers(at + scale_at + 32 * half)
+                minimum = self.numbers(at + minimum_at + 32 * half)
+                for part in (ptx.low_bf16, ptx.high_bf16):
+                    exact = part(scale)
+                    group_minimum.append(ptx.fma(exact, f32(-self.half), part(minimum)))
+                    factor = self.high_factor if half else 1.0
+                    group_scale.append(exact * factor if factor != 1.0 else exact)
+            scales.append(group_scale)
+            minima.append(group_minimum)
+        alpha = s.sm_scale * LOG2E / self.unit
+
+        def use(to: State, p: list[list[list[V]]]) -> tuple[list[V], V]:
+            for n in range(blocks):
+                for v in range(s.value_groups):
+                    for h in range(2):
+                        for j in range(4):
+                            to.offset[n][v][j % 2] = ptx.fma(
+                                p[n][h][j], minima[v][2 * h + j // 2], to.offset[n][v][j % 2]
+                            )
+            words = [
+                ptx.pack_f16(*[half[2 * y + i] * group[2 * h + y] for i in range(2)])
+                for block in p
+                for group in scales
+                for y in range(2)
+                for h, half in enumerate(block)
+            ]
+            both = largest_of("max.NaN.f16x2", "i32", words)
+            return words, largest_of("max.NaN.f32", "f32", ptx.unpack_f16(both))
+
+        if turn:
+            team.meet()  # all have read what they left in the last turn
+        found = softmax(self.plan, state, scores, alpha, operands.bias, scales, use, team)
+        for where, offset, weights in team.runs(tile, first, turn, found):
+            for m in range(self.plan.channel_blocks):
+                for step, a in enumerate(self.value_fragments(where + (offset + 256 * m))):
+                    for n in range(blocks):
+                        b = weights[n][16 * m // s.value_width][2 * step : 2 * step + 2]
+                        state.sums[n][m] = ptx.mma("f16", a, b, state.sums[n][m])
+
+    def value_fragments(self, where: V) -> list[list[V]]:
+        """Matrix operands of two steps: 32 tokens and the 16 channels at `where`."""
+        loaded = [
+            [ptx.load(where + at + 128 * y)[0] for y in range(2)]
+            for at in self.value_at[: self.plan.shape.planes]
+        ]
+        return self.fragments(*loaded)

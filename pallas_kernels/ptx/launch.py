@@ -1,0 +1,58 @@
+"""A Pallas kernel of thread-level code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.ptx.memory import address
+
+
+def kernel(
+    body: Callable[..., None],
+    out_type: Sequence[jax.ShapeDtypeStruct],
+    *,
+    name: str,
+    blocks: int,
+    warpgroups: int,
+    shared_bytes: int = 0,
+    cluster: int = 1,
+) -> Callable[..., Any]:
+    """A Pallas kernel whose body is thread-level code.
+
+    body(addresses of the operands and results, address of the shared memory or None). Of `blocks`,
+    each `cluster` neighbours (`ctaid.x`) are a cluster.
+    """
+    if blocks % cluster:
+        raise ValueError(f"there are {blocks} blocks; a multiple of the cluster's {cluster} can be")
+    scratch = {"shared": plgpu.SMEM((max(shared_bytes, 16) // 4,), jnp.uint32)}
+
+    def pallas_body(*refs: Any, shared: Any) -> None:
+        types = tuple(plgpu.RefType() for _ in range(len(refs) + 1))
+
+        @plgpu.inline_mgpu(arg_types=types)
+        def inline(ctx: Any, *inner: Any) -> None:
+            del ctx
+            body([address(ref) for ref in inner[:-1]], address(inner[-1]))
+
+        inline(*refs, shared)
+
+    pallas_body.__name__ = name
+    return plgpu.kernel(
+        pallas_body,
+        out_type=tuple(out_type),
+        scratch_types=scratch,
+        grid=(blocks // cluster,),
+        grid_names=("block",),
+        cluster=(cluster,) if cluster > 1 else (),
+        cluster_names=("peer",) if cluster > 1 else (),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+    )
