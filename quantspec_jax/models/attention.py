@@ -96,7 +96,7 @@ def sequence_attention(
     b, s, h, d = q.shape
     kv_heads = own.keys.shape[2]
     rep = h // kv_heads
-    times = 1 if dispatch.device() is None else GPU_BLOCKS
+    times = GPU_BLOCKS if jax.default_backend() == "gpu" else 1
     block, wide = min(times * QUERY_BLOCK, s), min(times * KEY_BLOCK, s)
     tiles, blocks = -(-s // block), -(-s // wide)
     limits = np.zeros(tiles * block, np.int32)

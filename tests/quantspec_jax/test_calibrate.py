@@ -12,7 +12,7 @@ import pytest
 from tiny import VOCABULARY, decode, new_tokens, program, prompts, start, tiny_model
 
 from pallas_kernels.int4_matmul.xla import dequantize
-from quantspec_jax.weights.calibrate import calibrate, calibration_tokens, gptq
+from quantspec_jax.weights.calibrate import calibrate, calibration_tokens, gptq, programs, resume
 from quantspec_jax.weights.entries import merge, quantize_params
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 from quantspec_jax.weights.rounding import quantize_linear
@@ -160,6 +160,29 @@ def test_an_interrupted_calibration_goes_on(tmp_path, monkeypatch):
     changed = params | {"embedding": params["embedding"] * 2}
     with pytest.raises(ValueError, match="holds another calibration"):
         calibrate(config, changed, tokens(), draft, resume=tmp_path)
+
+
+def test_blocks_after_the_first_compile_nothing(monkeypatch, caplog):
+    """And the first few programs: on a GPU a calibration's time is that of compiling them."""
+    config, params, _ = tiny_model()
+    compiled = []
+
+    def save(self, i, entries):
+        words = [record.getMessage() for record in caplog.records]
+        compiled.append(sum("Finished XLA compilation" in line for line in words))
+
+    monkeypatch.setattr(resume.Finished, "save", save)
+    with jax.log_compiles():
+        calibrate(config, params, tokens(2, 144), DraftConfig(group_size=16, method="gptq"))
+    first, second = compiled
+    assert 10 < first <= 30  # four roundings, the two streams' stages, moments and solutions
+    assert second == first
+
+
+@pytest.mark.parametrize("name", sorted(programs.GPU_OPTIONS))
+def test_xla_knows_the_options_of_a_calibration_s_programs(name):
+    assert programs.knows(name, programs.GPU_OPTIONS[name])
+    assert not programs.knows(f"{name}_of_old", programs.GPU_OPTIONS[name])
 
 
 def test_the_output_is_the_target_s_own():
