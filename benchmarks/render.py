@@ -66,7 +66,11 @@ class Run:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        return [flatten(row) for row in self.record.get("rows", [])]
+        """Its rows, flat; of rows for single prompts and for all of them (`bench text`) the latter
+        alone."""
+        rows = [flatten(row) for row in self.record.get("rows", [])]
+        most = max((row.get("prompts", 1) for row in rows), default=1)
+        return [row for row in rows if row.get("prompts", most) == most]
 
     @property
     def simulated(self) -> float | None:
@@ -143,7 +147,8 @@ def headlines_of(run: Run) -> list[Headline]:
     say otherwise, where the run has it, else the fastest γ."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in run.rows:
-        if row.get("acceptance_rate", row.get("acceptance")) is not None:
+        drafts = row.get("gamma", row.get("acceptance")) is not None
+        if drafts and row.get("speed_up") is not None:
             setting = (row.get("model"), row["context"], row.get("temperature"))
             groups.setdefault(setting, []).append(row)
     return [_headline(run, rows) for rows in groups.values()]
@@ -153,10 +158,12 @@ def _headline(run: Run, rows: list[dict[str, Any]]) -> Headline:
     """`speed_up` is over plain decoding with a cache in full precision, of the same run."""
     adaptive = [row for row in rows if row.get("gamma") == "auto"]
     row = max(adaptive or rows, key=lambda each: each["tokens_per_second"])
-    if run.simulated is None:
+    if run.simulated is not None:
+        acceptance = f"{run.simulated:g}, *simulated*"
+    elif row["acceptance_rate"] is not None:
         acceptance = f"{row['acceptance_rate']:.2f}"
     else:
-        acceptance = f"{run.simulated:g}, *simulated*"
+        acceptance = "nothing drafted"
     return Headline(
         model=row.get("model") or run.record.get("model") or run.record["preset"],
         context=row["context"],

@@ -241,7 +241,7 @@ def test_a_jit_of_ones_own_is_short_and_decodes_what_generate_does(folder, tiny_
         r"<!-- ([^>]*): at most 6 lines -->\n```python\n(.*?)```", README, re.S
     )
     assert name == "decoding in a jit of one's own"
-    assert len(block.splitlines()) <= 6
+    assert sum(bool(line) for line in block.splitlines()) <= 6
     names: dict = {}
     setup = "import jax, quantspec_jax as qs\nmodel = qs.load('smollm2')\n"
     setup += "config = qs.GenerateConfig(max_new_tokens=32)\n"
@@ -367,6 +367,21 @@ class TestHeadlines:
         rows.append(text_row(8, "auto", 70.0, 1.75))
         (adaptive,) = render.headlines([run_of(render, rows, "text-a")])
         assert (adaptive.ours, adaptive.plain) == (70, pytest.approx(40))
+
+    def test_rows_are_of_all_prompts(self, render):
+        rows = [
+            text_row(8, 4, speed, speed_up, prompts=prompts)
+            for speed, speed_up, prompts in ((90.0, 3.0, 1), (50.0, 1.5, 1), (64.0, 2.0, 2))
+        ]
+        run = run_of(render, rows, "text-a")
+        (row,) = render.headlines([run])
+        assert (row.ours, row.speed_up) == (64, pytest.approx(2))
+        assert "| 90 |" not in render.table(run)
+
+    def test_speculation_that_switched_itself_off_is_a_row(self, render):
+        row = text_row(8, "auto", 40.0, 1.0, acceptance_rate=None)
+        (found,) = render.headlines([run_of(render, [row], "text-a")])
+        assert (found.ours, found.acceptance) == (40, "nothing drafted")
 
     def test_there_are_at_most_eight(self, render):
         rows = [text_row(n, 4, 80.0, 2.0) for n in range(1, 20)]

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
+import jax.numpy as jnp
+import pytest
+
 import convert
+import quantspec_jax as qs
+from pallas_kernels.int4_matmul.xla import dequantize
 from quantspec_jax import demo
 from quantspec_jax.text.chat import chat_ids
 
@@ -13,15 +20,40 @@ def test_prompt_fills_one_bucket(smollm2_gguf):
     assert demo.NEW_TOKENS >= 300
 
 
-def test_streams_text_and_one_line_of_statistics(tiny_llama_dir, monkeypatch, capsys):
+def test_streams_text_and_says_what_plain_decoding_makes(tiny_llama_dir, monkeypatch, capsys):
     monkeypatch.setenv("QUANTSPEC_CACHE_DIR", "")
     monkeypatch.setattr(demo, "model_file", lambda: tiny_llama_dir)
     monkeypatch.setattr(demo, "prompt_text", lambda: "The cache is stored once.")
     stats = demo.run(new_tokens=24)
     assert stats["new_tokens"] == 24
-    line = capsys.readouterr().out.splitlines()[-1]
+    ours, plain, both = capsys.readouterr().out.splitlines()[-3:]
     for words in ("tokens/s", "acceptance", "tokens a round", "cache", "of bf16"):
-        assert words in line
+        assert words in ours
+    speeds = [re.search(r"[\d.]+ tokens/s", line)[0] for line in (ours, plain)]
+    assert both.startswith(f"QuantSpec {speeds[0]}, plain decoding {speeds[1]}: ")
+    assert "acceptance" not in plain
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "words", "advice"),
+    [(200.0, 100.0, "2.00 times.", False), (5.0, 10.0, "0.50 times.", True)],
+)
+def test_says_where_drafting_does_not_pay(ours, theirs, words, advice, monkeypatch):
+    monkeypatch.setattr("quantspec_jax.commands.generate.summary", str)
+    stats = ({"decode_tokens_per_second": speed} for speed in (ours, theirs))
+    last = demo.comparison(*stats).splitlines()[-1]
+    assert words in last
+    assert ("--gamma auto" in last) is advice
+
+
+def test_draft_has_the_codes_of_the_file(smollm2_gguf):
+    """Nothing is rounded twice: only scales and minima are, to bfloat16."""
+    model = qs.load(str(smollm2_gguf), draft=demo.draft_of(smollm2_gguf))
+    assert model.draft.method == "imported"
+    for name in ("down", "q"):
+        own, target = (p["layers"]["3"][name] for p in (model.draft_params, model.params))
+        error = jnp.linalg.norm(dequantize(own["kernel"]) - target["kernel"])
+        assert error < 2**-7 * jnp.linalg.norm(target["kernel"])
 
 
 def test_says_how_to_get_the_model(monkeypatch, capsys):
