@@ -104,8 +104,9 @@ def test_the_cost_of_a_draft_step_is_measured_once_and_changes_no_token(
     assert qs.generate(model, prompt, qs.GenerateConfig(**config)).tokens == first.tokens
 
 
-def test_another_gamma_or_coupling_compiles_no_prefill(model):
+def test_another_gamma_or_coupling_compiles_no_prefill(model, monkeypatch):
     """Programs are compiled for what they read."""
+    monkeypatch.setattr(programs, "PROGRAMS", programs.Programs())
     prompt = [list(range(1, 90))]
     qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 2}))
     before = set(programs.PROGRAMS._kept)
