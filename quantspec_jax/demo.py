@@ -29,7 +29,7 @@ PLAIN_TOKENS = 64  # enough to time plain decoding
 GAMMA = 4
 # Bits of the draft's weights: the file's are 4-bit codes already, and rounding them again costs
 # more than the cache's 4 bits do. Measured on 2 cores: with the full weights 91% of the proposals
-# are accepted and the demonstration takes 95 s; with the file's codes, their scales in bfloat16, 87%
+# are accepted and the demonstration takes 95 s; with the codes, their scales in bfloat16, 87%
 # and 127 s; rounded at load in groups of 64, 61%.
 DRAFT_BITS = None
 
