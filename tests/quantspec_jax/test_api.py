@@ -286,9 +286,24 @@ def test_wrong_settings_are_refused_by_name(wrong):
         qs.GenerateConfig(**wrong)
 
 
-def test_a_key_that_is_none_is_refused(model):
-    with pytest.raises(ValueError, match="key"):
-        qs.generate(model, [[1]], qs.GenerateConfig(**FAST), np.zeros(2, np.uint32))
+@pytest.mark.parametrize("given", ["a number", "an array", "a key's data"])
+def test_what_is_no_key_is_refused(model, given):
+    """None is one (`key(0)`); a seed, numbers, and the untyped keys of old are not."""
+    data = jax.random.key_data(jax.random.key(0))
+    key = {"a number": 0, "an array": np.zeros(1, np.int32), "a key's data": data}[given]
+    with pytest.raises(ValueError, match=r"key is .*typed key"):
+        qs.generate(model, [[1]], qs.GenerateConfig(**FAST), key)
+
+
+def test_without_a_key_it_is_the_seed_0s(model):
+    config = qs.GenerateConfig(**FAST, temperature=1.0)
+    without, other = (
+        qs.generate(model, [[1, 2]], config, key).tokens for key in (None, jax.random.key(1))
+    )
+    assert without == qs.generate(model, [[1, 2]], config, jax.random.key(0)).tokens != other
+
+
+def test_keys_are_one_or_one_a_sequence(model):
     with pytest.raises(ValueError, match="key shape"):
         qs.generate(model, [[1]], qs.GenerateConfig(**FAST), jax.random.split(jax.random.key(0), 3))
 
