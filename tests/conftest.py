@@ -8,9 +8,15 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import beartype
 import jax
 import numpy as np
 import pytest
+
+from pallas_kernels import shapes
+
+# Shapes in signatures are checked at each call: set before anything else of the packages is there.
+shapes.checker = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 
 # In this process alone: what the packages do to a user's arrays must not hang on his settings, so
 # nothing here may promote a type or a rank in silence. Programs that tests start keep the defaults.

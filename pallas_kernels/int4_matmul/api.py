@@ -15,17 +15,20 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.int4_matmul import xla
 from pallas_kernels.layout import PackedWeight, TiledWeight, untile
+from pallas_kernels.shapes import Inputs, Outputs, shaped
 
 
+@shaped
 def int4_matmul(
-    x: jax.Array, weight: PackedWeight, *, out_dtype: Any = jnp.float32, backend: str = "auto"
-) -> jax.Array:
+    x: Inputs, weight: PackedWeight, *, out_dtype: Any = jnp.float32, backend: str = "auto"
+) -> Outputs:
     """[..., Kin] activations times a packed [Kin, N] weight → [..., N]."""
     return int4_matmuls(x, [weight], out_dtype=out_dtype, backend=backend)[0]
 
 
+@shaped
 def int4_matmuls(
-    x: jax.Array,
+    x: Inputs,
     weights: Sequence[PackedWeight],
     *,
     out_dtype: Any = jnp.float32,

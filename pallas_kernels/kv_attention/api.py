@@ -11,21 +11,23 @@ from pallas_kernels import dispatch
 from pallas_kernels.kv_attention import xla
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import LayerCache
+from pallas_kernels.shapes import Each, Pages, Queries, RowSums, shaped
 
 
+@shaped
 def kv_attention(
-    q: jax.Array,
+    q: Queries,
     cache: LayerCache,
-    quantized_length: jax.Array,
-    start: jax.Array,
+    quantized_length: Each,
+    start: Each,
     *,
     read: Read,
     sm_scale: float,
-    pages: jax.Array | None = None,
+    pages: Pages | None = None,
     strict: bool = False,
     out_dtype: Any = jnp.float32,
     backend: str = "auto",
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Queries, RowSums]:
     """Attend from S consecutive tokens to the planes and the full-precision buffer.
 
     The pass's own keys and values are in the buffer already, which is a ring: position p lies in

@@ -7,9 +7,11 @@ import jax
 from pallas_kernels import dispatch
 from pallas_kernels.layout import Planes
 from pallas_kernels.quantize_pack import xla
+from pallas_kernels.shapes import CacheKV, shaped
 
 
-def quantize_keys(keys: jax.Array, group_size: int, *, backend: str = "auto") -> Planes:
+@shaped
+def quantize_keys(keys: CacheKV, group_size: int, *, backend: str = "auto") -> Planes:
     """[B, K, T, D] keys after RoPE, T a multiple of G → planes. Groups: G tokens of a channel."""
     if _mosaic_gpu(keys, group_size, backend):
         from pallas_kernels.quantize_pack import mosaic_gpu
@@ -19,7 +21,8 @@ def quantize_keys(keys: jax.Array, group_size: int, *, backend: str = "auto") ->
     return xla.quantize_keys(keys, group_size)
 
 
-def quantize_values(values: jax.Array, group_size: int, *, backend: str = "auto") -> Planes:
+@shaped
+def quantize_values(values: CacheKV, group_size: int, *, backend: str = "auto") -> Planes:
     """[B, K, T, D] values, T a multiple of G → planes. Groups: min(G, D) channels of a token."""
     if _mosaic_gpu(values, group_size, backend):
         from pallas_kernels.quantize_pack import mosaic_gpu

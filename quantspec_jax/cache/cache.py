@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.shapes import CacheKV, Each, EachDue, shaped
 from quantspec_jax.cache import schedule
 from quantspec_jax.cache.codecs.codec import planes_of
 from quantspec_jax.cache.config import CacheConfig
@@ -31,10 +32,11 @@ def create(model: ModelConfig, config: CacheConfig, batch: int) -> KVCache:
     )
 
 
+@shaped
 def from_prompt(
-    keys: jax.Array,
-    values: jax.Array,
-    length: jax.Array,
+    keys: CacheKV,
+    values: CacheKV,
+    length: Each,
     config: CacheConfig,
     backend: str = "auto",
 ) -> LayerCache:
@@ -48,17 +50,20 @@ def from_prompt(
     return config.codec.from_prompt(keys, values, length, config, backend)
 
 
-def rollback(cache: KVCache, length: jax.Array) -> KVCache:
+@shaped
+def rollback(cache: KVCache, length: Each) -> KVCache:
     """Keep the first `length` [B] tokens, none of which may lie below `quantized_length`."""
     return dataclasses.replace(cache, length=length)
 
 
-def flush_due(cache: KVCache) -> jax.Array:
+@shaped
+def flush_due(cache: KVCache) -> EachDue:
     """[B] bool: F2 is full. Never true where nothing is coded."""
     full = schedule.flush_due(cache.length, cache.quantized_length, cache.group_size)
     return full & bool(planes_of(cache.layers[0]))
 
 
+@shaped
 def flush(cache: KVCache, backend: str = "auto") -> KVCache:
     """Code F1 of every sequence whose F2 is full; its slots are the next F2. Others stay."""
     if not planes_of(cache.layers[0]):

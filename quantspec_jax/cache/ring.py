@@ -7,10 +7,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.shapes import CacheKV, Each, shaped
 from quantspec_jax.cache.state import LayerCache
 
 
-def append(layer: LayerCache, keys: jax.Array, values: jax.Array, start: jax.Array) -> LayerCache:
+@shaped
+def append(layer: LayerCache, keys: CacheKV, values: CacheKV, start: Each) -> LayerCache:
     """Write a pass's keys and values [B, K, S, D] for positions start [B] … start + S − 1.
 
     Rows beyond the end of the half of the ring that `start` lies in do not count (no pass that

@@ -9,21 +9,23 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_attention.api import Read, kv_attention
+from pallas_kernels.shapes import Each, Ids, Logits, Pages, shaped
 from quantspec_jax.cache import KVCache, LayerCache, append
 from quantspec_jax.generate.state import Program
 from quantspec_jax.models.decoder import forward, unembed
 from quantspec_jax.models.parameters import Params
 
 
+@shaped
 def cache_pass(
     params: Params,
     program: Program,
     cache: KVCache,
-    tokens: jax.Array,
-    start: jax.Array,
+    tokens: Ids,
+    start: Each,
     view: str,
-    pages: jax.Array | None = None,
-) -> tuple[jax.Array, KVCache]:
+    pages: Pages | None = None,
+) -> tuple[Logits, KVCache]:
     """Run S consecutive tokens of each sequence over the cache and append their keys and values.
 
     Args:

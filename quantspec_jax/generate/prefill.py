@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.shapes import Each, Ids, shaped
 from quantspec_jax.cache import KVCache, LayerCache, from_prompt
 from quantspec_jax.generate.requests import Requests, is_end
 from quantspec_jax.generate.sampling import Role, choose
@@ -27,10 +28,11 @@ def inline(stage: Callable[..., Any], *args: Any, **static: Any) -> Any:
     return stage(*args, **static)
 
 
+@shaped
 def prefill(
     params: Params,
-    prompts: jax.Array,
-    lengths: jax.Array,
+    prompts: Ids,
+    lengths: Each,
     requests: Requests,
     *,
     program: PromptProgram,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch
+from pallas_kernels.shapes import PassKV, Queries, shaped
 from quantspec_jax.dtypes import BFLOAT16
 from quantspec_jax.models.linear import precision
 
@@ -33,9 +34,10 @@ class State(NamedTuple):
     output: jax.Array  # [blocks, B, K, R, D] Σ exp(score − maximum) v
 
 
+@shaped
 def prompt_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, sm_scale: float, backend: str = "auto"
-) -> jax.Array:
+    q: Queries, k: PassKV, v: PassKV, sm_scale: float, backend: str = "auto"
+) -> Queries:
     """`causal_attention`, by the kernel of cuDNN where there is one.
 
     Prompts are padded on the right: the causal mask alone keeps padding from every valid row.
@@ -54,7 +56,8 @@ def uses_cudnn(dtype: np.dtype, head_dim: int, backend: str = "auto") -> bool:
     return fits and backend != "xla" and dispatch.device() is not None
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, sm_scale: float) -> jax.Array:
+@shaped
+def causal_attention(q: Queries, k: PassKV, v: PassKV, sm_scale: float) -> Queries:
     """[B, S, H, D] queries, [B, S, K, D] keys and values at positions 0..S−1 → [B, S, H, D].
 
     In float32 whatever the type.

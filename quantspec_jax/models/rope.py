@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.shapes import Ids, Queries, Tables, shaped
 from quantspec_jax.models.config import RopeConfig
 
 
@@ -89,16 +89,16 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
     return mscale(1.0)
 
 
-def rope_tables(
-    frequencies: np.ndarray, attention: float, positions: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+@shaped
+def rope_tables(frequencies: np.ndarray, attention: float, positions: Ids) -> tuple[Tables, Tables]:
     """cos and sin [B, S, 1, D] float32 at `positions` [B, S]."""
     angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)[None, None]
     angles = jnp.concatenate([angles, angles], -1)[:, :, None]
     return jnp.cos(angles) * attention, jnp.sin(angles) * attention
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+@shaped
+def rotate(x: Queries, cos: Tables, sin: Tables) -> Queries:
     """Rotate [B, S, H, D] in the planes (i, i + D/2); computed in float32, returned in x's type."""
     first, second = jnp.split(x.astype(jnp.float32), 2, -1)
     turned = jnp.concatenate([-second, first], -1)
