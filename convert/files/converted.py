@@ -32,6 +32,7 @@ from quantspec_jax.checks import require
 from quantspec_jax.dtypes import STORED, float_type
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import flatten, nest, parameter_shapes
+from quantspec_jax.sharding import one_device, param_shardings
 from quantspec_jax.weights.entries import quantize_params
 from quantspec_jax.weights.formats import DraftConfig
 
@@ -201,7 +202,8 @@ def load_weights(
     directory: Path, config: ModelConfig, dtype: np.dtype, device: jax.Device | None
 ) -> dict[str, Any]:
     """The parameters in `dtype`."""
-    return _restore_tree(directory / "weights", _on(device, _weight_shapes(config, dtype)))
+    shapes = _on(device, config, _weight_shapes(config, dtype))
+    return _restore_tree(directory / "weights", shapes)
 
 
 def _weight_shapes(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
@@ -209,10 +211,10 @@ def _weight_shapes(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     return nest({path: jax.ShapeDtypeStruct(s.shape, dtype) for path, s in shapes.items()})
 
 
-def _on(device: jax.Device | None, shapes: dict[str, Any]) -> dict[str, Any]:
-    sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
+def _on(device: jax.Device | None, config: ModelConfig, shapes: dict[str, Any]) -> dict[str, Any]:
+    where = param_shardings(config, shapes, one_device(device))
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where
     )
 
 
@@ -242,7 +244,8 @@ def load_draft(directory: Path, header: Header, device: jax.Device | None = None
     )
     for path, (shape, dtype) in header.draft_arrays.items():
         shapes[path] = jax.ShapeDtypeStruct(shape, dtype)
-    flat = flatten(_restore_tree(directory / "draft", _on(device, _as_dicts(nest(shapes)))))
+    there = _as_dicts(_on(device, header.config, nest(shapes)))
+    flat = flatten(_restore_tree(directory / "draft", there))
     return nest({path: _restored(flat, path, leaf) for path, leaf in shapes.items()})
 
 
