@@ -15,7 +15,6 @@ import dataclasses
 import gc
 import importlib.metadata
 import io
-import json
 import logging
 import shutil
 import time
@@ -30,6 +29,7 @@ import numpy as np
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
 from quantspec_jax.checks import require
 from quantspec_jax.dtypes import STORED, float_type
+from quantspec_jax.files import read_json
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import flatten, nest, parameter_shapes
 from quantspec_jax.sharding import one_device, param_shardings
@@ -143,7 +143,7 @@ def _check_files(directory: Path, tree: dict[str, Any]) -> None:
     """
     for path, leaf in flatten(tree).items():
         try:
-            stored = json.loads((directory / path / "zarr.json").read_text())
+            stored = read_json(directory / path / "zarr.json")
             shape, item_bytes = tuple(stored["shape"]), jnp.dtype(stored["data_type"]).itemsize
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{directory} is damaged: {path} is missing") from error

@@ -4,11 +4,11 @@ each check what went wrong, or nothing."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import traceback
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -57,8 +57,9 @@ def check_split(x: jax.Array, axes: tuple[str, ...], sizes: Mapping[str, int]) -
     assert len(x.addressable_shards) == np.prod(list(sizes.values()))
 
 
-def model(draft: DraftConfig | None = None, seed: int = 0) -> Model:
-    return Model(CONFIG, init_params(CONFIG, jax.random.key(seed)), draft=draft)
+@functools.cache
+def model(draft: DraftConfig | None = None) -> Model:
+    return Model(CONFIG, init_params(CONFIG, jax.random.key(0)), draft=draft)
 
 
 def parameters() -> None:
@@ -112,7 +113,7 @@ def decode_state() -> None:
     for view in ("int8", "full"):
         cache = CacheConfig(128, 16, view)
         program = Program(CONFIG, cache, gamma=4 if view == "int8" else 0)
-        run = jax.jit(partial(prefill, program=program.prompt, capacity=8))
+        run = jax.jit(functools.partial(prefill, program=program.prompt, capacity=8))
         state = run(model().params, tokens, jnp.full(4, 100), wants)
         placed = sharding.place_state(state, mesh(**sizes))
         assert jax.tree.structure(placed) == jax.tree.structure(state)
@@ -191,7 +192,7 @@ def wrong(check: Callable[[], None]) -> str:
     """The traceback of what a check raised."""
     try:
         check()
-    except Exception:
+    except (Exception, pytest.fail.Exception):
         return traceback.format_exc()
     return ""
 
