@@ -21,10 +21,11 @@ import numpy as np
 from quantspec_jax.cost import tokens_a_round
 
 MOST_DRAFTED = 7  # a pass of 8 rows is one block of the kernels' products
+LADDER = (0, 1, 2, 4, MOST_DRAFTED)  # few programs; between them little is to be gained
 FADING = 0.99  # of evidence, a round
 PRIOR = (0.9, 4.0)  # acceptance assumed before anything was seen, and the tries it weighs
 GAIN = 1.01  # that another γ has to promise
-SETTLED, FIRST_ROUNDS = 64.0, 8  # tries until which chunks are short
+SETTLED, FIRST_ROUNDS = 48.0, 12  # tries until which chunks are short
 PROBE_ROUNDS, OLD_TRIES = 4, 4.0
 FIRST_WAIT, LONGEST_WAIT = 64, 512  # rounds of plain decoding before drafting is tried again
 
@@ -40,7 +41,8 @@ class AdaptiveGamma:
 
     def __init__(self, cost: float, group_size: int, most: int = MOST_DRAFTED):
         self.cost, self.group_size = cost, group_size
-        self.gammas = range(min(most, group_size - 1) + 1)
+        most = min(most, group_size - 1)
+        self.gammas = tuple(gamma for gamma in LADDER if gamma <= most)
         self._accepted, self._tried = PRIOR[0] * PRIOR[1], PRIOR[1]
         self._wait, self._waited = FIRST_WAIT, 0
         self.gamma = max(self.gammas, key=self._yield)

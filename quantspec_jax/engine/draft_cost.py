@@ -44,12 +44,12 @@ def with_gamma(program: Program, gamma: int) -> Program:
     return dataclasses.replace(program, gamma=gamma, cache=cache)
 
 
-def key_of(model: Model, program: Program, batch: int, sampled: bool) -> str:
+def key_of(model: Model, program: Program, batch: int) -> str:
     """What the cost depends on, as a name for a file."""
     device = jax.devices()[0]
     parts = (
         *(VERSION, jax.__version__, device.platform, device.device_kind, model.config),
-        *(model.draft, model.dtype.name, batch, sampled),
+        *(model.draft, model.dtype.name, batch),
         with_gamma(program, TRIAL_GAMMA),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]

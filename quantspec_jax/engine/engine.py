@@ -27,7 +27,7 @@ from quantspec_jax.checks import require
 from quantspec_jax.engine import draft_cost
 from quantspec_jax.engine.adaptive import AdaptiveGamma
 from quantspec_jax.engine.bucket import bucket
-from quantspec_jax.engine.prepare import pad, program_for
+from quantspec_jax.engine.prepare import known_sampled, pad, program_for
 from quantspec_jax.engine.programs import Runner
 from quantspec_jax.engine.statistics import Clock, Counters
 from quantspec_jax.generate.config import GenerateConfig
@@ -76,6 +76,7 @@ class Engine:
         self._state: DecodeState | None = None
         self._used = np.zeros(slots, bool)
         self._ended = np.zeros(slots, bool)  # by the host, since the last step
+        self._sampled = np.zeros(slots, bool)
         self._seen: dict[str, np.ndarray] = {}
 
     # Slots.
@@ -119,6 +120,7 @@ class Engine:
             self._state = self._runner.ready(INSERT, *call)(*call)
         taken = list(range(first, first + number))
         self._used[taken], self._ended[taken] = True, False
+        self._sampled[taken] = config.temperature > 0
         self._look()
         return taken
 
@@ -130,13 +132,15 @@ class Engine:
             ended = self._state.finished | jnp.asarray(self._ended)
             self._state = dataclasses.replace(self._state, finished=ended)
             self._ended[:] = False
-        program = self.program
+        program = dataclasses.replace(
+            self.program, sampled=known_sampled(bool((self._sampled & self._used).any()))
+        )
         if self.config.mode == "quantspec" and self.config.gamma == "auto":
             if self.adaptive is None:
-                self._begin_adaptive()
+                self._begin_adaptive(program)
             assert self.adaptive is not None
             gamma, rounds = self.adaptive.next_chunk(rounds)
-            program = draft_cost.with_gamma(self.program, gamma)
+            program = draft_cost.with_gamma(program, gamma)
         before = self._seen
         self._state, seconds = self._decode(self._state, rounds, program)
         self.clock.decode += seconds
@@ -242,19 +246,18 @@ class Engine:
         self.clock.compile = self._runner.compile_seconds
         return out
 
-    def _begin_adaptive(self) -> None:
+    def _begin_adaptive(self, program: Program) -> None:
         """With the cost that was given, or known, or is measured now."""
         assert self._state is not None
         cost = self.config.draft_cost
         if cost is None:
-            sampled = bool(np.asarray(self._state.requests.sampling.temperature > 0).any())
-            key = draft_cost.key_of(self.model, self.program, self.slots, sampled)
+            key = draft_cost.key_of(self.model, program, self.slots)
             cost = draft_cost.known(key)
             if cost is None and self.config.max_new_tokens < TRIAL_PAYS:
-                cost = draft_cost.by_bytes(self.model, self.program, self.slots)
+                cost = draft_cost.by_bytes(self.model, program, self.slots)
             if cost is None:
                 started, compiled = time.perf_counter(), self.clock.compile
-                self._state, cost = draft_cost.measured(self._state, self.program, self._decode)
+                self._state, cost = draft_cost.measured(self._state, program, self._decode)
                 spent = time.perf_counter() - started
                 self.clock.trial += spent - (self.clock.compile - compiled)
                 draft_cost.keep(key, cost)

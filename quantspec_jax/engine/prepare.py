@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import dispatch
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.checks import require
 from quantspec_jax.engine.adaptive import MOST_DRAFTED
@@ -57,6 +58,11 @@ def prepare(
     return Prepared(program, bucket(config.max_new_tokens), (*pad(ids, padded), wants))
 
 
+def known_sampled(sampled: bool) -> bool | None:
+    """`Program.sampled`: where branches cost nothing, one program serves both."""
+    return None if dispatch.device() is None else sampled
+
+
 def pad(prompts: Sequence[Sequence[int]], length: int) -> tuple[jax.Array, jax.Array]:
     """Token ids of each prompt → [B, `length`] int32, filled up with 0, and their lengths [B]."""
     rows = np.zeros((len(prompts), length), np.int32)
@@ -99,6 +105,7 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         gamma,
         policy=policy(config.draft_policy, config.draft_share),
         coupling=coupling(config.coupling),
+        sampled=known_sampled(config.temperature > 0),
         backend=config.backend,
     )
     return program, min(bucket(longest), length)

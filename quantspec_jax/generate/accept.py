@@ -23,7 +23,6 @@ def accept(
     proposed: jax.Array,
     state: DecodeState,
     program: Program,
-    sampled: bool | None = None,
 ) -> Verdict:
     """Compare a round's proposals with the target.
 
@@ -33,7 +32,6 @@ def accept(
       proposals: γ a sequence.
       proposed: [B] int32, 0..γ: only the first so many proposals count.
       state: before the round.
-      sampled: as in `choose`.
 
     Returns:
       How many proposals are accepted, and the token after them.
@@ -43,7 +41,7 @@ def accept(
     rest = (tokens, proposed, state.requests.keys, state.cache.length + 1)
 
     def drawn() -> Verdict:
-        p = warp(logits, _seen_by_row(state.seen, tokens), sampling, sampled is None)
+        p = warp(logits, _seen_by_row(state.seen, tokens), sampling, program.sampled is None)
         return program.coupling.verdict(p, q, *rest)
 
     def greedy() -> Verdict:
@@ -51,7 +49,7 @@ def accept(
         best = jnp.argmax(penalized, -1).astype(jnp.int32)
         return program.coupling.greedy(best, *rest)
 
-    return either(sampled, sampling, drawn, greedy)
+    return either(program.sampled, sampling, drawn, greedy)
 
 
 def _seen_by_row(seen: jax.Array, proposals: jax.Array) -> jax.Array:

@@ -62,7 +62,7 @@ class GenerateConfig:
     group_size: int = 128
     max_length: int | None = None
     backend: Backend = "auto"
-    rounds_per_chunk: int = 16
+    rounds_per_chunk: int = 32
     draft_cost: float | None = None
 
     def __post_init__(self) -> None:

@@ -22,10 +22,8 @@ class Proposals(NamedTuple):
     probabilities: jax.Array
 
 
-def draft(
-    params: Params, state: DecodeState, program: Program, sampled: bool | None = None
-) -> tuple[Proposals, KVCache]:
-    """Propose γ tokens after the pending one. `sampled`: as in `choose`.
+def draft(params: Params, state: DecodeState, program: Program) -> tuple[Proposals, KVCache]:
+    """Propose γ tokens after the pending one.
 
     Each step appends the draft's own keys and values to the buffers; the verification writes the
     same slots again. Steps past the next flush do not count (`cache.schedule`): they repeat the
@@ -44,7 +42,7 @@ def draft(
             params, program, cache, token[:, None], position, program.draft_view, pages
         )
         token, probabilities = choose(
-            logits[:, 0], seen, sampling, keys, position + 1, coupling.draft_role, sampled
+            logits[:, 0], seen, sampling, keys, position + 1, coupling.draft_role, program.sampled
         )
         found = Proposals(
             jax.lax.dynamic_update_index_in_dim(found.tokens, token, i, 1),

@@ -17,12 +17,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
 from quantspec_jax.cache import flush, flush_due, rollback, schedule
 from quantspec_jax.generate.accept import Verdict, accept
 from quantspec_jax.generate.draft import draft, no_proposals
 from quantspec_jax.generate.requests import is_end
-from quantspec_jax.generate.sampling import any_sampled
 from quantspec_jax.generate.state import DecodeState, Program, counted
 from quantspec_jax.generate.verify import verify
 from quantspec_jax.models.parameters import Params
@@ -48,41 +46,18 @@ def generate_tokens(
       max_rounds: int32, may be traced.
     """
 
-    # A GPU's branch waits for the host: there greedy and sampled rounds are a loop each, of which
-    # one has no turn.
-    ways: tuple[bool | None, ...] = (None,) if dispatch.device() is None else (False, True)
-    carry = (state, jnp.int32(0))
-    for sampled in ways:
-        carry = _rounds(params, draft_params, carry, max_rounds, program, sampled)
-    return carry[0]
-
-
-Carry = tuple[DecodeState, jax.Array]
-
-
-def _rounds(
-    params: Params,
-    draft_params: Params,
-    carry: Carry,
-    max_rounds: jax.Array | int,
-    program: Program,
-    sampled: bool | None,
-) -> Carry:
-    """State and number of rounds after the loop of one kind of rounds (`choose`), or of both."""
+    Carry = tuple[DecodeState, jax.Array]
 
     def unfinished(carry: Carry) -> jax.Array:
         state, rounds = carry
-        return of_this_kind & ~jnp.all(state.finished) & (rounds < max_rounds)
-
-    drawn = any_sampled(carry[0].requests.sampling)  # no round changes it
-    of_this_kind = jnp.bool_(True) if sampled is None else drawn == sampled
+        return ~jnp.all(state.finished) & (rounds < max_rounds)
 
     def no_flush_due(carry: Carry) -> jax.Array:
         return unfinished(carry) & ~jnp.any(flush_due(carry[0].cache))
 
     def body(carry: Carry) -> Carry:
         state, rounds = carry
-        return one_round(params, draft_params, state, program, sampled), rounds + 1
+        return one_round(params, draft_params, state, program), rounds + 1
 
     # Rounds until a flush is due, the flush, and again. A branch around the flush in each round
     # would make XLA copy the buffers.
@@ -91,27 +66,23 @@ def _rounds(
         cache = flush(state.cache, program.backend)
         return dataclasses.replace(state, cache=cache), rounds
 
-    return jax.lax.while_loop(unfinished, until_flush, carry)
+    return jax.lax.while_loop(unfinished, until_flush, (state, jnp.int32(0)))[0]
 
 
 def one_round(
-    params: Params,
-    draft_params: Params,
-    state: DecodeState,
-    program: Program,
-    sampled: bool | None = None,
+    params: Params, draft_params: Params, state: DecodeState, program: Program
 ) -> DecodeState:
-    """One draft-verify cycle of every sequence that has not finished. `sampled`: as in `choose`."""
+    """One draft-verify cycle of every sequence that has not finished."""
     start, active = state.cache.length, ~state.finished
     proposals = no_proposals(len(start), 0, program.model.vocab_size)
     cache = state.cache
     if program.gamma:
-        proposals, cache = draft(draft_params, state, program, sampled)
+        proposals, cache = draft(draft_params, state, program)
     logits, cache = verify(
         params, dataclasses.replace(state, cache=cache), proposals.tokens, program
     )
     proposed = jnp.minimum(program.gamma, schedule.room(start, program.cache.group_size))
-    verdict = accept(logits, proposals, proposed, state, program, sampled)
+    verdict = accept(logits, proposals, proposed, state, program)
 
     accepted = jnp.where(active, verdict.accepted, 0)
     state = dataclasses.replace(

@@ -9,8 +9,8 @@ bits, the highest first: on a CPU one at a time, which reads the row 32 times an
 of magnitude faster than sorting a vocabulary; on a GPU, where launches cost more than comparisons,
 four at a time.
 
-A GPU's branch waits for the host to read its condition. There nothing of this is in a branch:
-`sampled` says at compile time whether anything is drawn (`generate.loop`).
+A GPU's branch waits for the host to read its condition. There nothing of this is in a branch: the
+program is compiled for drawing or for argmax alone (`Program.sampled`).
 """
 
 from __future__ import annotations

@@ -40,6 +40,8 @@ class Program:
       gamma: tokens drafted a round; 0 is autoregressive decoding.
       policy: which part of the cache a draft reads.
       coupling: how proposals are accepted.
+      sampled: whether any sequence is sampled; None: the program finds out, in branches. A GPU's
+        branch waits for the host.
       backend: which kernels run.
     """
 
@@ -48,6 +50,7 @@ class Program:
     gamma: int
     policy: Policy = ALL
     coupling: Coupling = REJECTION
+    sampled: bool | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:

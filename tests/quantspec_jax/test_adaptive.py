@@ -63,7 +63,7 @@ def test_it_depends_on_counts_alone():
 
 def test_a_small_group_leaves_room_for_fewer():
     assert max(AdaptiveGamma(0.01, 8).gammas) == 7
-    assert max(AdaptiveGamma(0.01, 4).gammas) == 3
+    assert max(AdaptiveGamma(0.01, 4).gammas) == 2
 
 
 def test_tries_are_the_proposals_up_to_the_first_rejection():
