@@ -49,8 +49,10 @@ def one_device(device: jax.Device | None = None) -> Mesh:
 
 
 def mesh_of(params: Params) -> Mesh:
-    """The mesh that parameters lie on."""
+    """The mesh that parameters lie on; the default device's where they are NumPy arrays."""
     embedding = params["embedding"]
+    if not isinstance(embedding, jax.Array):
+        return one_device()
     mesh = getattr(embedding.sharding, "mesh", None)
     return mesh if isinstance(mesh, Mesh) else one_device(*embedding.devices())
 
