@@ -12,6 +12,11 @@ import jax
 import numpy as np
 import pytest
 
+# In this process alone: what the packages do to a user's arrays must not hang on his settings, so
+# nothing here may promote a type or a rank in silence. Programs that tests start keep the defaults.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
 TEXTS = (
     "The cache is stored once, in two planes of four bits each.",
     "Die Straße führt über den Fluß; größer wird’s nicht.",

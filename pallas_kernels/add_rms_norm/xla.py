@@ -10,7 +10,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """x / √(mean x² + ε) · weight over the last axis, computed in float32, in x's type."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
-    return (wide * weight.astype(jnp.float32)).astype(x.dtype)
+    return (wide * jnp.broadcast_to(weight.astype(jnp.float32), x.shape)).astype(x.dtype)
 
 
 def add_rms_norm(

@@ -40,7 +40,7 @@ def int4_matmul(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
         x_g = by_group[g]
         product = jnp.matmul(x_g[:, :half], low.astype(jnp.float32), precision=HIGHEST)
         product += jnp.matmul(x_g[:, half:], high.astype(jnp.float32), precision=HIGHEST)
-        return y + product * scale[g] + x_g.sum(-1, keepdims=True) * offset[g]
+        return y + product * scale[g][None] + x_g.sum(-1, keepdims=True) * offset[g][None]
 
     y = jax.lax.fori_loop(0, groups, add_group, jnp.zeros((rows.shape[0], n), jnp.float32))
     return y.reshape(*x.shape[:-1], n)

@@ -166,7 +166,7 @@ def kv_attention(
     # [B, S, H, D] → [B, K, H/K · S, D]: all rows that read one key-value head.
     grouped = q.astype(jnp.float32).reshape(b, s, k, h // k, d).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(b, k, rows, d) * sm_scale
-    position = jnp.tile(start[:, None] + jnp.arange(s), (1, h // k))[..., None]  # [B, R, 1]
+    position = jnp.tile(start[:, None] + jnp.arange(s)[None], (1, h // k))[..., None]  # [B, R, 1]
     if strict:
         position = position - 1
 
@@ -184,8 +184,8 @@ def kv_attention(
             return Planes(*(jax.lax.dynamic_slice_in_dim(x, i * step, step, 2) for x in planes))
 
         def over_tiles(i: jax.Array, state: Partial) -> Partial:
-            token = i * step * g + jnp.arange(step * g)
-            mask = (token < quantized_length[:, None, None])[:, None]
+            token = i * step * g + jnp.arange(step * g)[None, None, None]
+            mask = token < quantized_length[:, None, None, None]
             if pages is not None:
                 here = jax.lax.dynamic_slice_in_dim(pages, i * step, step, 2)
                 mask &= jnp.repeat(here, g, 2)[:, :, None]
@@ -205,7 +205,7 @@ def kv_attention(
         def cut(x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, begin, width, 2).astype(jnp.float32)
 
-        slot = begin + jnp.arange(width)
+        slot = begin + jnp.arange(width)[None, None]
         held = first + (slot - first) % length
         mask = ((held <= position) & (slot >= i * width))[:, None]
         scores = _einsum("bkrd,bktd->bkrt", grouped, cut(cache.key_buffer))

@@ -36,15 +36,16 @@ def _write_one(buffer: jax.Array, new: jax.Array, slot: jax.Array, half: int) ->
     at = (0, 0, first, 0)
     old = jax.lax.dynamic_slice(buffer, at, new.shape)
     moved = jnp.roll(new.astype(buffer.dtype), skip, 2)
-    kept = jnp.arange(rows)[:, None] < skip
+    kept = jnp.arange(rows)[None, None, :, None] < skip
     return jax.lax.dynamic_update_slice(buffer, jnp.where(kept, old, moved), at)
 
 
 def _write_batch(buffer: jax.Array, new: jax.Array, slot: jax.Array, half: int) -> jax.Array:
     """Rows of all sequences, in one scatter however many there are."""
     b, _, rows, _ = new.shape
-    index = slot[:, None] + jnp.arange(rows)
+    row = jnp.arange(rows)[None]
+    index = slot[:, None] + row
     inside = index // half == (slot // half)[:, None]
-    index = jnp.where(inside, index, buffer.shape[2] + jnp.arange(rows))  # else beyond: dropped
+    index = jnp.where(inside, index, buffer.shape[2] + row)  # else beyond: dropped
     at = buffer.at[jnp.arange(b)[:, None], :, index]
     return at.set(new.swapaxes(1, 2).astype(buffer.dtype), mode="drop", unique_indices=True)

@@ -54,7 +54,7 @@ def accept(
 
 def _seen_by_row(seen: jax.Array, proposals: jax.Array) -> jax.Array:
     """[B, N] and [B, γ] → [B, γ+1, N] bool: row i has also seen the proposals before it."""
-    tokens = jnp.arange(seen.shape[-1])
+    tokens = jnp.arange(seen.shape[-1])[None]
     rows = [seen]
     for i in range(proposals.shape[1]):
         rows.append(rows[-1] | (tokens == proposals[:, i, None]))

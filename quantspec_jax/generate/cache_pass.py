@@ -57,7 +57,7 @@ def cache_pass(
         params,
         program.model,
         tokens,
-        start[:, None] + jnp.arange(tokens.shape[1]),
+        start[:, None] + jnp.arange(tokens.shape[1])[None],
         cache.layers,
         attend,
         rope_length=program.cache.max_length,

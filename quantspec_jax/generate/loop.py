@@ -88,7 +88,7 @@ def one_round(
     state = dataclasses.replace(
         state,
         cache=rollback(cache, jnp.where(active, start + accepted + 1, start)),
-        rounds=state.rounds + active,
+        rounds=state.rounds + active.astype(jnp.int32),
         proposed=state.proposed + counted(jnp.where(active, proposed, 0)),
         accepted=state.accepted + counted(accepted),
     )
@@ -100,7 +100,7 @@ def _emit(state: DecodeState, proposals: jax.Array, verdict: Verdict) -> DecodeS
     the limit."""
     b, gamma = proposals.shape
     accepted, token = verdict.accepted[:, None], verdict.token[:, None]
-    index = jnp.arange(gamma + 1)
+    index = jnp.arange(gamma + 1)[None]
     padded = jnp.concatenate([proposals, token], 1)
     new = jnp.where(index == accepted, token, padded)  # [B, γ + 1]
     ends = is_end(new, state.requests.eos_ids) & (index <= accepted)
@@ -108,7 +108,7 @@ def _emit(state: DecodeState, proposals: jax.Array, verdict: Verdict) -> DecodeS
     limit = state.requests.limit
     number = jnp.where(state.finished, 0, jnp.minimum(number, limit - state.count))
 
-    offset = jnp.arange(state.tokens.shape[1]) - state.count[:, None]
+    offset = jnp.arange(state.tokens.shape[1])[None] - state.count[:, None]
     written = (offset >= 0) & (offset < number[:, None])
     shifted = jnp.take_along_axis(new, jnp.clip(offset, 0, gamma), 1)
     count = state.count + number

@@ -81,8 +81,8 @@ class Window:
         assert planes is not None, "a cache whose draft reads planes"
         b, k, tiles = planes.scale.shape[:3]
         coded = cache.quantized_length // cache.group_size  # [B]
-        recent = jnp.ceil(self.share * coded).astype(jnp.int32) - SINKS
-        tile = jnp.arange(tiles)
+        recent = jnp.ceil(self.share * coded.astype(jnp.float32)).astype(jnp.int32) - SINKS
+        tile = jnp.arange(tiles)[None]
         read = (tile < SINKS) | (tile >= (coded - recent)[:, None])
         return jnp.broadcast_to(read[:, None], (b, k, tiles))
 

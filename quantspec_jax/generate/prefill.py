@@ -108,7 +108,7 @@ def end(
     config = program.model
     rows = jnp.arange(b)
     logits = unembed(params, hidden[rows, lengths - 1], program.backend)
-    in_prompt = jnp.arange(p) < lengths[:, None]
+    in_prompt = jnp.arange(p)[None] < lengths[:, None]
     seen = jnp.zeros((b, config.vocab_size), bool).at[rows[:, None], prompts].max(in_prompt)
     token, _ = choose(logits, seen, requests.sampling, requests.keys, lengths, Role.TARGET)
 

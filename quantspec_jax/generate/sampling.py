@@ -74,13 +74,13 @@ def _largest(
 ) -> jax.Array:
     """The largest uint32 of each row for which `holds`, true up to it and false above.
 
-    `holds` takes candidates [C, *shape] and answers each; `bits` are found at a time.
+    `holds` takes a candidate a row and answers each; `bits` are found at a time.
     """
     steps = jnp.arange(1, 1 << bits, dtype=jnp.uint32).reshape(-1, *[1] * len(shape))
 
     def more(i: jax.Array, found: jax.Array) -> jax.Array:
         shift = (32 - bits * (i + 1)).astype(jnp.uint32)
-        digit = jnp.sum(holds(found | (steps << shift)), 0, dtype=jnp.uint32)
+        digit = jnp.sum(jax.vmap(holds)(found[None] | (steps << shift)), 0, dtype=jnp.uint32)
         return found | (digit << shift)
 
     return jax.lax.fori_loop(0, 32 // bits, more, jnp.zeros(shape, jnp.uint32))
@@ -113,9 +113,9 @@ def _top_p(order: jax.Array, weights: jax.Array, top_p: jax.Array, bits: int) ->
     equal = order == smallest[..., None]
     weight = jnp.max(jnp.where(equal, weights, 0.0), -1)
     room = jnp.maximum(budget - mass_below(smallest), 0.0)
-    kept = jnp.maximum(jnp.sum(equal, -1) - jnp.floor(room / weight), 1.0)
+    kept = jnp.maximum(jnp.sum(equal, -1).astype(jnp.float32) - jnp.floor(room / weight), 1.0)
     rank = jnp.cumsum(equal, -1, dtype=jnp.int32)
-    return (order > smallest[..., None]) | (equal & (rank <= kept[..., None]))
+    return (order > smallest[..., None]) | (equal & (rank.astype(jnp.float32) <= kept[..., None]))
 
 
 def warp(
@@ -134,7 +134,7 @@ def warp(
       At least one token of a row survives.
     """
     x = penalize(logits, seen, sampling)
-    best = jnp.arange(x.shape[-1]) == jnp.argmax(x, -1)[..., None]
+    best = jnp.arange(x.shape[-1])[None, None] == jnp.argmax(x, -1)[..., None]
     temperature = sampling.temperature[:, None, None]
     # Subtracting first keeps the smallest temperatures from overflowing.
     x = (x - jnp.max(x, -1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1.0)

@@ -113,10 +113,10 @@ class DecodeState:
 
 def counted(number: jax.Array) -> jax.Array:
     """[B] → [B, COUNTED] int32: a round's first `number` places, one each."""
-    place = jnp.arange(COUNTED)
-    ones = place < number[:, None]
+    place = jnp.arange(COUNTED)[None]
+    ones = (place < number[:, None]).astype(jnp.int32)
     beyond = jnp.maximum(number - COUNTED, 0)[:, None]
-    return jnp.where(place == COUNTED - 1, ones + beyond, ones.astype(jnp.int32)).astype(jnp.int32)
+    return jnp.where(place == COUNTED - 1, ones + beyond, ones)
 
 
 def insert(state: DecodeState, slot: jax.Array | int, one: DecodeState) -> DecodeState:

@@ -125,10 +125,11 @@ def sequence_attention(
         maximum, total, output = (jax.lax.dynamic_index_in_dim(x, i, 0, False) for x in state)
         key, value = (jax.lax.dynamic_slice_in_dim(x, j * wide, wide, 2) for x in (keys, values))
         scores = _einsum("bkrd,bktd->bkrt", queries[i], key, exact) * sm_scale
-        token = j % blocks * wide + jnp.arange(wide)
+        token = j % blocks * wide + jnp.arange(wide)[None]
         low = jnp.where(j < blocks, first_recent[i], 0)[:, None]
         high = jnp.where(j < blocks, at[i], first_recent[i])[:, None]
-        scores = jnp.where((low <= token) & (token < high), scores, -jnp.inf)
+        seen = (low <= token) & (token < high)
+        scores = jnp.where(seen[None, None], scores, -jnp.inf)
         higher = jnp.maximum(maximum, scores.max(-1))
         weights = jnp.exp(scores - higher[..., None])
         decay = jnp.exp(maximum - higher)

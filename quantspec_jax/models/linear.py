@@ -40,7 +40,9 @@ def linears(x: jax.Array, layers: Sequence[Params], backend: str) -> list[jax.Ar
 
 
 def _add_bias(y: jax.Array, weights: Params) -> jax.Array:
-    return y + weights["bias"].astype(y.dtype) if "bias" in weights else y
+    if "bias" not in weights:
+        return y
+    return y + jnp.broadcast_to(weights["bias"].astype(y.dtype), y.shape)
 
 
 def products(

@@ -93,7 +93,7 @@ def rope_tables(
     frequencies: np.ndarray, attention: float, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin [B, S, 1, D] float32 at `positions` [B, S]."""
-    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)[None, None]
     angles = jnp.concatenate([angles, angles], -1)[:, :, None]
     return jnp.cos(angles) * attention, jnp.sin(angles) * attention
 

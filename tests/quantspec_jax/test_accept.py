@@ -72,7 +72,7 @@ def one_round(tokens, length, seen, sampling: Sampling, keys, proposed):
     verdict = accept(target[context], q, proposals, proposed, seen, sampling, keys, length)
 
     new = jnp.concatenate([proposals, proposals[:, :1]], 1)
-    row = jnp.arange(GAMMA + 1)
+    row = jnp.arange(GAMMA + 1)[None]
     new = jnp.where(row == verdict.accepted[:, None], verdict.token[:, None], new)
     kept = row <= verdict.accepted[:, None]
     # Slots past the end are dropped, and so is what was not kept.
@@ -314,7 +314,7 @@ def test_an_identical_draft_is_always_accepted() -> None:
 def test_what_was_not_proposed_changes_nothing() -> None:
     b = 20
     round_ = random_round(b)
-    counts = jnp.arange(GAMMA) < round_.proposed[:, None]
+    counts = jnp.arange(GAMMA)[None] < round_.proposed[:, None]
     other = round_._replace(
         proposals=jnp.where(counts, round_.proposals, 11),
         draft_probabilities=jnp.where(counts[..., None], round_.draft_probabilities, 0.0),

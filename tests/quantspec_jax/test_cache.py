@@ -55,7 +55,7 @@ def fill(keys, values, config: CacheConfig, prompt: list[int], lengths: list[int
         rows = []
         for x in padded:
             parts = [x[i : i + 1, :, n[i] : n[i] + WIDTH] for i in range(2)]
-            good = (jnp.arange(WIDTH) < count[:, None])[:, None, :, None]
+            good = (jnp.arange(WIDTH)[None] < count[:, None])[:, None, :, None]
             rows.append(jnp.where(good, jnp.concatenate(parts), 1e3))
         layer = _append(cache.layers[0], *rows, cache.length)
         cache = dataclasses.replace(cache, layers=(layer,))

@@ -179,7 +179,7 @@ def _always_gamma(w, excess, proposed):
 
 def _excess_over_all(w, excess, proposed):
     after = jnp.pad(excess, ((0, 0), (0, 1)))
-    final = jnp.arange(1, GAMMA + 1) == proposed[:, None]
+    final = jnp.arange(1, GAMMA + 1)[None] == proposed[:, None]
     return jnp.where(final, w, after / (after + 1))
 
 
@@ -471,7 +471,7 @@ def random_round(name: str, b: int, n: int = 37, gamma: int = 4, noise: float = 
     q = jax.nn.softmax(logits + noise * jax.random.normal(keys[1], logits.shape))[:, :-1]
     position = 100 + 3 * jnp.arange(b)
     own = jax.random.split(keys[2], b)
-    draft_keys, positions = rule.draft_keys(own, position), position[:, None] + jnp.arange(gamma)
+    draft_keys, positions = rule.draft_keys(own, position), position[:, None] + jnp.arange(gamma)[None]
     drawn = jax.vmap(lambda q, at: draw(q, draft_keys, at, rule.draft_role), 1, 1)
     proposals = drawn(q, positions) if gamma else jnp.zeros((b, 0), jnp.int32)
     return Round(p, q, proposals, jnp.arange(b) % (gamma + 1), own, position)

@@ -129,7 +129,7 @@ def test_own_token_joins_the_softmax():
     def scores(keys):
         return np.einsum("bshd,bthd->bhst", q, np.repeat(keys, 2, 2)) * 0.3
 
-    itself = np.eye(5, dtype=bool)
+    itself = np.eye(5, dtype=bool)[None, None]
     seen = np.where(np.tri(5, k=-1, dtype=bool), scores(past.keys), -np.inf)
     weights = jax.nn.softmax(jnp.where(itself, scores(own.keys), seen), -1)
     wanted = np.einsum(

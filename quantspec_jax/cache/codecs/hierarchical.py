@@ -66,7 +66,7 @@ class Hierarchical:
 
         def planes(x: jax.Array, quantize: Any) -> Planes:
             tiles = quantize(fit(x, whole), g, backend=backend)
-            due = jnp.arange(whole // g) < (flushed // g)[:, None]  # [B, tiles]
+            due = jnp.arange(whole // g)[None] < (flushed // g)[:, None]  # [B, tiles]
 
             def place(leaf: jax.Array) -> jax.Array:
                 mask = due.reshape(b, 1, -1, *[1] * (leaf.ndim - 3))
@@ -76,7 +76,7 @@ class Hierarchical:
 
         # Slot j of the ring holds position q + ((j − q) mod 2G), nothing (0) where that is not
         # below n.
-        slot = jnp.arange(2 * g)
+        slot = jnp.arange(2 * g)[None]
         position = flushed[:, None] + (slot - flushed[:, None]) % (2 * g)  # [B, 2G]
         filled = (position < length[:, None])[:, None, :, None]
         position = jnp.minimum(position, p - 1)[:, None, :, None]

@@ -227,7 +227,7 @@ def _round(w, factor: Factor, scale, minimum, stored: WeightFormat):
             i, group, u = inputs
             code, near = _near(rows[i], scale[group], minimum[group], stored)
             error = (rows[i] - near) / u[i]
-            return rows - u[:, None] * error, (error, jnp.stack(code[:planes]))
+            return rows - u[:, None] * error[None], (error, jnp.stack(code[:planes]))
 
         each = jnp.arange(BLOCK), group, square
         _, (errors, codes) = jax.lax.scan(channel, rows, each)
@@ -256,13 +256,13 @@ def _refit(w, gram, codes, scale, minimum, stored: WeightFormat):
         x = jnp.pad(x, ((0, filled - kin), (0, -n % COLUMNS)))
         return jnp.moveaxis(x.reshape(groups, group, -1, COLUMNS), 2, 0)
 
-    ones = (jnp.arange(filled) < kin).reshape(groups, group)
+    ones = (jnp.arange(filled) < kin).astype(jnp.float32).reshape(1, 1, groups, group)
     by_group = jnp.sum(h.reshape(groups, group, groups, group) * ones, -1)  # H 1 of each group
 
     def part(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         c, r = inputs
         moved = _einsum("kgi,gin->gkn", h.reshape(filled, groups, group), c)
-        normal = jnp.sum(moved.reshape(groups, groups, group, -1) * c, 2)  # cᵀ H c
+        normal = jnp.sum(moved.reshape(groups, groups, group, -1) * c[None], 2)  # cᵀ H c
         right = jnp.sum(c * r, 1)
         if not stored.symmetric:
             mixed = _einsum("gin,gih->ghn", c, by_group)  # cᵀ H 1
@@ -272,7 +272,7 @@ def _refit(w, gram, codes, scale, minimum, stored: WeightFormat):
             right = jnp.concatenate([right, r.sum(1)])
         normal = jnp.moveaxis(normal, -1, 0)
         diagonal = jnp.diagonal(normal, axis1=1, axis2=2)[..., None]
-        normal += jnp.eye(len(right)) * jnp.where(diagonal > 0, REFIT_RIDGE * diagonal, 1)
+        normal += jnp.eye(len(right))[None] * jnp.where(diagonal > 0, REFIT_RIDGE * diagonal, 1)
         factor = jax.scipy.linalg.cho_factor(normal)
         return jax.scipy.linalg.cho_solve(factor, right.T[..., None])[..., 0].T
 
