@@ -196,7 +196,7 @@ class Setting:
             self.model,
             CacheConfig(length, GROUP_SIZE, case.view, case.width, self.loaded.dtype),
             case.gamma,
-            coupling=REJECTION if alpha is None else Simulated(alpha),
+            coupling=Simulated(alpha) if case.gamma and alpha is not None else REJECTION,
             backend=args.backend,
         )
 

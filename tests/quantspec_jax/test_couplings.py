@@ -471,7 +471,10 @@ def random_round(name: str, b: int, n: int = 37, gamma: int = 4, noise: float = 
     q = jax.nn.softmax(logits + noise * jax.random.normal(keys[1], logits.shape))[:, :-1]
     position = 100 + 3 * jnp.arange(b)
     own = jax.random.split(keys[2], b)
-    draft_keys, positions = rule.draft_keys(own, position), position[:, None] + jnp.arange(gamma)[None]
+    draft_keys, positions = (
+        rule.draft_keys(own, position),
+        position[:, None] + jnp.arange(gamma)[None],
+    )
     drawn = jax.vmap(lambda q, at: draw(q, draft_keys, at, rule.draft_role), 1, 1)
     proposals = drawn(q, positions) if gamma else jnp.zeros((b, 0), jnp.int32)
     return Round(p, q, proposals, jnp.arange(b) % (gamma + 1), own, position)
