@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -31,7 +32,7 @@ TINY = ModelConfig("llama", 300, 64, 128, 2, 4, 2, 32, 4096)
 def render():
     path = Path(__file__).parents[2] / "benchmarks" / "render.py"
     spec = importlib.util.spec_from_file_location("render", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
