@@ -17,7 +17,7 @@ from unittest import mock
 import jax
 import script
 
-from quantspec_jax.bench.decode import random_params
+from quantspec_jax.models.module import init_params
 from quantspec_jax.models.presets import PRESETS
 from quantspec_jax.weights.calibrate import blocks, calibrate
 from quantspec_jax.weights.calibrate.resume import Finished
@@ -38,7 +38,7 @@ def main() -> int:
     args = make_parser().parse_args()
     whole = PRESETS[args.preset]
     model = dataclasses.replace(whole, num_layers=args.blocks)
-    params = jax.block_until_ready(random_params(model, args.dtype))
+    params = jax.block_until_ready(init_params(model, jax.random.key(0), args.dtype))
     shape = (args.chunks, args.length)
     tokens = jax.random.randint(jax.random.key(0), shape, 0, model.vocab_size)
     ends = []

@@ -45,6 +45,7 @@ CONFIGS = {
     "autoregressive, kv full": {"mode": "autoregressive", "kv": "full"},
     "autoregressive, kv int8": {"mode": "autoregressive", "kv": "int8"},
     "quantspec, gamma 4": {"mode": "quantspec", "gamma": 4},
+    "quantspec, gamma auto": {"mode": "quantspec"},
 }
 
 

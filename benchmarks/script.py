@@ -14,6 +14,7 @@ import jax
 import quantspec_jax as qs
 from quantspec_jax.bench import record
 from quantspec_jax.commands.options import DTYPES
+from quantspec_jax.files import read_json
 
 SKIP = 20_000  # characters, over what a book says before it begins
 CHARACTERS = 10  # more than a token has on average: enough of a text for its tokens
@@ -81,7 +82,7 @@ def show(row: dict[str, Any]) -> dict[str, Any]:
 
 def finished_rows(path: Path) -> list[dict[str, Any]]:
     """The rows that an earlier run of the same command left: it goes on after them."""
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return read_json(path)["rows"] if path.exists() else []
 
 
 def write(file: str, args: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> None:

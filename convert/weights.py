@@ -17,6 +17,7 @@ from convert.files.tensors import FLOATS, QUANTIZED, StoredTensor
 from quantspec_jax.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import Spec, nest, parameter_shapes
+from quantspec_jax.sharding import one_device, shardings
 
 # Elements decoded at a time. Decoding a block of quantized rows takes a few float32 copies of it;
 # transposing is fastest on few rows.
@@ -207,7 +208,9 @@ def load_parameters(
     On the host there is never more than one tensor that is not yet part of the result.
     """
     parameters = list(parameters)
-    device = device or jax.devices()[0]
+    mesh = one_device(device)
+    shapes = {p.path: jax.ShapeDtypeStruct(p.spec.shape, dtype) for p in parameters}
+    where = shardings(shapes, {p.path: p.spec.axes for p in parameters}, mesh)
     flat = {}
     with contextlib.ExitStack() as stack:
         files = _Files(stack)
@@ -222,8 +225,8 @@ def load_parameters(
         for parameter in parameters:
             array = read_parameter(parameter, files[parameter.tensor.file], dtype)
             # On the CPU the array takes over the aligned buffer; elsewhere wait until it is copied.
-            flat[parameter.path] = jax.device_put(array, device)
-            if device.platform != "cpu":
+            flat[parameter.path] = jax.device_put(array, where[parameter.path])
+            if mesh.devices.flat[0].platform != "cpu":
                 flat[parameter.path].block_until_ready()
             bar.update(parameter.tensor.num_bytes)
     return nest(flat)

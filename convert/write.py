@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -23,7 +22,7 @@ from convert.drafts.make import DraftSource
 from convert.files import converted
 from convert.sources import Checkpoint, HuggingFaceCheckpoint, open_source
 from quantspec_jax.dtypes import STORED, float_type
-from quantspec_jax.files import read_json
+from quantspec_jax.files import read_json, sync, write_json
 from quantspec_jax.models.config import RopeScaling
 from quantspec_jax.weights.formats import DraftConfig
 
@@ -210,8 +209,7 @@ def _write_weights(
         converted.save_draft(partial, entries)
         header = converted.Header(checkpoint.config, dtype, config, converted.plain_arrays(entries))
     converted.save_tree(partial / "weights", params)
-    text = json.dumps(header.to_dict(), indent=2, ensure_ascii=False)
-    (partial / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_json(partial / "config.json", header.to_dict(), indent=2)
 
 
 class _OccupiedError(Exception):
@@ -288,8 +286,4 @@ def _umask() -> int:
 def _sync(directory: Path) -> None:
     """The files beside the arrays are on the disk before the name says so; Orbax syncs its own."""
     for path in [*directory.iterdir(), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from quantspec_jax.cache import cache_bytes, create
 from quantspec_jax.cache.config import CacheConfig
@@ -20,11 +21,27 @@ CONTEXTS = (2048, 8192, 32768, 131072)
 CACHE_DTYPE = BFLOAT16  # of the tokens in full precision
 
 
-def info(source: str) -> dict[str, Any]:
-    """Architecture, parameters, draft and cache sizes of anything that `load` takes."""
-    import convert
+class Opened(Protocol):
+    """A checkpoint whose headers are read, as `convert.open_source` gives it."""
 
-    checkpoint = convert.open_source(source)
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def draft_config(self) -> DraftConfig | None: ...
+
+    @property
+    def storage(self) -> str: ...
+
+    @property
+    def source_dtype(self) -> np.dtype: ...
+
+    @property
+    def parameter_count(self) -> int: ...
+
+
+def info(source: str, checkpoint: Opened) -> dict[str, Any]:
+    """Architecture, parameters, draft and cache sizes of what was opened by the name `source`."""
     config = checkpoint.config
     stored = checkpoint.draft_config
     draft = stored or DraftConfig()

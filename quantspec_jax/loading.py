@@ -18,6 +18,7 @@ from quantspec_jax.models.attention import causal_attention
 from quantspec_jax.models.config import ModelConfig, RopeScaling
 from quantspec_jax.models.decoder import forward, unembed
 from quantspec_jax.models.parameters import Params, check_params
+from quantspec_jax.sharding import mesh_of, place_params
 from quantspec_jax.weights.entries import draft_tree, quantize_params
 from quantspec_jax.weights.formats import DraftConfig
 from quantspec_jax.weights.sizes import layer_formats
@@ -63,7 +64,8 @@ class Model:
         if entries is None:
             entries = quantize_params(self.params, self.draft)
         self._draft_entries = None  # may be held in another arrangement from now on
-        return draft_tree(self.params, entries)
+        tree = draft_tree(self.params, entries)
+        return place_params(self.config, tree, mesh_of(self.params))
 
     @property
     def has_draft_arrays(self) -> bool:

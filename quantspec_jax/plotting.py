@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quantspec_jax.checks import require
+from quantspec_jax.files import whole
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -35,6 +36,5 @@ def check_plot(path: str) -> Path:
 
 def save(figure: Any, path: Path) -> None:
     """Write a matplotlib figure, whole or not at all."""
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=120)

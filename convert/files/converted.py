@@ -15,7 +15,6 @@ import dataclasses
 import gc
 import importlib.metadata
 import io
-import json
 import logging
 import shutil
 import time
@@ -30,8 +29,10 @@ import numpy as np
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
 from quantspec_jax.checks import require
 from quantspec_jax.dtypes import STORED, float_type
+from quantspec_jax.files import read_json
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import flatten, nest, parameter_shapes
+from quantspec_jax.sharding import one_device, param_shardings
 from quantspec_jax.weights.entries import quantize_params
 from quantspec_jax.weights.formats import DraftConfig
 
@@ -142,7 +143,7 @@ def _check_files(directory: Path, tree: dict[str, Any]) -> None:
     """
     for path, leaf in flatten(tree).items():
         try:
-            stored = json.loads((directory / path / "zarr.json").read_text())
+            stored = read_json(directory / path / "zarr.json")
             shape, item_bytes = tuple(stored["shape"]), jnp.dtype(stored["data_type"]).itemsize
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{directory} is damaged: {path} is missing") from error
@@ -201,7 +202,8 @@ def load_weights(
     directory: Path, config: ModelConfig, dtype: np.dtype, device: jax.Device | None
 ) -> dict[str, Any]:
     """The parameters in `dtype`."""
-    return _restore_tree(directory / "weights", _on(device, _weight_shapes(config, dtype)))
+    shapes = _on(device, config, _weight_shapes(config, dtype))
+    return _restore_tree(directory / "weights", shapes)
 
 
 def _weight_shapes(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
@@ -209,10 +211,10 @@ def _weight_shapes(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     return nest({path: jax.ShapeDtypeStruct(s.shape, dtype) for path, s in shapes.items()})
 
 
-def _on(device: jax.Device | None, shapes: dict[str, Any]) -> dict[str, Any]:
-    sharding = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
+def _on(device: jax.Device | None, config: ModelConfig, shapes: dict[str, Any]) -> dict[str, Any]:
+    where = param_shardings(config, shapes, one_device(device))
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where
     )
 
 
@@ -242,7 +244,8 @@ def load_draft(directory: Path, header: Header, device: jax.Device | None = None
     )
     for path, (shape, dtype) in header.draft_arrays.items():
         shapes[path] = jax.ShapeDtypeStruct(shape, dtype)
-    flat = flatten(_restore_tree(directory / "draft", _on(device, _as_dicts(nest(shapes)))))
+    there = _as_dicts(_on(device, header.config, nest(shapes)))
+    flat = flatten(_restore_tree(directory / "draft", there))
     return nest({path: _restored(flat, path, leaf) for path, leaf in shapes.items()})
 
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.layout import PackedWeight
 from pallas_kernels.timing import traced
@@ -46,7 +45,8 @@ from quantspec_jax.generate.state import COUNTED, DecodeState, Program
 from quantspec_jax.loading import Model
 from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
 from quantspec_jax.models.config import ModelConfig
-from quantspec_jax.models.parameters import Params, nest, parameter_count, parameter_shapes
+from quantspec_jax.models.module import init_params
+from quantspec_jax.models.parameters import Params, parameter_count
 from quantspec_jax.models.presets import PRESETS
 from quantspec_jax.plotting import check_plot, save, short
 from quantspec_jax.weights.formats import DraftConfig
@@ -79,21 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def gamma(text: str) -> int | str:
     """An option's value: a number of tokens, or auto."""
     return text if text == "auto" else int(text)
-
-
-def random_params(config: ModelConfig, dtype: np.dtype) -> Params:
-    """Random weights, made on the device a tensor at a time."""
-
-    @functools.partial(jax.jit, static_argnames="shape")
-    def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return (0.02 * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype)
-
-    leaves: dict[str, jax.Array] = {}
-    for i, (path, spec) in enumerate(parameter_shapes(config).items()):
-        ones = path.endswith("norm")
-        key = jax.random.fold_in(jax.random.key(0), i)
-        leaves[path] = jnp.ones(spec.shape, dtype) if ones else normal(key, spec.shape)
-    return nest(leaves)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "shape", "dtype"))
@@ -211,7 +196,7 @@ class Setting:
             self.model,
             CacheConfig(length, GROUP_SIZE, case.view, case.width, self.loaded.dtype),
             case.gamma,
-            coupling=REJECTION if alpha is None else Simulated(alpha),
+            coupling=Simulated(alpha) if case.gamma and alpha is not None else REJECTION,
             backend=args.backend,
         )
 
@@ -417,7 +402,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     weights = parameter_count(model) * dtype.itemsize
     require_memory(args.preset, {"weights": weights, "draft": draft_bytes(model, config)})
     ceiling = read_ceiling()
-    loaded = Model(model, random_params(model, dtype), draft=config)
+    loaded = Model(model, init_params(model, jax.random.key(0), dtype), draft=config)
     setting = Setting(loaded, args)
     rows: list[dict[str, Any]] = []
     predictions: list[dict[str, Any]] = []

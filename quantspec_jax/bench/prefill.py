@@ -20,7 +20,7 @@ import numpy as np
 
 from quantspec_jax.api import backend_in_use
 from quantspec_jax.bench import record
-from quantspec_jax.bench.decode import GROUP_SIZE, random_params
+from quantspec_jax.bench.decode import GROUP_SIZE
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.checks import require
 from quantspec_jax.cost import linear_weights
@@ -32,6 +32,7 @@ from quantspec_jax.generate.state import PromptProgram
 from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
 from quantspec_jax.models.attention import uses_cudnn
 from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.module import init_params
 from quantspec_jax.models.parameters import Params, parameter_count
 from quantspec_jax.models.presets import PRESETS
 
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         model = PRESETS[preset]
         size = parameter_count(model) * dtype.itemsize
         require_memory(preset, {"weights": size})
-        params = random_params(model, dtype)
+        params = init_params(model, jax.random.key(0), dtype)
         for context in args.context:
             rows.append(measure(preset, model, params, context, args))
             print(_line(rows[-1]), file=sys.stderr, flush=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -14,18 +12,8 @@ from typing import Any
 
 import jax
 
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "torch")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on; packages that are not installed are left out."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+from quantspec_jax.files import write_json
+from quantspec_jax.versions import versions
 
 
 def device_name() -> str:
@@ -91,6 +79,4 @@ def write(path: Path, command: str, rows: list[dict[str, Any]], **more: Any) -> 
         **more,
         "rows": rows,
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    partial.replace(path)
+    write_json(path, record, indent=1)

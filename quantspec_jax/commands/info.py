@@ -19,9 +19,10 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Read headers, compute sizes."""
+    import convert
     from quantspec_jax.info import info, table
 
-    result = info(args.source)
+    result = info(args.source, convert.open_source(args.source))
     if not args.json:
         print(table(result))
     return result

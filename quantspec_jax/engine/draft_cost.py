@@ -8,10 +8,9 @@ and what it wrote, in the buffer and in the small arrays, is put back.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 
 from quantspec_jax import compilation_cache
 from quantspec_jax.cost import bytes_read
+from quantspec_jax.files import read_json, write_json
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.loading import Model
 
@@ -74,8 +74,8 @@ def known(key: str) -> float | None:
         return _known[key]
     path = _path(key)
     try:
-        found = json.loads(path.read_text())["draft_cost"] if path else None
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_json(path)["draft_cost"] if path else None
+    except (OSError, ValueError, KeyError):
         return None
     if not isinstance(found, float) or not 0 < found < 1e6:
         return None
@@ -89,13 +89,9 @@ def keep(key: str, cost: float) -> None:
     path = _path(key)
     if path is None:
         return
-    partial = path.with_suffix(f".{time.monotonic_ns()}")
-    try:
+    with contextlib.suppress(OSError):  # a full or read-only disk: measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"draft_cost": cost}))
-        partial.replace(path)
-    except OSError:  # a full or read-only disk: measured again next time
-        partial.unlink(missing_ok=True)
+        write_json(path, {"draft_cost": cost})
 
 
 def _path(key: str) -> Path | None:

@@ -35,6 +35,7 @@ from quantspec_jax.generate.prefill import COMPILED, begin, end, layer, prefill
 from quantspec_jax.generate.requests import Requests, requests
 from quantspec_jax.generate.state import DecodeState, Program, insert
 from quantspec_jax.loading import Model
+from quantspec_jax.sharding import mesh_of, place_cache
 
 TRIAL_PAYS = 64  # new tokens; fewer are decoded sooner than the cost of a draft step is known
 INSERT = jax.jit(insert, donate_argnames="state")
@@ -225,6 +226,7 @@ class Engine:
     def _empty(self, like: DecodeState) -> DecodeState:
         """All slots without a sequence: finished before they began."""
         cache = create(self.model.config, self.program.cache.arrays, self.slots)
+        cache = place_cache(cache, mesh_of(self.model.params))
 
         def rows(x: jax.Array) -> jax.Array:
             return jnp.broadcast_to(x[:1], (self.slots, *x.shape[1:])).copy()

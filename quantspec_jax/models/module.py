@@ -46,7 +46,7 @@ def _as_module(node: Any) -> Any:
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Random parameters as a tree of plain arrays."""
+    """Random parameters as a tree of plain arrays, made on the device one at a time."""
     state = nnx.split(Decoder(config, dtype=dtype, rngs=nnx.Rngs(params=key)))[1]
     return nest({".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from quantspec_jax.bench.simulated import Simulated
 from quantspec_jax.cli import main, make_parser
 from quantspec_jax.cost import Costs, bytes_read
 from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.module import init_params
 from quantspec_jax.models.parameters import parameter_shapes
 from quantspec_jax.weights.formats import DraftConfig
 from quantspec_jax.weights.sizes import draft_bytes
@@ -30,7 +32,7 @@ TINY = ModelConfig("llama", 300, 64, 128, 2, 4, 2, 32, 4096)
 def render():
     path = Path(__file__).parents[2] / "benchmarks" / "render.py"
     spec = importlib.util.spec_from_file_location("render", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -162,21 +164,20 @@ def test_launches_are_counted_by_the_turns_of_loops():
 
 @pytest.mark.parametrize("lacking", ["weights", "cache"])
 def test_what_does_not_fit_is_refused_before_it_is_made(tiny_preset, monkeypatch, capsys, lacking):
-    weights = memory.tree_bytes(bench.random_params(TINY, "bfloat16"))
+    weights = memory.tree_bytes(init_params(TINY, jax.random.key(0), "bfloat16"))
     present = weights + draft_bytes(TINY, DraftConfig(group_size=128))
     limits = {"weights": weights, "cache": present + 100_000}
     made = []
 
-    def random_params(*given):
-        made.append(bench_random_params(*given))
+    def counted(*given):
+        made.append(init_params(*given))
         return made[0]
 
     def memory_stats():
         return {"bytes_limit": limits[lacking], "bytes_in_use": present if made else 0}
 
-    bench_random_params = bench.random_params
     device = types.SimpleNamespace(device_kind="a device", memory_stats=memory_stats)
-    monkeypatch.setattr(bench, "random_params", random_params)
+    monkeypatch.setattr(bench, "init_params", counted)
     monkeypatch.setattr(memory, "device", lambda: device)
     monkeypatch.setattr(bench, "read_ceiling", lambda: 1.0)
     options = ["--preset", "tiny", "--context", "3000", "--mode", "full"]
@@ -193,7 +194,7 @@ def test_a_prefill_is_timed_and_its_memory_counted(tiny_preset, capsys):
     result = json.loads(capsys.readouterr().out)
     (row,) = result["rows"]
     assert row["tokens_per_second"] == pytest.approx(600 / row["milliseconds"] * 1e3)
-    weights = memory.tree_bytes(bench.random_params(TINY, "float32"))
+    weights = memory.tree_bytes(init_params(TINY, jax.random.key(0), "float32"))
     assert row["peak_bytes"] == weights + row["state_bytes"] + row["temporary_bytes"]
     assert row["attention"] == "xla"
     # Two multiplications and additions a weight and token; attention comes on top.

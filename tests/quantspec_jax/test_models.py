@@ -427,6 +427,30 @@ def test_the_module_has_the_declared_parameters_with_their_axes(family):
     assert sum(leaf.size for leaf in flatten(params).values()) == parameter_count(config)
 
 
+def live_bytes() -> int:
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_random_parameters_are_made_one_at_a_time(monkeypatch):
+    """Whenever one is drawn, those before it lie there and nothing else: full size fits, too."""
+    shapes = [spec for path, spec in parameter_shapes(TINY).items() if not path.endswith("norm")]
+    normal, found = jax.random.normal, []
+
+    def drawn(key, shape, dtype):
+        found.append((tuple(shape), live_bytes()))
+        return normal(key, shape, dtype)
+
+    monkeypatch.setattr(jax.random, "normal", drawn)
+    params = init_params(TINY, jax.random.key(0), jnp.bfloat16)
+    assert [shape for shape, _ in found] == [spec.shape for spec in shapes]
+    first, rest = 2 * shapes[0].size, 2 * parameter_count(TINY)
+    few = 1024  # keys, and norms that are made between
+    assert found[1][1] - found[0][1] < first + few
+    assert found[-1][1] - found[0][1] < rest - 2 * shapes[-1].size + few
+    assert live_bytes() - found[0][1] < rest + few
+    del params
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_has_one_axis_name_a_dimension(family):
     config = family_config(family)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
+from quantspec_jax.files import read_json, whole, write_json
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import Params, flatten, nest
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
@@ -46,7 +46,7 @@ class Finished:
         path = self.directory / "signature.json"
         ours = _signature(config, params, tokens, draft)
         if not path.exists():
-            self._write(path, json.dumps(ours).encode())
+            write_json(path, ours)
         elif _read(path) != ours:
             raise ValueError(
                 f"{self.directory} holds another calibration (other weights, text, options or "
@@ -61,8 +61,7 @@ class Finished:
         if path.exists():
             return {name: WeightFormat(**given) for name, given in _read(path).items()}
         formats = choose()
-        text = json.dumps({name: dataclasses.asdict(f) for name, f in formats.items()})
-        self._write(path, text.encode())
+        write_json(path, {name: dataclasses.asdict(f) for name, f in formats.items()})
         return formats
 
     def load(self, i: int) -> dict[str, Any] | None:
@@ -87,22 +86,13 @@ class Finished:
             for field, value in weight._asdict().items()
             if value is not None
         }
-        path = self.directory / f"block-{i}.npz"
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        partial.replace(path)
-
-    @staticmethod
-    def _write(path: Path, data: bytes) -> None:
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        with whole(self.directory / f"block-{i}.npz") as partial:
+            np.savez(partial, allow_pickle=False, **arrays)
 
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged; delete {path.parent} to start anew") from error
 

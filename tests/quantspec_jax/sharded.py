@@ -1,0 +1,202 @@
+"""What test_sharding.py runs in a process of its own, which has 8 devices: prints a JSON object, of
+each check what went wrong, or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from pallas_kernels.layout import QuantizedWeight, TiledWeight, tile
+from quantspec_jax import sharding
+from quantspec_jax.cache import KVCache, create
+from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.generate.config import GenerateConfig
+from quantspec_jax.generate.prefill import prefill
+from quantspec_jax.generate.requests import requests
+from quantspec_jax.generate.state import Program
+from quantspec_jax.loading import Model, full_logits
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.module import init_params
+from quantspec_jax.models.parameters import flatten, nest, parameter_shapes
+from quantspec_jax.weights.formats import DraftConfig, WeightFormat
+
+CONFIG = ModelConfig("qwen2", 96, 64, 128, 2, 8, 4, 16, 2048, qkv_bias=True)
+# What each logical axis is split over, said again.
+OVER = {"heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp", "tiles": "cp", "batch": "dp"}
+
+
+def mesh(**sizes: int) -> Mesh:
+    """So many devices an axis."""
+    number = int(np.prod(list(sizes.values())))
+    devices = np.array(jax.devices()[:number])
+    return Mesh(devices.reshape(tuple(sizes.values())), tuple(sizes))
+
+
+def check_split(x: jax.Array, axes: tuple[str, ...], sizes: Mapping[str, int]) -> None:
+    """Every device holds the part that the axes say, and no two parts that should differ agree."""
+    parts = [sizes.get(OVER.get(name, ""), 1) for name in axes]
+    own = tuple(size // n for size, n in zip(x.shape, parts, strict=True))
+    places = {
+        tuple((s.start or 0) for s in shard.index)
+        for shard in x.addressable_shards
+        if shard.data.shape == own
+    }
+    assert {shard.data.shape for shard in x.addressable_shards} == {own}, (axes, x.sharding)
+    assert len(places) == np.prod(parts), (axes, x.sharding)
+    assert len(x.addressable_shards) == np.prod(list(sizes.values()))
+
+
+@functools.cache
+def model(draft: DraftConfig | None = None) -> Model:
+    return Model(CONFIG, init_params(CONFIG, jax.random.key(0)), draft=draft)
+
+
+def parameters() -> None:
+    sizes = {"dp": 2, "tp": 4}
+    placed = sharding.place_model(model(DraftConfig(bits=None)), mesh(**sizes))
+    for path, spec in parameter_shapes(CONFIG).items():
+        check_split(flatten(placed.params)[path], spec.axes, sizes)
+        assert flatten(placed.draft_params)[path] is flatten(placed.params)[path]
+
+
+def packed_weights() -> None:
+    sizes = {"tp": 4}
+    formats = (("layers.0.o", WeightFormat(8, 32)), ("layers.1.up", WeightFormat(4, 16, True)))
+    own = model(DraftConfig(group_size=32, formats=formats, lm_head_bits=4))
+    placed = sharding.place_model(own, mesh(**sizes))
+    given, found = flatten(own.draft_params), flatten(placed.draft_params)
+    specs = parameter_shapes(CONFIG)
+    assert "layers.0.o.residual" in found
+    assert found["layers.1.up.kernel"].minimum is None
+    for path, weight in found.items():
+        jax.tree.map(np.testing.assert_array_equal, weight, given[path])
+        if not isinstance(weight, QuantizedWeight):
+            assert weight is flatten(placed.params)[path]
+            continue
+        rows, columns = specs[path.replace("residual", "kernel")].axes
+        check_split(weight.packed, (rows, "group", columns), sizes)
+        for numbers in (weight.scale, weight.minimum):
+            if numbers is not None:
+                check_split(numbers, (rows, columns), sizes)
+
+
+def tiled_weights() -> None:
+    sizes = {"tp": 2}
+    own = flatten(model(DraftConfig(group_size=32)).draft_params)
+    for path in ("layers.0.down.kernel", "layers.1.q.kernel"):
+        own[path] = tile(own[path])
+        found = flatten(sharding.place_params(CONFIG, nest(own), mesh(**sizes)))[path]
+        assert isinstance(found, TiledWeight)
+        check_split(found.strips, (*parameter_shapes(CONFIG)[path].axes, "strip"), sizes)
+
+
+def decode_state() -> None:
+    sizes = {"dp": 2, "cp": 2, "tp": 2}
+    tokens = jax.random.randint(jax.random.key(1), (4, 100), 0, CONFIG.vocab_size)
+    wants = requests(GenerateConfig(), None, (), 4)
+    names = {
+        "key_buffer": ("batch", "kv_heads", "slots", "head_dim"),
+        "upper": ("batch", "kv_heads", "tiles", "rows", "bytes"),
+        "scale": ("batch", "kv_heads", "tiles"),
+    }
+    for view in ("int8", "full"):
+        cache = CacheConfig(128, 16, view)
+        program = Program(CONFIG, cache, gamma=4 if view == "int8" else 0)
+        run = jax.jit(functools.partial(prefill, program=program.prompt, capacity=8))
+        state = run(model().params, tokens, jnp.full(4, 100), wants)
+        placed = sharding.place_state(state, mesh(**sizes))
+        assert jax.tree.structure(placed) == jax.tree.structure(state)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(*map(data, (a, b))), placed, state)
+        check_cache(placed.cache, sizes, names)
+        rest = dataclasses.replace(placed, cache=())  # type: ignore[arg-type]
+        for x in jax.tree.leaves(rest):
+            check_split(x, ("batch", *["whole"] * (x.ndim - 1)), sizes)
+
+
+def data(x: jax.Array) -> jax.Array:
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def check_cache(cache: KVCache, sizes: dict[str, int], names: dict[str, tuple[str, ...]]) -> None:
+    for x in (cache.length, cache.quantized_length):
+        check_split(x, ("batch",), sizes)
+    for layer in cache.layers:
+        for buffer in (layer.key_buffer, layer.value_buffer):
+            check_split(buffer, names["key_buffer"], sizes)
+        for planes in (layer.keys, layer.values):
+            for x in planes or ():
+                if x.ndim == 5:
+                    check_split(x, names["upper"] if x.dtype == jnp.uint8 else SCALES, sizes)
+                else:
+                    check_split(x, (*names["scale"], "head_dim"), sizes)
+
+
+SCALES = ("batch", "kv_heads", "tiles", "value_groups", "tokens")
+
+
+def refused() -> None:
+    params = model().params
+    cache = create(CONFIG, CacheConfig(5 * 16, 16), 3)
+    small = dataclasses.replace(CONFIG, vocab_size=98)
+    odd = init_params(small, jax.random.key(0))
+    cases: list[tuple[str, Any]] = [
+        ("num_kv_heads is 4", lambda: sharding.place_params(CONFIG, params, mesh(tp=8))),
+        ("embedding (vocab) is 98", lambda: sharding.place_params(small, odd, mesh(tp=4))),
+        ("layers.0.keys.upper (tiles) is 5", lambda: sharding.place_cache(cache, mesh(cp=2))),
+        ("layers.0.keys.upper (batch) is 3", lambda: sharding.place_cache(cache, mesh(dp=2))),
+        ("layers.0.keys.upper (kv_heads) is 4", lambda: sharding.place_cache(cache, mesh(tp=8))),
+        ("mesh axes is ('x',)", lambda: sharding.place_params(CONFIG, params, mesh(x=2))),
+        (
+            "layers.0.down.kernel.packed (mlp) is 2",
+            lambda: sharding.place_model(model(DraftConfig(group_size=64)), mesh(tp=4)),
+        ),
+        (
+            "mesh axis_types is",
+            lambda: sharding.place_params(CONFIG, params, jax.make_mesh((2,), ("tp",))),
+        ),
+    ]
+    for words, call in cases:
+        with pytest.raises(ValueError, match="^" + re.escape(words)):
+            call()
+
+
+def logits() -> None:
+    """Sums over parts are in another order, and nothing else differs."""
+    own = model(DraftConfig(bits=None))
+    tokens = jax.random.randint(jax.random.key(1), (2, 70), 0, CONFIG.vocab_size)
+    expected = full_logits(own.params, tokens, CONFIG)
+    for sizes in ({"tp": 4}, {"dp": 2, "tp": 2}):
+        there = mesh(**sizes)
+        placed = sharding.place_model(own, there)
+        assert sharding.mesh_of(placed.params) == there
+        actual = full_logits(placed.params, tokens, CONFIG)
+        assert len(actual.sharding.device_set) == there.size
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6 * np.ptp(expected))
+
+
+CHECKS = (parameters, packed_weights, tiled_weights, decode_state, refused, logits)
+
+
+def wrong(check: Callable[[], None]) -> str:
+    """The traceback of what a check raised."""
+    try:
+        check()
+    except (Exception, pytest.fail.Exception):
+        return traceback.format_exc()
+    return ""
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    print(json.dumps({check.__name__: wrong(check) for check in CHECKS}))
