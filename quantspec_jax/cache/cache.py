@@ -63,7 +63,6 @@ def flush_due(cache: KVCache) -> EachDue:
     return full & bool(planes_of(cache.layers[0]))
 
 
-@shaped
 def flush(cache: KVCache, backend: str = "auto") -> KVCache:
     """Code F1 of every sequence whose F2 is full; its slots are the next F2. Others stay."""
     if not planes_of(cache.layers[0]):
