@@ -1,7 +1,7 @@
 """Shapes of arrays in signatures, by the letters that are used everywhere:
 
     B batch · T cached tokens · S tokens of a pass · H query heads · K key-value heads · D head_dim
-    G group size · N vocabulary, or outputs of a linear layer · E width of the residual stream
+    G group size · N vocabulary, or outputs of a linear layer
 
 A letter stands for one size in all arguments and results of a call. `shaped` has that checked where
 a checker is set, as tests do before they import the packages; else it leaves a function as it is.
@@ -34,8 +34,8 @@ Each = Int[Array, "B"]  # of each sequence a length, a position, a number or a t
 EachDue = Bool[Array, "B"]
 Keys = Key[Array, "B"]  # typed PRNG keys
 
-Stream = Float[Array, "B S E"]
 Logits = Float[Array, "B S N"]
+Judged = Float[Array, "B S+1 N"]  # of S proposals, and of what follows them
 SeenRows = Bool[Array, "B S N"]
 LastLogits = Float[Array, "B N"]
 Seen = Bool[Array, "B N"]

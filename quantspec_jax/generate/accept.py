@@ -11,16 +11,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.shapes import Each, Logits, shaped
 from quantspec_jax.generate.couplings import Verdict
 from quantspec_jax.generate.draft import Proposals
 from quantspec_jax.generate.sampling import either, penalize, warp
 from quantspec_jax.generate.state import DecodeState, Program
 
 
+@shaped
 def accept(
-    logits: jax.Array,
+    logits: Logits,
     proposals: Proposals,
-    proposed: jax.Array,
+    proposed: Each,
     state: DecodeState,
     program: Program,
 ) -> Verdict:

@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.shapes import Each, Keys, LastLogits, Logits, Seen, SeenRows, shaped
+
 Result = TypeVar("Result")
 
 
@@ -118,9 +120,8 @@ def _top_p(order: jax.Array, weights: jax.Array, top_p: jax.Array, bits: int) ->
     return (order > smallest[..., None]) | (equal & (rank.astype(jnp.float32) <= kept[..., None]))
 
 
-def warp(
-    logits: jax.Array, seen: jax.Array, sampling: Sampling, branches: bool = True
-) -> jax.Array:
+@shaped
+def warp(logits: Logits, seen: SeenRows, sampling: Sampling, branches: bool = True) -> Logits:
     """The distribution that tokens are drawn from.
 
     Args:
@@ -180,15 +181,16 @@ def draw(probabilities: jax.Array, keys: jax.Array, position: jax.Array, role: R
     return tokens.astype(jnp.int32)
 
 
+@shaped
 def choose(
-    logits: jax.Array,
-    seen: jax.Array,
+    logits: LastLogits,
+    seen: Seen,
     sampling: Sampling,
-    keys: jax.Array,
-    position: jax.Array,
+    keys: Keys,
+    position: Each,
     role: Role,
     sampled: bool | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Each, LastLogits]:
     """The token at sequence position `position`: the draft's, or the autoregressive target's.
 
     Args:
