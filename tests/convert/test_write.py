@@ -535,14 +535,15 @@ def test_an_interrupt_leaves_nothing(llama_dir, tmp_path):
         text=True,
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
-    assert [p.suffix for p in tmp_path.iterdir()] == [".partial"]
-    time.sleep(0.2)
-    for _ in range(3):  # Python loses an interrupt that strikes in a destructor: then again
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=20)
-            break
+    with process.stdout as output:
+        assert output.readline() == "writing\n"
+        assert [p.suffix for p in tmp_path.iterdir()] == [".partial"]
+        time.sleep(0.2)
+        for _ in range(3):  # Python loses an interrupt that strikes in a destructor: then again
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=20)
+                break
     assert process.returncode == 130
     assert list(tmp_path.iterdir()) == []
 
