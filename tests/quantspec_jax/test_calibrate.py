@@ -34,7 +34,8 @@ quantize = jax.jit(gptq.quantize, static_argnames="stored")
 def correlated(tokens: int = 512, kin: int = 96, seed: int = 0) -> jax.Array:
     """Inputs [tokens, Kin] that share directions, some of them much larger than others."""
     keys = jax.random.split(jax.random.key(seed), 3)
-    mix = jax.random.normal(keys[0], (kin // 2, kin)) * jnp.exp(jax.random.normal(keys[1], (kin,)))
+    spread = jnp.exp(jax.random.normal(keys[1], (1, kin)))
+    mix = jax.random.normal(keys[0], (kin // 2, kin)) * spread
     return jax.random.normal(keys[2], (tokens, kin // 2)) @ mix
 
 
