@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from quantspec_jax.checks import is_int, is_number, require
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 
 
-FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")

@@ -103,12 +103,13 @@ def test_auto_is_adaptive_and_as_wide_as_the_most_that_it_drafts():
 def test_runs_with_floors_make_a_roofline(render):
     row = {"context": 4096, "mode": "draft step", "floor_milliseconds": 1.5, "speed_up": 2.25}
     run = {"preset": "llama-2-7b", "device": "some GPU", "rows": [row, {"milliseconds": 3.0}]}
-    (text,) = render.roofline([run, {"device": "a CPU", "rows": [{"milliseconds": 3.0}]}])
-    (line,) = text.splitlines()[4:]
+    without = render.Run(Path("b.json"), {"device": "a CPU", "rows": [{"milliseconds": 3.0}]})
+    lines = render.roofline([render.Run(Path("a.json"), run), without])
+    (line,) = "\n".join(lines).splitlines()[4:]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:5] == ["llama-2-7b", "4,096", "", "draft step", "1.5"]
     assert cells[-2:] == ["2.25", "some GPU"]
-    assert render.roofline([{"device": "a CPU", "rows": [{"milliseconds": 3.0}]}]) == []
+    assert render.roofline([without]) == []
 
 
 def test_best_gamma_is_predicted_from_what_was_measured():
