@@ -1,14 +1,15 @@
 """Adaptive γ: how many tokens to draft a round. Where drafting does not pay, speculation switches
 itself off and decoding is plain.
 
-With acceptance α a round that drafts γ tokens yields 1 + α + … + α^γ of them (fewer next to a
-flush) and costs 1 + γ c, in units of a plain step; c is what a draft step adds. γ is what makes the
-most of that, chosen for a chunk of rounds: each γ is a compiled program of its own, as fast as if
-it had been asked for, and another one is taken only where it promises one per cent.
+A round that drafts γ tokens yields 1 + s₁ + … + s_γ of them, sᵢ being the share of rounds that
+accept place i, and costs 1 + γ c, in units of a plain step; c is what a draft step adds. γ is what
+makes the most of that, chosen for a chunk of rounds: each γ is a compiled program of its own, as
+fast as if it had been asked for, and another one is taken only where it promises one per cent.
 
-α is the share of accepted ones among the proposals that were tried, each round counting a little
-less than the next one. Plain decoding learns nothing of α, so a few rounds draft again now and
-then, after a wait that doubles each time they were in vain.
+sᵢ is counted, each round a little less than the next one. Of a place that was not tried, or not
+lately, it is what the place before it lets expect: sᵢ₋₁ α, α the acceptance of proposals that were
+reached. Plain decoding learns nothing, so a few rounds draft again now and then, after a wait that
+doubles each time they were in vain.
 
 All of this depends on counts of accepted tokens and on c, never on a clock: given c, a key gives
 one text.
@@ -16,14 +17,16 @@ one text.
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
-from quantspec_jax.cost import tokens_a_round
+import numpy as np
 
 MOST_DRAFTED = 7  # a pass of 8 rows is one block of the kernels' products
 LADDER = (0, 1, 2, 4, MOST_DRAFTED)  # few programs; between them little is to be gained
-FADING = 0.99  # of evidence, a round
+FADING = 0.993  # of evidence, a round
+STALE = 0.995  # of what is known of places beyond those that are drafted
 PRIOR = (0.9, 4.0)  # acceptance assumed before anything was seen, and the tries it weighs
+EXPECTED = 2.0  # rounds that the expectation of a place weighs beside its own counts
 GAIN = 1.01  # that another γ has to promise
 SETTLED, FIRST_ROUNDS = 48.0, 12  # tries until which chunks are short
 PROBE_ROUNDS, OLD_TRIES = 4, 4.0
@@ -40,21 +43,32 @@ class AdaptiveGamma:
     """
 
     def __init__(self, cost: float, group_size: int, most: int = MOST_DRAFTED):
-        self.cost, self.group_size = cost, group_size
+        self.cost = cost
         most = min(most, group_size - 1)
         self.gammas = tuple(gamma for gamma in LADDER if gamma <= most)
         self._accepted, self._tried = PRIOR[0] * PRIOR[1], PRIOR[1]
+        self._by_place = np.zeros((2, most))  # rounds that proposed a place, and that accepted it
+        self._counted = 1 - np.arange(1, most + 1) / group_size  # share of rounds that reach it
         self._wait, self._waited = FIRST_WAIT, 0
-        self.gamma = max(self.gammas, key=self._yield)
+        self.gamma = self._best(self.gammas)
 
     @property
     def acceptance(self) -> float:
         """α of late."""
         return self._accepted / self._tried
 
+    def _best(self, gammas: Sequence[int]) -> int:
+        """The γ that yields most tokens for what a plain step costs."""
+        return max(gammas, key=self._yield)
+
     def _yield(self, gamma: int) -> float:
-        """Tokens for what a plain step costs."""
-        tokens = tokens_a_round(round(self.acceptance, 3), gamma, self.group_size)
+        share, tokens = 1.0, 1.0
+        for (proposed, accepted), counted in zip(
+            self._by_place.T[:gamma], self._counted, strict=False
+        ):
+            expected = share * self.acceptance
+            share = (accepted + EXPECTED * expected) / (proposed + EXPECTED)
+            tokens += share * counted
         return tokens / (1 + self.cost * gamma)
 
     def observe(self, rounds: int, proposed: np.ndarray, accepted: np.ndarray) -> None:
@@ -65,6 +79,10 @@ class AdaptiveGamma:
         fading = FADING**rounds
         self._accepted = fading * self._accepted + int(accepted.sum())
         self._tried = fading * self._tried + tried
+        places = self._by_place.shape[1]
+        seen = np.stack([proposed[:places], accepted[:places]])
+        self._by_place *= np.where(seen[0] > 0, fading, STALE**rounds)
+        self._by_place += seen
         self._waited = 0 if self.gamma else self._waited + rounds
 
     def next_chunk(self, rounds: int) -> tuple[int, int]:
@@ -74,9 +92,10 @@ class AdaptiveGamma:
             # What was seen long ago weighs little beside what the probe will see.
             fading = min(1.0, OLD_TRIES / self._tried)
             self._accepted, self._tried = fading * self._accepted, fading * self._tried
-            self.gamma = max(1, max(self.gammas[1:], key=self._yield))
+            self._by_place *= fading
+            self.gamma = self._best(self.gammas[1:])
             return self.gamma, min(rounds, PROBE_ROUNDS)
-        best = max(self.gammas, key=self._yield)
+        best = self._best(self.gammas)
         if self._yield(best) > GAIN * self._yield(self.gamma):
             self._wait = FIRST_WAIT if best else self._wait
             self.gamma = best

@@ -74,3 +74,26 @@ def test_tries_are_the_proposals_up_to_the_first_rejection():
     proposed[:3], accepted[:3] = 10, (8, 5, 5)
     chooser.observe(10, proposed, accepted)
     assert (chooser._accepted, chooser._tried) == (18, 10 + 8 + 5)
+
+
+@pytest.mark.parametrize("cost", [0.3, 0.45])
+def test_places_that_are_accepted_less_than_the_first_promise_are_not_drafted_for_long(cost):
+    """Acceptance that falls with the place: the last places cost more than they yield. (One α for
+    all places would go on with the most.)"""
+    falling = np.array([0.97, 0.97, 0.96, 0.95, 0.7, 0.6, 0.5])
+    rng = np.random.default_rng(5)
+    chooser = AdaptiveGamma(cost, G)
+    tokens, spent, rounds = 0, 0.0, 0
+    while rounds < 4000:
+        gamma, number = chooser.next_chunk(32)
+        proposed, accepted = np.zeros((2, COUNTED), int)
+        for _ in range(number):
+            run = int(np.cumprod(rng.random(gamma) < falling[:gamma]).sum())
+            proposed[:gamma] += 1
+            accepted[:run] += 1
+            tokens, spent = tokens + run + 1, spent + 1 + cost * gamma
+        chooser.observe(number, proposed, accepted)
+        rounds += number
+    reached = np.cumprod(falling)
+    best = max((1 + reached[:g].sum()) / (1 + cost * g) for g in range(8))
+    assert tokens / spent >= 0.97 * best
