@@ -14,7 +14,6 @@ import functools
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import script
@@ -22,6 +21,7 @@ import torch
 import transformers
 
 import quantspec_jax as qs
+from quantspec_jax.bench import record
 from quantspec_jax.models.parameters import flatten
 
 HF_NAMES = {
@@ -141,7 +141,7 @@ def main() -> int:
                 "acceptance_rate": rate[0],
             }
             rows.append(script.show(row))
-    script.write(__file__, args, rows, model=Path(args.model).stem, dtype="float32")
+    script.write(__file__, args, rows, model=record.model_name(args.model), dtype="float32")
     return 0
 
 

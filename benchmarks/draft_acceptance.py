@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ import numpy as np
 import script
 
 import quantspec_jax as qs
+from quantspec_jax.bench import record
 from quantspec_jax.cache.schedule import room
 from quantspec_jax.evaluate.teacher_forced import Overlap, compare
 
@@ -150,7 +150,7 @@ def main() -> int:
             row = measure(model, inputs, gamma, args.new_tokens, temperature, known)
             rows.append(script.show(row))
     about = {"dtype": model.dtype.name, "draft": model.draft.describe()}
-    script.write(__file__, args, rows, model=Path(args.model).stem, **about)
+    script.write(__file__, args, rows, model=record.model_name(args.model), **about)
     first = [row for row in rows if row["gamma"] == 1]
     return int(any(abs(row["acceptance_rate"] - row["evaluated"]) > 0.03 for row in first))
 

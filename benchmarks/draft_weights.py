@@ -24,6 +24,7 @@ import numpy as np
 import script
 
 import quantspec_jax as qs
+from quantspec_jax.bench import record
 from quantspec_jax.evaluate.measures import accepted
 from quantspec_jax.evaluate.teacher_forced import compare
 from quantspec_jax.models import decoder
@@ -140,7 +141,7 @@ def main() -> int:
                 "calibration_seconds": calibrated - begin if calibrated_on else None,
             }
             rows.append(script.show(row))
-            script.write(__file__, args, rows, model=Path(args.model).stem)
+            script.write(__file__, args, rows, model=record.model_name(args.model))
     return 0
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 import script
 
 import quantspec_jax as qs
+from quantspec_jax.bench import record
 from quantspec_jax.cache.schedule import room
 from quantspec_jax.evaluate import acceptance
 from quantspec_jax.evaluate.teacher_forced import compare
@@ -72,7 +72,7 @@ def main() -> int:
     for path in args.text:
         row = measure(model, script.tokens(model, path, args.prompt_tokens), args.new_tokens)
         rows.append(script.show({"text": path.name, **row}))
-    script.write(__file__, args, rows, model=Path(args.model).stem, dtype=model.dtype.name)
+    script.write(__file__, args, rows, model=record.model_name(args.model), dtype=model.dtype.name)
     return int(any(abs(row["acceptance_rate"] - row["evaluated"]) > 0.03 for row in rows))
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import script
 
+from quantspec_jax.bench import record
+
 CHILD = """
 import sys, time
 import quantspec_jax as qs
@@ -78,7 +80,7 @@ def main() -> int:
                 "end_of_64_tokens_seconds": end,
             }
             rows.append(script.show(row))
-    script.write(__file__, args, rows, model=Path(args.model).stem, dtype=args.dtype)
+    script.write(__file__, args, rows, model=record.model_name(args.model), dtype=args.dtype)
     return 0
 
 

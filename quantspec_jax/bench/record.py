@@ -60,6 +60,12 @@ def is_hub_id(option: str, value: str | Path) -> bool:
     return option in MODELS and str(value).count("/") == 1 and not os.path.exists(value)
 
 
+def model_name(source: str) -> str:
+    """What a model is called in a record: the last part of where it is, a GGUF file without its
+    ending."""
+    return Path(source).name.removesuffix(".gguf")
+
+
 def write(path: Path, command: str, rows: list[dict[str, Any]], **more: Any) -> None:
     """Write a recorded run, whole or not at all.
 

@@ -491,7 +491,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     limit, needed = model.config.max_context, max(args.context) + args.new_tokens
     words = f"--context {max(args.context)} + --new-tokens {args.new_tokens}"
     require(needed <= limit, words, needed, f"at most {limit}, the model's context")
-    bench = Bench(model, prompts(text, model.tokenizer, args), args, Path(args.model).stem)
+    bench = Bench(model, prompts(text, model.tokenizer, args), args, record.model_name(args.model))
     rows: list[dict[str, Any]] = []
     result = {
         "text": Path(args.text).stem,

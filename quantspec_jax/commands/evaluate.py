@@ -123,7 +123,7 @@ def sweep(
     stored = [stored_draft(model, path, scaling) for path in args.draft_of or ()]
     drafts = [*default_drafts(model), *stored]
     found = evaluate.sweep(model, tokens, drafts, shapes=preset(args.preset), progress=True)
-    name = Path(args.model).stem
+    name = record.model_name(args.model)
     rows = found.pop("rows")
     settings = {
         "model": name,
