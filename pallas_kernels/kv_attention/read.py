@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-VIEWS = ("full", "int8", "int4")
+VIEWS = ("full", "int8", "int4", "float8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,7 +12,8 @@ class Read:
     """What a pass reads: handed through whole, and a constant of the program.
 
     view   of the planes: `int8` both, `int4` the upper one alone; a cache without planes is read in
-           full precision whatever is asked for (`full`: it has none)
+           full precision whatever is asked for (`full`: it has none), or in the 8-bit floats that
+           its buffer holds (`float8`)
     """
 
     view: str = "int8"

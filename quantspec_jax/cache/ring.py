@@ -29,6 +29,15 @@ def append(layer: LayerCache, keys: CacheKV, values: CacheKV, start: Each) -> La
     )
 
 
+def narrowed(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """x in the buffer's type. Types of 8 bits have no infinity and a small range: there values
+    beyond it become its ends."""
+    if jnp.dtype(dtype).itemsize == 1:
+        largest = float(jnp.finfo(dtype).max)
+        x = jnp.clip(x, -largest, largest)
+    return x.astype(dtype)
+
+
 def _write_one(buffer: jax.Array, new: jax.Array, slot: jax.Array, half: int) -> jax.Array:
     """Rows of one sequence, as a slice: the last window of S slots inside the half that reaches
     `slot`, in which what precedes it is kept."""
@@ -37,7 +46,7 @@ def _write_one(buffer: jax.Array, new: jax.Array, slot: jax.Array, half: int) ->
     skip = slot[0] - first
     at = (0, 0, first, 0)
     old = jax.lax.dynamic_slice(buffer, at, new.shape)
-    moved = jnp.roll(new.astype(buffer.dtype), skip, 2)
+    moved = jnp.roll(narrowed(new, buffer.dtype), skip, 2)
     kept = jnp.arange(rows)[None, None, :, None] < skip
     return jax.lax.dynamic_update_slice(buffer, jnp.where(kept, old, moved), at)
 
@@ -50,4 +59,5 @@ def _write_batch(buffer: jax.Array, new: jax.Array, slot: jax.Array, half: int) 
     inside = index // half == (slot // half)[:, None]
     index = jnp.where(inside, index, buffer.shape[2] + row)  # else beyond: dropped
     at = buffer.at[jnp.arange(b)[:, None], :, index]
-    return at.set(new.swapaxes(1, 2).astype(buffer.dtype), mode="drop", unique_indices=True)
+    new = narrowed(new.swapaxes(1, 2), buffer.dtype)
+    return at.set(new, mode="drop", unique_indices=True)

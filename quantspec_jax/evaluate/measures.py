@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from quantspec_jax.cache.codecs import VIEWS
+from quantspec_jax.cache.codecs import CODECS
 from quantspec_jax.checks import require
 from quantspec_jax.evaluate.teacher_forced import Overlap, compare, score
 from quantspec_jax.generate.config import Backend
@@ -16,6 +16,7 @@ from quantspec_jax.text.prompts import read_prompts
 from quantspec_jax.weights.sizes import bits_per_weight
 
 SHORTEST = 8
+VIEWS = (*CODECS["full"].views, *CODECS["hierarchical"].views)
 
 
 def perplexity(

@@ -29,7 +29,11 @@ class GenerateConfig:
 
     gamma: tokens drafted a round (mode quantspec alone). "auto": as many, 0 to 7, as pay off at the
       acceptance of late and at what a draft step costs; where drafting does not pay, speculation
-      switches itself off and decoding is plain (`engine.adaptive`).
+      switches itself off and decoding is plain (`engine.adaptive`). What it chooses depends on
+      counts and on that cost alone, so a key gives one text on one machine. Sampled text changes
+      with a cost that is measured anew (another device or version, a cache folder that was emptied)
+      and with the company of a batch, unless the coupling is "invariant"; greedy text does not, up
+      to ties in bfloat16.
     draft_cost: what a draft step costs over a plain one, for "auto"; None: it is measured, once for
       a model, device and context bucket (`engine.draft_cost`).
     coupling: how sampled proposals are accepted (`generate.couplings`).

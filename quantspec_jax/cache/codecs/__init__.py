@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from quantspec_jax.cache.codecs.codec import Codec
+from quantspec_jax.cache.codecs.float8 import Float8
 from quantspec_jax.cache.codecs.full import Full
 from quantspec_jax.cache.codecs.hierarchical import Hierarchical
 
-CODECS: dict[str, Codec] = {"full": Full(), "hierarchical": Hierarchical()}
+CODECS: dict[str, Codec] = {"full": Full(), "hierarchical": Hierarchical(), "float8": Float8()}
 VIEWS = tuple(view for codec in CODECS.values() for view in codec.views)
 
 
