@@ -224,8 +224,10 @@ class Awq(PackedSafetensors):
         found: dict[str, Any] = {}
         scaling: dict[str, jax.Array] = {}
         for norm, names in (("attention_norm", "qkv"), ("mlp_norm", ("gate", "up"))):
-            own = found[norm] = jnp.asarray(self._vector(f"layers.{i}.{norm}"))
-            ratio = jnp.where(own == 0, 1, target[norm] / jnp.where(own == 0, 1, own))
+            own = jnp.asarray(self._vector(f"layers.{i}.{norm}"))
+            found[norm] = own.astype(target[norm].dtype)
+            whole = target[norm].astype(jnp.float32)
+            ratio = jnp.where(own == 0, 1, whole / jnp.where(own == 0, 1, own))
             scaling |= dict.fromkeys(names, ratio[:, None])
         for name in LINEAR_LAYERS:
             layer = f"layers.{i}.{name}"
