@@ -291,7 +291,8 @@ def test_gguf_blocks_are_the_files_weights(kind, family, tools, tmp_path):
             weight = entries["layers"][i][name]["kernel"]
             error = jnp.abs(dequantize(weight) - block[name]["kernel"])
             scale = jnp.repeat(jnp.abs(weight.scale.astype(jnp.float32)), 32, 0)
-            minimum = 0 if weight.minimum is None else jnp.repeat(jnp.abs(weight.minimum), 32, 0)
+            low = 0 * weight.scale if weight.minimum is None else weight.minimum
+            minimum = jnp.repeat(jnp.abs(low.astype(jnp.float32)), 32, 0)
             assert bool((error <= 1.01 * 2.0**-8 * (15 * scale + minimum)).all())
 
 
