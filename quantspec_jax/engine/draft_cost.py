@@ -96,7 +96,7 @@ def keep(key: str, cost: float) -> None:
 
 def _path(key: str) -> Path | None:
     folder = compilation_cache.directory()
-    return folder.parent / "draft_costs" / f"{key}.json" if folder else None
+    return folder / "draft_costs" / f"{key}.json" if folder else None
 
 
 def measured(state: DecodeState, program: Program, decode: Decode) -> tuple[DecodeState, float]:

@@ -125,8 +125,13 @@ class Engine:
         return taken
 
     def step(self, rounds: int | None = None) -> None:
-        """A chunk of rounds, `rounds` at most; the host waits for them."""
-        assert self._state is not None, "no sequence was added"
+        """A chunk of rounds, `rounds` at most; the host waits for them.
+
+        Raises:
+          ValueError: no sequence was ever added.
+        """
+        if self._state is None:
+            raise ValueError("the engine has no sequence; allowed: `step` after `add`")
         rounds = rounds or self.config.rounds_per_chunk
         if self._ended.any():
             ended = self._state.finished | jnp.asarray(self._ended)
@@ -173,7 +178,8 @@ class Engine:
     @property
     def running(self) -> bool:
         """Whether a sequence has not finished."""
-        return bool((self._used & ~self._ended & ~self._seen["finished"]).any())
+        unfinished = self._used & ~self._ended
+        return bool((unfinished & ~self._seen["finished"]).any()) if self._seen else False
 
     # The rest is how.
 

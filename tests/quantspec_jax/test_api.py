@@ -74,7 +74,7 @@ def costs(tmp_path, monkeypatch):
     """A place of its own for what is measured, and nothing known yet."""
     monkeypatch.setenv("QUANTSPEC_CACHE_DIR", str(tmp_path / "xla"))
     monkeypatch.setattr(draft_cost, "_known", {})
-    return tmp_path / "draft_costs"
+    return tmp_path / "xla" / "draft_costs"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

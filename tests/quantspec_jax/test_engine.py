@@ -118,6 +118,9 @@ def test_what_does_not_fit_is_refused_by_name(model):
     with pytest.raises(ValueError, match="slots is 0"):
         Engine(model, config, 100, slots=0)
     engine = Engine(model, config, 100, slots=2)
+    assert not engine.running
+    with pytest.raises(ValueError, match="no sequence"):
+        engine.step()
     with pytest.raises(ValueError, match=r"prompt is .*; allowed: 1 to 128"):
         engine.add([[1] * 200])
     with pytest.raises(ValueError, match="max_new_tokens is 500"):
