@@ -42,6 +42,7 @@ def add(commands: Any) -> None:
     add_dtype(parser)
     add_draft(parser)
     add_rope(parser)
+    parser.add_argument("--output", metavar="FILE", help="record the run as JSON")
     group = parser.add_argument_group(
         "sweep", "acceptance of several drafts, and the limit of the speed-up that each promises"
     )
@@ -55,7 +56,6 @@ def add(commands: Any) -> None:
         help="also the draft stored with this converted checkpoint of the model; may be repeated",
     )
     group.add_argument("--preset", metavar="NAME", help="predict for these shapes (the model's)")
-    group.add_argument("--output", metavar="FILE", help="record the run as JSON")
     group.add_argument("--plot", metavar="FILE", help="acceptance against bits: .png, .svg, .pdf")
 
 
@@ -66,6 +66,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     draft = draft_config(args)
     scaling = rope(args)
     check_sweep(args)
+    if args.output is not None:
+        folder = os.path.dirname(args.output) or "."
+        require(os.path.isdir(folder), "--output", args.output, "a file in an existing directory")
     require(args.context >= 8, "--context", args.context, "8 tokens or more")
     require(args.skip_characters >= 0, "--skip-characters", args.skip_characters, "0 or more")
     text = read_text(args.text, "text file")[args.skip_characters :]
@@ -89,23 +92,43 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         result = evaluate.perplexity(model, tokens, context=args.context, progress=True)
     else:
         result = evaluate.acceptance(model, tokens, progress=True)
+    write_record(args, [result], **settings(args, model))
     if not args.json:
         terminal.show(result)
     return result
 
 
+def settings(args: argparse.Namespace, model: Model) -> dict[str, Any]:
+    """What was evaluated, for a record."""
+    from quantspec_jax.bench import record
+
+    return {
+        "model": record.model_name(args.model),
+        "text": Path(args.text).name,
+        "context": args.context,
+        "skip_characters": args.skip_characters,
+        "dtype": model.dtype.name,
+    }
+
+
+def write_record(args: argparse.Namespace, rows: list[dict[str, Any]], **described: Any) -> None:
+    """The file of --output, if one is asked for."""
+    from quantspec_jax.bench import record
+
+    if args.output is not None:
+        command = record.command(f"quantspec eval {args.measure}", args)
+        record.write(Path(args.output), command, rows, **described)
+
+
 def check_sweep(args: argparse.Namespace) -> None:
     """Raise for what a sweep could not do, before anything is loaded."""
     if not args.sweep:
-        options = given(args, "draft_of", "preset", "output", "plot")
+        options = given(args, "draft_of", "preset", "plot")
         refuse(options, "an evaluation of one draft: they need --sweep")
         return
     if args.measure == "perplexity":
         refuse({"sweep": True}, "perplexity: it evaluates the cache, not drafts")
     preset(args.preset)
-    if args.output is not None:
-        folder = os.path.dirname(args.output) or "."
-        require(os.path.isdir(folder), "--output", args.output, "a file in an existing directory")
     if args.plot is not None:
         from quantspec_jax.plotting import check_plot
 
@@ -117,26 +140,16 @@ def sweep(
 ) -> dict[str, Any]:
     """Evaluate the drafts; write the files that were asked for."""
     from quantspec_jax import evaluate
-    from quantspec_jax.bench import record
     from quantspec_jax.evaluate.sweep import default_drafts, plot, table
 
     stored = [stored_draft(model, path, scaling) for path in args.draft_of or ()]
     drafts = [*default_drafts(model), *stored]
     found = evaluate.sweep(model, tokens, drafts, shapes=preset(args.preset), progress=True)
-    name = record.model_name(args.model)
     rows = found.pop("rows")
-    settings = {
-        "model": name,
-        "text": Path(args.text).name,
-        "context": args.context,
-        "skip_characters": args.skip_characters,
-        "dtype": model.dtype.name,
-        "predicted_for": args.preset or name,
-    }
-    result = {**settings, **found, "rows": rows}
-    if args.output is not None:
-        command = record.command("quantspec eval acceptance", args)
-        record.write(Path(args.output), command, rows, **settings, **found)
+    described = settings(args, model)
+    described |= {"predicted_for": args.preset or described["model"], **found}
+    result = {**described, "rows": rows}
+    write_record(args, rows, **described)
     if args.plot is not None:
         plot(result, Path(args.plot))
     if not args.json:
