@@ -20,7 +20,7 @@ import script
 import quantspec_jax as qs
 from pallas_kernels.kv_attention.api import kv_attention
 from pallas_kernels.kv_attention.read import Read
-from quantspec_jax.cache import append
+from pallas_kernels.rope_append.api import rope_append
 from quantspec_jax.models.decoder import forward
 
 
@@ -32,8 +32,8 @@ def errors(model: qs.Model, ids: list[int], view: str, tokens: int) -> dict[str,
 
     @jax.jit
     def one_pass(params, layers):
-        def attend(layer, q, k, v):
-            layer = append(layer, k.swapaxes(1, 2), v.swapaxes(1, 2), cache.length)
+        def attend(layer, heads):
+            q, layer = rope_append(heads, layer, cache.length)
             call = (layer, cache.quantized_length, cache.length)
             # XLA may keep more of a bfloat16 than its bits, inside one program: not of these.
             q, call = jax.lax.optimization_barrier((q, call))

@@ -29,11 +29,14 @@ MOST_ROWS = 24
 MOST_HEADLINES = 8
 KEYS = ("what", "title", "command", "note", "device", "versions", "date", "rows")
 
-# The runs of README.md's table by name, and how many rows of each at most; real text comes first.
-HEADLINES: tuple[tuple[str, int], ...] = (
-    ("text-*", 6),
-    ("decode-llama-2-7b-h200-*", 2),
-    ("decode-llama-3.1-8b-h200-*", 1),
+# The runs of README.md's table by name, and which rows of each; real text comes first.
+HEADLINES: tuple[tuple[str, slice], ...] = (
+    ("text-qwen2.5-coder-1.5b-30k-*", slice(3)),
+    ("text-qwen2.5-coder-1.5b-8k-*", slice(1)),
+    ("text-qwen2.5-coder-1.5b-yarn-*", slice(-1, None)),  # the longest context
+    ("text-smollm2-*", slice(1)),
+    ("decode-llama-2-7b-h200-*", slice(1)),
+    ("decode-llama-3.1-8b-h200-*", slice(1)),
 )
 
 # The sections of benchmarks/README.md, and the names of their runs; the first that fits counts.
@@ -136,9 +139,8 @@ HEADLINE_COLUMNS = (
 def headlines(runs: Sequence[Run]) -> list[Headline]:
     """The rows of README.md's table."""
     found = []
-    for pattern, most in HEADLINES:
-        rows = [row for run in matching(runs, pattern) for row in headlines_of(run)]
-        found += rows[:most]
+    for pattern, which in HEADLINES:
+        found += [row for run in matching(runs, pattern) for row in headlines_of(run)][which]
     return found[:MOST_HEADLINES]
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels.rope_append.heads import Heads
 from quantspec_jax import compilation_cache
 from quantspec_jax.checks import require
 from quantspec_jax.dtypes import BFLOAT16, FLOAT32, float_type
@@ -92,8 +93,8 @@ def full_logits(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.A
     """Causal forward pass in full precision, no cache: [B, S] → [B, S, N] float32."""
     b, s = tokens.shape
 
-    def attend(state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        return causal_attention(q, k, v, config.head_dim**-0.5), state
+    def attend(state: None, heads: Heads) -> tuple[jax.Array, None]:
+        return causal_attention(*heads.finished(), config.head_dim**-0.5), state
 
     hidden, _ = forward(
         params,

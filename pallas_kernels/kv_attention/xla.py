@@ -27,7 +27,7 @@ from pallas_kernels.layout import (
 )
 
 CHUNK_TOKENS = 1024  # of the full-precision view
-TILES_AT_ONCE = 8
+TILES_AT_ONCE = (3, 8)  # fewest and most: a quarter of the planes between them
 Weigh = Callable[[jax.Array], jax.Array]
 
 
@@ -143,10 +143,6 @@ def _weigh_values(weights: jax.Array, values: Planes, view: str) -> jax.Array:
     return jnp.concatenate(parts, -1)
 
 
-def _largest_divisor(n: int, at_most: int) -> int:
-    return next(d for d in range(min(n, at_most), 0, -1) if n % d == 0)
-
-
 def kv_attention(
     q: jax.Array,
     cache: LayerCache,
@@ -178,24 +174,28 @@ def kv_attention(
 
     if keys is not None and values is not None:
         n, g = keys.upper.shape[2:4]
-        step = _largest_divisor(n, TILES_AT_ONCE)
-
-        def tiles(planes: Planes, i: jax.Array) -> Planes:
-            return Planes(*(jax.lax.dynamic_slice_in_dim(x, i * step, step, 2) for x in planes))
+        fewest, most = TILES_AT_ONCE
+        step = min(max(n // 4, fewest), most, n)
 
         def over_tiles(i: jax.Array, state: Partial) -> Partial:
-            token = i * step * g + jnp.arange(step * g)[None, None, None]
-            mask = token < quantized_length[:, None, None, None]
+            # The last tiles are moved back to end with the planes; what they repeat is masked.
+            begin = jnp.minimum(i * step, n - step)
+
+            def cut(x: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_slice_in_dim(x, begin, step, 2)
+
+            token = begin * g + jnp.arange(step * g)[None, None, None]
+            mask = (token < quantized_length[:, None, None, None]) & (token >= i * step * g)
             if pages is not None:
-                here = jax.lax.dynamic_slice_in_dim(pages, i * step, step, 2)
-                mask &= jnp.repeat(here, g, 2)[:, :, None]
+                mask &= jnp.repeat(cut(pages), g, 2)[:, :, None]
             mask = jnp.broadcast_to(mask, (b, k, rows, step * g))
-            scores = _key_scores(grouped, tiles(keys, i), view)
-            return _merge(state, scores, mask, lambda w: _weigh_values(w, tiles(values, i), view))
+            scores = _key_scores(grouped, Planes(*map(cut, keys)), view)
+            tiles = Planes(*map(cut, values))
+            return _merge(state, scores, mask, lambda w: _weigh_values(w, tiles, view))
 
         state = jax.lax.fori_loop(0, -(-jnp.max(quantized_length) // (step * g)), over_tiles, state)
 
-    width = min(-(-length // 2), CHUNK_TOKENS)
+    width = min(length, CHUNK_TOKENS)
     first = quantized_length[:, None, None]
 
     def over_buffer(i: jax.Array, state: Partial) -> Partial:
@@ -212,9 +212,9 @@ def kv_attention(
         value = cut(cache.value_buffer)
         return _merge(state, scores, mask, lambda w: _einsum("bkrt,bktd->bkrd", w, value))
 
-    # Two chunks at least: XLA's CPU backend would fuse the read of a whole buffer with the append
-    # before it, and copy the buffer.
-    used = length if keys is not None else jnp.minimum(jnp.max(start) + s, length)
+    # A loop whose length is not known before, be it one chunk: XLA's CPU backend would fuse the
+    # read of a whole buffer with the append before it, and copy the buffer.
+    used = jnp.minimum(jnp.max(start) + s, length)
     state = jax.lax.fori_loop(0, -(-used // width), over_buffer, state)
 
     total = jnp.where(state.total > 0, state.total, 1.0)

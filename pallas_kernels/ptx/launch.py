@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ptx.memory import address
@@ -21,38 +22,53 @@ def kernel(
     warpgroups: int,
     shared_bytes: int = 0,
     cluster: int = 1,
-) -> Callable[..., Any]:
+    updated: int = 0,
+) -> Callable[..., tuple[jax.Array, ...]]:
     """A Pallas kernel whose body is thread-level code.
 
     body(addresses of the operands and results, address of the shared memory or None). Of `blocks`,
-    each `cluster` neighbours (`ctaid.x`) are a cluster.
+    each `cluster` neighbours (`ctaid.x`) are a cluster. The last `updated` operands are written in
+    place: what they have become comes after the results.
     """
     if blocks % cluster:
         raise ValueError(f"there are {blocks} blocks; a multiple of the cluster's {cluster} can be")
-    scratch = {"shared": plgpu.SMEM((max(shared_bytes, 16) // 4,), jnp.uint32)}
-
-    def pallas_body(*refs: Any, shared: Any) -> None:
-        types = tuple(plgpu.RefType() for _ in range(len(refs) + 1))
-
-        @plgpu.inline_mgpu(arg_types=types)
-        def inline(ctx: Any, *inner: Any) -> None:
-            del ctx
-            body([address(ref) for ref in inner[:-1]], address(inner[-1]))
-
-        inline(*refs, shared)
-
-    pallas_body.__name__ = name
-    return plgpu.kernel(
-        pallas_body,
-        out_type=tuple(out_type),
-        scratch_types=scratch,
+    mesh = plgpu.Mesh(
         grid=(blocks // cluster,),
         grid_names=("block",),
         cluster=(cluster,) if cluster > 1 else (),
         cluster_names=("peer",) if cluster > 1 else (),
         num_threads=warpgroups,
         thread_name="warpgroup",
+    )
+
+    def pallas_body(*refs: Any) -> None:
+        def in_scope(shared: Any) -> None:
+            types = tuple(plgpu.RefType() for _ in range(len(refs) + 1))
+
+            @plgpu.inline_mgpu(arg_types=types)
+            def inline(ctx: Any, *inner: Any) -> None:
+                del ctx
+                body([address(ref) for ref in inner[:-1]], address(inner[-1]))
+
+            inline(*refs, shared)
+
+        words = max(shared_bytes, 16) // 4
+        pl.run_scoped(in_scope, plgpu.SMEM((words,), jnp.uint32), collective_axes="warpgroup")
+
+    run = pl.kernel(
+        pallas_body,
+        tuple(out_type),
+        mesh=mesh,
+        name=name,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )
+
+    def call(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        read = len(operands) - updated
+        written = [jax.new_ref(x) for x in operands[read:]]
+        results = run(*operands[:read], *written)
+        return (*results, *map(jax.freeze, written))
+
+    return call

@@ -1,5 +1,6 @@
 """The key-value cache: its arrays, its schedule, and the codecs that say how tokens lie in it."""
 
+from pallas_kernels.rope_append.ring import append
 from quantspec_jax.cache.cache import (
     cache_bytes,
     create,
@@ -9,7 +10,6 @@ from quantspec_jax.cache.cache import (
     logical_axes,
     rollback,
 )
-from quantspec_jax.cache.ring import append
 from quantspec_jax.cache.schedule import quantized_length
 from quantspec_jax.cache.state import KVCache, LayerCache
 

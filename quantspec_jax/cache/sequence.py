@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.rope_append.heads import Heads
 from quantspec_jax.cache.codecs import codec_of
 from quantspec_jax.models.attention import Tokens, sequence_attention
 from quantspec_jax.models.decoder import Attend
@@ -50,7 +51,8 @@ def attend_text(view: str, group_size: int, sm_scale: float) -> Attend:
     """`attend_coded` for `models.decoder`: the state is what the cache has, None where the pass
     makes it, as the target does."""
 
-    def attend(past: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+    def attend(past: Any, heads: Heads) -> tuple[jax.Array, Any]:
+        q, k, v = heads.finished()
         own = Tokens(k, v)
         past = own if past is None else past
         out = attend_coded(q, own, past, view=view, group_size=group_size, sm_scale=sm_scale)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_attention.api import Read, kv_attention
+from pallas_kernels.rope_append.api import Heads, rope_append
 from pallas_kernels.shapes import Each, Ids, Logits, Pages, shaped
-from quantspec_jax.cache import KVCache, LayerCache, append
+from quantspec_jax.cache import KVCache, LayerCache
 from quantspec_jax.generate.state import Program
 from quantspec_jax.models.decoder import forward, unembed
 from quantspec_jax.models.parameters import Params
@@ -38,10 +38,8 @@ def cache_pass(
       they were.
     """
 
-    def attend(
-        layer: LayerCache, q: jax.Array, k: jax.Array, v: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        layer = append(layer, k.swapaxes(1, 2), v.swapaxes(1, 2), start)
+    def attend(layer: LayerCache, heads: Heads) -> tuple[jax.Array, LayerCache]:
+        q, layer = rope_append(heads, layer, start, backend=program.backend)
         out, _ = kv_attention(
             q,
             layer,

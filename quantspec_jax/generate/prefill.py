@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.rope_append.heads import Heads
 from pallas_kernels.shapes import Each, Ids, shaped
 from quantspec_jax.cache import KVCache, LayerCache, from_prompt
 from quantspec_jax.generate.requests import Requests, is_end
@@ -79,7 +80,8 @@ def layer(
     """One block on whole prompts: the stream and its norm after it, and the layer's cache."""
     config = program.model
 
-    def attend(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerCache]:
+    def attend(_: None, heads: Heads) -> tuple[jax.Array, LayerCache]:
+        q, k, v = heads.finished()
         out = prompt_attention(q, k, v, config.head_dim**-0.5, program.backend)
         made = from_prompt(
             k.swapaxes(1, 2), v.swapaxes(1, 2), lengths, program.cache, program.backend

@@ -3,13 +3,13 @@
 `models.module.Decoder` is the NNX module that owns the parameters with their logical axis names; it
 is split once, where a model is made, and everything after that is functions of plain arrays:
 
-    tokens ─ embed ─┬─ norm ─ q k v ─ RoPE ─ attend(layer i) ─ o ─ + ─ norm ─ SwiGLU ─ + ─┐
-                    └────────────────────── L times ──────────────────────────────────────┘─ norm
+    tokens ─ embed ─┬─ norm ─ q k v ─ attend(layer i) ─ o ─ + ─ norm ─ SwiGLU ─ + ─┐
+                    └────────────────────── L times ───────────────────────────────┘─ norm
 
-`attend` is the caller's: prefill, decoding over a cache, evaluation and calibration differ in it
-alone. Calibration, which makes a layer's weights when it has seen its inputs, takes a block in two
-parts, up to the inputs of o and up to those of down. Layers are unrolled, so that each weight is an
-argument of its own and is read where it lies.
+`attend` is the caller's, RoPE included: prefill, decoding over a cache, evaluation and calibration
+differ in it alone. Calibration, which makes a layer's weights when it has seen its inputs, takes a
+block in two parts, up to the inputs of o and up to those of down. Layers are unrolled, so that each
+weight is an argument of its own and is read where it lies.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import jax.numpy as jnp
 from pallas_kernels.add_rms_norm.api import add_rms_norm
 from pallas_kernels.add_rms_norm.xla import rms_norm
 from pallas_kernels.layout import PackedWeight
+from pallas_kernels.rope_append.heads import Heads
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.linear import linear, linears, precision, products
 from quantspec_jax.models.parameters import Params
-from quantspec_jax.models.rope import rope_frequencies, rope_tables, rotate
+from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
-# attend(state of layer i, q [B,S,H,D], k [B,S,K,D], v [B,S,K,D]) → (output [B,S,H,D], new state)
-Attend = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# attend(state of layer i, what the products made of it) → (output [B,S,H,D], new state)
+Attend = Callable[[Any, Heads], tuple[jax.Array, Any]]
 
 
 def forward(
@@ -48,7 +49,7 @@ def forward(
     Args:
       tokens, positions: [B, S] int32.
       layers: L states, one for each layer, handed to `attend`.
-      attend: attention of one layer; gets q and k after RoPE.
+      attend: attention of one layer.
       rope_length: tokens the generation is allocated for (`rope_frequencies`).
 
     Returns:
@@ -115,15 +116,12 @@ def attention_part(
 ) -> tuple[jax.Array, Any]:
     """A block's normed stream [B, S, E] → the inputs [B, S, H·D] of its o, and the new state."""
     b, s = h.shape[:2]
-
-    def heads(y: jax.Array) -> jax.Array:
-        return y.reshape(b, s, -1, config.head_dim)
-
-    q, k, v = map(heads, linears(h, [block[name] for name in ("q", "k", "v")], backend))
-    if config.qk_norm:
-        q = rms_norm(q, block["q_norm"], config.rms_norm_eps)
-        k = rms_norm(k, block["k_norm"], config.rms_norm_eps)
-    out, state = attend(state, rotate(q, *rope), rotate(k, *rope), v)
+    weights = [block[name] for name in ("q", "k", "v")]
+    q, k, v = (y.reshape(b, s, -1, config.head_dim) for y in products(h, weights, backend, h.dtype))
+    bias_q, bias_k, bias_v = (each.get("bias") for each in weights)
+    norms = (block["q_norm"], block["k_norm"]) if config.qk_norm else (None, None)
+    due = Heads(q, k, v, (bias_q, bias_k, bias_v), norms, rope, config.rms_norm_eps, h.dtype)
+    out, state = attend(state, due)
     return out.astype(h.dtype).reshape(b, s, -1), state
 
 

@@ -7,7 +7,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.shapes import Ids, Queries, Tables, shaped
+from pallas_kernels.shapes import Ids, Tables, shaped
 from quantspec_jax.models.config import RopeConfig
 
 
@@ -95,11 +95,3 @@ def rope_tables(frequencies: np.ndarray, attention: float, positions: Ids) -> tu
     angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)[None, None]
     angles = jnp.concatenate([angles, angles], -1)[:, :, None]
     return jnp.cos(angles) * attention, jnp.sin(angles) * attention
-
-
-@shaped
-def rotate(x: Queries, cos: Tables, sin: Tables) -> Queries:
-    """Rotate [B, S, H, D] in the planes (i, i + D/2); computed in float32, returned in x's type."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
-    turned = jnp.concatenate([-second, first], -1)
-    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)

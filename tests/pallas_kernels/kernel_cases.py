@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import numpy as np
 
 from pallas_kernels.layout import LayerCache, Planes, QuantizedWeight, pack
 from pallas_kernels.quantize_pack import xla as quantize
+from pallas_kernels.rope_append.heads import Heads
 
 
 def attention_call(
@@ -97,3 +100,44 @@ def relative_error(found, expected) -> float:
     """‖found − expected‖ / ‖expected‖ in float64; NaN if anything found is."""
     found, expected = (np.asarray(x, np.float64) for x in (found, expected))
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+HEADS = {  # what a pass of heads may be: batch, tokens, H, K, D, types of q, k, v, biases, norms
+    "plain": (1, 1, 4, 2, 128, "bbb", False, False),
+    "bias": (1, 5, 6, 2, 64, "fff", True, False),
+    "norm": (2, 3, 2, 1, 128, "bbb", False, True),
+    "all, odd": (2, 4, 3, 3, 96, "fbf", True, True),
+    "wide": (1, 2, 1, 1, 256, "bfb", False, True),
+}
+
+
+def heads_call(
+    case: str, planes: bool, start: Sequence[int], slots: int = 64
+) -> tuple[Heads, LayerCache, jax.Array]:
+    """The arguments of `rope_append`; `start` a position for each of two sequences."""
+    batch, tokens, h, k, d, types, bias, norm = HEADS[case]
+    keys = iter(jax.random.split(jax.random.key(7), 16))
+
+    def numbers(*shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
+        return jax.random.normal(next(keys), shape).astype(dtype)
+
+    dtypes = [{"b": jnp.bfloat16, "f": jnp.float32}[letter] for letter in types]
+    q, *kv = (
+        numbers(batch, tokens, n, d, dtype=dtype)
+        for n, dtype in zip((h, k, k), dtypes, strict=True)
+    )
+    angles = numbers(batch, tokens, 1, d // 2, dtype=jnp.float32)
+    angles = jnp.concatenate([angles, angles], -1)
+    heads = Heads(
+        q,
+        *kv,
+        biases=tuple(numbers(n * d) for n in (h, k, k)) if bias else (None,) * 3,
+        norms=(numbers(d), numbers(d)) if norm else (None, None),
+        rope=(jnp.cos(angles), jnp.sin(angles)),
+        eps=1e-5,
+        dtype=jnp.dtype(jnp.bfloat16),
+    )
+    # A cache's planes are not looked at but for whether there are any.
+    some = Planes(*(jnp.zeros(1) for _ in range(4))) if planes else None
+    buffers = (numbers(batch, k, slots, d) for _ in range(2))
+    return heads, LayerCache(some, some, *buffers), jnp.array(start[:batch], jnp.int32)

@@ -10,7 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from kernel_cases import attention_call, random_weight
+from kernel_cases import HEADS, attention_call, heads_call, random_weight
 
 from pallas_kernels.add_rms_norm.api import add_rms_norm
 from pallas_kernels.int4_matmul.api import int4_matmuls
@@ -18,6 +18,7 @@ from pallas_kernels.kv_attention.api import kv_attention
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import tile
 from pallas_kernels.quantize_pack.api import quantize_keys, quantize_values
+from pallas_kernels.rope_append.api import rope_append
 
 
 def calls():
@@ -48,6 +49,8 @@ def calls():
         yield functools.partial(kernel, group_size=128), (x,)
     x = jax.random.normal(jax.random.key(3), (5, 1032)).astype(jnp.bfloat16)
     yield functools.partial(add_rms_norm, eps=1e-6), (x, x, x[0])
+    for case in HEADS:
+        yield rope_append, heads_call(case, True, (31, 62))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import attention_call, relative_error, without_poison
+from kernel_cases import HEADS, attention_call, heads_call, relative_error, without_poison
 
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
 from pallas_kernels.add_rms_norm import xla as norm_reference
@@ -16,6 +16,8 @@ from pallas_kernels.kv_attention import xla as attention_reference
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
 from pallas_kernels.quantize_pack import xla as quantize_reference
+from pallas_kernels.rope_append import api as rope_reference
+from pallas_kernels.rope_append import mosaic_gpu as rope
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +71,26 @@ def test_add_rms_norm(rows, channels, y_dtype):
     np.testing.assert_array_equal(found[0], expected[0])
     wide = expected[1].astype(jnp.float32)  # a sum in another order may round otherwise
     np.testing.assert_allclose(found[1].astype(jnp.float32), wide, rtol=2**-7, atol=1e-6)
+
+
+# In the middle of a half of the ring, at its end where rows have to be dropped, and around.
+@pytest.mark.parametrize("start", [(5, 97), (31, 62), (63, 0)])
+@pytest.mark.parametrize("planes", [True, False])
+@pytest.mark.parametrize("case", HEADS)
+def test_rope_append(case, planes, start):
+    if not planes:
+        start = tuple(x % 64 for x in start)  # the full view does not wrap
+    call = heads_call(case, planes, start)
+    found, layer = rope.rope_append(*call)
+    expected, reference = rope_reference.rope_append(*call, backend="xla")
+    for a, b in (
+        (found, expected),
+        (layer.key_buffer, reference.key_buffer),
+        (layer.value_buffer, reference.value_buffer),
+    ):  # products may round otherwise before they are added, a last place of bfloat16 at most
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        np.testing.assert_allclose(a, b, rtol=2**-7, atol=2**-7)
+    np.testing.assert_array_equal(layer.value_buffer, reference.value_buffer)
 
 
 @pytest.mark.parametrize("which", ["quantize_keys", "quantize_values"])

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_cases import (
+    HEADS,
     attention_call,
+    heads_call,
     random_weight,
     relative_error,
     with_other_lower_planes,
@@ -27,6 +29,7 @@ from pallas_kernels.kv_attention import configs, mosaic_gpu
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import tile
 from pallas_kernels.quantize_pack import api as quantize
+from pallas_kernels.rope_append import api as rope
 
 DRAFT, TARGET = Read("int4"), Read("int8")
 
@@ -188,7 +191,8 @@ def test_int4_matmul_in_every_configuration(rows):
 def test_quantized_bit_for_bit(which, head_dim, group_size):
     """The same codes as the reference computes on the CPU, where quotients are rounded right."""
     spread = jnp.exp(2 * jax.random.normal(jax.random.key(1), (head_dim,)))
-    x = jax.random.normal(jax.random.key(0), (2, 3, 4 * group_size, head_dim)) * spread
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4 * group_size, head_dim))
+    x = x * spread[None, None, None]
     x = x.at[:, 0, :group_size].set(0.5).astype(jnp.bfloat16)
     run = getattr(quantize, which)
     found = jax.jit(functools.partial(run, group_size=group_size, backend="mosaic_gpu"))(x)
@@ -198,6 +202,18 @@ def test_quantized_bit_for_bit(which, head_dim, group_size):
     )
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("start", [(5, 97), (31, 62), (63, 0)])
+@pytest.mark.parametrize("case", HEADS)
+def test_rope_append(case, start):
+    call = heads_call(case, True, start)
+    run = jax.jit(rope.rope_append, static_argnames="backend")
+    found, again, expected = (run(*call, backend=x) for x in ("mosaic_gpu", "mosaic_gpu", "xla"))
+    for a, b, c in zip(*map(jax.tree.leaves, (found, again, expected)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        a, c = (np.asarray(x.astype(jnp.float32)) for x in (a, c))
+        np.testing.assert_allclose(a, c, rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize("y_dtype", ["bfloat16", "float32"])

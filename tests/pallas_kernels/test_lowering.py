@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
-from kernel_cases import attention_call, random_weight
+from kernel_cases import HEADS, attention_call, heads_call, random_weight
 
 from pallas_kernels import dispatch
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
@@ -17,6 +18,7 @@ from pallas_kernels.kv_attention import configs, mosaic_gpu
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import tile
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
+from pallas_kernels.rope_append import mosaic_gpu as rope
 
 
 def lower(fn, *args) -> str:
@@ -141,6 +143,28 @@ def test_add_rms_norm(channels, y_dtype):
     assert norm.unsupported(x) is None
     text = lower(functools.partial(norm.add_rms_norm, eps=1e-6), x, x.astype(y_dtype), x[0, 0])
     assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_rope_append(case):
+    """One launch, that writes the buffers where they lie."""
+    call = heads_call(case, True, (5, 97))
+    assert rope.unsupported(*call[:2]) is None
+    text = lower(rope.rope_append, *call)
+    assert text.count("custom_call @mosaic_gpu") == 1
+    assert text.count("stablehlo.output_operand_alias<") == 2
+
+
+def test_rope_append_says_what_it_cannot_do():
+    heads, layer, _ = heads_call("plain", True, (5,))
+    wide = dataclasses.replace(heads, dtype=jnp.dtype(jnp.float32))
+    assert "bfloat16" in rope.unsupported(wide, layer)
+    assert "bfloat16" in rope.unsupported(
+        heads, dataclasses.replace(layer, key_buffer=layer.key_buffer.astype(jnp.float32))
+    )
+    assert "multiples of 4" in rope.unsupported(
+        dataclasses.replace(heads, q=heads.q[..., :126]), layer
+    )
 
 
 def test_add_rms_norm_says_what_it_cannot_do():

@@ -12,6 +12,7 @@ from pallas_kernels.int4_matmul.api import int4_matmul
 from pallas_kernels.kv_attention.api import Read, kv_attention
 from pallas_kernels.layout import LayerCache
 from pallas_kernels.quantize_pack.api import quantize_keys, quantize_values
+from pallas_kernels.rope_append.heads import rotate
 from quantspec_jax import prefill
 from quantspec_jax.cache import append, from_prompt, rollback
 from quantspec_jax.generate.accept import accept
@@ -19,7 +20,7 @@ from quantspec_jax.generate.cache_pass import cache_pass
 from quantspec_jax.generate.sampling import choose, warp
 from quantspec_jax.generate.verify import verify
 from quantspec_jax.models.attention import prompt_attention
-from quantspec_jax.models.rope import rope_tables, rotate
+from quantspec_jax.models.rope import rope_tables
 
 CHECKED = [
     *(int4_matmul, kv_attention, quantize_keys, quantize_values, append, from_prompt, rollback),

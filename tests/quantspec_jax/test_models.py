@@ -22,6 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from convert.hf_config import parse_hf_config
+from pallas_kernels.rope_append.heads import rotate
 from quantspec_jax.cache import cache_bytes, create
 from quantspec_jax.cache.cache import logical_axes as cache_axes
 from quantspec_jax.cache.config import CacheConfig
@@ -42,7 +43,7 @@ from quantspec_jax.models.parameters import (
     parameter_count,
     parameter_shapes,
 )
-from quantspec_jax.models.rope import rope_frequencies, rope_tables, rotate
+from quantspec_jax.models.rope import rope_frequencies, rope_tables
 from quantspec_jax.weights.entries import merge, quantize_params
 from quantspec_jax.weights.formats import DraftConfig
 

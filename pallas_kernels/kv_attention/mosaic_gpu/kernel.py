@@ -10,7 +10,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices, ptx
 from pallas_kernels.kv_attention.mosaic_gpu.body import attention_body
-from pallas_kernels.kv_attention.mosaic_gpu.merge import MERGE_WARPGROUPS, merge_body
+from pallas_kernels.kv_attention.mosaic_gpu.merge import (
+    WARP_BYTES,
+    merge_blocks,
+    merge_body,
+    merge_warpgroups,
+)
 from pallas_kernels.kv_attention.mosaic_gpu.plan import Config, Plan, Shape
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import LayerCache
@@ -90,8 +95,9 @@ def kv_attention(
             jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
         ],
         name="kv_attention_merge",
-        blocks=shape.batch * shape.kv_heads * shape.rows,
-        warpgroups=MERGE_WARPGROUPS,
-        shared_bytes=4 * MERGE_WARPGROUPS * 128 * (2 + shape.head_dim // 32),
+        blocks=merge_blocks(plan),
+        warpgroups=merge_warpgroups(plan),
+        shared_bytes=4 * merge_warpgroups(plan) * WARP_BYTES,
     )
-    return merge(quantized_length, start, partial, statistics)
+    output, log_sum_exp = merge(quantized_length, start, partial, statistics)
+    return output, log_sum_exp

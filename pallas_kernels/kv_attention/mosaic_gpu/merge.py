@@ -1,4 +1,10 @@
-"""The second kernel: partial results of a query row become its output, by log-sum-exp."""
+"""The second kernel: partial results of a query row become its output, by log-sum-exp.
+
+A head has up to 800 partial results where it is one of two, more than one multiprocessor reads in
+the time of a launch. A block takes 32 channels of a row, and a warp four partial results at a time:
+
+    lane 8 i + j    partial result 4 w + i, 4 (w + warps) + i …    channels 4 j … 4 j + 3
+"""
 
 from __future__ import annotations
 
@@ -15,40 +21,40 @@ from pallas_kernels.kv_attention.mosaic_gpu.softmax import NOTHING
 from pallas_kernels.kv_attention.mosaic_gpu.units import Lengths, part_of
 from pallas_kernels.ptx import V, f32, i32
 
-MERGE_WARPGROUPS = 4
-MERGE_AT_ONCE = 8
+CHANNELS = 32  # of a block
+SIDE_BY_SIDE = 4  # partial results that a warp reads at a time
+AT_ONCE = 8  # reads in flight
+MOST_WARPGROUPS = 4
+WARP_BYTES = 4 * (CHANNELS + 4)  # of a warp's sums in shared memory, Σ p and the reference after
 
 
-def _store_output(where: V, values: list[V], dtype: Any) -> None:
-    """Neighbouring numbers of a lane, as float32 or bfloat16."""
-    if dtype == jnp.float32:
-        words = values
-    elif len(values) % 2:
-        for i, x in enumerate(values):
-            ptx.store_half(where + 2 * i, ptx.pack_bf16(x, f32(0.0)))
-        return
-    else:
-        words = [ptx.pack_bf16(*values[i : i + 2]) for i in range(0, len(values), 2)]
-    step = next(n for n in (4, 2, 1) if len(words) % n == 0)
-    for j in range(0, len(words), step):
-        ptx.store(where + 4 * j, words[j : j + step])
+def merge_blocks(plan: Plan) -> int:
+    """A block for each row and each 32 of its channels."""
+    s = plan.shape
+    return s.batch * s.kv_heads * s.rows * (s.head_dim // CHANNELS)
+
+
+def merge_warpgroups(plan: Plan) -> int:
+    """As many as read all partial results of a head in one turn, if four do."""
+    heads = plan.shape.batch * plan.shape.kv_heads
+    of_a_head = (plan.blocks * plan.teams // heads + 2) * plan.writers
+    return min(MOST_WARPGROUPS, -(-of_a_head // (4 * SIDE_BY_SIDE * AT_ONCE)))
 
 
 def merge_body(plan: Plan, out_dtype: Any):
-    """Partial results of a query row → its output and log-sum-exp. One block a row."""
+    """Partial results of a query row → 32 channels of its output, and its log-sum-exp."""
     s = plan.shape
-    warps = 4 * MERGE_WARPGROUPS
-    channels = s.head_dim // 32
-    numbers = channels + 2
+    warps = 4 * merge_warpgroups(plan)
+    slices = s.head_dim // CHANNELS
 
     def body(addresses: Sequence[V], shared: V) -> None:
         quantized, start, partial, statistics, output, log_sum_exp = addresses
         lengths = Lengths(plan, quantized, start)
-        thread = ptx.special("tid.x")
-        lane = thread & 31
-        warp = ptx.uniform(thread >> 5)
-        block = ptx.special("ctaid.x")
-        row, bk = block % s.rows, block // s.rows
+        thread, block = ptx.special("tid.x"), ptx.special("ctaid.x")
+        lane, warp = thread & 31, ptx.uniform(thread >> 5)
+        beside, quad = lane >> 3, (lane & 7) * 4
+        channel, rest = block % slices * CHANNELS, block // slices
+        row, bk = rest % s.rows, rest // s.rows
         b, k = bk // s.kv_heads, bk % s.kv_heads
 
         total = lengths.total()
@@ -66,62 +72,69 @@ def merge_body(plan: Plan, out_dtype: Any):
         first = (part_of(total, teams, first_unit) + bk) * plan.writers
         last = (part_of(total, teams, first_unit + units - 1) + bk + 1) * plan.writers
 
-        def statistic(slot: V) -> list[V]:
-            index = slot.to_i64() * s.rows + row.to_i64()
-            return ptx.load(statistics + index * 8, 2, "f32")
-
         def add(slot: V, carry: list[V]) -> list[V]:
             *sums, old = carry
             loaded, top = [], old
-            for i in range(MERGE_AT_ONCE):
-                here = slot + warps * i
+            for i in range(AT_ONCE):
+                here = slot + beside + SIDE_BY_SIDE * warps * i
                 valid = here < last
-                safe = ptx.select(valid, here, slot)
-                index = safe.to_i64() * s.rows + row.to_i64()
-                at = partial + index * (4 * s.head_dim) + (lane * (4 * channels)).to_i64()
-                loaded.append((valid, statistic(safe), ptx.load_wide(at, channels)))
+                index = ptx.select(valid, here, slot).to_i64() * s.rows + row.to_i64()
+                at = partial + index * (4 * s.head_dim) + ((channel + quad) * 4).to_i64()
+                statistic = ptx.load(statistics + index * 8, 2, "f32")
+                loaded.append((valid, statistic, ptx.load(at, 4, "f32")))
             for valid, (reference, _), _ in loaded:
                 top = ptx.select(valid, ptx.maximum(top, reference), top)
             factor = ptx.exp2(old - top)
             sums = [x * factor for x in sums]
             for valid, (reference, weight), values in loaded:
                 factor = ptx.select(valid, ptx.exp2(reference - top), f32(0.0))
-                sums[0] = ptx.fma(factor, weight, sums[0])
-                for j in range(channels):
-                    sums[1 + j] = ptx.fma(factor, values[j].as_float(), sums[1 + j])
+                for j, x in enumerate((*values, weight)):
+                    sums[j] = ptx.fma(factor, x, sums[j])
             return [*sums, top]
 
-        nothing = [f32(0.0)] * (1 + channels) + [f32(NOTHING)]
-        sums = ptx.loop(first + warp, last, nothing, add, step=warps * MERGE_AT_ONCE)
-        at = shared + warp * (128 * numbers) + lane * 4
-        for j, x in enumerate(sums):
-            ptx.store(at + 128 * j, [x])
+        nothing = [f32(0.0)] * 5 + [f32(NOTHING)]
+        *sums, top = ptx.loop(
+            first + warp * SIDE_BY_SIDE,
+            last,
+            nothing,
+            add,
+            step=SIDE_BY_SIDE * warps * AT_ONCE,
+        )
+        for distance in (8, 16):
+            highest = ptx.maximum(top, ptx.shuffle_xor(top, distance))
+            factor = ptx.exp2(top - highest)
+            sums = [x * factor for x in sums]
+            sums = [x + ptx.shuffle_xor(x, distance) for x in sums]
+            top = highest
+        *values, weight = sums
+        mine = shared + warp * WARP_BYTES
+        ptx.when(lane < 8, lambda: ptx.store(mine + quad * 4, values))
+        ptx.when(lane.equals(0), lambda: ptx.store(mine + 4 * CHANNELS, [weight, top]))
         ptx.sync_threads(i32(0), 32 * warps)
 
         def finish() -> None:
-            def part(w: int, j: int) -> V:
-                return ptx.load(shared + lane * 4 + 128 * (w * numbers + j), 1, "f32")[0]
-
-            highest, *others = tops = [part(w, 1 + channels) for w in range(warps)]
-            for x in others:
-                highest = ptx.maximum(highest, x)
-            factors = [ptx.exp2(x - highest) for x in tops]
-            final = []
-            for j in range(1 + channels):
-                x = f32(0.0)
-                for w in range(warps):
-                    x = ptx.fma(part(w, j), factors[w], x)
-                final.append(x)
-            weight, *values = final
+            parts = [shared + w * WARP_BYTES for w in range(warps)]
+            ends = [ptx.load(part + 4 * CHANNELS, 2, "f32") for part in parts]
+            highest = ends[0][1]
+            for _, top in ends[1:]:
+                highest = ptx.maximum(highest, top)
+            value, weight = f32(0.0), f32(0.0)
+            for part, (added, top) in zip(parts, ends, strict=True):
+                factor = ptx.exp2(top - highest)
+                (here,) = ptx.load(part + lane * 4, 1, "f32")
+                value, weight = ptx.fma(here, factor, value), ptx.fma(added, factor, weight)
             some = weight > 0.0
             inverse = ptx.select(some, f32(1.0) / weight, f32(0.0))
             index = row_offset(s, b, k, row)
             size = jnp.dtype(out_dtype).itemsize
-            at = output + index * (size * s.head_dim) + (lane * (size * channels)).to_i64()
-            _store_output(at, [x * inverse for x in values], out_dtype)
+            at = output + index * (size * s.head_dim) + ((channel + lane) * size).to_i64()
+            if size == 4:
+                ptx.store(at, [value * inverse])
+            else:
+                ptx.store_half(at, ptx.pack_bf16(value * inverse, f32(0.0)))
             found = (highest + ptx.log2(weight)) * math.log(2)
             ptx.when(
-                lane.equals(0),
+                ptx.both(lane.equals(0), channel.equals(0)),
                 lambda: ptx.store(
                     log_sum_exp + index * 4, [ptx.select(some, found, f32(-math.inf))]
                 ),

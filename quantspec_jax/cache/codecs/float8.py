@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.layout import LayerCache
+from pallas_kernels.rope_append.ring import narrowed
 from quantspec_jax.cache.codecs.codec import values_per_token
 from quantspec_jax.cache.codecs.full import Full
 from quantspec_jax.cache.config import CacheConfig
-from quantspec_jax.cache.ring import narrowed
 from quantspec_jax.models.config import ModelConfig
 
 E4M3 = jnp.float8_e4m3fn

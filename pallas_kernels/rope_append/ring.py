@@ -7,8 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.layout import LayerCache
 from pallas_kernels.shapes import CacheKV, Each, shaped
-from quantspec_jax.cache.state import LayerCache
 
 
 @shaped

@@ -1,0 +1,183 @@
+"""Bias, norm, RoPE and the write into the buffer on Hopper and later (Pallas Mosaic GPU).
+
+XLA makes three to five kernels of it, which each cost a launch and nothing else; here it is one. A
+warp takes one vector of a token, H queries, K keys, K values, a lane two channels of its first half
+and the two that they rotate with:
+
+    lane l    channels 2 l, 2 l + 1, 2 (l + 32) …     bias → bf16 → norm → bf16
+              D/2 + the same                          rotate → bf16 → query, or slot of the buffer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import ptx
+from pallas_kernels.layout import LayerCache
+from pallas_kernels.ptx import V, f32
+from pallas_kernels.rope_append.heads import Heads
+
+WARPS = 4  # a block
+Numbers = list[V]  # of a lane: first half, then what each rotates with
+
+
+def unsupported(heads: Heads, cache: LayerCache) -> str | None:
+    """Why the kernel cannot do a call, or None."""
+    head_dim = heads.q.shape[-1]
+    if heads.dtype != jnp.bfloat16 or cache.key_buffer.dtype != jnp.bfloat16:
+        return "activations and buffer have to be bfloat16"
+    if head_dim % 4:
+        return f"head_dim is {head_dim}; it takes multiples of 4"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Warp:
+    """A warp's vector: of token `token` = b S + s."""
+
+    channels: int
+    lane: V
+    token: V
+
+    @property
+    def words(self) -> list[tuple[V, V]]:
+        """Of each pair of channels in the first half: the first one, and whether the lane has it
+        (those past the end repeat the last)."""
+        half = self.channels // 2
+        pairs = [self.lane + first for first in range(0, half // 2, 32)]
+        return [(ptx.minimum(pair, half // 2 - 1) * 2, pair < half // 2) for pair in pairs]
+
+    def read(self, where: V, itemsize: int) -> Numbers:
+        """Numbers of a vector in memory as float32: all first halves, then all second."""
+        out = []
+        for offset in (0, self.channels // 2):
+            for channel, _ in self.words:
+                at = where + ((channel + offset) * itemsize).to_i64()
+                if itemsize == 4:
+                    out += ptx.load(at, 2, "f32")
+                else:
+                    (word,) = ptx.load(at)
+                    out += [ptx.low_bf16(word), ptx.high_bf16(word)]
+        return out
+
+    def write(self, where: V, numbers: Numbers) -> None:
+        """As `read`, rounded to bfloat16."""
+        words = _words(numbers)
+        for offset in (0, self.channels // 2):
+            for channel, inside in self.words:
+                at = where + ((channel + offset) * 2).to_i64()
+                ptx.when(inside, functools.partial(ptx.store, at, [words.pop(0)]))
+
+    def normed(self, numbers: Numbers, weight: V, eps: float) -> Numbers:
+        square = f32(0.0)
+        inside = [here for _, here in self.words for _ in range(2)] * 2
+        for number, here in zip(numbers, inside, strict=True):
+            square = square + ptx.select(here, number * number, 0.0)
+        for distance in (16, 8, 4, 2, 1):
+            square = square + ptx.shuffle_xor(square, distance)
+        factor = ptx.reciprocal_sqrt(square * (1.0 / self.channels) + eps)
+        weights = self.read(weight, 2)
+        return _rounded([x * factor * w for x, w in zip(numbers, weights, strict=True)])
+
+    def rotated(self, numbers: Numbers, cos: V, sin: V) -> Numbers:
+        """By tables [tokens, D], of which the first half is read."""
+        at = (self.token * (4 * self.channels)).to_i64()
+        half = len(numbers) // 2
+        cosines, sines = (self.read(table + at, 4)[:half] for table in (cos, sin))
+        first, second = numbers[:half], numbers[half:]
+        turned = [a * c - b * s for a, b, c, s in zip(first, second, cosines, sines, strict=True)]
+        turned += [b * c + a * s for a, b, c, s in zip(first, second, cosines, sines, strict=True)]
+        return turned
+
+
+def _words(numbers: Numbers) -> list[V]:
+    return [ptx.pack_bf16(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
+
+
+def _rounded(numbers: Numbers) -> Numbers:
+    return [half for word in _words(numbers) for half in (ptx.low_bf16(word), ptx.high_bf16(word))]
+
+
+def _body(heads: Heads, slots: int, half: int) -> Callable[[Sequence[V], V], None]:
+    """`heads`: shapes and types alone. A pass's rows stay in the half of the ring that it begins
+    in."""
+    _, tokens, num_heads, channels = heads.q.shape
+    kv_heads = heads.k.shape[2]
+    vectors = num_heads + 2 * kv_heads
+    present = [x is not None for x in (*heads.biases, *heads.norms)]
+
+    def body(addresses: Sequence[V], shared: V) -> None:
+        del shared
+        starts, cos, sin, *rest = addresses
+        projected, rest = rest[:3], rest[3:]
+        *others, key_buffer, value_buffer, queries = rest
+        optional = [others.pop(0) if here else None for here in present]
+        biases, norms = optional[:3], optional[3:]
+
+        thread, block = ptx.special("tid.x"), ptx.special("ctaid.x")
+        blocks_a_token = -(-vectors // WARPS)
+        token = block // blocks_a_token
+        vector = block % blocks_a_token * WARPS + ptx.uniform(thread >> 5)
+        warp = _Warp(channels, thread & 31, token)
+        b, s = token // tokens, token % tokens
+
+        def finished(which: int, head: V) -> Numbers:
+            """A head of q (0), k (1) or v (2)."""
+            source = (heads.q, heads.k, heads.v)[which]
+            size = source.dtype.itemsize
+            at = (token * source.shape[2] + head).to_i64() * (size * channels)
+            numbers = warp.read(projected[which] + at, size)
+            bias, norm = biases[which], [*norms, None][which]
+            if bias is not None:
+                added = warp.read(bias + (head * (2 * channels)).to_i64(), 2)
+                numbers = [x + y for x, y in zip(numbers, added, strict=True)]
+            numbers = _rounded(numbers)
+            if norm is not None:
+                numbers = warp.normed(numbers, norm, heads.eps)
+            return numbers if which == 2 else warp.rotated(numbers, cos, sin)
+
+        def query() -> None:
+            at = (token * num_heads + vector).to_i64() * (2 * channels)
+            warp.write(queries + at, finished(0, vector))
+
+        def buffered(which: int, buffer: V, head: V) -> None:
+            (start,) = ptx.load(starts + b.to_i64() * 4)
+            first = start % slots
+            slot = first + s
+            row = (b * kv_heads + head).to_i64() * slots + slot.to_i64()
+            write = functools.partial(warp.write, buffer + row * (2 * channels))
+            numbers = finished(which, head)
+            ptx.when(slot < (first // half + 1) * half, lambda: write(numbers))
+
+        key, value = vector - num_heads, vector - (num_heads + kv_heads)
+        ptx.when(vector < num_heads, query)
+        is_key = ptx.both(key >= 0, value < 0)
+        ptx.when(is_key, lambda: buffered(1, key_buffer, key))
+        is_value = ptx.both(value >= 0, value < kv_heads)
+        ptx.when(is_value, lambda: buffered(2, value_buffer, value))
+
+    return body
+
+
+def rope_append(heads: Heads, cache: LayerCache, start: jax.Array) -> tuple[jax.Array, LayerCache]:
+    """See `pallas_kernels.rope_append.api.rope_append`; bf16 activations and buffer."""
+    b, tokens, num_heads, head_dim = heads.q.shape
+    slots = cache.key_buffer.shape[2]
+    half = slots if cache.keys is None else slots // 2
+    vectors = num_heads + 2 * heads.k.shape[2]
+    optional = [x.astype(jnp.bfloat16) for x in (*heads.biases, *heads.norms) if x is not None]
+    tables = [jnp.broadcast_to(x, (b, tokens, 1, head_dim)) for x in heads.rope]
+    queries, key_buffer, value_buffer = ptx.kernel(
+        _body(heads, slots, half),
+        [jax.ShapeDtypeStruct(heads.q.shape, jnp.bfloat16)],
+        name="rope_append",
+        blocks=b * tokens * -(-vectors // WARPS),
+        warpgroups=WARPS // 4,
+        updated=2,
+    )(start, *tables, heads.q, heads.k, heads.v, *optional, cache.key_buffer, cache.value_buffer)
+    return queries, dataclasses.replace(cache, key_buffer=key_buffer, value_buffer=value_buffer)
