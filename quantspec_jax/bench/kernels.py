@@ -7,6 +7,7 @@ and minima, each once; inputs are rotated so that the L2 cache cannot hold them.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import math
 import sys
@@ -27,15 +28,34 @@ from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import LayerCache, Planes, QuantizedWeight, tile, untile
 from pallas_kernels.quantize_pack import api as quantize
 from quantspec_jax.bench import record
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.presets import PRESETS
 
 KERNELS = ("attention", "matmul", "quantize")
-HEADS, HEAD_DIM, GROUP_SIZE = 32, 128, 128
+GROUP_SIZE = 128  # of the cache
 # GB/s that were measured before: a run in which less is measured is not judged by less.
 READ_CEILING = {"NVIDIA H200": 4390.0}
 COPY_CEILING = {"NVIDIA H200": 4190.0}
 ROTATED_BYTES = 400e6  # several times any L2 cache
 
-# (view, context, kv heads, query tokens); "ragged": a batch of 16 lengths up to the context
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What is measured.
+
+    attention  (view, context, kv heads, query tokens); "ragged": a batch of 16 lengths up to the
+               context
+    matmul     name → input channels, outputs of each weight of the pass
+    group      input channels that share a scale of a weight
+    """
+
+    heads: int
+    head_dim: int
+    group: int
+    attention: tuple[tuple[str, int, int, int], ...]
+    matmul: dict[str, tuple[int, tuple[int, ...]]]
+
+
 ATTENTION = (
     ("int4", 131072, 32, 1),
     ("int4", 32768, 32, 1),
@@ -46,7 +66,6 @@ ATTENTION = (
     ("ragged", 32768, 32, 1),
     ("full", 131072, 32, 1),
 )
-# name → input channels, outputs of each weight of the pass
 MATMUL = {
     "llama-2-7b q, k, v": (4096, (4096, 4096, 4096)),
     "llama-2-7b o": (4096, (4096,)),
@@ -56,10 +75,39 @@ MATMUL = {
     "llama-3-8b gate, up": (4096, (14336, 14336)),
     "llama-3-8b down": (14336, (4096,)),
 }
+LISTED = Shapes(32, 128, 128, ATTENTION, MATMUL)
+
+
+def shapes_of(name: str, model: ModelConfig, context: int, group: int) -> Shapes:
+    """Those of a model: drafts, verifications of γ = 4 and plain decoding at `context`."""
+    e, f, d = model.hidden_size, model.intermediate_size, model.head_dim
+    queries, keys = model.num_heads * d, model.num_kv_heads * d
+    passes = (("int4", 1), ("int8", 5), ("full", 1))
+    return Shapes(
+        model.num_heads,
+        d,
+        group,
+        tuple((view, context, model.num_kv_heads, tokens) for view, tokens in passes),
+        {
+            f"{name} q, k, v": (e, (queries, keys, keys)),
+            f"{name} o": (queries, (e,)),
+            f"{name} gate, up": (e, (f, f)),
+            f"{name} down": (f, (e,)),
+        },
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `quantspec bench kernels`."""
+    parser.add_argument(
+        "--preset", choices=sorted(PRESETS), help="shapes of this model (a list of shapes)"
+    )
+    parser.add_argument(
+        "--context", type=int, default=32768, metavar="N", help="of the preset's rows (32768)"
+    )
+    parser.add_argument(
+        "--group", type=int, default=64, metavar="N", help="of the preset's draft weights (64)"
+    )
     parser.add_argument("--kernel", choices=KERNELS, nargs="+", default=list(KERNELS))
     parser.add_argument("--no-peers", action="store_true", help="leave out the other kernels")
     parser.add_argument(
@@ -78,13 +126,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise NotImplementedError(
             "bench kernels measures CUDA kernels: it needs a CUDA device of compute capability 9.0"
         )
+    shapes = LISTED
+    if args.preset:
+        shapes = shapes_of(args.preset, PRESETS[args.preset], args.context, args.group)
     ceilings = measured_ceilings()
     rows: list[dict[str, Any]] = []
     measures = {"attention": _attention, "matmul": _matmul, "quantize": _quantize}
     rates = {f"{name}_ceiling_gb_per_second": rate for name, rate in ceilings.items()}
     command = record.command("quantspec bench kernels", args)
     for name in args.kernel:
-        for row in measures[name](ceilings, args):
+        for row in measures[name](shapes, ceilings, args):
             print(_line(row), file=sys.stderr, flush=True)
             rows.append(row)
             if args.output:
@@ -142,9 +193,11 @@ def _sets(num_bytes: float) -> int:
     return max(2, math.ceil(ROTATED_BYTES / num_bytes))
 
 
-def random_planes(key: jax.Array, batch: int, kv_heads: int, tokens: int, values: bool) -> Planes:
+def random_planes(
+    key: jax.Array, batch: int, kv_heads: int, tokens: int, head_dim: int, values: bool
+) -> Planes:
     """Planes of random codes, with the scales and minima of numbers of unit variance."""
-    d, g = HEAD_DIM, GROUP_SIZE
+    d, g = head_dim, GROUP_SIZE
     lead = (batch, kv_heads, tokens // g)
     code = (*lead, d, g // 2) if values else (*lead, g, d // 2)
     number = (*lead, -(-d // min(g, d)), g) if values else (*lead, d)
@@ -162,9 +215,9 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -
     return jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
 
-def _attention(ceilings: dict[str, float], args: argparse.Namespace) -> Any:
+def _attention(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) -> Any:
     peers: dict[tuple[int, int], dict[str, float]] = {}
-    for view, context, kv_heads, tokens in ATTENTION:
+    for view, context, kv_heads, tokens in shapes.attention:
         lengths = [context]
         name = {"int4": "draft attention", "int8": "verify attention"}.get(view, "bf16 attention")
         if view == "ragged":
@@ -172,47 +225,49 @@ def _attention(ceilings: dict[str, float], args: argparse.Namespace) -> Any:
             name, view = "draft attention, 16 ragged sequences", "int4"
         here = peers.get((context, kv_heads), {}) if len(lengths) == 1 else {}
         if not args.no_peers and not here and len(lengths) == 1:
-            here = peers[context, kv_heads] = _attention_peers(context, kv_heads)
-        yield _attention_row(name, view, context, kv_heads, tokens, lengths, ceilings, here, args)
+            here = peers[context, kv_heads] = _attention_peers(shapes, context, kv_heads)
+        sizes = (shapes.heads, shapes.head_dim, kv_heads, tokens)
+        yield _attention_row(name, view, context, sizes, lengths, ceilings, here, args)
 
 
 def _attention_row(
     name: str,
     view: str,
     context: int,
-    kv_heads: int,
-    tokens: int,
+    sizes: tuple[int, int, int, int],
     lengths: Sequence[int],
     ceilings: dict[str, float],
     peers: dict[str, float],
     args: argparse.Namespace,
 ) -> dict[str, Any]:
+    heads, head_dim, kv_heads, tokens = sizes
     batch, full = len(lengths), view == "full"
     if full:
-        num_bytes = 4.0 * sum(lengths) * kv_heads * HEAD_DIM
+        num_bytes = 4.0 * sum(lengths) * kv_heads * head_dim
     else:
         num_bytes = attention_reference.ideal_bytes(
-            view, sum(lengths), kv_heads, HEAD_DIM, GROUP_SIZE
+            view, sum(lengths), kv_heads, head_dim, GROUP_SIZE
         )
     quantized = jnp.array([0] * batch if full else lengths, jnp.int32)
     start = jnp.array(lengths if full else [n + GROUP_SIZE + 9 for n in lengths], jnp.int32)
     slots = context + 16 if full else 2 * GROUP_SIZE
-    make = jax.jit(random_planes, static_argnums=(1, 2, 3, 4))
+    make = jax.jit(random_planes, static_argnums=(1, 2, 3, 4, 5))
     calls = []
     for i in range(_sets(num_bytes)):
         keys = jax.random.split(jax.random.key(i), 5)
         planes: list[Any] = [
-            None if full else make(keys[j], batch, kv_heads, context, bool(j)) for j in range(2)
+            None if full else make(keys[j], batch, kv_heads, context, head_dim, bool(j))
+            for j in range(2)
         ]
-        buffers = [_normal(keys[2 + j], (batch, kv_heads, slots, HEAD_DIM)) for j in range(2)]
-        q = _normal(keys[4], (batch, tokens, HEADS, HEAD_DIM))
+        buffers = [_normal(keys[2 + j], (batch, kv_heads, slots, head_dim)) for j in range(2)]
+        q = _normal(keys[4], (batch, tokens, heads, head_dim))
         calls.append((q, LayerCache(*planes, *buffers), quantized, start))
 
     if "attention" in args.tune:
         _tune_attention(calls, view)
 
     def attend(*call: Any, backend: str = "mosaic_gpu") -> tuple[jax.Array, jax.Array]:
-        options: dict[str, Any] = {"read": Read(view), "sm_scale": HEAD_DIM**-0.5}
+        options: dict[str, Any] = {"read": Read(view), "sm_scale": head_dim**-0.5}
         return attention.kv_attention(*call, **options, backend=backend)
 
     seconds = timing.device_seconds(jax.jit(attend), calls)
@@ -231,13 +286,13 @@ def _attention_row(
     )
 
 
-def _attention_peers(context: int, kv_heads: int) -> dict[str, float]:
+def _attention_peers(shapes: Shapes, context: int, kv_heads: int) -> dict[str, float]:
     """Milliseconds of one query token over a bf16 cache, by JAX's own attention."""
     calls = []
     for i in range(2):
         keys = jax.random.split(jax.random.key(i), 3)
-        cache = (1, context, kv_heads, HEAD_DIM)
-        q = _normal(keys[0], (1, 1, HEADS, HEAD_DIM))
+        cache = (1, context, kv_heads, shapes.head_dim)
+        q = _normal(keys[0], (1, 1, shapes.heads, shapes.head_dim))
         calls.append((q, _normal(keys[1], cache), _normal(keys[2], cache)))
     found = {}
     for implementation in ("cudnn", "xla"):
@@ -260,7 +315,11 @@ def _tune(
 def _tune_attention(calls: Sequence[Any], view: str) -> None:
     from pallas_kernels.kv_attention import configs, mosaic_gpu
 
-    options: dict[str, Any] = {"read": Read(view), "sm_scale": HEAD_DIM**-0.5, "strict": False}
+    options: dict[str, Any] = {
+        "read": Read(view),
+        "sm_scale": calls[0][0].shape[-1] ** -0.5,
+        "strict": False,
+    }
     shape = mosaic_gpu.shape_of(*calls[0][:2], **options)
 
     def measure(config: mosaic_gpu.Config) -> float:
@@ -274,23 +333,26 @@ def _tune_attention(calls: Sequence[Any], view: str) -> None:
     _tune(configs.KERNEL, configs.key(shape), list(configs.candidates(shape))[:4], measure)
 
 
-def random_weight(key: jax.Array, inputs: int, outputs: int) -> QuantizedWeight:
-    """An asymmetric weight of random codes, groups of 128."""
-    groups = -(-inputs // GROUP_SIZE)
+def random_weight(key: jax.Array, inputs: int, outputs: int, group: int) -> QuantizedWeight:
+    """An asymmetric weight of random codes."""
+    groups = -(-inputs // group)
     keys = jax.random.split(key, 3)
     return QuantizedWeight(
-        jax.random.bits(keys[0], (groups, GROUP_SIZE // 2, outputs), jnp.uint8),
+        jax.random.bits(keys[0], (groups, group // 2, outputs), jnp.uint8),
         (0.01 + 0.01 * jax.random.uniform(keys[1], (groups, outputs))).astype(jnp.bfloat16),
         (-0.1 - 0.05 * jax.random.uniform(keys[2], (groups, outputs))).astype(jnp.bfloat16),
     )
 
 
-def _matmul(ceilings: dict[str, float], args: argparse.Namespace) -> Any:
-    make = jax.jit(lambda *of: tile(random_weight(*of)), static_argnums=(1, 2))
-    for name, (inputs, outputs) in MATMUL.items():
-        num_bytes = sum(outputs) * inputs * (0.5 + 4 / GROUP_SIZE)
+def _matmul(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) -> Any:
+    make = jax.jit(lambda *of: tile(random_weight(*of)), static_argnums=(1, 2, 3))
+    for name, (inputs, outputs) in shapes.matmul.items():
+        num_bytes = sum(outputs) * inputs * (0.5 + 4 / shapes.group)
         weights = [
-            [make(jax.random.key(10 * i + j), inputs, n) for j, n in enumerate(outputs)]
+            [
+                make(jax.random.key(10 * i + j), inputs, n, shapes.group)
+                for j, n in enumerate(outputs)
+            ]
             for i in range(_sets(num_bytes))
         ]
         for rows in (1, 8):
@@ -345,9 +407,9 @@ def _tune_matmul(calls: Sequence[Any]) -> None:
     _tune(configs.KERNEL, configs.key(shape), configs.diverse(shape), measure)
 
 
-def _quantize(ceilings: dict[str, float], args: argparse.Namespace) -> Any:
+def _quantize(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) -> Any:
     context = 32768
-    shape = (1, HEADS, context, HEAD_DIM)
+    shape = (1, shapes.heads, context, shapes.head_dim)
     calls = [(_normal(jax.random.key(i), shape),) for i in range(2)]
     count = math.prod(shape)
     for name in ("quantize_keys", "quantize_values"):
@@ -366,7 +428,7 @@ def _quantize(ceilings: dict[str, float], args: argparse.Namespace) -> Any:
             3 * count + 4 * count / GROUP_SIZE,
             ceilings["copy"],
             context=context,
-            kv_heads=HEADS,
+            kv_heads=shapes.heads,
             peers=peers,
             error=_error(back, calls[0][0].astype(jnp.float32)),
         )

@@ -72,6 +72,8 @@ class Runner:
             cache = jax.eval_shape(lambda: create(model.config, program.cache, batch))
             self._parts["cache"] = tree_bytes(cache)
         self._last: Any = None  # the function that was run last
+        # A runner's arguments keep their forms: to look these up again takes milliseconds a chunk.
+        self._decoders: dict[Program, Any] = {}
         self._check()
 
     def made(self, part: str) -> None:
@@ -100,7 +102,9 @@ class Runner:
         drafts = model.draft_params if program.gamma else {}
         self.made("draft")
         args = (model.params, drafts, state, jnp.int32(rounds))
-        executable = self.ready(DECODE, *args, program=program)
+        executable = self._decoders.get(program)
+        if executable is None:
+            executable = self._decoders[program] = self.ready(DECODE, *args, program=program)
         started = time.perf_counter()
         state = jax.block_until_ready(executable(*args))
         return state, time.perf_counter() - started
