@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from convert.files.tensors import FLOATS, QUANTIZED, StoredTensor
 from quantspec_jax.dtypes import BFLOAT16, FLOAT16, FLOAT32
+from quantspec_jax.files import open_file
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import Spec, nest, parameter_shapes
 from quantspec_jax.sharding import one_device, shardings
@@ -124,7 +125,7 @@ def _check_tied(tensors: Mapping[str, StoredTensor]) -> None:
     if head is None or embedding is None:
         return
     same = (head.kind, head.shape) == (embedding.kind, embedding.shape)
-    with embedding.file.open("rb") as one, head.file.open("rb") as other:
+    with open_file(embedding.file) as one, open_file(head.file) as other:
         one.seek(embedding.offset)
         other.seek(head.offset)
         left = embedding.num_bytes if same else 0
@@ -239,7 +240,7 @@ class _Files(dict[Path, BinaryIO]):
         self._stack = stack
 
     def __missing__(self, path: Path) -> BinaryIO:
-        self[path] = self._stack.enter_context(path.open("rb"))
+        self[path] = self._stack.enter_context(open_file(path))
         return self[path]
 
 

@@ -15,6 +15,7 @@ from convert.drafts.codes import MORE_BITS, Codes, QuantizedCheckpoint, check_fi
 from convert.files.gguf import read_gguf
 from convert.gguf_config import parse_gguf_config
 from convert.weights import Parameter, deinterleave, gguf_parameters
+from quantspec_jax.files import open_file
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import linear_layers
 from quantspec_jax.weights.formats import WeightFormat
@@ -58,7 +59,7 @@ class GgufBlocks(QuantizedCheckpoint):
 def _rows(parameter: Parameter) -> np.ndarray:
     """uint8 [N, bytes a row], the rows of q and k in the order of the parameter tree."""
     tensor = parameter.tensor
-    with tensor.file.open("rb") as stream:
+    with open_file(tensor.file) as stream:
         rows = tensor.read_bytes(stream, 0, tensor.shape[0])
     heads = parameter.interleaved_heads
     return deinterleave(rows, heads) if heads else rows
