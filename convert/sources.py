@@ -26,7 +26,7 @@ from convert.weights import (
     hf_parameters,
     load_parameters,
 )
-from quantspec_jax.checks import require
+from quantspec_jax.checks import require, within
 from quantspec_jax.dtypes import BFLOAT16, FLOAT32, STORED, float_type
 from quantspec_jax.files import exists, open_file, read_json
 from quantspec_jax.models.config import ModelConfig, RopeScaling
@@ -141,7 +141,8 @@ class HuggingFaceCheckpoint(Checkpoint):
     @functools.cached_property
     def _parameters(self) -> list[Parameter]:
         directory = self._fetch() if self._fetch else self.directory
-        return hf_parameters(self.config, read_directory(directory, derivable(self.config)))
+        with within(directory):
+            return hf_parameters(self.config, read_directory(directory, derivable(self.config)))
 
     def check(self) -> None:
         _ = self._parameters
@@ -174,7 +175,8 @@ class GgufCheckpoint(Checkpoint):
 
     @functools.cached_property
     def _parameters(self) -> list[Parameter]:
-        return gguf_parameters(self.config, self._file.tensors)
+        with within(self._file.path):
+            return gguf_parameters(self.config, self._file.tensors)
 
     def check(self) -> None:
         _ = self._parameters

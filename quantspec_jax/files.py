@@ -51,11 +51,10 @@ def read_bytes(path: str | Path, most: int = MOST_JSON_BYTES) -> bytes:
 
 def check_regular(paths: Iterable[Path], most: int) -> None:
     """ValueError where one of them is no regular file of `most` bytes at most, for files that
-    another library opens. Directories, and links to nothing, are passed over."""
+    another library opens."""
     for path in paths:
-        if not exists(path) or path.is_dir():
-            continue
-        require(path.is_file(), str(path), "a pipe, a device or a socket", "a regular file")
+        given = "a directory, a pipe, a device or a link to nothing"
+        require(path.is_file(), str(path), given, "a regular file")
         size = path.stat().st_size
         require(size <= most, f"size of {path}", size, f"{most:,} bytes at most")
 

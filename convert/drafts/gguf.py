@@ -15,6 +15,7 @@ from convert.drafts.codes import MORE_BITS, Codes, QuantizedCheckpoint, check_fi
 from convert.files.gguf import read_gguf
 from convert.gguf_config import parse_gguf_config
 from convert.weights import Parameter, deinterleave, gguf_parameters
+from quantspec_jax.checks import within
 from quantspec_jax.files import open_file
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import linear_layers
@@ -28,7 +29,8 @@ class GgufBlocks(QuantizedCheckpoint):
         file = read_gguf(path)
         own = parse_gguf_config(file)
         super().__init__(source, config, own)
-        self._parameters = {p.path: p for p in gguf_parameters(own, file.tensors)}
+        with within(path):
+            self._parameters = {p.path: p for p in gguf_parameters(own, file.tensors)}
         kinds = {self._parameters[f"{layer}.kernel"].tensor.kind for layer in linear_layers(config)}
         if not kinds & set(_BLOCKS):
             raise ValueError(
