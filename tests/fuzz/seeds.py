@@ -15,7 +15,9 @@ from typing import Any
 import gguf
 import numpy as np
 
-H, K, D, LAYERS, VOCAB = 2, 1, 16, 2, 48
+# One set of shapes for all formats, so that little is compiled; the rows of ffn_down are as long as
+# the longest block of a GGUF type.
+HIDDEN, MLP, H, K, D, LAYERS, VOCAB = 32, 256, 2, 1, 16, 2, 48
 TEXT = "ab ab 1"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
@@ -62,18 +64,18 @@ def _value(kind: int, value: Any) -> bytes:
     return struct.pack("<" + _FORMS[kind], value)
 
 
-def config(family: str, hidden: int, **changes: Any) -> dict[str, Any]:
+def config(family: str, **changes: Any) -> dict[str, Any]:
     """config.json of a tiny model."""
     return {
         "architectures": ["AnyForCausalLM"],
         "model_type": family,
         "vocab_size": VOCAB,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": H,
         "num_key_value_heads": K,
-        "head_dim": D if hidden < 256 else 128,
+        "head_dim": D,
         "max_position_embeddings": 256,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
@@ -101,30 +103,29 @@ _LAYER = {
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def weights(family: str, hidden: int) -> dict[str, np.ndarray]:
+def weights(family: str) -> dict[str, np.ndarray]:
     """Random weights by their Hugging Face names."""
-    d = D if hidden < 256 else 128
-    rng = np.random.default_rng(hidden)
+    rng = np.random.default_rng(16)
     shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (H * d, hidden),
-        "self_attn.k_proj.weight": (K * d, hidden),
-        "self_attn.v_proj.weight": (K * d, hidden),
-        "self_attn.o_proj.weight": (hidden, H * d),
-        "mlp.gate_proj.weight": (2 * hidden, hidden),
-        "mlp.up_proj.weight": (2 * hidden, hidden),
-        "mlp.down_proj.weight": (hidden, 2 * hidden),
+        "input_layernorm.weight": (HIDDEN,),
+        "post_attention_layernorm.weight": (HIDDEN,),
+        "self_attn.q_proj.weight": (H * D, HIDDEN),
+        "self_attn.k_proj.weight": (K * D, HIDDEN),
+        "self_attn.v_proj.weight": (K * D, HIDDEN),
+        "self_attn.o_proj.weight": (HIDDEN, H * D),
+        "mlp.gate_proj.weight": (MLP, HIDDEN),
+        "mlp.up_proj.weight": (MLP, HIDDEN),
+        "mlp.down_proj.weight": (HIDDEN, MLP),
     }
     if family == "qwen2":
-        shapes |= {f"self_attn.{n}_proj.bias": ((H if n == "q" else K) * d,) for n in "qkv"}
+        shapes |= {f"self_attn.{n}_proj.bias": ((H if n == "q" else K) * D,) for n in "qkv"}
     if family == "qwen3":
-        shapes |= {f"self_attn.{n}_norm.weight": (d,) for n in "qk"}
+        shapes |= {f"self_attn.{n}_norm.weight": (D,) for n in "qk"}
     named = {
         f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in shapes.items()
     }
-    named |= {"model.embed_tokens.weight": (VOCAB, hidden), "model.norm.weight": (hidden,)}
-    named |= {"lm_head.weight": (VOCAB, hidden)}
+    named |= {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    named |= {"lm_head.weight": (VOCAB, HIDDEN)}
     return {
         name: (rng.standard_normal(shape) * 0.1 + ("norm" in name)).astype(np.float32)
         for name, shape in named.items()
@@ -203,11 +204,11 @@ def tokenizer_files() -> dict[str, bytes]:
 
 def hugging_face(family: str, shards: bool = False, **changes: Any) -> dict[str, bytes]:
     files = {
-        "config.json": json.dumps(config(family, 32, **changes)).encode(),
+        "config.json": json.dumps(config(family, **changes)).encode(),
         "generation_config.json": json.dumps({"eos_token_id": [1, 2]}).encode(),
         **tokenizer_files(),
     }
-    tensors = weights(family, 32)
+    tensors = weights(family)
     if not shards:
         return files | {"model.safetensors": safetensors(tensors)}
     names = sorted(tensors)
@@ -221,32 +222,33 @@ def hugging_face(family: str, shards: bool = False, **changes: Any) -> dict[str,
 
 def gguf_file(kind: str, family: str = "llama", tokenizer: str = "gpt2", **changes: Any) -> Gguf:
     """`changes`: metadata of the architecture by key, with its type."""
-    hidden = 256 if kind.endswith("_K") else 32
-    d = D if hidden < 256 else 128
     metadata: list[tuple[str, int, Any]] = [
         ("general.architecture", STRING, family),
         ("general.alignment", U32, 32),
         (f"{family}.block_count", U32, LAYERS),
         (f"{family}.context_length", U32, 256),
-        (f"{family}.embedding_length", U32, hidden),
-        (f"{family}.feed_forward_length", U32, 2 * hidden),
+        (f"{family}.embedding_length", U32, HIDDEN),
+        (f"{family}.feed_forward_length", U32, MLP),
         (f"{family}.attention.head_count", U32, H),
         (f"{family}.attention.head_count_kv", ARRAY, (U32, [K] * LAYERS)),
-        (f"{family}.attention.key_length", U32, d),
+        (f"{family}.attention.key_length", U32, D),
         (f"{family}.rope.freq_base", F32, 10000.0),
         (f"{family}.attention.layer_norm_rms_epsilon", F32, 1e-5),
         *((f"{family}.{key}", *typed) for key, typed in changes.items()),
         *gguf_tokenizer(tokenizer),
     ]
     tensors = []
-    for name, array in weights(family, hidden).items():
+    for name, array in weights(family).items():
         base, suffix = name.rsplit(".", 1)
         layer = ""
         if base not in _TOP:
             _, _, index, base = base.split(".", 3)
             layer = f"blk.{index}."
         named = f"{layer}{(_TOP | _LAYER)[base]}.{suffix}"
-        number, content = _encoded(kind if array.ndim == 2 else "F32", array)
+        chosen = kind if array.ndim == 2 else "F32"
+        if chosen.endswith("_K") and array.shape[-1] % 256:
+            chosen = "Q8_0"
+        number, content = _encoded(chosen, array)
         tensors.append((named, array.shape, number, content))
     return Gguf(metadata, tensors)
 
@@ -294,7 +296,7 @@ def _encoded(kind: str, array: np.ndarray) -> tuple[int, bytes]:
 def packed(method: str) -> dict[str, bytes]:
     """The model of `hugging_face("llama")` in GPTQ's or AWQ's 4 bits, groups of 16 channels."""
     tensors: dict[str, np.ndarray] = {}
-    for name, weight in weights("llama", 32).items():
+    for name, weight in weights("llama").items():
         if weight.ndim == 1 or "layers" not in name:
             tensors[name] = weight
             continue
@@ -315,7 +317,7 @@ def packed(method: str) -> dict[str, bytes]:
         tensors[base + "scales"] = scale
     quantization = {"quant_method": method, "bits": 4, "group_size": 16}
     quantization |= {"gptq": {"checkpoint_format": "gptq"}, "awq": {"version": "gemm"}}[method]
-    values = config("llama", 32, quantization_config=quantization)
+    values = config("llama", quantization_config=quantization)
     return {
         "config.json": json.dumps(values).encode(),
         "model.safetensors": safetensors(tensors),
