@@ -29,7 +29,7 @@ import numpy as np
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
 from quantspec_jax.checks import is_int, require, within
 from quantspec_jax.dtypes import STORED, float_type
-from quantspec_jax.files import read_json
+from quantspec_jax.files import check_regular, read_json
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import flatten, linear_layers, nest, parameter_shapes
 from quantspec_jax.settings import Settings
@@ -42,6 +42,7 @@ VERSION = 1
 
 # Arrays are cut into chunks of this size on disk, so that none is held twice in memory.
 _CHUNK_BYTES = 64 << 20
+_MOST_BYTES = 1 << 50  # of a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +183,7 @@ def _check_files(directory: Path, tree: dict[str, Any]) -> None:
 
     Orbax would find out too, but in the middle of reading.
     """
+    check_regular((path for path in directory.rglob("*") if not path.is_dir()), _MOST_BYTES)
     for path, leaf in flatten(tree).items():
         try:
             stored = read_json(directory / path / "zarr.json")

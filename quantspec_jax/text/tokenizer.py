@@ -149,28 +149,36 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-_STANDARD_ERROR = threading.Lock()  # is the process's
+_STREAMS = threading.Lock()  # are the process's
 
 
 @contextlib.contextmanager
 def _panics_unheard() -> Iterator[None]:
-    """Rust reports a panic on the process's standard error before it becomes an exception. So that
-    is held meanwhile; the exception says the same, and without one all that was held is written."""
-    sys.stderr.flush()
-    with _STANDARD_ERROR, tempfile.TemporaryFile() as held:
-        own = os.dup(2)
-        os.dup2(held.fileno(), 2)
+    """Rust reports a panic on the process's standard error before it becomes an exception, and
+    notes on its standard output, which is for results. So both are held meanwhile: an exception
+    says the same, and without one what was held goes to standard error."""
+    with _STREAMS, tempfile.TemporaryFile() as held:
+        own = _replace_streams([held.fileno(), held.fileno()])
         try:
             yield
         except BaseException:
             held.truncate(0)
             raise
         finally:
-            sys.stderr.flush()
-            os.dup2(own, 2)
-            os.close(own)
+            for replaced in _replace_streams(own) + own:
+                os.close(replaced)
             held.seek(0)
             os.write(2, held.read())
+
+
+def _replace_streams(descriptors: list[int]) -> list[int]:
+    """Standard output and error become these; returns copies of what they were."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = [os.dup(1), os.dup(2)]
+    os.dup2(descriptors[0], 1)
+    os.dup2(descriptors[1], 2)
+    return before
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any], where: str = "") -> Any | None:

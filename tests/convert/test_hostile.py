@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import struct
 import time
@@ -480,6 +481,28 @@ def test_only_a_regular_file_is_a_gguf_file(what, tmp_path):
         convert.open_source(path)
     with at_most(20), pytest.raises(ValueError, match=r"regular|opened"):
         open_file(path)
+
+
+@pytest.mark.parametrize("what", ["pipe", "/dev/zero"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "weights/_METADATA", "weights/final_norm/zarr.json", "draft/_sharding"]
+)
+def test_only_regular_files_of_a_converted_directory_are_read(what, name, converted_once, tmp_path):
+    out = shutil.copytree(converted_once, tmp_path / "out")
+    _put(out / name, what)
+    with at_most(20), pytest.raises(ValueError, match=name.rpartition("/")[2]):
+        qs.load(str(out), "float32")
+
+
+def test_what_the_tokenizers_package_prints_is_no_result(hf, capfd):
+    """An unknown key of an added token is noted on the process's standard output."""
+    values = json.loads(seeds.tokenizer_files()["tokenizer.json"])
+    values["added_tokens"][0]["colour"] = 1
+    source = hf(**{"tokenizer.json": json.dumps(values).encode()})
+    with contextlib.suppress(ValueError):
+        _ = convert.open_source(source).tokenizer
+    os.write(1, b"alive")
+    assert capfd.readouterr().out == "alive"
 
 
 def test_a_json_file_has_a_size(tmp_path, monkeypatch):
