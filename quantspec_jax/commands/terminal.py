@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from quantspec_jax.notices import notice
+
 CALLER_ERRORS = (
     ValueError,
     FileNotFoundError,
@@ -21,11 +23,6 @@ def write(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
-
-
-def notice(message: str) -> None:
-    """A line that is no result."""
-    print(f"quantspec: {message}", file=sys.stderr, flush=True)
 
 
 def fail(message: str, status: int) -> int:

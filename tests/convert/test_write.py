@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import functools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from convert.hf_config import parse_hf_config
 from convert.sources import ConvertedCheckpoint
 from convert.weights import hf_name
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
+from quantspec_jax import claim as claims
 from quantspec_jax.models.parameters import flatten, parameter_shapes
 from quantspec_jax.weights.calibrate import calibrate, calibration_tokens
 from quantspec_jax.weights.entries import quantize_params
@@ -443,18 +445,30 @@ def test_what_comes_to_lie_at_out_dir_meanwhile_stays(
 
 
 def test_of_two_at_once_one_wins_and_the_other_says_so(meanwhile, llama_dir, tmp_path):
-    out = tmp_path / "out"
-    meanwhile(lambda: convert.convert(llama_dir, out, dtype="bfloat16", progress=False))
-    with pytest.raises(ValueError, match=r"out_dir is .* checkpoint is '.*/out-1'"):
-        convert.convert(llama_dir, out, progress=False)
-    assert convert.open_source(out).source_dtype.name == "bfloat16"
-    assert convert.open_source(tmp_path / "out-1").source_dtype.name == "float32"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-1"]
+    """The late one, before it has begun; the early one's work is not touched."""
+    out, refused = tmp_path / "out", []
+
+    def second():
+        words = rf"out_dir is '{out}', which process {os.getpid()} on .* is writing"
+        with pytest.raises(ValueError, match=words):
+            convert.convert(llama_dir, out, dtype="bfloat16", overwrite=True, progress=False)
+        refused.append(True)
+
+    meanwhile(second)
+    convert.convert(llama_dir, out, progress=False)
+    assert refused
+    assert convert.open_source(out).source_dtype.name == "float32"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_one_checkpoint_may_overwrite_another_that_came_meanwhile(meanwhile, llama_dir, tmp_path):
     out = tmp_path / "out"
-    meanwhile(lambda: convert.convert(llama_dir, out, dtype="bfloat16", progress=False))
+
+    def second():
+        other = tmp_path / "other"
+        convert.convert(llama_dir, other, dtype="bfloat16", progress=False).rename(out)
+
+    meanwhile(second)
     convert.convert(llama_dir, out, overwrite=True, progress=False)
     assert convert.open_source(out).source_dtype.name == "float32"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -537,7 +551,7 @@ def test_an_interrupt_leaves_nothing(llama_dir, tmp_path):
     assert process.stdout is not None
     with process.stdout as output:
         assert output.readline() == "writing\n"
-        assert [p.suffix for p in tmp_path.iterdir()] == [".partial"]
+        assert sorted(p.suffix for p in tmp_path.iterdir()) == [".claim", ".partial"]
         time.sleep(0.2)
         for _ in range(3):  # Python loses an interrupt that strikes in a destructor: then again
             process.send_signal(signal.SIGINT)
@@ -546,6 +560,76 @@ def test_an_interrupt_leaves_nothing(llama_dir, tmp_path):
                 break
     assert process.returncode == 130
     assert list(tmp_path.iterdir()) == []
+
+
+# What a process that was killed leaves.
+
+
+DEAD = "0123abcd"
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """The claim of a process that does not live any more; names of its `partial` and `old`."""
+    claim = {"pid": 1, **claims._machine(), "token": DEAD}
+    (tmp_path / ".out.claim").write_text(json.dumps(claim))
+    return tmp_path / f".out.{DEAD}.partial", tmp_path / f".out.{DEAD}.old"
+
+
+def make_strays(directory: Path) -> dict[str, bytes]:
+    """What looks like leftovers, and is of nobody who is known to be dead."""
+    for name in (".out.4567cdef.partial", ".out.4567cdef.old", f".other.{DEAD}.partial"):
+        (directory / name).mkdir()
+        (directory / name / "chapter.txt").write_text("x")
+    return contents(directory)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_half_of_a_checkpoint_is_removed_and_nothing_else(whole, killed, llama_dir, tmp_path):
+    """`whole`: killed between making an empty `out` and moving there."""
+    partial, _ = killed
+    partial.mkdir()
+    (partial / "tokenizer.json").write_text("{}")
+    if whole:
+        (partial / "config.json").write_text("{}")
+        (tmp_path / "out").mkdir()
+    strays = make_strays(tmp_path)
+    out = convert.convert(llama_dir, tmp_path / "out", progress=False)
+    assert not partial.exists()
+    strays = {n: data for n, data in strays.items() if DEAD not in n or n.startswith(".other")}
+    there = contents(tmp_path).items()
+    assert {n: data for n, data in there if not n.startswith("out/")} == {
+        n: data for n, data in strays.items() if n != ".out.claim"
+    }
+    assert isinstance(convert.open_source(out), ConvertedCheckpoint)
+
+
+@pytest.mark.parametrize("place", ["free", "empty", "taken"])
+def test_a_checkpoint_that_had_stepped_aside_comes_back(place, killed, llama_dir, tmp_path):
+    """Where its successor did not arrive; else it goes, as was asked for."""
+    partial, old = killed
+    out = tmp_path / "out"
+    convert.convert(llama_dir, tmp_path / "made", dtype="bfloat16", progress=False).rename(old)
+    if place == "empty":
+        out.mkdir()
+    if place == "taken":
+        convert.convert(llama_dir, tmp_path / "made", progress=False).rename(out)
+    else:
+        partial.mkdir()
+    before = contents(out if place == "taken" else old)
+    with pytest.raises(ValueError, match="which exists"):
+        convert.convert(llama_dir, out, progress=False)
+    assert contents(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_moved_aside_and_is_no_checkpoint_is_never_removed(killed, llama_dir, tmp_path):
+    _, old = killed
+    make_directory(old)
+    make_directory(tmp_path / "out")
+    with pytest.raises(ValueError, match="which exists"):
+        convert.convert(llama_dir, tmp_path / "out", progress=False)
+    assert contents(old) == contents(tmp_path / "out") == {"chapter.txt": b"x"}
 
 
 # A damaged checkpoint.
