@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import os
@@ -18,6 +19,7 @@ from jax.typing import DTypeLike
 from convert.drafts import make
 from convert.drafts.make import DraftSource
 from convert.files import converted
+from convert.files.checksums import checksums
 from convert.sources import Checkpoint, HuggingFaceCheckpoint, open_source
 from quantspec_jax.checks import require
 from quantspec_jax.claim import claim
@@ -261,6 +263,7 @@ def _write_weights(
         converted.save_draft(partial, entries)
         header = converted.Header(checkpoint.config, dtype, config, converted.plain_arrays(entries))
     converted.save_tree(partial / "weights", params)
+    header = dataclasses.replace(header, checksums=checksums(partial))
     write_json(partial / "config.json", header.to_dict(), indent=2)
 
 

@@ -34,6 +34,9 @@ from quantspec_jax.weights.calibrate import calibrate, calibration_tokens
 from quantspec_jax.weights.entries import quantize_params
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 
+# When one array fails, the operations of others end later, each with a complaint of its own.
+ORBAX_THREADS = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {
@@ -504,7 +507,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads
+@ORBAX_THREADS
 def test_a_disk_that_fills_up_while_writing(small_disk, llama_dir, tmp_path, monkeypatch, capfd):
     """Where the space was there at the start: one error, nothing left, no other output."""
     monkeypatch.setattr(write, "_check_space", lambda *_: None)
@@ -527,22 +530,20 @@ def test_a_disk_that_fills_up_while_writing(small_disk, llama_dir, tmp_path, mon
 
 SLOW = """
 import sys, time
-import convert
 from convert.files import converted
+from quantspec_jax import cli
 save = converted.save_tree
 def slow(*arguments):
     print("writing", flush=True)
     save(*arguments)
     time.sleep(60)
 converted.save_tree = slow
-try:
-    convert.convert(sys.argv[1], sys.argv[2], progress=False)
-except KeyboardInterrupt:
-    sys.exit(130)
+sys.exit(cli.main(["convert", sys.argv[1], sys.argv[2]]))
 """
 
 
-def test_an_interrupt_leaves_nothing(llama_dir, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_leaves_nothing(number, status, llama_dir, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, str(llama_dir), str(tmp_path / "out")],
         stdout=subprocess.PIPE,
@@ -554,11 +555,11 @@ def test_an_interrupt_leaves_nothing(llama_dir, tmp_path):
         assert sorted(p.suffix for p in tmp_path.iterdir()) == [".claim", ".partial"]
         time.sleep(0.2)
         for _ in range(3):  # Python loses an interrupt that strikes in a destructor: then again
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=20)
                 break
-    assert process.returncode == 130
+    assert process.returncode == status
     assert list(tmp_path.iterdir()) == []
 
 
@@ -660,9 +661,62 @@ def test_damage_is_found_before_anything_is_read(converted):
         opened.load("float32")
 
 
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+@ORBAX_THREADS
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("array", ["weights/layers.1.up.kernel", "draft/layers.0.q.kernel.packed"])
+def test_one_bit_or_one_byte_more_is_noticed_and_the_array_named(array, place, converted):
+    opened = convert.open_source(converted)
+    load = opened.load_draft if array.startswith("draft") else lambda: opened.load("bfloat16")
+    for path in [p for p in (converted / array).rglob("*") if p.is_file()]:
+        data = path.read_bytes()
+        at = int(place * (len(data) - 1))
+        for damaged in (flipped(data, at), data[:at] + b"0" + data[at:]):
+            path.write_bytes(damaged)
+            directory, name = array.split("/")
+            with pytest.raises(ValueError, match=rf"{directory} is damaged: {name} .* again$"):
+                load()
+        path.write_bytes(data)
+    load()
+
+
+def test_a_chunk_in_another_s_place_is_noticed(llama_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(converted_io, "_CHUNK_BYTES", 100_000)
+    out = convert.convert(llama_dir, tmp_path / "out", progress=False)
+    one, two = sorted(p for p in (out / "weights/embedding/c").rglob("*") if p.is_file())[:2]
+    data = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(data)
+    with pytest.raises(ValueError, match="embedding is not what was written"):
+        convert.open_source(out).load("float32")
+
+
+def test_a_checkpoint_without_checksums_opens_with_a_notice(converted, capsys):
+    expected = convert.open_source(converted).load("float32")
+    assert capsys.readouterr().err == ""
+    path = converted / "config.json"
+    header = json.loads(path.read_text())
+    assert len(header.pop("checksums")) == len(list(converted.rglob("zarr.json")))
+    path.write_text(json.dumps(header))
+    opened = convert.open_source(converted)
+    assert_equal_trees(opened.load("float32"), expected)
+    opened.load_draft()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{converted} has no checksums" in said
+    del header["draft_arrays"]
+    path.write_text(json.dumps(header | {"checksums": {"weights/embedding": "00000000"}}))
+    with pytest.raises(ValueError, match="weights is damaged: embedding is not what was written"):
+        convert.open_source(converted).load("float32")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"checksums": 3}, "is damaged"),
         ({"version": 2}, "version in .* is 2"),
         ({"dtype": "int8"}, "dtype in .* is 'int8'"),
         ({"model": {}}, "is damaged"),

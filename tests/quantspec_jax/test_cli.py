@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -231,6 +232,29 @@ class TestErrors:
         monkeypatch.setattr(convert, "open_source", work)
         status, _, err = run("info", "somewhere")
         assert (status, err) == (130, "quantspec: error: interrupted\n")
+
+    @pytest.mark.parametrize("collecting", [False, True])
+    def test_a_termination_is_an_interruption(self, run, monkeypatch, collecting):
+        def terminate():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+        class Terminated:
+            def __del__(self):
+                terminate()
+
+        def work(source):
+            if collecting:
+                Terminated()
+            else:
+                terminate()
+            for _ in range(1000):
+                time.sleep(0.01)
+
+        monkeypatch.setattr(convert, "open_source", work)
+        status, out, err = run("info", "somewhere")
+        assert (status, out, err) == (143, "", "quantspec: error: terminated\n")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
     def test_traceback_only_with_debug(self, run):
         _, _, err = run("info", "nowhere")

@@ -119,7 +119,7 @@ class Finished:
 
 
 def _load_block(path: Path) -> dict[str, Any]:
-    with np.load(path) as arrays:
+    with path.open("rb") as stream, np.load(stream) as arrays:
         found = nest({name: jnp.asarray(arrays[name]) for name in arrays.files})
     return {
         name: {part: _weight(numbers) for part, numbers in parts.items()}
