@@ -17,6 +17,7 @@ import gc
 import importlib.metadata
 import io
 import logging
+import re
 import shutil
 import sys
 import time
@@ -151,7 +152,9 @@ def _restore_tree(directory: Path, tree: dict[str, Any], sums: Mapping[str, str]
         try:
             return _quietly(read)
         except OrbaxError as error:
-            reason = (str(error).strip() or "unreadable").splitlines()[0]
+            where = re.search(rf"{re.escape(str(directory))}/([\w.]+)", str(error))
+            reason = f"{where[1]}: " if where else ""
+            reason += (str(error).strip() or "unreadable").splitlines()[0]
             raise ValueError(
                 f"{directory} is damaged: {reason[:200]}; convert the source again"
             ) from error
