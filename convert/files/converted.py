@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -219,30 +219,34 @@ def _quietly(work: Callable[[], Result]) -> Result:
     Raises:
       OrbaxError: in place of any exception of Orbax's.
     """
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        return work()
-    except Exception as error:  # Orbax raises plain Exception, too
-        said = str(error) or repr(error)
-    finally:
-        logger.setLevel(level)
-    _wait_for_silence()
-    raise OrbaxError(said)
+    with contextlib.ExitStack() as stack:
+        for name in ("absl", "asyncio"):
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            try:
+                result, said = work(), None
+            except Exception as error:  # Orbax raises plain Exception, too
+                result, said = None, str(error) or repr(error)
+            if said is not None:
+                _wait_for_silence(printed)
+    if said is not None:
+        raise OrbaxError(said)
+    sys.stderr.write(printed.getvalue())  # of others, meanwhile
+    return cast(Result, result)
 
 
-def _wait_for_silence() -> None:
+def _wait_for_silence(printed: io.StringIO) -> None:
     """Until nothing was printed for a while."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as printed:
-            before = -1
-            for _ in range(_MOST_WAITS):
-                if before == (before := printed.tell()):
-                    break
-                time.sleep(_WAIT_SECONDS)
-                gc.collect()
+        before = -1
+        for _ in range(_MOST_WAITS):
+            if before == (before := printed.tell()):
+                break
+            gc.collect()
+            time.sleep(_WAIT_SECONDS)
     finally:
         sys.unraisablehook = hook
 
