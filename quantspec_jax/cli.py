@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     unraisable, sys.unraisablehook = sys.unraisablehook, _keep_interruption
     try:
         args = make_parser().parse_args(argv)
-        with _terminable():
+        with _terminable(), terminal.plain_warnings():
             result = _run(args)
         if args.json:
             print(json.dumps(result))

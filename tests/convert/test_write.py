@@ -8,6 +8,7 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from convert.sources import ConvertedCheckpoint
 from convert.weights import hf_name
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
 from quantspec_jax import claim as claims
+from quantspec_jax import cli
 from quantspec_jax.models.parameters import flatten, parameter_shapes
 from quantspec_jax.weights.calibrate import calibrate, calibration_tokens
 from quantspec_jax.weights.entries import quantize_params
@@ -524,6 +526,61 @@ def test_a_disk_that_fills_up_while_writing(small_disk, llama_dir, tmp_path, mon
     assert caught.value.errno == errno.ENOSPC
     assert sorted(p.name for p in small_disk.iterdir()) == before
     assert capfd.readouterr().err == ""
+
+
+def resize(disk: Path, kilobytes: int) -> None:
+    command = ["mount", "-o", f"remount,size={kilobytes}k", str(disk)]
+    subprocess.run(command, check=True)
+
+
+@pytest.fixture
+def on_disk(small_disk, make_tiny_llama, tmp_path, monkeypatch, capfd):
+    """Convert onto a file system of so many kilobytes; returns the status and what was said."""
+    if small_disk is None:
+        pytest.skip("mounting is not allowed")
+    monkeypatch.setattr(write, "_check_space", lambda *_: None)
+    monkeypatch.setattr(converted_io, "_WAIT_SECONDS", 0.1)
+    source = make_tiny_llama(tmp_path / "hf", max_position_embeddings=64)
+
+    def run(kilobytes: int) -> tuple[int, list[str]]:
+        resize(small_disk, kilobytes)
+        status = cli.main(["convert", str(source), str(small_disk / "out"), "--draft", "rtn"])
+        said = capfd.readouterr().err.replace("\r", "\n").splitlines()
+        return status, [line for line in said if line.strip() and "reading:" not in line]
+
+    return run
+
+
+@ORBAX_THREADS
+def test_a_disk_that_fills_up_at_any_moment_is_one_line(on_disk, small_disk):
+    """Tokenizer, draft, weights, header; each array of it."""
+    used = 0
+    for kilobytes in range(4, 2048, 48):
+        status, said = on_disk(kilobytes)
+        if status == 0:
+            used = kilobytes
+            break
+        words = f"no space left on the disk of '{small_disk / 'out'}'; nothing was left behind"
+        assert (status, said) == (1, [f"quantspec: error: {words}"])
+        assert list(small_disk.iterdir()) == []
+    assert used > 18 * 48
+    assert [p.name for p in small_disk.iterdir()] == ["out"]
+    assert convert.open_source(small_disk / "out").load_draft() is not None
+
+
+def test_a_disk_that_fills_up_in_a_calibration_leaves_its_layers(calibrating, tmp_path, capfd):
+    def full(resume):
+        raise OSError(errno.ENOSPC, "No space left on device", str(resume / "block-1.npz"))
+
+    layers = tmp_path / ".out.calibration"
+    words = f"the calibrated layers are kept in {layers}: the same command goes on after them"
+    with pytest.raises(OSError, match=re.escape(words)) as caught:
+        calibrating(full)
+    assert caught.value.errno == errno.ENOSPC
+    assert [p.name for p in tmp_path.iterdir()] == [layers.name]
+    assert "kept" not in capfd.readouterr().err, "the error says it"
+    calibrating(progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 # Interruption.

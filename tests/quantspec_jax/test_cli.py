@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -48,6 +49,7 @@ STATISTICS = {
     "compile_seconds",
     "trial_seconds",
     "cache_bytes",
+    "programs",
 }
 OF_GAMMA_AUTO = {"mean_gamma", "draft_cost"}
 CACHE_PARTS = {"upper", "lower", "scales", "buffer", "total", "bf16_equivalent"}
@@ -255,6 +257,23 @@ class TestErrors:
         status, out, err = run("info", "somewhere")
         assert (status, out, err) == (143, "", "quantspec: error: terminated\n")
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    def test_warnings_are_a_line_each_and_none_twice(self, run, monkeypatch):
+        def work(source):
+            warnings.simplefilter("always")
+            for name in ("layer", "end", "layer"):
+                warnings.warn(f"Error writing '{name}':\nno space", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+            raise ValueError("the end")
+
+        monkeypatch.setattr(convert, "open_source", work)
+        with warnings.catch_warnings():
+            _, _, err = run("info", "somewhere")
+        assert err.splitlines() == [
+            "quantspec: warning: Error writing 'layer': no space",
+            "quantspec: warning: something else",
+            "quantspec: error: the end",
+        ]
 
     def test_traceback_only_with_debug(self, run):
         _, _, err = run("info", "nowhere")
