@@ -4,7 +4,8 @@ Every method is read as decoding would: position t reads what was coded of the t
 buffer, q = G max(0, ⌊t/G⌋ − 1) of them, and those after as they are (`cache.schedule`).
 
     target   the model decodes over what the method reads of its own keys and values
-    draft    full weights; the method is applied to the 8-bit view of the target's planes
+    draft    full weights; the method is applied to the 8-bit view of the target's planes (views of
+             the planes are of the same ones)
 """
 
 from __future__ import annotations
@@ -219,7 +220,7 @@ class Reader:
         """What is read of the keys and values [1, T, K, D] of a layer, and what the layer above is
         given. `coded`: the method sees no more of them than the 8-bit view."""
         text = Layer(*(x[0].astype(jnp.float32) for x in past))
-        if coded:
+        if coded and not isinstance(self.method, Planes):  # these are the target's own codes
             text = Planes("int8", group_size=self.group_size).read((), text, None)
 
         def keys(x: jax.Array, turn: Any) -> jax.Array:
