@@ -84,7 +84,7 @@ def codecs(
     chosen = {name: _by_tiles(METHODS[name], group_size) for name in methods}
     learns = any(method.learns for method in chosen.values())
     chunks = calibration_tokens(model.tokenizer, text) if learns else np.zeros((0, 0), np.int32)
-    counted = slice(len(ids) // 4, len(ids) - 1)
+    first, last = len(ids) // 4, len(ids) - 1  # the last position predicts nothing of the text
     following = jnp.asarray([*ids[1:], 0], jnp.int32)
     with tqdm(total=2 * len(chosen) + 2, desc="codecs", disable=not progress) as bar:
         full, _ = _through(model, ids, Planes("full"), group_size)
@@ -95,7 +95,8 @@ def codecs(
         def mean(reference: jax.Array, hidden: jax.Array) -> dict[str, float]:
             found = _measure(_head(model.params), (reference, hidden), following)
             found = jax.device_get(found)
-            flat = {name: x.reshape(-1)[counted] for name, x in found._asdict().items()}
+            flat = {name: x.reshape(-1)[first : len(ids)] for name, x in found._asdict().items()}
+            flat["log_prob"] = flat["log_prob"][:-1]
             return {name: float(np.mean(x, dtype=np.float64)) for name, x in flat.items()}
 
         rows = []
@@ -118,7 +119,7 @@ def codecs(
                     "sampled_acceptance": as_draft["overlap"],
                 }
             )
-    return {"tokens": counted.stop - counted.start, "rows": rows}
+    return {"tokens": last - first, "rows": rows}
 
 
 def _by_tiles(method: Method, group_size: int) -> Method:
