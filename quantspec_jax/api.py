@@ -14,6 +14,7 @@ import jax
 
 from pallas_kernels.dispatch import use_mosaic_gpu
 from quantspec_jax.checks import require
+from quantspec_jax.engine import programs
 from quantspec_jax.engine.engine import Engine, Progress
 from quantspec_jax.engine.statistics import speed
 from quantspec_jax.generate.config import GenerateConfig
@@ -122,6 +123,7 @@ class _Run:
             "new_tokens": new,
             **counted,
             **speed(engine.clock, new),
+            "programs": programs.PROGRAMS.statistics(),
             "cache_bytes": {name: n // batch for name, n in engine.cache_bytes.items()},
             **adaptive,
         }

@@ -2,7 +2,7 @@
 
 Standard output is for results: streamed text, a table, or with --json one object and nothing else.
 Progress, notices and errors go to standard error. Exit status: 0, 2 for what the caller got wrong,
-1 for the rest, 130 when interrupted before there was a result.
+1 for the rest, 130 when interrupted (143 when terminated) before there was a result.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from quantspec_jax.commands import bench, convert, evaluate, generate, info, plan, terminal
@@ -25,6 +26,10 @@ from quantspec_jax.commands.version import Version
 COMMANDS = (convert, info, generate, evaluate, plan, bench)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ends a command as Ctrl-C does."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -32,13 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     unraisable, sys.unraisablehook = sys.unraisablehook, _keep_interruption
     try:
         args = make_parser().parse_args(argv)
-        result = _run(args)
+        with _terminable(), terminal.plain_warnings():
+            result = _run(args)
         if args.json:
             print(json.dumps(result))
         sys.stdout.flush()
         return 0
     except SystemExit as end:  # --help, --version
         return int(end.code or 0)
+    except Terminated:
+        return terminal.fail("terminated", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
         return terminal.fail("interrupted", 130)
     except BrokenPipeError:  # the reader of standard output has gone
@@ -69,11 +77,30 @@ def make_parser() -> Parser:
 
 
 def _keep_interruption(unraisable: Any) -> None:
-    """Send Ctrl-C again where it came during garbage collection, which would lose it."""
-    if unraisable.exc_type is KeyboardInterrupt:
-        threading.Timer(0.05, _thread.interrupt_main).start()
+    """Send a signal again where it came during garbage collection, which would lose it."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        lost = signal.SIGTERM if unraisable.exc_type is Terminated else signal.SIGINT
+        threading.Timer(0.05, _thread.interrupt_main, [lost]).start()
     else:
         sys.__unraisablehook__(unraisable)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated` in the main thread, where nobody else had a use for it."""
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not free or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run(args: argparse.Namespace) -> Any:

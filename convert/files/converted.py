@@ -1,6 +1,7 @@
 """The converted checkpoint on disk, written and read.
 
-config.json        format, versions, the ModelConfig, the weights' dtype, the draft's config
+config.json        format, versions, the ModelConfig, the weights' dtype, the draft's config,
+                   a checksum for each array
 weights/           Orbax: the tree of `parameter_shapes`
 draft/             Orbax, where a draft is stored: its own entries of the tree, which are quantized
                    kernels and sometimes other arrays; the header lists these
@@ -16,22 +17,26 @@ import gc
 import importlib.metadata
 import io
 import logging
+import re
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.files.checksums import verified
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
 from quantspec_jax.checks import is_int, require, within
 from quantspec_jax.dtypes import STORED, float_type
 from quantspec_jax.files import check_regular, read_json
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import flatten, linear_layers, nest, parameter_shapes
+from quantspec_jax.notices import notice
 from quantspec_jax.settings import Settings
 from quantspec_jax.sharding import one_device, param_shardings
 from quantspec_jax.weights.entries import quantize_params
@@ -43,12 +48,16 @@ VERSION = 1
 # Arrays are cut into chunks of this size on disk, so that none is held twice in memory.
 _CHUNK_BYTES = 64 << 20
 _MOST_BYTES = 1 << 50  # of a file
+_WAIT_SECONDS, _MOST_WAITS = 0.5, 40
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
     """What config.json says. `draft_arrays`: shape and dtype of each array of the draft's tree that
-    is not a quantized kernel, by path."""
+    is not a quantized kernel, by path. `checksums`: `convert.files.checksums` of the directory;
+    none in one of an earlier version."""
 
     config: ModelConfig
     dtype: np.dtype
@@ -56,6 +65,7 @@ class Header:
     draft_arrays: Mapping[str, tuple[tuple[int, ...], str]] = dataclasses.field(
         default_factory=dict
     )
+    checksums: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready. `model_type` and `transformers_version` let transformers' AutoTokenizer
@@ -70,6 +80,7 @@ class Header:
             "draft": self.draft.to_dict() if self.draft else None,
             "draft_arrays": dict(self.draft_arrays),
             "model": self.config.to_dict(),
+            "checksums": dict(self.checksums),
         }
 
 
@@ -86,6 +97,8 @@ def parse_header(values: dict[str, Any], where: Path) -> Header:
         arrays = _parse_draft_arrays(Settings(keys.entries("draft_arrays", {}), where.name), config)
         if draft is not None:
             _check_draft(draft, config)
+        given = Settings(keys.entries("checksums", {}), where.name)
+        sums = {path: given.text(path) for path in given.values}
     if draft is not None:
         layout = keys.get("layout_version", None)
         require(
@@ -94,7 +107,7 @@ def parse_header(values: dict[str, Any], where: Path) -> Header:
             layout,
             f"{LAYOUT_VERSION} (the stored draft has another packing: convert the source again)",
         )
-    return Header(config, dtype, draft, arrays)
+    return Header(config, dtype, draft, arrays, sums)
 
 
 _NAMES = tuple(dtype.name for dtype in STORED)
@@ -143,13 +156,16 @@ def save_tree(directory: Path, tree: dict[str, Any]) -> None:
 
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
 
-    def save() -> None:
+    def write() -> None:
         with _checkpointer(tree) as checkpointer:
             checkpointer.save(directory, args=ocp.args.PyTreeSave(tree, save_args=save_args))
 
+    def save() -> None:
+        _quietly(write)
+
     # Ctrl-C must not strike inside Orbax, whose writers would go on without it: it strikes here,
     # and taking their files away ends them.
-    with _quiet(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
         saved = pool.submit(save)
         try:
             saved.result()
@@ -162,20 +178,36 @@ def save_tree(directory: Path, tree: dict[str, Any]) -> None:
             raise
 
 
-def _restore_tree(directory: Path, tree: dict[str, Any]) -> dict[str, Any]:
+def _restore_tree(directory: Path, tree: dict[str, Any], sums: Mapping[str, str]) -> dict[str, Any]:
     """Reads one Orbax checkpoint into the shapes, dtypes and shardings of `tree`."""
     import orbax.checkpoint as ocp
 
     _check_files(directory, tree)
     restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
-    try:
-        with _quiet(), _checkpointer(tree) as checkpointer:
+
+    def read() -> dict[str, Any]:
+        with _checkpointer(tree) as checkpointer:
             return checkpointer.restore(
                 directory, args=ocp.args.PyTreeRestore(item=tree, restore_args=restore_args)
             )
-    except Exception as error:  # Orbax raises plain Exception, too
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"{directory} is damaged: {reason[:200]}") from error
+
+    with verified(_expected(directory, tree, sums)):
+        try:
+            return _quietly(read)
+        except OrbaxError as error:
+            where = re.search(rf"{re.escape(str(directory))}/([\w.]+)", str(error))
+            reason = f"{where[1]}: " if where else ""
+            reason += (str(error).strip() or "unreadable").splitlines()[0]
+            raise ValueError(
+                f"{directory} is damaged: {reason[:200]}; convert the source again"
+            ) from error
+
+
+def _expected(directory: Path, tree: dict[str, Any], sums: Mapping[str, str]) -> dict[Path, str]:
+    """Checksums of the arrays of `tree`, by their directories; none where none were stored."""
+    if not sums:
+        return {}
+    return {directory / path: sums.get(f"{directory.name}/{path}", "") for path in flatten(tree)}
 
 
 def _check_files(directory: Path, tree: dict[str, Any]) -> None:
@@ -189,12 +221,14 @@ def _check_files(directory: Path, tree: dict[str, Any]) -> None:
             stored = read_json(directory / path / "zarr.json")
             shape, item_bytes = tuple(stored["shape"]), jnp.dtype(stored["data_type"]).itemsize
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{directory} is damaged: {path} is missing") from error
+            raise ValueError(
+                f"{directory} is damaged: {path} is missing; convert the source again"
+            ) from error
         files = [f for f in (directory / path / "c").rglob("*") if f.is_file()]
         complete = sum(f.stat().st_size for f in files) >= leaf.size * item_bytes
         if shape != leaf.shape or not complete:
             what = f"has shape {list(shape)}" if shape != leaf.shape else "is cut off"
-            raise ValueError(f"{directory} is damaged: {path} {what}")
+            raise ValueError(f"{directory} is damaged: {path} {what}; convert the source again")
 
 
 def _checkpointer(tree: dict[str, Any]) -> Any:
@@ -215,25 +249,50 @@ def _checkpointer(tree: dict[str, Any]) -> Any:
     )
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides Orbax's warnings about its own internals.
+class OrbaxError(Exception):
+    """What an exception of Orbax's said."""
+
+
+def _quietly(work: Callable[[], Result]) -> Result:
+    """Does something with Orbax, without its warnings about its own internals.
 
     When one array fails, Orbax leaves the others' operations running without their event loop, and
-    each prints a traceback as it ends: wait for them, and let the one error speak.
+    each prints a traceback as it ends, or as the exception goes that holds it: let go of it here,
+    wait for them, and let the one error speak.
+
+    Raises:
+      OrbaxError: in place of any exception of Orbax's.
     """
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    with contextlib.ExitStack() as stack:
+        for name in ("absl", "asyncio"):
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            try:
+                result, said = work(), None
+            except Exception as error:  # Orbax raises plain Exception, too
+                result, said = None, str(error) or repr(error)
+            if said is not None:
+                _wait_for_silence(printed)
+    if said is not None:
+        raise OrbaxError(said)
+    sys.stderr.write(printed.getvalue())  # of others, meanwhile
+    return cast(Result, result)
+
+
+def _wait_for_silence(printed: io.StringIO) -> None:
+    """Until nothing was printed for a while."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
-        yield
-    except BaseException:
-        with contextlib.redirect_stderr(io.StringIO()):
-            time.sleep(0.5)
+        before = -1
+        for _ in range(_MOST_WAITS):
+            if before == (before := printed.tell()):
+                break
             gc.collect()
-        raise
+            time.sleep(_WAIT_SECONDS)
     finally:
-        logger.setLevel(level)
+        sys.unraisablehook = hook
 
 
 def check_weights(directory: Path, header: Header) -> None:
@@ -242,11 +301,20 @@ def check_weights(directory: Path, header: Header) -> None:
 
 
 def load_weights(
-    directory: Path, config: ModelConfig, dtype: np.dtype, device: jax.Device | None
+    directory: Path,
+    config: ModelConfig,
+    dtype: np.dtype,
+    device: jax.Device | None,
+    sums: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The parameters in `dtype`."""
+    """The parameters in `dtype`; `sums`: `Header.checksums`."""
+    if not sums:
+        notice(
+            f"{directory} has no checksums, as earlier versions wrote it: damage may go unnoticed "
+            "(convert again to have them)"
+        )
     shapes = _on(device, config, _weight_shapes(config, dtype))
-    return _restore_tree(directory / "weights", shapes)
+    return _restore_tree(directory / "weights", shapes, sums)
 
 
 def _weight_shapes(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
@@ -288,7 +356,7 @@ def load_draft(directory: Path, header: Header, device: jax.Device | None = None
     for path, (shape, dtype) in header.draft_arrays.items():
         shapes[path] = jax.ShapeDtypeStruct(shape, dtype)
     there = _as_dicts(_on(device, header.config, nest(shapes)))
-    flat = flatten(_restore_tree(directory / "draft", there))
+    flat = flatten(_restore_tree(directory / "draft", there, header.checksums))
     return nest({path: _restored(flat, path, leaf) for path, leaf in shapes.items()})
 
 

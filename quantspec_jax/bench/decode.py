@@ -122,6 +122,7 @@ def random_state(
         tokens=each(0, capacity),
         count=each(1),
         finished=each(False, dtype=bool),
+        broken=each(False, dtype=bool),
         rounds=each(0),
         proposed=each(0, COUNTED),
         accepted=each(0, COUNTED),

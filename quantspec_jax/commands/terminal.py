@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any
+
+from quantspec_jax.notices import notice
 
 CALLER_ERRORS = (
     ValueError,
@@ -23,9 +29,24 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def notice(message: str) -> None:
-    """A line that is no result."""
-    print(f"quantspec: {message}", file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """A warning is a notice; of those that differ in a name alone the first is enough (such as one
+    a compiled program that a full disk does not keep)."""
+    said = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        line = " ".join(str(message).split())
+        kind = re.sub(r"'[^']*'", "", line)
+        if kind not in said:
+            said.add(kind)
+            notice(f"warning: {line[:LONGEST_MESSAGE]}")
+
+    before, warnings.showwarning = warnings.showwarning, show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def fail(message: str, status: int) -> int:

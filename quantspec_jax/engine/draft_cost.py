@@ -31,7 +31,7 @@ VERSION = 1
 # What a round changes beside the cache's arrays.
 SMALL = (
     *("memory", "seen", "pending", "tokens", "count", "finished"),
-    *("rounds", "proposed", "accepted"),
+    *("broken", "rounds", "proposed", "accepted"),
 )
 _known: dict[str, float] = {}
 

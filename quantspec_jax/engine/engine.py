@@ -98,7 +98,8 @@ class Engine:
           progress: show on a terminal how far the prompts are.
 
         Raises:
-          ValueError: too many prompts, or too long ones.
+          ValueError: too many prompts, or too long ones, or the model's logits after one are not
+            finite; then no slot is taken.
         """
         config = config or self.config
         number = len(prompts)
@@ -122,13 +123,20 @@ class Engine:
         self._used[taken], self._ended[taken] = True, False
         self._sampled[taken] = config.temperature > 0
         self._look()
+        try:
+            self._check_finite(taken)
+        except ValueError:
+            for slot in taken:
+                self.remove(slot)
+            raise
         return taken
 
     def step(self, rounds: int | None = None) -> None:
         """A chunk of rounds, `rounds` at most; the host waits for them.
 
         Raises:
-          ValueError: no sequence was ever added.
+          ValueError: no sequence was ever added; or the model's logits were not finite, which ends
+            a sequence and is said at each step until it is removed.
         """
         if self._state is None:
             raise ValueError("the engine has no sequence; allowed: `step` after `add`")
@@ -155,6 +163,7 @@ class Engine:
             self.adaptive.observe(
                 int(change["rounds"].max()), *(change[x].sum(0) for x in COUNTERS[1:])
             )
+        self._check_finite(np.flatnonzero(self._used).tolist())
 
     def read(self, slot: int, start: int = 0) -> Progress:
         """What the slot's sequence has made, its tokens from number `start` on."""
@@ -272,8 +281,20 @@ class Engine:
     def _look(self) -> None:
         """Bring what the host reads of the state to it."""
         assert self._state is not None
-        names = ("tokens", "count", "finished", *COUNTERS)
+        names = ("tokens", "count", "finished", "broken", *COUNTERS)
         self._seen = jax.device_get({name: getattr(self._state, name) for name in names})
+
+    def _check_finite(self, slots: list[int]) -> None:
+        """ValueError where the model made no number of what a slot holds."""
+        broken = [slot for slot in slots if self._seen["broken"][slot]]
+        if broken:
+            which = ", ".join(
+                f"{slot} (after {int(self._seen['count'][slot])} new tokens)" for slot in broken
+            )
+            raise ValueError(
+                "model: its logits are not finite (NaN or infinity), so there is no next token; "
+                f"sequence {which}. The weights may be damaged: load or convert the source again"
+            )
 
 
 COUNTERS = ("rounds", "proposed", "accepted")

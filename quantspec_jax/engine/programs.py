@@ -27,11 +27,16 @@ class Programs:
 
     def __init__(self, most: int = MOST_PROGRAMS):
         self.most = most
+        self.made = 0
         self._kept: collections.OrderedDict[Any, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def statistics(self) -> dict[str, int]:
+        """Of this process: programs that are kept, how many may be, and how many were ever made."""
+        return {"kept": len(self), "most": self.most, "made": self.made}
 
     def compiled(self, function: Any, *args: Any, **static: Any) -> tuple[Any, float]:
         """The executable for arguments of these forms (arrays or their shapes), and the seconds it
@@ -47,6 +52,7 @@ class Programs:
         executable = function.lower(*args, **static).compile()
         with self._lock:
             self._kept[key] = executable
+            self.made += 1
             while len(self._kept) > self.most:
                 self._kept.popitem(last=False)
         return executable, time.perf_counter() - started

@@ -21,6 +21,7 @@ from quantspec_jax.cache import flush, flush_due, rollback, schedule
 from quantspec_jax.generate.accept import Verdict, accept
 from quantspec_jax.generate.draft import draft, no_proposals
 from quantspec_jax.generate.requests import is_end
+from quantspec_jax.generate.sampling import not_finite
 from quantspec_jax.generate.state import DecodeState, Program, counted
 from quantspec_jax.generate.verify import verify
 from quantspec_jax.models.parameters import Params
@@ -84,9 +85,15 @@ def one_round(
     proposed = jnp.minimum(program.gamma, schedule.room(start, program.cache.group_size))
     verdict = accept(logits, proposals, proposed, state, program)
 
+    # Of rows behind the one that decides the round's last token nothing is kept.
+    kept = jnp.arange(program.gamma + 1)[None] <= verdict.accepted[:, None]
+    broken = active & jnp.any(not_finite(logits) & kept, -1)
+    active &= ~broken
     accepted = jnp.where(active, verdict.accepted, 0)
     state = dataclasses.replace(
         state,
+        finished=state.finished | broken,
+        broken=state.broken | broken,
         cache=rollback(cache, jnp.where(active, start + accepted + 1, start)),
         rounds=state.rounds + active.astype(jnp.int32),
         proposed=state.proposed + counted(jnp.where(active, proposed, 0)),

@@ -13,7 +13,7 @@ from pallas_kernels.rope_append.heads import Heads
 from pallas_kernels.shapes import Each, Ids, shaped
 from quantspec_jax.cache import KVCache, LayerCache, from_prompt
 from quantspec_jax.generate.requests import Requests, is_end
-from quantspec_jax.generate.sampling import Role, choose
+from quantspec_jax.generate.sampling import Role, choose, not_finite
 from quantspec_jax.generate.state import COUNTED, DecodeState, PromptProgram
 from quantspec_jax.models.attention import prompt_attention
 from quantspec_jax.models.decoder import block_params, embed, run_block, unembed
@@ -114,6 +114,7 @@ def end(
     logits = unembed(params, hidden[rows, lengths - 1], program.backend)
     in_prompt = jnp.arange(p)[None] < lengths[:, None]
     seen = jnp.zeros((b, config.vocab_size), bool).at[rows[:, None], prompts].max(in_prompt)
+    broken = not_finite(logits)
     token, _ = choose(logits, seen, requests.sampling, requests.keys, lengths, Role.TARGET)
 
     codec, g = program.cache.codec, program.cache.group_size
@@ -125,8 +126,9 @@ def end(
         seen=seen.at[rows, token].set(True),
         pending=token,
         tokens=jnp.zeros((b, capacity), jnp.int32).at[:, 0].set(token),
-        count=one,
-        finished=is_end(token[:, None], requests.eos_ids)[:, 0] | (one >= requests.limit),
+        count=one - broken.astype(jnp.int32),
+        finished=is_end(token[:, None], requests.eos_ids)[:, 0] | (one >= requests.limit) | broken,
+        broken=broken,
         rounds=jnp.zeros(b, jnp.int32),
         proposed=nothing,
         accepted=jnp.zeros_like(nothing),

@@ -65,6 +65,12 @@ def penalize(logits: jax.Array, seen: jax.Array, sampling: Sampling) -> jax.Arra
     return jnp.where(seen, jnp.where(x < 0, x * penalty, x / penalty), x)
 
 
+def not_finite(logits: jax.Array) -> jax.Array:
+    """[..., N] logits → [...] bool: whether one is NaN or infinite, in one pass. A single −∞ is not
+    told from a token that cannot come."""
+    return ~jnp.isfinite(jnp.max(logits, -1))  # the maximum of a row with a NaN is NaN
+
+
 def _ordered(x: jax.Array) -> jax.Array:
     """float32 → uint32 that compare as the numbers do."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)

@@ -76,7 +76,7 @@ class Program:
     jax.tree_util.register_dataclass,
     data_fields=[
         *("cache", "requests", "memory", "seen", "pending", "tokens", "count", "finished"),
-        *("rounds", "proposed", "accepted"),
+        *("broken", "rounds", "proposed", "accepted"),
     ],
     meta_fields=[],
 )
@@ -92,7 +92,8 @@ class DecodeState:
     pending   [B] int32
     tokens    [B, M] int32, new tokens, the pending one included; valid below `count`
     count     [B] int32
-    finished  [B] bool, an end token was produced or the limit reached
+    finished  [B] bool, an end token was produced or the limit reached, or it is broken
+    broken    [B] bool, the target's logits for the next token were not finite
     rounds    [B] int32, rounds in which the sequence took part
     proposed, accepted  [B, COUNTED] int32, drafted tokens that counted, and those of them that were
               accepted, by their place in the round
@@ -106,6 +107,7 @@ class DecodeState:
     tokens: jax.Array
     count: jax.Array
     finished: jax.Array
+    broken: jax.Array
     rounds: jax.Array
     proposed: jax.Array
     accepted: jax.Array

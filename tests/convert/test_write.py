@@ -7,6 +7,8 @@ import dataclasses
 import errno
 import functools
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,10 +29,15 @@ from convert.hf_config import parse_hf_config
 from convert.sources import ConvertedCheckpoint
 from convert.weights import hf_name
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
+from quantspec_jax import claim as claims
+from quantspec_jax import cli
 from quantspec_jax.models.parameters import flatten, parameter_shapes
 from quantspec_jax.weights.calibrate import calibrate, calibration_tokens
 from quantspec_jax.weights.entries import quantize_params
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
+
+# When one array fails, the operations of others end later, each with a complaint of its own.
+ORBAX_THREADS = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -443,18 +450,30 @@ def test_what_comes_to_lie_at_out_dir_meanwhile_stays(
 
 
 def test_of_two_at_once_one_wins_and_the_other_says_so(meanwhile, llama_dir, tmp_path):
-    out = tmp_path / "out"
-    meanwhile(lambda: convert.convert(llama_dir, out, dtype="bfloat16", progress=False))
-    with pytest.raises(ValueError, match=r"out_dir is .* checkpoint is '.*/out-1'"):
-        convert.convert(llama_dir, out, progress=False)
-    assert convert.open_source(out).source_dtype.name == "bfloat16"
-    assert convert.open_source(tmp_path / "out-1").source_dtype.name == "float32"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-1"]
+    """The late one, before it has begun; the early one's work is not touched."""
+    out, refused = tmp_path / "out", []
+
+    def second():
+        words = rf"out_dir is '{out}', which process {os.getpid()} on .* is writing"
+        with pytest.raises(ValueError, match=words):
+            convert.convert(llama_dir, out, dtype="bfloat16", overwrite=True, progress=False)
+        refused.append(True)
+
+    meanwhile(second)
+    convert.convert(llama_dir, out, progress=False)
+    assert refused
+    assert convert.open_source(out).source_dtype.name == "float32"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_one_checkpoint_may_overwrite_another_that_came_meanwhile(meanwhile, llama_dir, tmp_path):
     out = tmp_path / "out"
-    meanwhile(lambda: convert.convert(llama_dir, out, dtype="bfloat16", progress=False))
+
+    def second():
+        other = tmp_path / "other"
+        convert.convert(llama_dir, other, dtype="bfloat16", progress=False).rename(out)
+
+    meanwhile(second)
     convert.convert(llama_dir, out, overwrite=True, progress=False)
     assert convert.open_source(out).source_dtype.name == "float32"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -490,7 +509,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads
+@ORBAX_THREADS
 def test_a_disk_that_fills_up_while_writing(small_disk, llama_dir, tmp_path, monkeypatch, capfd):
     """Where the space was there at the start: one error, nothing left, no other output."""
     monkeypatch.setattr(write, "_check_space", lambda *_: None)
@@ -509,26 +528,79 @@ def test_a_disk_that_fills_up_while_writing(small_disk, llama_dir, tmp_path, mon
     assert capfd.readouterr().err == ""
 
 
+def resize(disk: Path, kilobytes: int) -> None:
+    command = ["mount", "-o", f"remount,size={kilobytes}k", str(disk)]
+    subprocess.run(command, check=True)
+
+
+@pytest.fixture
+def on_disk(small_disk, make_tiny_llama, tmp_path, monkeypatch, capfd):
+    """Convert onto a file system of so many kilobytes; returns the status and what was said."""
+    if small_disk is None:
+        pytest.skip("mounting is not allowed")
+    monkeypatch.setattr(write, "_check_space", lambda *_: None)
+    monkeypatch.setattr(converted_io, "_WAIT_SECONDS", 0.1)
+    source = make_tiny_llama(tmp_path / "hf", max_position_embeddings=64)
+
+    def run(kilobytes: int) -> tuple[int, list[str]]:
+        resize(small_disk, kilobytes)
+        status = cli.main(["convert", str(source), str(small_disk / "out"), "--draft", "rtn"])
+        said = capfd.readouterr().err.replace("\r", "\n").splitlines()
+        return status, [line for line in said if line.strip() and "reading:" not in line]
+
+    return run
+
+
+@ORBAX_THREADS
+def test_a_disk_that_fills_up_at_any_moment_is_one_line(on_disk, small_disk):
+    """Tokenizer, draft, weights, header; each array of it."""
+    used = 0
+    for kilobytes in range(4, 2048, 48):
+        status, said = on_disk(kilobytes)
+        if status == 0:
+            used = kilobytes
+            break
+        words = f"no space left on the disk of '{small_disk / 'out'}'; nothing was left behind"
+        assert (status, said) == (1, [f"quantspec: error: {words}"])
+        assert list(small_disk.iterdir()) == []
+    assert used > 18 * 48
+    assert [p.name for p in small_disk.iterdir()] == ["out"]
+    assert convert.open_source(small_disk / "out").load_draft() is not None
+
+
+def test_a_disk_that_fills_up_in_a_calibration_leaves_its_layers(calibrating, tmp_path, capfd):
+    def full(resume):
+        raise OSError(errno.ENOSPC, "No space left on device", str(resume / "block-1.npz"))
+
+    layers = tmp_path / ".out.calibration"
+    words = f"the calibrated layers are kept in {layers}: the same command goes on after them"
+    with pytest.raises(OSError, match=re.escape(words)) as caught:
+        calibrating(full)
+    assert caught.value.errno == errno.ENOSPC
+    assert [p.name for p in tmp_path.iterdir()] == [layers.name]
+    assert "kept" not in capfd.readouterr().err, "the error says it"
+    calibrating(progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 # Interruption.
 
 SLOW = """
 import sys, time
-import convert
 from convert.files import converted
+from quantspec_jax import cli
 save = converted.save_tree
 def slow(*arguments):
     print("writing", flush=True)
     save(*arguments)
     time.sleep(60)
 converted.save_tree = slow
-try:
-    convert.convert(sys.argv[1], sys.argv[2], progress=False)
-except KeyboardInterrupt:
-    sys.exit(130)
+sys.exit(cli.main(["convert", sys.argv[1], sys.argv[2]]))
 """
 
 
-def test_an_interrupt_leaves_nothing(llama_dir, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_leaves_nothing(number, status, llama_dir, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, str(llama_dir), str(tmp_path / "out")],
         stdout=subprocess.PIPE,
@@ -537,15 +609,85 @@ def test_an_interrupt_leaves_nothing(llama_dir, tmp_path):
     assert process.stdout is not None
     with process.stdout as output:
         assert output.readline() == "writing\n"
-        assert [p.suffix for p in tmp_path.iterdir()] == [".partial"]
+        assert sorted(p.suffix for p in tmp_path.iterdir()) == [".claim", ".partial"]
         time.sleep(0.2)
         for _ in range(3):  # Python loses an interrupt that strikes in a destructor: then again
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=20)
                 break
-    assert process.returncode == 130
+    assert process.returncode == status
     assert list(tmp_path.iterdir()) == []
+
+
+# What a process that was killed leaves.
+
+
+DEAD = "0123abcd"
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """The claim of a process that does not live any more; names of its `partial` and `old`."""
+    claim = {"pid": 1, **claims._machine(), "token": DEAD}
+    (tmp_path / ".out.claim").write_text(json.dumps(claim))
+    return tmp_path / f".out.{DEAD}.partial", tmp_path / f".out.{DEAD}.old"
+
+
+def make_strays(directory: Path) -> dict[str, bytes]:
+    """What looks like leftovers, and is of nobody who is known to be dead."""
+    for name in (".out.4567cdef.partial", ".out.4567cdef.old", f".other.{DEAD}.partial"):
+        (directory / name).mkdir()
+        (directory / name / "chapter.txt").write_text("x")
+    return contents(directory)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_half_of_a_checkpoint_is_removed_and_nothing_else(whole, killed, llama_dir, tmp_path):
+    """`whole`: killed between making an empty `out` and moving there."""
+    partial, _ = killed
+    partial.mkdir()
+    (partial / "tokenizer.json").write_text("{}")
+    if whole:
+        (partial / "config.json").write_text("{}")
+        (tmp_path / "out").mkdir()
+    strays = make_strays(tmp_path)
+    out = convert.convert(llama_dir, tmp_path / "out", progress=False)
+    assert not partial.exists()
+    strays = {n: data for n, data in strays.items() if DEAD not in n or n.startswith(".other")}
+    there = contents(tmp_path).items()
+    assert {n: data for n, data in there if not n.startswith("out/")} == {
+        n: data for n, data in strays.items() if n != ".out.claim"
+    }
+    assert isinstance(convert.open_source(out), ConvertedCheckpoint)
+
+
+@pytest.mark.parametrize("place", ["free", "empty", "taken"])
+def test_a_checkpoint_that_had_stepped_aside_comes_back(place, killed, llama_dir, tmp_path):
+    """Where its successor did not arrive; else it goes, as was asked for."""
+    partial, old = killed
+    out = tmp_path / "out"
+    convert.convert(llama_dir, tmp_path / "made", dtype="bfloat16", progress=False).rename(old)
+    if place == "empty":
+        out.mkdir()
+    if place == "taken":
+        convert.convert(llama_dir, tmp_path / "made", progress=False).rename(out)
+    else:
+        partial.mkdir()
+    before = contents(out if place == "taken" else old)
+    with pytest.raises(ValueError, match="which exists"):
+        convert.convert(llama_dir, out, progress=False)
+    assert contents(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_moved_aside_and_is_no_checkpoint_is_never_removed(killed, llama_dir, tmp_path):
+    _, old = killed
+    make_directory(old)
+    make_directory(tmp_path / "out")
+    with pytest.raises(ValueError, match="which exists"):
+        convert.convert(llama_dir, tmp_path / "out", progress=False)
+    assert contents(old) == contents(tmp_path / "out") == {"chapter.txt": b"x"}
 
 
 # A damaged checkpoint.
@@ -576,9 +718,62 @@ def test_damage_is_found_before_anything_is_read(converted):
         opened.load("float32")
 
 
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+@ORBAX_THREADS
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("array", ["weights/layers.1.up.kernel", "draft/layers.0.q.kernel.packed"])
+def test_one_bit_or_one_byte_more_is_noticed_and_the_array_named(array, place, converted):
+    opened = convert.open_source(converted)
+    load = opened.load_draft if array.startswith("draft") else lambda: opened.load("bfloat16")
+    for path in [p for p in (converted / array).rglob("*") if p.is_file()]:
+        data = path.read_bytes()
+        at = int(place * (len(data) - 1))
+        for damaged in (flipped(data, at), data[:at] + b"0" + data[at:]):
+            path.write_bytes(damaged)
+            directory, name = array.split("/")
+            with pytest.raises(ValueError, match=rf"{directory} is damaged: {name} .* again$"):
+                load()
+        path.write_bytes(data)
+    load()
+
+
+def test_a_chunk_in_another_s_place_is_noticed(llama_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(converted_io, "_CHUNK_BYTES", 100_000)
+    out = convert.convert(llama_dir, tmp_path / "out", progress=False)
+    one, two = sorted(p for p in (out / "weights/embedding/c").rglob("*") if p.is_file())[:2]
+    data = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(data)
+    with pytest.raises(ValueError, match="embedding is not what was written"):
+        convert.open_source(out).load("float32")
+
+
+def test_a_checkpoint_without_checksums_opens_with_a_notice(converted, capsys):
+    expected = convert.open_source(converted).load("float32")
+    assert capsys.readouterr().err == ""
+    path = converted / "config.json"
+    header = json.loads(path.read_text())
+    assert len(header.pop("checksums")) == len(list(converted.rglob("zarr.json")))
+    path.write_text(json.dumps(header))
+    opened = convert.open_source(converted)
+    assert_equal_trees(opened.load("float32"), expected)
+    opened.load_draft()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{converted} has no checksums" in said
+    del header["draft_arrays"]
+    path.write_text(json.dumps(header | {"checksums": {"weights/embedding": "00000000"}}))
+    with pytest.raises(ValueError, match="weights is damaged: embedding is not what was written"):
+        convert.open_source(converted).load("float32")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"checksums": 3}, "is damaged"),
         ({"version": 2}, "version in .* is 2"),
         ({"dtype": "int8"}, "dtype in .* is 'int8'"),
         ({"model": {}}, "is damaged"),

@@ -108,7 +108,9 @@ def test_another_gamma_or_coupling_compiles_no_prefill(model, monkeypatch):
     """Programs are compiled for what they read."""
     monkeypatch.setattr(programs, "PROGRAMS", programs.Programs())
     prompt = [list(range(1, 90))]
-    qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 2}))
+    stats = qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 2})).stats[0]
+    kept = len(programs.PROGRAMS)
+    assert stats["programs"] == {"kept": kept, "most": programs.MOST_PROGRAMS, "made": kept}
     before = set(programs.PROGRAMS._kept)
     qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 3}))
     qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 2}, coupling="invariant"))
@@ -127,6 +129,7 @@ def test_compiled_programs_are_bounded_and_the_last_used_stay():
     assert kept.compiled(double, forms[0])[1] == 0
     assert kept.compiled(double, forms[2])[1] == 0
     assert kept.compiled(double, forms[1])[1] > 0
+    assert kept.statistics() == {"kept": 2, "most": 2, "made": 4}
 
 
 def test_streaming_gives_the_text_in_pieces(model):

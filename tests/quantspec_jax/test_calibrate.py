@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,76 @@ def test_an_interrupted_calibration_goes_on(tmp_path, monkeypatch):
     changed = params | {"embedding": params["embedding"] * 2}
     with pytest.raises(ValueError, match="holds another calibration"):
         calibrate(config, changed, tokens(), draft, resume=tmp_path)
+
+
+@functools.cache
+def block_of_entries():
+    kernel = jax.random.normal(jax.random.key(1), (64, 40))
+    return {"q": quantize_linear(kernel, WeightFormat(4, 32))}
+
+
+def kept(directory, draft=UNIFORM):
+    """The context of this calibration's directory."""
+    config, params, _ = tiny_model()
+    return resume.finished_blocks(directory, config, params, jnp.zeros((1, 4), jnp.int32), draft)
+
+
+def test_a_damaged_block_is_as_good_as_none_and_named(tmp_path, capsys):
+    """Wherever a bit flips, a byte comes or the file ends."""
+    path = tmp_path / "block-3.npz"
+    with kept(tmp_path) as finished:
+        finished.save(3, block_of_entries())
+        whole, expected = path.read_bytes(), finished.load(3)
+        jax.tree.map(np.testing.assert_array_equal, expected["q"], block_of_entries()["q"])
+        assert capsys.readouterr().err == ""
+        damaged = []
+        for at in range(0, len(whole), 41):
+            flipped = whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :]
+            inserted = whole[:at] + b"\0" + whole[at:]
+            damaged += [flipped, inserted, whole[:at]]
+        noticed = 0
+        for data in damaged:
+            path.write_bytes(data)
+            found, said = finished.load(3), capsys.readouterr().err
+            if found is None:
+                assert re.fullmatch(rf"quantspec: {path} is damaged .* block 3 .*again\n", said)
+                noticed += 1
+            else:  # a date, say
+                jax.tree.map(np.testing.assert_array_equal, found, expected)
+        assert noticed > 0.9 * len(damaged) > 100
+
+
+def test_a_damaged_signature_begins_anew(tmp_path, capsys):
+    with kept(tmp_path) as finished:
+        finished.save(0, block_of_entries())
+        finished.formats(lambda: {"layers.0.q": WeightFormat(8, 32)})
+    with kept(tmp_path) as finished:
+        assert finished.load(0) is not None
+        assert finished.formats(lambda: pytest.fail("kept")) == {"layers.0.q": WeightFormat(8, 32)}
+    for name, act in (("formats.json", "chosen again"), ("signature.json", "calibrated again")):
+        path = tmp_path / name
+        path.write_text(path.read_text().replace("8", "9", 1))
+        capsys.readouterr()
+        with kept(tmp_path) as finished:
+            assert (finished.load(0) is None) == (name == "signature.json")
+            other = {"layers.0.q": WeightFormat(4, 32)}
+            assert finished.formats(lambda found=other: found) == other
+        said = capsys.readouterr().err
+        assert str(path) in said
+        assert act in said
+        assert said.count("\n") == 1
+
+
+def test_a_directory_has_one_calibration_at_a_time(tmp_path):
+    (tmp_path / ".block-0.12-34.partial.npz").write_text("half")
+    with kept(tmp_path):
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["claim", "signature.json"]
+        words = rf"calibration directory is '{tmp_path}', which process \d+ on .* is writing"
+        with pytest.raises(ValueError, match=words), kept(tmp_path):
+            pass
+    assert [p.name for p in tmp_path.iterdir()] == ["signature.json"]
+    with pytest.raises(ValueError, match="holds another calibration"), kept(tmp_path, MIXED):
+        pass
 
 
 def test_blocks_after_the_first_compile_nothing(monkeypatch, caplog):

@@ -6,8 +6,10 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
 import time
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -47,6 +49,7 @@ STATISTICS = {
     "compile_seconds",
     "trial_seconds",
     "cache_bytes",
+    "programs",
 }
 OF_GAMMA_AUTO = {"mean_gamma", "draft_cost"}
 CACHE_PARTS = {"upper", "lower", "scales", "buffer", "total", "bf16_equivalent"}
@@ -231,6 +234,46 @@ class TestErrors:
         monkeypatch.setattr(convert, "open_source", work)
         status, _, err = run("info", "somewhere")
         assert (status, err) == (130, "quantspec: error: interrupted\n")
+
+    @pytest.mark.parametrize("collecting", [False, True])
+    def test_a_termination_is_an_interruption(self, run, monkeypatch, collecting):
+        def terminate():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+        class Terminated:
+            def __del__(self):
+                terminate()
+
+        def work(source):
+            if collecting:
+                Terminated()
+            else:
+                terminate()
+            for _ in range(1000):
+                time.sleep(0.01)
+
+        monkeypatch.setattr(convert, "open_source", work)
+        status, out, err = run("info", "somewhere")
+        assert (status, out, err) == (143, "", "quantspec: error: terminated\n")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    def test_warnings_are_a_line_each_and_none_twice(self, run, monkeypatch):
+        def work(source):
+            warnings.simplefilter("always")
+            for name in ("layer", "end", "layer"):
+                warnings.warn(f"Error writing '{name}':\nno space", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+            raise ValueError("the end")
+
+        monkeypatch.setattr(convert, "open_source", work)
+        with warnings.catch_warnings():
+            _, _, err = run("info", "somewhere")
+        assert err.splitlines() == [
+            "quantspec: warning: Error writing 'layer': no space",
+            "quantspec: warning: something else",
+            "quantspec: error: the end",
+        ]
 
     def test_traceback_only_with_debug(self, run):
         _, _, err = run("info", "nowhere")

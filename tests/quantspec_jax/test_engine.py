@@ -55,6 +55,36 @@ def test_requests_that_come_and_go_get_what_they_get_alone(model, options):
     assert [found[i] for i in range(len(PROMPTS))] == alone
 
 
+def step_to_the_end(engine: Engine) -> None:
+    while engine.running:
+        engine.step(2)
+
+
+@pytest.mark.parametrize("options", [{"gamma": 3}, {"mode": "autoregressive", "kv": "full"}])
+def test_logits_that_are_not_finite_are_an_error(model, options):
+    """It names the sequence; the other one goes on, and slots can be freed."""
+    config = qs.GenerateConfig(**SHORT, **options)
+    alone = [qs.generate(model, [p], config).tokens[0] for p in PROMPTS[:2]]
+    poison = next(t for t in alone[1][3:] if t not in {*alone[0], *PROMPTS[0], *PROMPTS[1]})
+    params = model.params | {"embedding": model.params["embedding"].at[poison].set(np.nan)}
+    damaged = qs.Model(model.config, params, None, model.draft)
+    engine = Engine(damaged, config, max(map(len, PROMPTS)), slots=2)
+    engine.add(PROMPTS[:2], config)
+    words = r"logits are not finite .* sequence 1 \(after \d+ new tokens\)\. The weights may be"
+    with pytest.raises(ValueError, match=words):
+        step_to_the_end(engine)
+    with pytest.raises(ValueError, match=words):
+        engine.step(2)
+    engine.remove(1)
+    with pytest.raises(ValueError, match=r"sequence 1 \(after 0 new tokens\)"):
+        engine.add([[poison]], config)
+    step_to_the_end(engine)
+    assert engine.read(0).tokens == alone[0]
+    assert engine.add([PROMPTS[0]], config) == [1]
+    with pytest.raises(ValueError, match="The weights may be damaged"):
+        qs.generate(damaged, PROMPTS[1:2], config)
+
+
 def test_each_request_has_its_own_wishes(model):
     """Greedy beside sampled, another limit, another end: in one batch."""
     wishes = [

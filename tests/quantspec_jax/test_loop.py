@@ -132,6 +132,52 @@ def test_a_sequence_stops_at_its_eos_and_the_others_go_on():
     assert np.asarray(stopped.finished).all()
 
 
+def damaged_for(rows, tokens: list[list[int]], params):
+    """Parameters that make NaN of a token that one sequence alone produces, which, and when."""
+    own = [set(row[1:]) for row in tokens]
+    for i, row in enumerate(tokens):
+        others = set.union({row[0], *rows.reshape(-1).tolist()}, *own[:i], *own[i + 1 :])
+        for at, token in enumerate(row):
+            if token not in others:
+                return params | {"embedding": params["embedding"].at[token].set(jnp.nan)}, i, at
+    raise AssertionError("no such token")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("gamma", [0, 3])
+def test_logits_that_are_not_finite_end_their_sequence_alone(gamma, temperature):
+    """In the middle of a text; of the others not a token changes."""
+    _, params, draft = tiny_model()
+    sampling = sampling_arrays(GenerateConfig(temperature=temperature), 3)
+    p = program(gamma)
+    rows = prompts(LENGTHS) % 60
+    whole = decode(p, start(p, rows, LENGTHS, 30, sampling))
+    assert not np.asarray(whole.broken).any()
+    expected = new_tokens(whole)
+    bad, i, at = damaged_for(rows, expected, params)
+    own = draft | {"embedding": bad["embedding"]}
+    state = decode(p, start(p, rows, LENGTHS, 30, sampling, params=bad), params=bad, draft=own)
+    assert np.flatnonzero(state.broken).tolist() == [i]
+    assert np.asarray(state.finished).all()
+    found = new_tokens(state)
+    cut = len(found[i])
+    assert at + 1 - gamma <= cut <= at + 1
+    assert found == [row[:cut] if j == i else row for j, row in enumerate(expected)]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_prompt_after_which_logits_are_not_finite_gives_no_token(value):
+    _, params, _ = tiny_model()
+    rows = prompts(LENGTHS)
+    last = rows[1, LENGTHS[1] - 1]
+    bad = params | {"embedding": params["embedding"].at[last, 3].set(value)}
+    state = start(program(0), rows, LENGTHS, NEW, params=bad)
+    which = [last in row[:length] for row, length in zip(rows, LENGTHS, strict=True)]
+    assert np.asarray(state.broken).tolist() == which
+    assert np.asarray(state.finished).tolist() == which
+    assert np.asarray(state.count).tolist() == [0 if broken else 1 for broken in which]
+
+
 def test_max_new_tokens_is_exact():
     for new in (1, 2, 7):
         assert [len(t) for t in new_tokens(run(4, new=new))] == [new] * 3

@@ -20,7 +20,7 @@ from quantspec_jax.models.parameters import LINEAR_LAYERS, Params
 from quantspec_jax.weights.calibrate import gptq, mixed_precision, streams
 from quantspec_jax.weights.calibrate.gptq import Moments
 from quantspec_jax.weights.calibrate.programs import program
-from quantspec_jax.weights.calibrate.resume import Finished
+from quantspec_jax.weights.calibrate.resume import Finished, finished_blocks
 from quantspec_jax.weights.calibrate.streams import Block, Pair
 from quantspec_jax.weights.entries import quantize_lm_head
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
@@ -54,12 +54,24 @@ def calibrate(
       `quantspec_jax.weights.entries.quantize_params` returns them.
 
     Raises:
-      ValueError: an argument is wrong, `resume` holds another calibration, or activations are not
-        finite; says in which layer.
+      ValueError: an argument is wrong, `resume` holds another calibration or one that another
+        process is at, or activations are not finite; says in which layer.
     """
     tokens = _checked(config, tokens)
     formats = layer_formats(config, draft)
-    finished = Finished(resume, config, params, tokens, draft)
+    with finished_blocks(resume, config, params, tokens, draft) as finished:
+        return _calibrated(config, params, tokens, draft, formats, finished, progress)
+
+
+def _calibrated(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    draft: DraftConfig,
+    formats: mixed_precision.Formats,
+    finished: Finished,
+    progress: bool,
+) -> tuple[DraftConfig, dict[str, Any]]:
     if draft.average_bits is not None:
         formats = finished.formats(lambda: _mixed(config, params, tokens, formats, draft))
         draft = _with_formats(draft, formats)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,54 +16,79 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
+from quantspec_jax.claim import claim
 from quantspec_jax.files import read_json, whole, write_json
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import Params, flatten, nest
+from quantspec_jax.notices import notice
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 
 METHOD = 1  # changes with what the calibration computes
 SAMPLE = 1024  # numbers of each weight that the signature looks at
 
 
+@contextlib.contextmanager
+def finished_blocks(
+    directory: Path | None,
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    draft: DraftConfig,
+) -> Iterator[Finished]:
+    """The directory, for this calibration and this process alone; None: nothing is kept.
+
+    Raises:
+      ValueError: it holds another calibration, or another process is at it.
+    """
+    if directory is None:
+        yield Finished(None)
+        return
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with claim(directory / "claim", "calibration directory", directory):
+        for half in directory.glob(".*.partial.*"):  # `whole` was killed
+            half.unlink()
+        _check_signature(directory, _signature(config, params, tokens, draft))
+        yield Finished(directory)
+
+
+def _check_signature(directory: Path, ours: dict[str, Any]) -> None:
+    path = directory / "signature.json"
+    kept = _read(path, "all layers are calibrated again") if path.exists() else None
+    if kept is None:  # nobody can say whose the blocks are
+        for block in (*directory.glob("block-*.npz"), directory / "formats.json"):
+            block.unlink(missing_ok=True)
+        _write(path, ours)
+    elif kept != ours:
+        raise ValueError(
+            f"{directory} holds another calibration (other weights, text, options or "
+            "version); delete it to start anew"
+        )
+
+
 class Finished:
-    """The directory `resume`, or nothing where it is None.
+    """What a directory keeps of a calibration, or nothing where it is None. A file that is damaged
+    is named, and as good as none.
 
     signature.json   of the model, the tokens, the draft and the method
     formats.json     the formats of mixed precision, once they are chosen
-    block-<i>.npz    the entries of block i: <layer>.<part>.{packed,scale,minimum}
+    block-<i>.npz    the entries of block i: <layer>.<part>.{packed,scale,minimum}; the format has a
+                     checksum for each array, which NumPy verifies as it reads
     """
 
-    def __init__(
-        self,
-        directory: Path | None,
-        config: ModelConfig,
-        params: Params,
-        tokens: jax.Array,
-        draft: DraftConfig,
-    ):
-        self.directory = None if directory is None else Path(directory)
-        if self.directory is None:
-            return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / "signature.json"
-        ours = _signature(config, params, tokens, draft)
-        if not path.exists():
-            write_json(path, ours)
-        elif _read(path) != ours:
-            raise ValueError(
-                f"{self.directory} holds another calibration (other weights, text, options or "
-                "version); delete it to start anew"
-            )
+    def __init__(self, directory: Path | None):
+        self.directory = directory
 
     def formats(self, choose: Callable[[], dict[str, WeightFormat]]) -> dict[str, WeightFormat]:
         """The formats kept, else those that `choose` gives, kept."""
         if self.directory is None:
             return choose()
         path = self.directory / "formats.json"
-        if path.exists():
-            return {name: WeightFormat(**given) for name, given in _read(path).items()}
+        kept = _read(path, "the formats are chosen again") if path.exists() else None
+        if kept is not None:
+            return {name: WeightFormat(**given) for name, given in kept.items()}
         formats = choose()
-        write_json(path, {name: dataclasses.asdict(f) for name, f in formats.items()})
+        _write(path, {name: dataclasses.asdict(f) for name, f in formats.items()})
         return formats
 
     def load(self, i: int) -> dict[str, Any] | None:
@@ -69,12 +96,13 @@ class Finished:
         path = None if self.directory is None else self.directory / f"block-{i}.npz"
         if path is None or not path.exists():
             return None
-        with np.load(path) as arrays:
-            found = nest({name: jnp.asarray(arrays[name]) for name in arrays.files})
-        return {
-            name: {part: _weight(numbers) for part, numbers in parts.items()}
-            for name, parts in found.items()
-        }
+        try:
+            return _load_block(path)
+        except OSError:
+            raise
+        except Exception as error:  # zipfile, zlib and NumPy have a dozen kinds
+            notice(f"{path} is damaged ({type(error).__name__}): block {i} is calibrated again")
+            return None
 
     def save(self, i: int, entries: dict[str, Any]) -> None:
         """Keep the entries of block i."""
@@ -90,11 +118,32 @@ class Finished:
             np.savez(partial, allow_pickle=False, **arrays)
 
 
-def _read(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged; delete {path.parent} to start anew") from error
+def _load_block(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream, np.load(stream) as arrays:
+        found = nest({name: jnp.asarray(arrays[name]) for name in arrays.files})
+    return {
+        name: {part: _weight(numbers) for part, numbers in parts.items()}
+        for name, parts in found.items()
+    }
+
+
+def _checksum(values: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    write_json(path, {"crc32": _checksum(values), "content": values})
+
+
+def _read(path: Path, consequence: str) -> dict[str, Any] | None:
+    """What `_write` was given; None, with a notice, where it is damaged."""
+    with contextlib.suppress(ValueError):
+        kept = read_json(path)
+        content = kept.get("content")
+        if isinstance(content, dict) and kept.get("crc32") == _checksum(content):
+            return content
+    notice(f"{path} is damaged: {consequence}")
+    return None
 
 
 def _as_saved(x: jax.Array) -> np.ndarray:

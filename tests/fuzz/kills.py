@@ -1,0 +1,197 @@
+"""Kill conversions and calibrations at random moments, and look at what is left.
+
+    python tests/fuzz/kills.py --kills 200 [--seed 0] [--job convert|overwrite|calibrate ...]
+
+A command is killed with SIGKILL, SIGTERM or SIGINT at a moment of its run, then the same one runs
+to its end. Afterwards the checkpoint is, byte for byte but for two dates and a name that Orbax
+notes, that of a run which nobody killed; nothing is left beside it; and what others have there was
+not touched. After SIGTERM and SIGINT nothing but finished layers is left even before. Prints a line
+a job, and exits with 1 at the first thing that is otherwise.
+
+Each run is a fork of this process, which has imported everything and started nothing of JAX's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import orbax.checkpoint
+import transformers
+
+import convert
+import quantspec_jax.weights.calibrate
+from quantspec_jax import cli
+
+PRELOADED = (orbax.checkpoint, transformers, convert, quantspec_jax.weights.calibrate)
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+HANDLED = {128 + signal.SIGTERM: signal.SIGTERM, 128 + signal.SIGINT: signal.SIGINT}
+FOREIGN = {
+    "chapter.txt": b"precious",
+    ".out.4567cdef.partial/chapter.txt": b"of nobody who is known to be dead",
+    ".out.4567cdef.old/chapter.txt": b"nor this",
+    ".other.claim": b"{}",
+    "out-1/chapter.txt": b"precious, too",
+}
+TEXT = "The cache is stored once, in two planes of four bits each, and nothing is stored twice. "
+GPTQ = ("--draft", "gptq", "--draft-group", "32")
+JOBS = {
+    "convert": ("--draft", "rtn"),
+    "overwrite": ("--draft", "rtn", "--overwrite"),
+    "calibrate": GPTQ,
+}
+
+
+def forked(work: Callable[[], int], log: Path) -> int:
+    """The process that does it, silently."""
+    child = os.fork()
+    if child:
+        return child
+    status = 70
+    try:
+        stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        status = work()
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    finally:
+        os._exit(status)
+
+
+def ended(child: int) -> int:
+    """Its exit status, −n after signal n."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def make_model(directory: Path) -> int:
+    """A tiny Llama, with the tools of the tests, which nothing else here shall see."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from conftest import write_tiny_llama
+
+    write_tiny_llama(directory, max_position_embeddings=64)
+    return 0
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """The files below it; the dates that Orbax notes are left out, and where it wrote."""
+    found = {}
+    for path in directory.rglob("*"):
+        if path.is_file():
+            data = b"" if path.name == "commit_success.txt" else path.read_bytes()
+            if path.name == "_CHECKPOINT_METADATA":
+                values = json.loads(data)
+                dates = ("init_timestamp_nsecs", "commit_timestamp_nsecs")
+                data = repr([(k, v) for k, v in values.items() if k not in dates]).encode()
+            found[str(path.relative_to(directory))] = data
+    return found
+
+
+class Job:
+    """One command, in a directory of its own beside what belongs to others."""
+
+    def __init__(self, name: str, model: Path, work: Path):
+        self.name, self.place, self.log = name, work / name, work / f"{name}.log"
+        self.out = self.place / "out"
+        text = work / "text.txt"
+        text.write_text(TEXT * 300)
+        more = ("--draft-text", str(text)) if name == "calibrate" else ()
+        self.command = ["convert", str(model), str(self.out), *JOBS[name], *more]
+        self.before = self._checkpoint(["convert", str(model), str(self.out), "--dtype", "float16"])
+        self._start_anew()
+        self._run()  # compiles, for the later ones
+        self._start_anew()
+        started = time.monotonic()
+        self._run()
+        self.seconds, self.expected = time.monotonic() - started, contents(self.out)
+
+    def _checkpoint(self, command: list[str]) -> Path:
+        """What lies at `out` where it is to be overwritten."""
+        self._start_anew(empty=True)
+        status = ended(forked(lambda: cli.main(command), self.log))
+        assert status == 0, self._said()
+        return self.out.rename(self.place.with_name(f"{self.name}-before"))
+
+    def _start_anew(self, empty: bool = False) -> None:
+        shutil.rmtree(self.place, ignore_errors=True)
+        for name, data in FOREIGN.items():
+            (self.place / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.place / name).write_bytes(data)
+        if self.name == "overwrite" and not empty:
+            shutil.copytree(self.before, self.out)
+
+    def _said(self) -> str:
+        return f"{self.name}: {self.log.read_text()[-2000:]}"
+
+    def _run(self) -> None:
+        """To the end. Where it was killed after its last step, the checkpoint is there, and the
+        command says so."""
+        whole = self.name != "overwrite" and self.out.exists()
+        whole = whole and contents(self.out) == self.expected
+        status = ended(forked(lambda: cli.main(self.command), self.log))
+        assert status == (2 if whole else 0), self._said()
+
+    def kill(self, number: signal.Signals, moment: float) -> bool:
+        """Start anew, kill, and do it again; whether the signal came in time."""
+        self._start_anew()
+        child = forked(lambda: cli.main(self.command), self.log)
+        time.sleep(moment)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+        status = ended(child)
+        allowed = (0, -number, 128 + number)
+        assert status in allowed, f"{self._said()} exit status {status}"
+        if status in HANDLED:
+            self._check_left(*([".out.calibration"] if self.name == "calibrate" else []))
+        self._run()
+        self._check_left()
+        assert contents(self.out) == self.expected, f"{self.name}: other bytes"
+        return status != 0
+
+    def _check_left(self, *allowed: str) -> None:
+        """Others' things, untouched, `out` and what is allowed."""
+        for name, data in FOREIGN.items():
+            assert (self.place / name).read_bytes() == data, f"{self.name}: {name} was touched"
+        known = {Path(name).parts[0] for name in FOREIGN} | {"out", *allowed}
+        strays = {path.name for path in self.place.iterdir()} - known
+        assert not strays, f"{self.name}: left {sorted(strays)}"
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--kills", type=int, default=30, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--job", nargs="+", choices=JOBS, default=list(JOBS))
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory(prefix="kills-") as name:
+        work = Path(name)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(work / "xla")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        assert ended(forked(lambda: make_model(work / "model"), work / "model.log")) == 0
+        for i, job_name in enumerate(args.job):
+            job = Job(job_name, work / "model", work)
+            kills = len(range(i, args.kills, len(args.job)))
+            early = sum(
+                job.kill(SIGNALS[k % len(SIGNALS)], rng.uniform(0, 1.05 * job.seconds))
+                for k in range(kills)
+            )
+            print(
+                f"{job_name}: {kills} kills, {early} in time; {job.seconds:.1f} s a run", flush=True
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
