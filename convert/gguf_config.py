@@ -10,8 +10,10 @@ import numpy as np
 
 from convert.files.gguf import GgufFile
 from convert.files.tensors import StoredTensor
-from quantspec_jax.checks import is_int, require
-from quantspec_jax.models.config import Family, ModelConfig, RopeConfig
+from quantspec_jax.checks import LARGEST_INT, within
+from quantspec_jax.files import open_file
+from quantspec_jax.models.config import MOST_LAYERS, Family, ModelConfig, RopeConfig
+from quantspec_jax.settings import Settings
 from quantspec_jax.text.tokenizer import gguf_eos_ids
 
 # llama.cpp stores Mistral under the architecture "llama": the computation is the same.
@@ -47,96 +49,88 @@ _YARN_NEUTRAL = {
 }
 
 
-class _Keys:
+class _Keys(Settings):
     """The keys of one architecture, without its prefix."""
 
-    def __init__(self, file: GgufFile, architecture: str):
-        self.path, self.architecture = file.path, architecture
-        self._metadata = file.metadata
-        self._asked: set[str] = set()
-
-    def get(self, key: str, default: Any = None) -> Any:
-        name = f"{self.architecture}.{key}"
-        self._asked.add(name)
-        return self._metadata.get(name, default)
-
-    def number(self, key: str, default: Any = None) -> Any:
-        value = self.get(key, default)
-        if value is None:
-            raise ValueError(f"{self.path} has no {self.architecture}.{key}")
-        if isinstance(value, list) and len(set(value)) == 1:
-            value = value[0]  # one number a layer, all the same
-        self.require(key, isinstance(value, int | float), value, "a number")
-        return value
-
-    def require(self, key: str, condition: bool, given: Any, allowed: str) -> None:
-        require(condition, f"{self.architecture}.{key} in {self.path}", given, allowed)
+    def get(self, key: str, *default: Any) -> Any:
+        """A list of one number a layer, all the same, is that number."""
+        value = super().get(key, *default)
+        same = isinstance(value, list) and value and all(v == value[0] for v in value)
+        return value[0] if same else value
 
     def refuse_the_rest(self) -> None:
         """Keys of other namespaces are notes about the file; these alone describe the model."""
-        for name, value in self._metadata.items():
-            key = name.removeprefix(f"{self.architecture}.")
-            if key == name or name in self._asked:
+        for name in self.not_asked():
+            key, value = name.removeprefix(self.prefix), self.values[name]
+            if key == name:
                 continue
             if key not in _NEUTRAL:
                 raise ValueError(
-                    f"{self.path} has {name}, which is not known; it may change the computation, "
+                    f"{self.where} has {name}, which is not known; it may change the computation, "
                     "so the model is not loaded"
                 )
             neutral = _NEUTRAL[key]
             if neutral is not None:
-                self.require(key, value in neutral, value, ", ".join(map(repr, neutral)))
+                same = any(value == n and _is_bool(value) == _is_bool(n) for n in neutral)
+                self.require(key, same, value, ", ".join(map(repr, neutral)))
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def parse_gguf_config(file: GgufFile) -> ModelConfig:
     """Raises ValueError, naming the key or tensor, for what the decoder does not do."""
-    architecture = file.metadata.get("general.architecture")
-    require(
-        architecture in ARCHITECTURES,
-        f"general.architecture in {file.path}",
-        architecture,
-        ", ".join(ARCHITECTURES),
+    where = str(file.path)
+    architecture = Settings(file.metadata, where).choice(
+        "general.architecture", ARCHITECTURES, default=None
     )
-    keys = _Keys(file, str(architecture))
-    heads = keys.number("attention.head_count")
-    hidden = keys.number("embedding_length")
-    head_dim = keys.number("attention.key_length", hidden // max(heads, 1))
-    for key in ("attention.value_length", "rope.dimension_count"):
-        value = keys.number(key, head_dim)
-        keys.require(key, value == head_dim, value, f"the head dimension, {head_dim}")
-    context = keys.number("context_length")
-    rope, max_context = _parse_rope(keys, context, head_dim)
-    rope = _apply_rope_factors(file, rope, head_dim)
-    window = keys.get("attention.sliding_window") or None
-    if window is not None:
-        keys.require(
-            "attention.sliding_window",
-            is_int(window) and window >= max_context,
-            window,
-            f"at least the context of {max_context} tokens",
-        )
-    config = ModelConfig(
-        family=ARCHITECTURES[str(architecture)],
-        vocab_size=_vocab_size(file),
-        hidden_size=hidden,
-        intermediate_size=keys.number("feed_forward_length"),
-        num_layers=keys.number("block_count"),
-        num_heads=heads,
-        num_kv_heads=keys.number("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        max_context=max_context,
-        rms_norm_eps=_shortest(keys.number("attention.layer_norm_rms_epsilon")),
-        rope=rope,
-        tie_embeddings="output.weight" not in file.tensors,
-        qkv_bias=architecture == "qwen2" or "blk.0.attn_q.bias" in file.tensors,
-        output_bias="blk.0.attn_output.bias" in file.tensors,
-        mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
-        qk_norm=architecture == "qwen3",
-        eos_ids=gguf_eos_ids(file.metadata, _vocab_size(file)),
-        sliding_window=window,
-    )
+    keys = _Keys(file.metadata, where, f"{architecture}.")
+    with within(where):
+        config = _parse_model(ARCHITECTURES[architecture], keys, file)
     keys.refuse_the_rest()
     return config
+
+
+def _parse_model(family: Family, keys: _Keys, file: GgufFile) -> ModelConfig:
+    heads = keys.integer("attention.head_count")
+    hidden = keys.integer("embedding_length")
+    head_dim = keys.integer("attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        value = keys.integer(key, head_dim)
+        keys.require(key, value == head_dim, value, f"the head dimension, {head_dim}")
+    context = keys.integer("context_length")
+    rope, max_context = _parse_rope(keys, context, head_dim)
+    rope = _apply_rope_factors(file, rope, head_dim)
+    window = keys.integer("attention.sliding_window", None, least=0) or None
+    if window is not None:
+        allowed = f"at least the context of {max_context} tokens"
+        keys.require("attention.sliding_window", window >= max_context, window, allowed)
+    return ModelConfig(
+        family=family,
+        vocab_size=_vocab_size(file),
+        hidden_size=hidden,
+        intermediate_size=keys.integer("feed_forward_length"),
+        num_layers=_num_layers(keys, file),
+        num_heads=heads,
+        num_kv_heads=keys.integer("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_context=max_context,
+        rms_norm_eps=_shortest(keys.number("attention.layer_norm_rms_epsilon", most=1)),
+        rope=rope,
+        tie_embeddings="output.weight" not in file.tensors,
+        qkv_bias=family == "qwen2" or "blk.0.attn_q.bias" in file.tensors,
+        output_bias="blk.0.attn_output.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+        qk_norm=family == "qwen3",
+        eos_ids=gguf_eos_ids(file.metadata, _vocab_size(file), keys.where),
+        sliding_window=window,
+    )
+
+
+def _num_layers(keys: _Keys, file: GgufFile) -> int:
+    """A layer has tensors."""
+    return keys.integer("block_count", most=min(MOST_LAYERS, len(file.tensors)))
 
 
 def _shortest(value: float) -> float:
@@ -146,39 +140,40 @@ def _shortest(value: float) -> float:
 
 def _vocab_size(file: GgufFile) -> int:
     embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise ValueError(f"{file.path}: missing tensor token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ValueError(f"{file.path}: missing or misshapen tensor token_embd.weight")
     return embedding.shape[0]
 
 
 def _parse_rope(keys: _Keys, context: int, head_dim: int) -> tuple[RopeConfig, int]:
     """`rope.*` → RopeConfig and the longest sequence. llama.cpp knows none, linear and yarn."""
     theta = _shortest(keys.number("rope.freq_base", 10000.0))
-    kind = keys.get("rope.scaling.type")
-    old_factor = keys.get("rope.scale_linear")  # files of 2023, which have no type
-    factor = keys.get("rope.scaling.factor") or old_factor
+    kind = keys.get("rope.scaling.type", None)
+    # scale_linear: files of 2023, which have no type. 0: none
+    old_factor = keys.number("rope.scale_linear", None, least=0)
+    factor = keys.number("rope.scaling.factor", None, least=0) or old_factor
     if kind is None and factor:
         kind = "linear"
     factor = _shortest(factor) if factor else 1.0
-    original = keys.get("rope.scaling.original_context_length") or context
-    settings = {name: keys.get(f"rope.scaling.{name}") for name in _YARN_NEUTRAL}
-    fast, slow = (keys.get(f"rope.scaling.yarn_beta_{name}") for name in ("fast", "slow"))
+    original = keys.integer("rope.scaling.original_context_length", context, least=0) or context
+    settings = {name: keys.get(f"rope.scaling.{name}", None) for name in _YARN_NEUTRAL}
+    fast, slow = (
+        keys.number(f"rope.scaling.yarn_beta_{name}", default, least=0) or default
+        for name, default in (("fast", 32.0), ("slow", 1.0))
+    )
     known = kind in (None, "none", "linear", "yarn")
     keys.require("rope.scaling.type", known, kind, "none, linear, yarn")
     if kind in (None, "none") or (kind == "linear" and factor == 1):
         return RopeConfig(theta=theta), context
     if kind == "linear":
-        return RopeConfig("linear", theta, factor), int(context * factor)
+        rope = RopeConfig("linear", theta, factor)
+        return rope, int(context * factor)
     for name, value in settings.items():
         allowed = _YARN_NEUTRAL[name]
-        keys.require(f"rope.scaling.{name}", value in (None, *allowed), value, str(allowed[0]))
+        same = value is None or (value in allowed and not _is_bool(value))
+        keys.require(f"rope.scaling.{name}", same, value, str(allowed[0]))
     rope = RopeConfig(
-        "yarn",
-        theta,
-        factor,
-        original,
-        beta_fast=_shortest(fast or 32),
-        beta_slow=_shortest(slow or 1),
+        "yarn", theta, factor, original, beta_fast=_shortest(fast), beta_slow=_shortest(slow)
     )
     return rope, max(context, int(original * factor))
 
@@ -188,12 +183,12 @@ def _apply_rope_factors(file: GgufFile, rope: RopeConfig, head_dim: int) -> Rope
     tensor = file.tensors.get(ROPE_FACTORS)
     if tensor is None:
         return rope
-    factors = _read_vector(tensor)
-    if factors.shape != (head_dim // 2,):
+    if tensor.shape != (head_dim // 2,):
         raise ValueError(
             f"{file.path}: tensor {ROPE_FACTORS} has shape {list(tensor.shape)}, not "
             f"[{head_dim // 2}]"
         )
+    factors = _read_vector(tensor)
     if np.allclose(factors, 1, rtol=0, atol=1e-6):
         return rope
     found = llama3_from_factors(factors, rope.theta) if rope.type == "default" else None
@@ -206,7 +201,7 @@ def _apply_rope_factors(file: GgufFile, rope: RopeConfig, head_dim: int) -> Rope
 
 
 def _read_vector(tensor: StoredTensor) -> np.ndarray:
-    with tensor.file.open("rb") as stream:
+    with open_file(tensor.file) as stream:
         return tensor.read_rows(stream, 0, 1)[0].astype(np.float64)
 
 
@@ -233,14 +228,15 @@ def llama3_from_factors(factors: np.ndarray, theta: float) -> RopeConfig | None:
     several contexts give the same divisors; published ones come first.
     """
     largest = float(f"{np.max(factors):.6g}")
-    if not (np.all(np.isfinite(factors)) and np.min(factors) > 1 - 1e-5 and largest > 1):
+    inside = np.all(np.isfinite(factors)) and np.min(factors) > 1 - 1e-5
+    if not (inside and 1 < largest <= 1e6):
         return None
     head_dim = 2 * len(factors)
     turns = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)  # a token
     for factor in (largest, *(f for f in _FACTORS if f > largest)):
         smooth = (1 / factors - 1 / factor) / (1 - 1 / factor)
         for original, high in _contexts(turns, smooth):
-            if original < 1 or high <= 1:
+            if not (1 <= original <= LARGEST_INT and 1 < high <= 1e6):
                 continue
             rope = RopeConfig("llama3", theta, factor, original, 1.0, high)
             if np.allclose(llama3_factors(rope, head_dim), factors, rtol=1e-4, atol=0):
@@ -258,7 +254,7 @@ def _contexts(turns: np.ndarray, smooth: np.ndarray) -> Iterator[tuple[int, floa
     inside = (smooth > 1e-4) & (smooth < 1 - 1e-4)
     if np.count_nonzero(inside) >= 2:  # smooth = (original · turns − 1) / (high − 1), a line
         slope, intercept = np.polyfit(turns[inside], smooth[inside], 1)
-        if intercept < 0 < slope:
+        if intercept < -1e-6 and 0 < slope < 1e6:
             high = 1 - 1 / intercept
             original = round(slope * (high - 1))
             yield from ((original, round(high, digits)) for digits in (2, 6))

@@ -10,8 +10,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from quantspec_jax.checks import is_int, is_number, require
-from quantspec_jax.models.config import FAMILIES, ROPE_TYPES, ModelConfig, RopeConfig
+from quantspec_jax.checks import is_int, require, within
+from quantspec_jax.models.config import (
+    FAMILIES,
+    MOST_LAYERS,
+    ROPE_TYPES,
+    ModelConfig,
+    RopeConfig,
+)
+from quantspec_jax.settings import Settings
 
 # Bookkeeping, training, and generation defaults that older versions wrote beside the model's own
 # keys: none of them changes a logit.
@@ -73,53 +80,24 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
 }
 
-_REQUIRED = object()
 
-
-class _Keys:
-    """A config's keys; remembers which were asked for, so that the rest can be refused."""
-
-    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any], where: str):
-        self._values = {**defaults, **values}
-        self._given = set(values)
-        self._asked: set[str] = set()
-        self._where = where
-
-    def get(self, key: str, default: Any = _REQUIRED) -> Any:
-        self._asked.add(key)
-        value = self._values.get(key)
-        if value is None and default is _REQUIRED:
-            raise ValueError(f"{self._where} has no {key}")
-        return default if value is None else value
-
-    def flag(self, key: str) -> bool:
-        value = self.get(key, False)
-        require(isinstance(value, bool), f"{key} in {self._where}", value, "true, false")
-        return value
-
-    def number(self, key: str, default: Any = _REQUIRED) -> Any:
-        value = self.get(key, default)
-        allowed = value is default or (isinstance(value, int | float) and value is not True)
-        require(allowed and value is not False, f"{key} in {self._where}", value, "a number")
-        return value
-
-    def refuse_the_rest(self) -> None:
-        for key in sorted(self._given - self._asked):
-            value = self._values[key]
-            if value is None or key in HARMLESS:
+def _refuse_the_rest(keys: Settings) -> None:
+    """Keys that nobody asked for: harmless, neutral, or a reason not to load the model."""
+    for key in keys.not_asked():
+        value = keys.values[key]
+        if value is None or key in HARMLESS:
+            continue
+        if key in NEUTRAL:
+            if any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL[key]):
                 continue
-            if key in NEUTRAL:
-                if any(value == neutral for neutral in NEUTRAL[key]):
-                    continue
-                allowed = ", ".join([*map(repr, NEUTRAL[key]), "null"])
-                if key == "quantization_config":
-                    allowed += " (4-bit weights can be the draft of their model: --draft-from)"
-                shown = value if len(repr(value)) < 80 else repr(value)[:77] + "..."
-                require(False, f"{key} in {self._where}", shown, allowed)
-            raise ValueError(
-                f"{self._where} has {key}, which is not known; it may change the computation, so "
-                "the model is not loaded"
-            )
+            allowed = ", ".join([*map(repr, NEUTRAL[key]), "null"])
+            if key == "quantization_config":
+                allowed += " (4-bit weights can be the draft of their model: --draft-from)"
+            keys.require(key, False, value, allowed)
+        raise ValueError(
+            f"{keys.where} has {key}, which is not known; it may change the computation, so "
+            "the model is not loaded"
+        )
 
 
 def parse_hf_config(
@@ -131,44 +109,52 @@ def parse_hf_config(
 
     Raises ValueError, naming the key, for what the decoder does not do.
     """
-    family: Any = values.get("model_type")
-    require(family in FAMILIES, f"model_type in {where}", family, ", ".join(FAMILIES))
-    keys = _Keys(values, _DEFAULTS[family], where)
-    heads = keys.number("num_attention_heads")
-    hidden = keys.number("hidden_size")
-    rope, context = _parse_rope(keys, keys.number("max_position_embeddings"), where)
+    keys = Settings(values, where)
+    family = keys.choice("model_type", FAMILIES, default=None)
+    keys = Settings({**_DEFAULTS[family], **values}, where)
+    with within(where):
+        config = _parse_model(family, keys, Settings(generation or {}, _generation_of(where)))
+    _check_auto_map(keys.get("auto_map", None), where)
+    _refuse_the_rest(keys)
+    return config
+
+
+def _generation_of(where: str) -> str:
+    return where.removesuffix("config.json") + "generation_config.json"
+
+
+def _parse_model(family: Any, keys: Settings, generation: Settings) -> ModelConfig:
+    heads = keys.integer("num_attention_heads")
+    hidden = keys.integer("hidden_size")
+    vocab = keys.integer("vocab_size")
+    rope, context = _parse_rope(keys, keys.integer("max_position_embeddings"))
     config = ModelConfig(
         family=family,
-        vocab_size=keys.number("vocab_size"),
+        vocab_size=vocab,
         hidden_size=hidden,
-        intermediate_size=keys.number("intermediate_size"),
-        num_layers=keys.number("num_hidden_layers"),
+        intermediate_size=keys.integer("intermediate_size"),
+        num_layers=keys.integer("num_hidden_layers", most=MOST_LAYERS),
         num_heads=heads,
-        num_kv_heads=keys.number("num_key_value_heads", heads),
-        head_dim=keys.number("head_dim", hidden // max(heads, 1)),
+        num_kv_heads=keys.integer("num_key_value_heads", heads),
+        head_dim=keys.integer("head_dim", hidden // heads),
         max_context=context,
-        rms_norm_eps=float(keys.number("rms_norm_eps", 1e-6)),
+        rms_norm_eps=keys.number("rms_norm_eps", 1e-6, most=1),
         rope=rope,
         tie_embeddings=keys.flag("tie_word_embeddings"),
         qk_norm=family == "qwen3",
-        eos_ids=_eos_ids(
-            keys.get("eos_token_id", None), generation or {}, keys.number("vocab_size"), where
-        ),
-        **_biases(family, keys, where),
+        eos_ids=tuple(dict.fromkeys(_eos_ids(generation, vocab) + _eos_ids(keys, vocab))),
+        **_biases(family, keys),
     )
-    window = _sliding_window(keys, config, where)
-    _check_auto_map(keys.get("auto_map", None), where)
-    keys.refuse_the_rest()
-    return dataclasses.replace(config, sliding_window=window)
+    return dataclasses.replace(config, sliding_window=_sliding_window(keys, config))
 
 
-def _biases(family: str, keys: _Keys, where: str) -> dict[str, bool]:
+def _biases(family: str, keys: Settings) -> dict[str, bool]:
     """Which linear layers have a bias. transformers reads the keys in some families only."""
     attention = keys.flag("attention_bias") if family in ("llama", "qwen3") else False
     mlp = keys.flag("mlp_bias") if family == "llama" else False
     for key in ("attention_bias", "mlp_bias", "qkv_bias"):
-        if keys.get(key, False) and not (attention or mlp):
-            require(False, f"{key} in {where}", True, f"false for model_type {family}")
+        if keys.flag(key) and not (attention or mlp):
+            keys.require(key, False, True, f"false for model_type {family}")
     return {
         "qkv_bias": attention or family == "qwen2",
         "output_bias": attention,
@@ -176,20 +162,14 @@ def _biases(family: str, keys: _Keys, where: str) -> dict[str, bool]:
     }
 
 
-def _eos_ids(
-    of_config: Any, generation: Mapping[str, Any], vocab_size: int, where: str
-) -> tuple[int, ...]:
-    """The union of both files' ids, generation_config.json's first. An id that is no token of the
-    vocabulary (−1, say) is none."""
-
-    def ids(value: Any) -> list[int]:
-        several = value if isinstance(value, list | tuple) else [value]
-        numbers = [v for v in several if v is not None]
-        whole = all(type(v) is int for v in numbers)
-        require(whole, f"eos_token_id in {where}", value, "a token id, or a list of them")
-        return [v for v in numbers if 0 <= v < vocab_size]
-
-    return tuple(dict.fromkeys(ids(generation.get("eos_token_id")) + ids(of_config)))
+def _eos_ids(keys: Settings, vocab_size: int) -> list[int]:
+    """An id that is no token of the vocabulary (−1, say) is none. Both files' ids count,
+    generation_config.json's first."""
+    value = keys.get("eos_token_id", None)
+    several = value if isinstance(value, list | tuple) else [value]
+    numbers = [v for v in several if v is not None]
+    keys.require("eos_token_id", all(map(is_int, numbers)), value, "a token id, or a list of them")
+    return [v for v in numbers if 0 <= v < vocab_size]
 
 
 def _check_auto_map(auto_map: Any, where: str) -> None:
@@ -200,126 +180,122 @@ def _check_auto_map(auto_map: Any, where: str) -> None:
     require(not models, f"auto_map in {where}", models, "no Python code for the model")
 
 
-def _sliding_window(keys: _Keys, config: ModelConfig, where: str) -> int | None:
+def _sliding_window(keys: Settings, config: ModelConfig) -> int | None:
     """The window, where a layer has one; one that the context can outgrow is refused."""
     window = keys.get("sliding_window", None)
-    kinds = {str(kind) for kind in keys.get("layer_types", None) or ()}
-    first_layers = keys.get("max_window_layers", 28)  # which, in qwen, have no window
+    kinds = set(keys.texts("layer_types", ()))
+    first_layers = keys.integer("max_window_layers", 28, least=0)  # without a window, in qwen
+    on = keys.flag("use_sliding_window")
     if config.family in ("qwen2", "qwen3"):
-        on = keys.flag("use_sliding_window")
         windowed = on and (
             "sliding_attention" in kinds if kinds else first_layers < config.num_layers
         )
     else:
-        keys.flag("use_sliding_window")
         windowed = True  # layer_types or not
     allowed = {"full_attention"} | ({"sliding_attention"} if window is not None else set())
-    require(kinds <= allowed, f"layer_types in {where}", sorted(kinds), "full_attention")
+    keys.require("layer_types", kinds <= allowed, sorted(kinds), "full_attention")
     if not windowed or window is None:
         return None
-    require(
+    keys.require(
+        "sliding_window",
         is_int(window) and window >= config.max_context,
-        f"sliding_window in {where}",
         window,
         f"null, or at least the context of {config.max_context} tokens",
     )
     return window
 
 
-def _parse_rope(keys: _Keys, max_position: int, where: str) -> tuple[RopeConfig, int]:
+def _parse_rope(keys: Settings, max_position: int) -> tuple[RopeConfig, int]:
     """Both spellings (`rope_parameters`; `rope_theta` and `rope_scaling`) → RopeConfig, context.
 
     Where both are there, they must say the same.
     """
     names = ("rope_scaling", "rope_parameters")
-    given = {name: value for name in names if (value := keys.get(name, None))}
-    for name, value in given.items():
-        require(isinstance(value, Mapping), f"{name} in {where}", value, "an object")
-    theta = _theta(keys, given, where)
+    given = {name: value for name in names if (value := keys.entries(name, {}))}
+    scalings = {name: Settings(value, keys.where) for name, value in given.items()}
+    theta = _theta(keys, scalings)
+    original = keys.integer("original_max_position_embeddings", None)
     parsed = {
-        name: _parse_scaling(name, value, theta, keys, max_position, where)
-        for name, value in (given or {"rope_parameters": {}}).items()
+        _parse_scaling(values, theta, original, max_position)
+        for values in (scalings or {"": Settings({}, keys.where)}).values()
     }
-    if len(set(parsed.values())) > 1:
+    if len(parsed) > 1:
         raise ValueError(
-            f"{where} has rope_scaling {given['rope_scaling']!r} and rope_parameters "
+            f"{keys.where} has rope_scaling {given['rope_scaling']!r} and rope_parameters "
             f"{given['rope_parameters']!r}; allowed: one of them, or two that say the same"
         )
-    return next(iter(parsed.values()))
+    return parsed.pop()
 
 
-def _theta(keys: _Keys, given: Mapping[str, Mapping[str, Any]], where: str) -> float:
+def _theta(keys: Settings, scalings: Mapping[str, Settings]) -> float:
     """The one `rope_theta`, at the top or within; 10000 where there is none."""
-    places = {"rope_theta": keys.get("rope_theta", None)}
-    places |= {f"{name}.rope_theta": value.get("rope_theta") for name, value in given.items()}
+    places = {"rope_theta": keys.number("rope_theta", None)}
+    places |= {f"{name}.rope_theta": s.number("rope_theta", None) for name, s in scalings.items()}
     stated = {place: value for place, value in places.items() if value is not None}
-    for place, value in stated.items():
-        require(is_number(value), f"{place} in {where}", value, "a number")
     if len(set(stated.values())) > 1:
-        raise ValueError(f"{where} has several bases of RoPE, {stated}; allowed: one")
-    return float(next(iter(stated.values()), 10000.0))
+        raise ValueError(f"{keys.where} has several bases of RoPE, {stated}; allowed: one")
+    return next(iter(stated.values()), 10000.0)
 
 
 def _parse_scaling(
-    name: str,
-    given: Mapping[str, Any],
-    theta: float,
-    keys: _Keys,
-    max_position: int,
-    where: str,
+    values: Settings, theta: float, original: int | None, max_position: int
 ) -> tuple[RopeConfig, int]:
-    values = {key: value for key, value in given.items() if value is not None}
-    unknown = sorted(set(values) - _ROPE_KEYS)
-    kind = values.get("rope_type", values.get("type", "default"))
-    require(kind in ROPE_TYPES, f"rope_type in {where}", kind, ", ".join(ROPE_TYPES))
+    """`original`: what the model's own original_max_position_embeddings says, which comes first."""
+    old_name = values.get("type", "default")
+    kind = values.get("rope_type", old_name)
+    values.require("rope_type", isinstance(kind, str) and kind in ROPE_TYPES, kind, _ROPE_TYPES)
+    unknown = sorted(k for k in values.values if k not in _ROPE_KEYS and values.get(k, None))
     if unknown:
-        raise ValueError(f"{name} in {where} has {', '.join(unknown)}, which is not known")
-    partial = values.get("partial_rotary_factor", 1)
-    require(partial == 1, f"partial_rotary_factor in {where}", partial, "1")
-
-    def needed(key: str) -> Any:
-        if key not in values:
-            raise ValueError(f"{name} in {where} has no {key}, which rope_type {kind} needs")
-        return values[key]
-
-    original = keys.get("original_max_position_embeddings", None)
-    original = original or values.get("original_max_position_embeddings", max_position)
+        raise ValueError(f"{values.where} has {', '.join(unknown)}, which is not known")
+    partial = values.number("partial_rotary_factor", 1.0)
+    values.require("partial_rotary_factor", partial == 1, partial, "1")
+    within_it = values.integer("original_max_position_embeddings", max_position)
+    original = original or within_it
     if kind == "default":
         return RopeConfig(theta=theta), max_position
+    if kind == "yarn":
+        return _parse_yarn(values, theta, original, max_position)
+    factor = _needed(values, "factor", kind)
     if kind == "linear":
-        factor = float(needed("factor"))
         return RopeConfig("linear", theta, factor), int(max_position * factor)
     if kind == "dynamic":
         # transformers grows the base from max_position_embeddings on, whatever the other key says.
-        require(
+        values.require(
+            "original_max_position_embeddings",
             original == max_position,
-            f"original_max_position_embeddings in {where}",
             original,
             f"max_position_embeddings = {max_position} for rope_type dynamic",
         )
-        factor = float(needed("factor"))
         return RopeConfig("dynamic", theta, factor, max_position), int(max_position * factor)
-    if kind == "llama3":
-        rope = RopeConfig(
-            "llama3",
-            theta,
-            float(needed("factor")),
-            original,
-            low_freq_factor=float(needed("low_freq_factor")),
-            high_freq_factor=float(needed("high_freq_factor")),
-        )
-        return rope, max_position
-    factor = float(values.get("factor", max_position / original))
+    low, high = (_needed(values, f"{end}_freq_factor", kind) for end in ("low", "high"))
+    rope = RopeConfig("llama3", theta, factor, original, low_freq_factor=low, high_freq_factor=high)
+    return rope, max_position
+
+
+_ROPE_TYPES = ", ".join(ROPE_TYPES)
+
+
+def _needed(values: Settings, key: str, kind: str) -> float:
+    number = values.number(key, None)
+    if number is None:
+        raise ValueError(f"{values.where} has no {key}, which rope_type {kind} needs")
+    return number
+
+
+def _parse_yarn(
+    values: Settings, theta: float, original: int, max_position: int
+) -> tuple[RopeConfig, int]:
+    factor = values.number("factor", max_position / original)
     rope = RopeConfig(
         "yarn",
         theta,
         factor,
         original,
-        beta_fast=float(values.get("beta_fast") or 32),
-        beta_slow=float(values.get("beta_slow") or 1),
-        attention_factor=values.get("attention_factor"),
-        mscale=values.get("mscale"),
-        mscale_all_dim=values.get("mscale_all_dim"),
-        truncate=values.get("truncate", True),
+        beta_fast=values.number("beta_fast", 32.0),
+        beta_slow=values.number("beta_slow", 1.0),
+        attention_factor=values.number("attention_factor", None),
+        mscale=values.number("mscale", None, least=0),
+        mscale_all_dim=values.number("mscale_all_dim", None, least=0),
+        truncate=values.flag("truncate", True),
     )
     return rope, max(max_position, int(original * factor))

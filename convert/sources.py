@@ -26,9 +26,9 @@ from convert.weights import (
     hf_parameters,
     load_parameters,
 )
-from quantspec_jax.checks import require
+from quantspec_jax.checks import require, within
 from quantspec_jax.dtypes import BFLOAT16, FLOAT32, STORED, float_type
-from quantspec_jax.files import read_json
+from quantspec_jax.files import exists, open_file, read_json
 from quantspec_jax.models.config import ModelConfig, RopeScaling
 from quantspec_jax.models.parameters import parameter_count
 from quantspec_jax.text.tokenizer import gguf_tokenizer, pretrained_tokenizer, saved_tokenizer
@@ -141,7 +141,8 @@ class HuggingFaceCheckpoint(Checkpoint):
     @functools.cached_property
     def _parameters(self) -> list[Parameter]:
         directory = self._fetch() if self._fetch else self.directory
-        return hf_parameters(self.config, read_directory(directory, derivable(self.config)))
+        with within(directory):
+            return hf_parameters(self.config, read_directory(directory, derivable(self.config)))
 
     def check(self) -> None:
         _ = self._parameters
@@ -174,7 +175,8 @@ class GgufCheckpoint(Checkpoint):
 
     @functools.cached_property
     def _parameters(self) -> list[Parameter]:
-        return gguf_parameters(self.config, self._file.tensors)
+        with within(self._file.path):
+            return gguf_parameters(self.config, self._file.tensors)
 
     def check(self) -> None:
         _ = self._parameters
@@ -183,7 +185,7 @@ class GgufCheckpoint(Checkpoint):
         return load_parameters(self._parameters, dtype, device=device, progress=progress)
 
     def _load_tokenizer(self) -> Any | None:
-        return gguf_tokenizer(self._file.metadata)
+        return gguf_tokenizer(self._file.metadata, str(self._file.path))
 
 
 class ConvertedCheckpoint(Checkpoint):
@@ -192,6 +194,7 @@ class ConvertedCheckpoint(Checkpoint):
     def __init__(self, source: str, directory: Path, values: dict[str, Any]):
         self.directory = directory
         self._header = converted.parse_header(values, directory / "config.json")
+        converted.check_layer_count(directory, self._header.config)
         super().__init__(source, self._header.config)
 
     @property
@@ -234,11 +237,9 @@ def open_source(source: str | Path, rope: RopeScaling | None = None) -> Checkpoi
 
 def _open(source: str) -> Checkpoint:
     require(bool(source.strip()), "source", source, "a path or a hub id")
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _open_directory(source, path)
-    if path.exists():
-        return _open_file(source, path)
+    path = user_path(source, "source")
+    if exists(path):
+        return _open_directory(source, path) if path.is_dir() else _open_file(source, path)
     if not looks_like_hub_id(source):
         raise ValueError(
             f"source is {source!r}, which does not exist; allowed: a converted checkpoint, a "
@@ -248,14 +249,26 @@ def _open(source: str) -> Checkpoint:
     return HuggingFaceCheckpoint(source, directory, lambda: hub.fetch_weights(source))
 
 
+def user_path(source: str, argument: str) -> Path:
+    """A path that may begin with ~."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{argument} is {source!r}: {error}") from error
+
+
 def looks_like_hub_id(source: str) -> bool:
     """`owner/name`, unless it is a file's name or `owner` is a directory here."""
     return (
         _HUB_ID.fullmatch(source) is not None
         and not source.lower().endswith(_FILE_SUFFIXES)
         and ".." not in source
-        and not Path(source).parent.is_dir()
+        and not _is_directory(Path(source).parent)
     )
+
+
+def _is_directory(path: Path) -> bool:
+    return exists(path) and path.is_dir()
 
 
 def _open_directory(source: str, path: Path) -> Checkpoint:
@@ -271,7 +284,7 @@ def _open_directory(source: str, path: Path) -> Checkpoint:
 
 
 def _open_file(source: str, path: Path) -> Checkpoint:
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
         is_gguf = stream.read(4) == b"GGUF"
     if is_gguf or path.suffix.lower() == ".gguf":
         return GgufCheckpoint(source, path)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from convert.files.tensors import FLOATS, QUANTIZED, StoredTensor
 from quantspec_jax.dtypes import BFLOAT16, FLOAT16, FLOAT32
+from quantspec_jax.files import open_file
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import Spec, nest, parameter_shapes
 from quantspec_jax.sharding import one_device, shardings
@@ -124,7 +125,7 @@ def _check_tied(tensors: Mapping[str, StoredTensor]) -> None:
     if head is None or embedding is None:
         return
     same = (head.kind, head.shape) == (embedding.kind, embedding.shape)
-    with embedding.file.open("rb") as one, head.file.open("rb") as other:
+    with open_file(embedding.file) as one, open_file(head.file) as other:
         one.seek(embedding.offset)
         other.seek(head.offset)
         left = embedding.num_bytes if same else 0
@@ -239,7 +240,7 @@ class _Files(dict[Path, BinaryIO]):
         self._stack = stack
 
     def __missing__(self, path: Path) -> BinaryIO:
-        self[path] = self._stack.enter_context(path.open("rb"))
+        self[path] = self._stack.enter_context(open_file(path))
         return self[path]
 
 
@@ -275,23 +276,33 @@ def deinterleave(rows: np.ndarray, heads: int) -> np.ndarray:
 def _cast(chunk: np.ndarray, dtype: np.dtype, tensor: StoredTensor) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         cast = chunk.astype(dtype, copy=False)
-    if not _all_finite(cast):
+    if not _all_below(cast):
         what = "a NaN or infinite value"
-        if _all_finite(chunk):
+        if _all_below(chunk):
             what = f"a value too large for {dtype.name}"
+        elif np.isfinite(chunk).all():
+            largest = np.abs(chunk.astype(np.float32)).max()
+            what = f"a value of {largest:.3g}; allowed: less than {_MOST:g}, as of all models"
         raise ValueError(f"{tensor.file}: tensor {tensor.name} has {what}")
     return cast
 
 
-def _all_finite(values: np.ndarray) -> bool:
-    """Whether no exponent is all ones: integer work, several times faster than isfinite in bf16."""
-    unsigned, exponent = {
-        FLOAT32: (np.uint32, 0x7F800000),
+# Beyond the range of float16. Damage makes numbers of all sizes; with such ones a product of a few
+# weights overflows, and logits are NaN.
+_MOST = 2.0**20
+
+
+def _all_below(values: np.ndarray) -> bool:
+    """Whether all are finite and below `_MOST`: integer work, several times faster than isfinite in
+    bf16. In float16 what is finite is below."""
+    unsigned, most = {
+        FLOAT32: (np.uint32, (127 + 20) << 23),
         FLOAT16: (np.uint16, 0x7C00),
-        BFLOAT16: (np.uint16, 0x7F80),
+        BFLOAT16: (np.uint16, (127 + 20) << 7),
     }[values.dtype]
-    bits = np.ascontiguousarray(values).view(unsigned) & unsigned(exponent)
-    return bits.size == 0 or int(bits.max()) < exponent
+    magnitude = unsigned((1 << (8 * values.dtype.itemsize - 1)) - 1)
+    bits = np.ascontiguousarray(values).view(unsigned) & magnitude
+    return bits.size == 0 or int(bits.max()) < most
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -1,23 +1,72 @@
-"""Files that hold one JSON object, and files that are written whole or not at all."""
+"""How files are opened and read, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from quantspec_jax.checks import require
+
+MOST_JSON_BYTES = 64 << 20  # a configuration has kilobytes, an index of shards a few megabytes
+
+
+def exists(path: Path) -> bool:
+    """As Path.exists, for names that no file can have, too."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a null character
+        return False
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """A regular file, to be read. Whatever else has a name is a ValueError: reading a pipe or a
+    device may wait, or have no end."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError) as error:
+        never = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.ENODEV)
+        if isinstance(error, OSError) and error.errno not in never:
+            raise
+        raise ValueError(f"{path} cannot be opened: {error}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: str | Path, most: int = MOST_JSON_BYTES) -> bytes:
+    """A whole regular file of `most` bytes at most."""
+    with open_file(path) as stream:
+        content = stream.read(most + 1)
+    require(len(content) <= most, f"size of {path}", "larger", f"{most:,} bytes")
+    return content
+
+
+def check_regular(paths: Iterable[Path], most: int) -> None:
+    """ValueError where one of them is no regular file of `most` bytes at most, for files that
+    another library opens."""
+    for path in paths:
+        given = "a directory, a pipe, a device or a link to nothing"
+        require(path.is_file(), str(path), given, "a regular file")
+        size = path.stat().st_size
+        require(size <= most, f"size of {path}", size, f"{most:,} bytes at most")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a file; ValueError names the file where there is none."""
+    content = read_bytes(path)
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+        values = json.loads(content.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path} is not JSON: it is nested too deep") from error
+    except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
         raise ValueError(f"{path} is not JSON: {error}") from error
     require(isinstance(values, dict), str(path), type(values).__name__, "one JSON object")
     return values

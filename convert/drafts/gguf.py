@@ -15,6 +15,8 @@ from convert.drafts.codes import MORE_BITS, Codes, QuantizedCheckpoint, check_fi
 from convert.files.gguf import read_gguf
 from convert.gguf_config import parse_gguf_config
 from convert.weights import Parameter, deinterleave, gguf_parameters
+from quantspec_jax.checks import within
+from quantspec_jax.files import open_file
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import linear_layers
 from quantspec_jax.weights.formats import WeightFormat
@@ -27,7 +29,8 @@ class GgufBlocks(QuantizedCheckpoint):
         file = read_gguf(path)
         own = parse_gguf_config(file)
         super().__init__(source, config, own)
-        self._parameters = {p.path: p for p in gguf_parameters(own, file.tensors)}
+        with within(path):
+            self._parameters = {p.path: p for p in gguf_parameters(own, file.tensors)}
         kinds = {self._parameters[f"{layer}.kernel"].tensor.kind for layer in linear_layers(config)}
         if not kinds & set(_BLOCKS):
             raise ValueError(
@@ -58,7 +61,7 @@ class GgufBlocks(QuantizedCheckpoint):
 def _rows(parameter: Parameter) -> np.ndarray:
     """uint8 [N, bytes a row], the rows of q and k in the order of the parameter tree."""
     tensor = parameter.tensor
-    with tensor.file.open("rb") as stream:
+    with open_file(tensor.file) as stream:
         rows = tensor.read_bytes(stream, 0, tensor.shape[0])
     heads = parameter.interleaved_heads
     return deinterleave(rows, heads) if heads else rows

@@ -39,10 +39,11 @@ from convert.files.tensors import FLOATS, StoredTensor
 from convert.hf_config import parse_hf_config
 from convert.weights import derivable, hf_name, with_prefix
 from pallas_kernels.layout import QuantizedWeight
-from quantspec_jax.checks import require
+from quantspec_jax.checks import LARGEST_INT, is_int, require
 from quantspec_jax.files import read_json
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import LINEAR_LAYERS, linear_layers, parameter_shapes
+from quantspec_jax.settings import Settings
 from quantspec_jax.weights.formats import WeightFormat
 from quantspec_jax.weights.rounding import quantize_linear
 
@@ -55,18 +56,16 @@ class PackedSafetensors(QuantizedCheckpoint):
     `group_size`: input channels a scale; −1 in the config: all of them.
     """
 
-    def __init__(
-        self, source: str, directory: Path, config: ModelConfig, quantization: Mapping[str, Any]
-    ):
+    def __init__(self, source: str, directory: Path, config: ModelConfig, quantization: Settings):
         values = read_json(directory / "config.json")
         values.pop("quantization_config", None)
         own = parse_hf_config(values, where=str(directory / "config.json"))
         super().__init__(source, config, own)
         self.quantization = quantization
         bits = _first(quantization, "bits", "w_bit")
-        require(bits == 4, f"bits in {source}", bits, "4")
+        require(is_int(bits) and bits == 4, f"bits in {source}", bits, "4")
         group = _first(quantization, "group_size", "q_group_size")
-        whole = isinstance(group, int) and (group == -1 or (group > 0 and group % 8 == 0))
+        whole = is_int(group) and (group == -1 or (0 < group <= LARGEST_INT and group % 8 == 0))
         require(whole, f"group_size in {source}", group, "a multiple of 8, or −1")
         self.group_size: int = group
         self.tensors = _packed_tensors(directory, own)
@@ -95,6 +94,8 @@ class PackedSafetensors(QuantizedCheckpoint):
         """ValueError where a tensor of a linear layer is missing, or has another shape or type."""
         kin, n = self._shapes[f"{layer}.kernel"].shape
         groups = -(-kin // self.group_of(layer))
+        whole = kin % 8 == 0 and n % 8 == 0
+        require(whole, f"{layer} in {self.source}", [kin, n], "multiples of 8")
         wanted: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
             "qweight": (self.packed_shape(kin, n), ("I32",)),
             "qzeros": ((groups, n // 8), ("I32",)),
@@ -142,13 +143,10 @@ class PackedSafetensors(QuantizedCheckpoint):
 class Gptq(PackedSafetensors):
     """AutoGPTQ's and GPTQModel's packing."""
 
-    def __init__(
-        self, source: str, directory: Path, config: ModelConfig, quantization: Mapping[str, Any]
-    ):
+    def __init__(self, source: str, directory: Path, config: ModelConfig, quantization: Settings):
         form = _first(quantization, "checkpoint_format", "format") or "gptq"
-        require(
-            form in ("gptq", "gptq_v2"), f"checkpoint_format in {source}", form, "gptq, gptq_v2"
-        )
+        known = form in ("gptq", "gptq_v2")
+        require(known, f"checkpoint_format in {source}", form, "gptq, gptq_v2")
         self._zero_offset = 1 if form == "gptq" else 0
         super().__init__(source, directory, config, quantization)
 
@@ -181,9 +179,7 @@ class Gptq(PackedSafetensors):
 class Awq(PackedSafetensors):
     """AutoAWQ's packing for its `gemm` kernels."""
 
-    def __init__(
-        self, source: str, directory: Path, config: ModelConfig, quantization: Mapping[str, Any]
-    ):
+    def __init__(self, source: str, directory: Path, config: ModelConfig, quantization: Settings):
         form = str(_first(quantization, "version", "format", "checkpoint_format") or "gemm")
         require(form.lower() == "gemm", f"version in {source}", form, "gemm")
         super().__init__(source, directory, config, quantization)
@@ -287,8 +283,8 @@ def _unpacked(words: np.ndarray) -> np.ndarray:
     return ((words.view(np.uint32)[..., None] >> shifts) & 15).astype(np.uint8)
 
 
-def _first(values: Mapping[str, Any], *keys: str) -> Any:
-    return next((values[key] for key in keys if values.get(key) is not None), None)
+def _first(values: Settings, *keys: str) -> Any:
+    return next((v for key in keys if (v := values.get(key, None)) is not None), None)
 
 
 def _packed_tensors(directory: Path, config: ModelConfig) -> Mapping[str, StoredTensor]:

@@ -31,12 +31,13 @@ import numpy as np
 
 from convert.files.checksums import verified
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
-from quantspec_jax.checks import require
+from quantspec_jax.checks import is_int, require, within
 from quantspec_jax.dtypes import STORED, float_type
 from quantspec_jax.files import read_json
 from quantspec_jax.models.config import ModelConfig
-from quantspec_jax.models.parameters import flatten, nest, parameter_shapes
+from quantspec_jax.models.parameters import flatten, linear_layers, nest, parameter_shapes
 from quantspec_jax.notices import notice
+from quantspec_jax.settings import Settings
 from quantspec_jax.sharding import one_device, param_shardings
 from quantspec_jax.weights.entries import quantize_params
 from quantspec_jax.weights.formats import DraftConfig
@@ -84,27 +85,68 @@ class Header:
 
 def parse_header(values: dict[str, Any], where: Path) -> Header:
     """Inverse of `Header.to_dict`; ValueError for a damaged file or another version."""
-    require(values.get("version") == VERSION, f"version in {where}", values.get("version"), "1")
-    try:
-        config = ModelConfig.from_dict(values["model"])
-        dtype = values["dtype"]
-        draft = None if values["draft"] is None else DraftConfig.from_dict(values["draft"])
-        arrays = {
-            path: (tuple(shape), str(jnp.dtype(kind)))
-            for path, (shape, kind) in values.get("draft_arrays", {}).items()
-        }
-        sums = {path: str(value) for path, value in values.get("checksums", {}).items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} is damaged: {type(error).__name__} {error}") from error
+    version = values.get("version")
+    require(is_int(version) and version == VERSION, f"version in {where}", version, "1")
+    keys = Settings(values, where.name)
+    with within(f"{where} is damaged"):
+        config = ModelConfig.from_dict(keys.entries("model"))
+        stored = keys.entries("draft", None)
+        draft = None if stored is None else DraftConfig.from_dict(stored)
+        dtype = float_type(keys.choice("dtype", _NAMES), allowed=STORED)
+        arrays = _parse_draft_arrays(Settings(keys.entries("draft_arrays", {}), where.name), config)
+        if draft is not None:
+            _check_draft(draft, config)
+        given = Settings(keys.entries("checksums", {}), where.name)
+        sums = {path: given.text(path) for path in given.values}
     if draft is not None:
-        version = values.get("layout_version")
+        layout = keys.get("layout_version", None)
         require(
-            version == LAYOUT_VERSION,
+            is_int(layout) and layout == LAYOUT_VERSION,
             f"layout_version in {where}",
-            version,
+            layout,
             f"{LAYOUT_VERSION} (the stored draft has another packing: convert the source again)",
         )
-    return Header(config, float_type(dtype, f"dtype in {where}", STORED), draft, arrays, sums)
+    return Header(config, dtype, draft, arrays, sums)
+
+
+_NAMES = tuple(dtype.name for dtype in STORED)
+
+
+def _check_draft(draft: DraftConfig, config: ModelConfig) -> None:
+    """Its layers are the model's."""
+    unknown = sorted({name for name, _ in draft.formats} - set(linear_layers(config)))
+    require(not unknown, "draft formats", unknown, "linear layers of the model's blocks")
+
+
+def _parse_draft_arrays(
+    keys: Settings, config: ModelConfig
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """A draft's arrays beside its kernels are the model's own, scaled, and orders of channels."""
+    shapes = {path: spec.shape for path, spec in parameter_shapes(config).items()}
+    allowed = {path: shape for path, shape in shapes.items() if not path.endswith(".kernel")}
+    orders = {f"{layer}.order": shapes[f"{layer}.kernel"][:1] for layer in linear_layers(config)}
+    arrays = {}
+    for path in keys.values:
+        given = keys.get(path)
+        pair = isinstance(given, list | tuple) and len(given) == 2
+        keys.require(path, pair, given, "a shape and a type")
+        shape, kind = given
+        expected = orders.get(path, allowed.get(path))
+        keys.require(path, expected is not None, given, "norms, biases and orders of the model")
+        fits = isinstance(shape, list | tuple) and tuple(shape) == expected
+        keys.require(path, fits, shape, str(list(expected or ())))
+        kinds = ("int32",) if path in orders else _NAMES
+        keys.require(path, isinstance(kind, str) and kind in kinds, kind, ", ".join(kinds))
+        arrays[path] = (tuple(shape), kind)
+    return arrays
+
+
+def check_layer_count(directory: Path, config: ModelConfig) -> None:
+    """A layer has arrays: names are not made for more layers than there are arrays."""
+    weights = directory / "weights"
+    arrays = sum(1 for _ in weights.iterdir()) if weights.is_dir() else 0
+    most = f"at most {arrays}, the entries of {weights}"
+    require(config.num_layers <= arrays, f"num_layers in {directory}", config.num_layers, most)
 
 
 def save_tree(directory: Path, tree: dict[str, Any]) -> None:

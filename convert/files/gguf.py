@@ -12,20 +12,25 @@ damaged file sends it looping; and it takes seconds on a large vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 import mmap
+import os
 import re
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from convert.files.tensors import FLOATS, QUANTIZED, StoredTensor, stored_bytes
 from quantspec_jax.checks import is_int, require
+from quantspec_jax.files import exists, open_file
+from quantspec_jax.settings import Settings
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _MOST_ELEMENTS = 1 << 22  # of a vocabulary or a list of merges
+_MOST_PARTS = 99_999  # five digits in a name
+_MOST_ALIGNMENT = 1 << 20
 _SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1",
     10: "<u8", 11: "<i8", 12: "<f8",
@@ -99,8 +104,8 @@ def read_gguf(path: Path) -> GgufFile:
     Raises ValueError for a damaged or unsupported file.
     """
     first = _read_header(path)
-    count = first.metadata.get("split.count", 1)
-    require(is_int(count), f"split.count in {path}", count, "an integer")
+    keys = Settings(first.metadata, str(path))
+    count = keys.integer("split.count", 1, least=0, most=_MOST_PARTS)
     return _read_parts(first, count) if count > 1 else first
 
 
@@ -116,7 +121,7 @@ def _read_parts(first: GgufFile, count: int) -> GgufFile:
         )
     for number, name in enumerate(names[1:], start=1):
         part = path.with_name(name)
-        if not part.exists():
+        if not exists(part):
             raise ValueError(f"{path} is one of {count} parts, and {name} does not exist beside it")
         read = _read_header(part)
         for key, expected in (("split.no", number), ("split.count", count)):
@@ -138,10 +143,7 @@ def _part_names(path: Path, count: int) -> list[str]:
 
 def _read_header(path: Path) -> GgufFile:
     """Of one file."""
-    size = path.stat().st_size
-    if size < 24:
-        raise ValueError(f"{path} is truncated: {size} bytes are no GGUF file")
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open_file(path) as stream, _mapped(path, stream) as data:
         cursor = _Cursor(path, data)
         if cursor.take(4) != b"GGUF":
             raise ValueError(f"{path} is no GGUF file: it does not begin with GGUF")
@@ -152,8 +154,16 @@ def _read_header(path: Path) -> GgufFile:
         for count in (num_tensors, num_keys):
             cursor.check_count(count)
         metadata = _read_metadata(cursor, num_keys)
-        tensors = _read_tensors(cursor, num_tensors, metadata.get("general.alignment", 32), size)
+        alignment = metadata.get("general.alignment", 32)
+        tensors = _read_tensors(cursor, num_tensors, alignment, len(data))
     return GgufFile(path, metadata, tensors)
+
+
+def _mapped(path: Path, stream: BinaryIO) -> mmap.mmap:
+    size = os.fstat(stream.fileno()).st_size
+    if size < 24:
+        raise ValueError(f"{path} is truncated: {size} bytes are no GGUF file")
+    return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
@@ -170,8 +180,9 @@ def _read_tensors(
     cursor: _Cursor, count: int, alignment: Any, size: int
 ) -> dict[str, StoredTensor]:
     path = cursor.path
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise ValueError(f"{path} is corrupt: general.alignment is {alignment!r}")
+    power = is_int(alignment) and 1 <= alignment <= _MOST_ALIGNMENT
+    power = power and alignment & (alignment - 1) == 0
+    require(power, f"general.alignment in {path}, which is corrupt,", alignment, "a power of 2")
     entries = []
     for _ in range(count):
         name, dimensions = cursor.string(), cursor.number("<I")
@@ -179,7 +190,7 @@ def _read_tensors(
             raise ValueError(f"{path} is corrupt: tensor {name} has {dimensions} dimensions")
         shape = struct.unpack(f"<{dimensions}Q", cursor.take(8 * dimensions))[::-1]
         entries.append((name, shape, cursor.number("<I"), cursor.number("<Q")))
-    base = math.ceil(cursor.position / alignment) * alignment
+    base = _aligned(cursor.position, alignment)
     tensors: dict[str, StoredTensor] = {}
     for name, shape, kind, offset in entries:
         if name in tensors:
@@ -187,15 +198,28 @@ def _read_tensors(
         if offset % alignment:
             raise ValueError(f"{path} is corrupt: tensor {name} is not aligned")
         tensors[name] = _tensor(path, name, shape, kind, base + offset)
-    _check_extents(path, list(tensors.values()), size)
+    end = _check_extents(path, list(tensors.values()), base, alignment)
+    if end > size and tensors:
+        raise ValueError(f"{path} is truncated: {size} bytes of {end}")
+    if size > _aligned(end, alignment):
+        raise ValueError(f"{path} is corrupt: {size - end} bytes after the last tensor")
     return tensors
 
 
-def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int) -> StoredTensor:
+def _aligned(position: int, alignment: int) -> int:
+    return -(-position // alignment) * alignment
+
+
+@functools.cache
+def _kinds() -> dict[int, str]:
+    """Names of the types of tensors by number."""
     from gguf import GGMLQuantizationType
 
-    known = {member.value: member.name for member in GGMLQuantizationType}
-    kind_name = known.get(kind, f"number {kind}")
+    return {member.value: member.name for member in GGMLQuantizationType}
+
+
+def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int) -> StoredTensor:
+    kind_name = _kinds().get(kind, f"number {kind}")
     if kind_name not in FLOATS and kind_name not in QUANTIZED:
         allowed = ", ".join([*FLOATS, *QUANTIZED])
         raise ValueError(f"{path}: tensor {name} has type {kind_name}; allowed: {allowed}")
@@ -207,11 +231,16 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int
     return StoredTensor(name, kind_name, shape, path, start, num_bytes)
 
 
-def _check_extents(path: Path, tensors: list[StoredTensor], size: int) -> None:
-    end = 0
+def _check_extents(path: Path, tensors: list[StoredTensor], base: int, alignment: int) -> int:
+    """The tensors lie one after another from `base` on, with nothing between them but what aligns
+    the next. Returns where the last one ends."""
+    end = base
     for tensor in sorted(tensors, key=lambda t: t.offset):
-        if tensor.offset < end:
+        start = _aligned(end, alignment)
+        if tensor.offset < start:
             raise ValueError(f"{path} is corrupt: tensor {tensor.name} overlaps another")
+        if tensor.offset > start:
+            gap = f"{tensor.offset - start} bytes before tensor {tensor.name} belong to none"
+            raise ValueError(f"{path} is corrupt: {gap}")
         end = tensor.offset + tensor.num_bytes
-    if end > size:
-        raise ValueError(f"{path} is truncated: {size} bytes of {end}")
+    return end

@@ -7,21 +7,25 @@ the tensors, which cover the rest without gap or overlap.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from convert.files.tensors import FLOATS, INTS, StoredTensor, stored_bytes
-from quantspec_jax.files import read_json
+from quantspec_jax.checks import is_int, within
+from quantspec_jax.files import exists, open_file, read_json
+from quantspec_jax.settings import Settings
 
 _MAX_HEADER = 100 << 20
+_MOST_DIMENSIONS = 8
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name. Raises ValueError for a damaged file."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length > min(size - 8, _MAX_HEADER):
@@ -35,40 +39,47 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1}) if _repeats(names) else []
-        if twice:
-            raise ValueError(f"{path} is corrupt: duplicate tensor {', '.join(twice)}")
-        return dict(pairs)
+        values: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in values:
+                raise ValueError(f"{path} is corrupt: duplicate tensor {name}")
+            values[name] = value
+        return values
 
     try:
         header = json.loads(text.decode(), object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except RecursionError as error:
+        raise ValueError(f"{path} is corrupt: its header is nested too deep") from error
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
         raise ValueError(f"{path} is corrupt: its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} is corrupt: its header is no JSON object")
     return header
 
 
-def _repeats(names: list[str]) -> bool:
-    return len(set(names)) != len(names)
-
-
 def _tensor(path: Path, name: str, entry: Any, base: int) -> StoredTensor:
-    try:
-        kind, shape = entry["dtype"], tuple(entry["shape"])
-        begin, end = entry["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is corrupt: bad header entry of tensor {name}") from error
-    if not whole or end < begin:
-        raise ValueError(f"{path} is corrupt: bad header entry of tensor {name}")
-    if kind in (*FLOATS, *INTS) and end - begin != stored_bytes(kind, shape):
+    keys = Settings(entry if isinstance(entry, dict) else {}, f"{path}: tensor {name}")
+    with within(f"{path} is corrupt: bad header entry of tensor {name}"):
+        kind, shape = keys.text("dtype"), keys.get("shape")
+        keys.require("shape", _are_counts(shape, _MOST_DIMENSIONS), shape, "a few dimensions")
+        offsets = keys.get("data_offsets")
+        ordered = _are_counts(offsets, 2) and len(offsets) == 2 and offsets[0] <= offsets[1]
+        keys.require("data_offsets", ordered, offsets, "[begin, end]")
+    begin, end = offsets
+    if kind in (*FLOATS, *INTS) and end - begin != stored_bytes(kind, tuple(shape)):
         raise ValueError(
             f"{path} is corrupt: tensor {name} of shape {list(shape)} and dtype {kind} has "
             f"{end - begin} bytes"
         )
-    return StoredTensor(name, str(kind), shape, path, base + begin, end - begin)
+    return StoredTensor(name, kind, tuple(shape), path, base + begin, end - begin)
+
+
+def _are_counts(values: Any, most: int) -> bool:
+    """A list of at most so many whole numbers that a file can have bytes."""
+    few = isinstance(values, list) and len(values) <= most
+    return few and all(is_int(n) and 0 <= n < 1 << 63 for n in values)
 
 
 def _check_cover(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
@@ -88,7 +99,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def weight_files_exist(directory: Path) -> bool:
-    return (directory / _SINGLE).exists() or any(directory.glob("model-*.safetensors"))
+    return exists(directory / _SINGLE) or any(directory.glob("model-*.safetensors"))
 
 
 def read_directory(directory: Path, derivable: Callable[[str], bool]) -> dict[str, StoredTensor]:
@@ -108,14 +119,14 @@ def read_directory(directory: Path, derivable: Callable[[str], bool]) -> dict[st
 
 def _read_shards(directory: Path, derivable: Callable[[str], bool]) -> dict[str, StoredTensor]:
     index = directory / _INDEX
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
+    where = Settings(read_json(index), str(index)).entries("weight_map")
+    if not all(isinstance(f, str) for f in where.values()):
         raise ValueError(f"{index} has no weight_map from tensors to files")
     needed = {name: shard for name, shard in where.items() if not derivable(name)}
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(where.values())):
         shard = directory / name
-        if Path(name).name != name or not shard.exists():
+        if Path(name).name != name or not exists(shard):
             if Path(name).name == name and name not in needed.values():
                 continue
             raise ValueError(f"{index} names {name}, which does not exist beside it")

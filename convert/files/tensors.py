@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
+
+from quantspec_jax.files import open_file
 
 FLOATS: dict[str, np.dtype] = {
     "F32": np.dtype("<f4"),
@@ -69,14 +72,14 @@ class StoredTensor:
 
     def read(self) -> np.ndarray:
         """The whole tensor of a float or integer type, in its shape and type."""
-        with self.file.open("rb") as stream:
+        with open_file(self.file) as stream:
             data = self.read_bytes(stream, 0, self.matrix_shape[0])
         return data.view({**FLOATS, **INTS}[self.kind]).reshape(self.shape)
 
 
 def stored_bytes(kind: str, shape: tuple[int, ...]) -> int | None:
     """Bytes of a tensor in a file; None where rows are no whole number of blocks."""
-    elements = int(np.prod(shape, dtype=object))
+    elements = math.prod(shape)
     plain = {**FLOATS, **INTS}.get(kind)
     if plain is not None:
         return elements * plain.itemsize

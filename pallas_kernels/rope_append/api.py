@@ -6,8 +6,8 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.layout import LayerCache
+from pallas_kernels.rope_append import xla
 from pallas_kernels.rope_append.heads import Heads
-from pallas_kernels.rope_append.ring import append
 
 
 def rope_append(
@@ -23,14 +23,13 @@ def rope_append(
 
     Returns:
       [B, S, H, D] queries, and the cache with positions start … start + S − 1 in its buffer (see
-      `ring.append` for those beyond the half that `start` lies in).
+      `xla.append` for those beyond the half that `start` lies in).
     """
     if _mosaic_gpu(heads, cache, backend):
         from pallas_kernels.rope_append import mosaic_gpu
 
         return dispatch.shared(mosaic_gpu.rope_append, ())(heads, cache, start)
-    q, k, v = heads.finished()
-    return q, append(cache, k.swapaxes(1, 2), v.swapaxes(1, 2), start)
+    return xla.rope_append(heads, cache, start)
 
 
 def _mosaic_gpu(heads: Heads, cache: LayerCache, backend: str) -> bool:

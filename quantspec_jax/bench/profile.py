@@ -17,6 +17,7 @@ KINDS = {
     "int4 products": r"int4_matmul",
     "full products": r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk",
     "norms": r"rms_norm",
+    "rope": r"rope_append",
     "quantization": r"quantize_(keys|values)",
     "copies": r"memcpy|memset|copy|concatenate|transpose|dynamic_update_slice",
 }

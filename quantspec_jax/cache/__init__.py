@@ -1,6 +1,6 @@
 """The key-value cache: its arrays, its schedule, and the codecs that say how tokens lie in it."""
 
-from pallas_kernels.rope_append.ring import append
+from pallas_kernels.rope_append.xla import append
 from quantspec_jax.cache.cache import (
     cache_bytes,
     create,

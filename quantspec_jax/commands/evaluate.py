@@ -1,4 +1,4 @@
-"""`quantspec eval`: perplexity, or a draft's acceptance, over a text."""
+"""`quantspec eval`: perplexity, a draft's acceptance, or methods for the cache, over a text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def add(commands: Any) -> None:
     """The parser."""
     parser = command(commands, "eval", run, "measure quality over a text, teacher-forced")
-    parser.add_argument("measure", choices=("perplexity", "acceptance"))
+    parser.add_argument("measure", choices=("perplexity", "acceptance", "codecs"))
     add_model(parser)
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument("--context", required=True, type=int, metavar="N", help="tokens to read")
@@ -43,6 +43,13 @@ def add(commands: Any) -> None:
     add_draft(parser)
     add_rope(parser)
     parser.add_argument("--output", metavar="FILE", help="record the run as JSON")
+    group = parser.add_argument_group(
+        "codecs", "methods that compress a cache, as what is decoded from and as a draft's"
+    )
+    group.add_argument("--codec", nargs="+", metavar="NAME", help="which methods (all)")
+    group.add_argument(
+        "--kv-text", metavar="FILE", help="what methods learn from (a text of Python's)"
+    )
     group = parser.add_argument_group(
         "sweep", "acceptance of several drafts, and the limit of the speed-up that each promises"
     )
@@ -65,6 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     draft = draft_config(args)
     scaling = rope(args)
+    check_codecs(args)
     check_sweep(args)
     if args.output is not None:
         folder = os.path.dirname(args.output) or "."
@@ -72,9 +80,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     require(args.context >= 8, "--context", args.context, "8 tokens or more")
     require(args.skip_characters >= 0, "--skip-characters", args.skip_characters, "0 or more")
     text = read_text(args.text, "text file")[args.skip_characters :]
-    if args.measure == "perplexity":
+    learned = None if args.kv_text is None else read_text(args.kv_text, "--kv-text")
+    if args.measure != "acceptance":
         if draft_options(args):
-            terminal.notice("perplexity drafts nothing: draft options change nothing")
+            terminal.notice(f"{args.measure} draws on no draft: draft options change nothing")
         draft = DraftConfig(bits=None)
 
     from quantspec_jax import evaluate
@@ -88,6 +97,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     tokens = tokens[: args.context]
     if args.sweep:
         return sweep(args, model, tokens, scaling)
+    if args.measure == "codecs":
+        return codecs(args, model, tokens, learned)
     if args.measure == "perplexity":
         result = evaluate.perplexity(model, tokens, context=args.context, progress=True)
     else:
@@ -95,6 +106,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     write_record(args, [result], **settings(args, model))
     if not args.json:
         terminal.show(result)
+    return result
+
+
+def codecs(
+    args: argparse.Namespace, model: Model, tokens: Sequence[int], text: str | None
+) -> dict[str, Any]:
+    """A row a method."""
+    from quantspec_jax import evaluate
+    from quantspec_jax.methods import METHODS
+
+    chosen = args.codec or tuple(METHODS)
+    found = evaluate.codecs(model, tokens, chosen, text=text, progress=True)
+    result = {**settings(args, model), **found}
+    described = {name: value for name, value in result.items() if name != "rows"}
+    write_record(args, result["rows"], **described)
+    if not args.json:
+        terminal.show_rows(result)
     return result
 
 
@@ -118,6 +146,18 @@ def write_record(args: argparse.Namespace, rows: list[dict[str, Any]], **describ
     if args.output is not None:
         command = record.command(f"quantspec eval {args.measure}", args)
         record.write(Path(args.output), command, rows, **described)
+
+
+def check_codecs(args: argparse.Namespace) -> None:
+    """Raise for what `codecs` could not do, before anything is loaded."""
+    if args.measure != "codecs":
+        refuse(given(args, "codec", "kv_text"), f"{args.measure}: they need codecs")
+        return
+    refuse({"sweep": True} if args.sweep else {}, "codecs: it compares methods, not drafts")
+    from quantspec_jax.methods import METHODS
+
+    unknown = [name for name in args.codec or () if name not in METHODS]
+    require(not unknown, "--codec", ", ".join(unknown), ", ".join(METHODS))
 
 
 def check_sweep(args: argparse.Namespace) -> None:

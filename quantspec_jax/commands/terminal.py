@@ -69,6 +69,7 @@ def describe(error: Exception) -> str:
     else:
         text = f"{type(error).__name__}: {error}"
     line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)  # no terminal's codes
     if len(line) > LONGEST_MESSAGE:
         line = f"{line[:LONGEST_MESSAGE]}... (--debug shows all)"
     return line

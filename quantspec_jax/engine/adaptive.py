@@ -2,8 +2,9 @@
 itself off and decoding is plain.
 
 A round that drafts γ tokens yields 1 + s₁ + … + s_γ of them, sᵢ being the share of rounds that
-accept place i, and costs 1 + γ c, in units of a plain step; c is what a draft step adds. γ is what
-makes the most of that, chosen for a chunk of rounds: each γ is a compiled program of its own, as
+accept place i, and costs 1 + γ c, in units of a plain step; c is what a draft step adds, measured
+with γ = 4 (a verification of more rows costs more than in proportion). γ is what makes the most of
+that, chosen for a chunk of rounds: each γ is a compiled program of its own, as
 fast as if it had been asked for, and another one is taken only where it promises one per cent.
 
 sᵢ is counted, each round a little less than the next one. Of a place that was not tried, or not
@@ -21,6 +22,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from quantspec_jax.engine.draft_cost import TRIAL_GAMMA
+
 MOST_DRAFTED = 7  # a pass of 8 rows is one block of the kernels' products
 LADDER = (0, 1, 2, 4, MOST_DRAFTED)  # few programs; between them little is to be gained
 FADING = 0.993  # of evidence, a round
@@ -28,6 +31,7 @@ STALE = 0.995  # of what is known of places beyond those that are drafted
 PRIOR = (0.9, 4.0)  # acceptance assumed before anything was seen, and the tries it weighs
 EXPECTED = 2.0  # rounds that the expectation of a place weighs beside its own counts
 GAIN = 1.01  # that another γ has to promise
+BEYOND = 1.08  # a round of γ = 7 over what c makes of it, Qwen2.5-Coder-1.5B on an H200
 SETTLED, FIRST_ROUNDS = 48.0, 12  # tries until which chunks are short
 PROBE_ROUNDS, OLD_TRIES = 4, 4.0
 FIRST_WAIT, LONGEST_WAIT = 64, 512  # rounds of plain decoding before drafting is tried again
@@ -58,10 +62,11 @@ class AdaptiveGamma:
         return self._accepted / self._tried
 
     def _best(self, gammas: Sequence[int]) -> int:
-        """The γ that yields most tokens for what a plain step costs."""
+        """The γ that yields most."""
         return max(gammas, key=self._yield)
 
     def _yield(self, gamma: int) -> float:
+        """Tokens for what a plain step costs."""
         share, tokens = 1.0, 1.0
         for (proposed, accepted), counted in zip(
             self._by_place.T[:gamma], self._counted, strict=False
@@ -69,7 +74,8 @@ class AdaptiveGamma:
             expected = share * self.acceptance
             share = (accepted + EXPECTED * expected) / (proposed + EXPECTED)
             tokens += share * counted
-        return tokens / (1 + self.cost * gamma)
+        cost = 1 + self.cost * gamma
+        return tokens / (cost * BEYOND if gamma > TRIAL_GAMMA else cost)
 
     def observe(self, rounds: int, proposed: np.ndarray, accepted: np.ndarray) -> None:
         """What a chunk of rounds with the chosen γ did: [COUNTED] proposals that counted and

@@ -6,7 +6,14 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
-from quantspec_jax.checks import is_int, is_number, require
+from quantspec_jax.checks import (
+    LARGEST_INT,
+    fields_of,
+    is_int,
+    is_number,
+    require,
+    require_number,
+)
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 
@@ -40,16 +47,39 @@ class RopeConfig:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        require(self.type in ROPE_TYPES, "rope type", self.type, ", ".join(ROPE_TYPES))
-        require(self.theta > 0, "rope theta", self.theta, "a positive number")
-        require(self.factor >= 1, "rope factor", self.factor, "a number ≥ 1")
-        if self.type in ("dynamic", "yarn", "llama3"):
-            require(
-                self.original_max_position is not None,
-                "rope original_max_position",
-                None,
-                f"a length in tokens (type {self.type} needs it)",
-            )
+        known = isinstance(self.type, str) and self.type in ROPE_TYPES
+        require(known, "rope type", self.type, ", ".join(ROPE_TYPES))
+        for name, (least, most) in _ROPE_BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                require_number(f"rope {name}", value, least, most)
+        require(isinstance(self.truncate, bool), "rope truncate", self.truncate, "true, false")
+        original = self.original_max_position
+        if original is not None or self.type in ("dynamic", "yarn", "llama3"):
+            whole = is_int(original) and original is not None and 1 <= original <= LARGEST_INT
+            allowed = f"a length in tokens, from 1 to {LARGEST_INT} (type {self.type} needs it)"
+            require(whole, "rope original_max_position", original, allowed)
+        if self.type == "llama3":  # the blend between them divides by their distance
+            high, low = self.high_freq_factor, self.low_freq_factor
+            require(high > low, "rope high_freq_factor", high, f"over low_freq_factor, {low:g}")
+        if self.type == "yarn":
+            fast, slow = self.beta_fast, self.beta_slow
+            require(fast >= slow, "rope beta_fast", fast, f"at least beta_slow, {slow:g}")
+
+
+# What keeps all frequencies finite in float32, with room around whatever was published.
+_ROPE_BOUNDS: dict[str, tuple[float, float]] = {
+    "theta": (1.001, 1e30),
+    "factor": (1, 1e6),
+    "low_freq_factor": (1e-6, 1e6),
+    "high_freq_factor": (1e-6, 1e6),
+    "beta_fast": (1e-6, 1e6),
+    "beta_slow": (1e-6, 1e6),
+    "attention_factor": (1e-6, 1e6),
+    "mscale": (0, 1e6),
+    "mscale_all_dim": (0, 1e6),
+}
+_OPTIONAL = ("attention_factor", "mscale", "mscale_all_dim")
 
 
 ROPE_SCALINGS = ("none", "linear", "yarn")
@@ -81,7 +111,8 @@ class RopeScaling:
             require(allowed, "rope scaling factor", self.factor, "a number > 1")
 
 
-_LONGEST = 2**31 - 1  # positions are int32
+_LONGEST = LARGEST_INT
+MOST_LAYERS = 10_000  # fifty times the deepest model's; names are made for all of them
 
 # Fields of older versions, which nothing read.
 _WRITTEN_ONCE = frozenset({"bos_id"})
@@ -117,7 +148,8 @@ class ModelConfig:
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.family in FAMILIES, "family", self.family, ", ".join(FAMILIES))
+        known = isinstance(self.family, str) and self.family in FAMILIES
+        require(known, "family", self.family, ", ".join(FAMILIES))
         for name in (
             "vocab_size",
             "hidden_size",
@@ -129,7 +161,9 @@ class ModelConfig:
             "max_context",
         ):
             value = getattr(self, name)
-            require(is_int(value) and value >= 1, name, value, "an integer ≥ 1")
+            most = MOST_LAYERS if name == "num_layers" else LARGEST_INT
+            inside = is_int(value) and 1 <= value <= most
+            require(inside, name, value, f"an integer ≥ 1, at most {most}")
         require(
             self.num_heads % self.num_kv_heads == 0,
             "num_kv_heads",
@@ -137,6 +171,26 @@ class ModelConfig:
             f"a divisor of num_heads = {self.num_heads}",
         )
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number")
+        require_number("rms_norm_eps", self.rms_norm_eps, 1e-30, 1)
+        for name in ("tie_embeddings", "qkv_bias", "output_bias", "mlp_bias", "qk_norm"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), name, value, "true, false")
+        ids = self.eos_ids
+        whole = isinstance(ids, tuple) and all(is_int(i) and 0 <= i < self.vocab_size for i in ids)
+        require(whole, "eos_ids", ids, f"ids from 0 to {self.vocab_size - 1}")
+        window = self.sliding_window
+        longer = window is None or (is_int(window) and window >= 1)
+        require(longer, "sliding_window", window, "null, or an integer ≥ 1")
+        if self.rope.type == "dynamic":
+            self._check_dynamic()
+
+    def _check_dynamic(self) -> None:
+        """The base that dynamic NTK grows to is a float32."""
+        require(self.head_dim > 2, "head_dim", self.head_dim, "over 2 for rope type dynamic")
+        rope, d = self.rope, self.head_dim
+        grown = 1 + rope.factor * self.max_context / (rope.original_max_position or 1)
+        base = math.log(rope.theta) + d / (d - 2) * math.log(grown)
+        require(base < 87, "rope factor", rope.factor, "less: the base of RoPE is no float32")
 
     @property
     def original_context(self) -> int:
@@ -179,10 +233,11 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
         """Inverse of `to_dict`; an unknown key is a ValueError."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        values = {key: value for key, value in data.items() if key not in _WRITTEN_ONCE}
-        unknown = sorted(set(values) - known)
-        require(not unknown, "model config keys", unknown, ", ".join(sorted(known)))
-        values["rope"] = RopeConfig(**values["rope"])
-        values["eos_ids"] = tuple(values["eos_ids"])
+        require(isinstance(data, dict), "model config", data, "an object")
+        kept = {key: value for key, value in data.items() if key not in _WRITTEN_ONCE}
+        values = fields_of(cls, kept, "model config")
+        values["rope"] = RopeConfig(**fields_of(RopeConfig, values.get("rope", {}), "rope"))
+        ids = values.get("eos_ids", ())
+        require(isinstance(ids, list | tuple), "eos_ids", ids, "a list of token ids")
+        values["eos_ids"] = tuple(ids)
         return cls(**values)

@@ -6,6 +6,7 @@ from typing import Any
 
 from quantspec_jax.checks import require
 from quantspec_jax.text.prompts import encode
+from quantspec_jax.text.templates import TemplateFailedError, render
 
 
 def chat_ids(prompt: str, tokenizer: Any, system: str | None = None) -> list[int]:
@@ -33,28 +34,31 @@ _NOTHING = "the chat template renders nothing for this conversation"
 
 def chat_text(prompt: str, tokenizer: Any, system: str | None = None) -> str:
     """The same conversation as text, special tokens written out."""
-    from jinja2 import TemplateError
-
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        raise ValueError("chat is not possible: the tokenizer has no chat template")
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
+    template = _template(tokenizer)
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
-            f"the chat template refuses messages of the roles {roles}: {_first_line(error)}"
-        ) from error
-    except Exception as error:  # a template is a program: it may raise anything
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise ValueError(f"the chat template fails with {reason}") from error
+        text = render(template, messages, dict(tokenizer.special_tokens_map))
+    except TemplateFailedError as error:
+        if error.refused:
+            roles = ", ".join(message["role"] for message in messages)
+            refusal = f"the chat template refuses messages of the roles {roles}: {error}"
+            raise ValueError(refusal) from error
+        raise ValueError(f"the chat template fails with {error.kind}: {error}") from error
     if not text:
         raise ValueError(_NOTHING)
     return text
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]
+def _template(tokenizer: Any) -> str:
+    """The tokenizer's own, or of several the one for a conversation without tools."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("chat is not possible: the tokenizer has no chat template")
+    try:
+        template = tokenizer.get_chat_template()
+    except Exception as error:  # of no template by that name, in transformers' own words
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"chat is not possible: {reason}") from error
+    require(isinstance(template, str), "the tokenizer's chat template", template, "a text")
+    return template

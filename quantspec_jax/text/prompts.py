@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from quantspec_jax.text.tokenizer import is_panic
+
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 ALLOWED = "a text, a list of texts, token ids, or a list of lists of token ids"
 
@@ -61,7 +63,12 @@ def encode(text: str, tokenizer: Any, name: str = "prompt", *, special: bool = T
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} holds what is not UTF-8 (at character {error.start})") from None
-    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    try:
+        ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise ValueError(f"{name}: the tokenizer fails on it: {error}") from error
     return [int(token) for token in ids]
 
 

@@ -6,15 +6,24 @@ same metadata; the ids are those of the model's own tokenizer.json.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import sys
+import tempfile
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantspec_jax.checks import is_int, require
+from quantspec_jax.checks import is_int
+from quantspec_jax.files import check_regular
+from quantspec_jax.settings import Settings
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+_MOST_BYTES = 256 << 20  # of a file of a tokenizer; the largest have 35 million
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
@@ -108,104 +117,157 @@ def _from_files(tokenizer_class: Any, directory: Path, **options: Any) -> Any | 
     """Python that a checkpoint brings along is never run, and nobody is asked whether to."""
     if not any((directory / name).exists() for name in _FILES):
         return None
-    try:
-        tokenizer = tokenizer_class.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False, **options
-        )
-    except Exception as error:  # of many kinds, for damaged files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "custom code" in reason:
-            reason = "its auto_map names Python code of its own, which is not run"
-        raise ValueError(f"the tokenizer in {directory} cannot be read: {reason}") from error
+    inside = [directory, *(path for path in directory.glob("*chat_templates") if path.is_dir())]
+    texts = [p for d in inside for p in d.iterdir() if p.suffix.lower() in _SUFFIXES]
+    check_regular(texts, _MOST_BYTES)
+    with _panics_unheard():
+        try:
+            tokenizer = tokenizer_class.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False, **options
+            )
+            _try_out(tokenizer)
+        except BaseException as error:  # of many kinds, for damaged files
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if "custom code" in reason:
+                reason = "its auto_map names Python code of its own, which is not run"
+            raise ValueError(f"the tokenizer in {directory} cannot be read: {reason}") from error
     tokenizer.init_kwargs.pop("auto_map", None)  # nor by those who open what is saved of it
     return tokenizer
 
 
-def gguf_tokenizer(metadata: Mapping[str, Any]) -> Any | None:
+def _try_out(tokenizer: Any) -> None:
+    """A damaged tokenizer that can be read may yet panic when it is used."""
+    ids = tokenizer("a b\n1", verbose=False)["input_ids"]
+    tokenizer.decode(ids)
+    _ = tokenizer.special_tokens_map, len(tokenizer)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether it is Rust's, of the tokenizers package: pyo3's PanicException, no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
+_STANDARD_ERROR = threading.Lock()  # is the process's
+
+
+@contextlib.contextmanager
+def _panics_unheard() -> Iterator[None]:
+    """Rust reports a panic on the process's standard error before it becomes an exception. So that
+    is held meanwhile; the exception says the same, and without one all that was held is written."""
+    sys.stderr.flush()
+    with _STANDARD_ERROR, tempfile.TemporaryFile() as held:
+        own = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.truncate(0)
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(own, 2)
+            os.close(own)
+            held.seek(0)
+            os.write(2, held.read())
+
+
+def gguf_tokenizer(metadata: Mapping[str, Any], where: str = "") -> Any | None:
     """The tokenizer that a GGUF file's metadata describes; None where it describes none.
 
-    Raises ValueError, naming the key, for a kind that is not known.
+    Raises ValueError, naming the key and the file, `where`, for a kind that is not known.
     """
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind is None:
+    keys = Settings(metadata, where, _PREFIX)
+    if keys.get("model", None) is None:
         return None
     from transformers import PreTrainedTokenizerFast
 
-    require(kind in _BUILDERS, "tokenizer.ggml.model", kind, ", ".join(_BUILDERS))
-    tokens = _tokens(metadata)
-    types = _token_types(metadata, tokens)
-    backend, bos = _BUILDERS[kind](metadata, tokens, types)
-    _add_special_tokens(backend, tokens, types)
-    named = _named_tokens(metadata, tokens)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        add_bos_token=_flag(metadata, "add_bos_token", bos) and named["bos_token"] is not None,
-        add_eos_token=_flag(metadata, "add_eos_token", False) and named["eos_token"] is not None,
-        chat_template=metadata.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-        **named,
-    )
+    kind = keys.choice("model", _BUILDERS)
+    tokens = _tokens(keys)
+    types = _token_types(keys, tokens)
+    named = _named_tokens(keys, tokens)
+    begins, ends = (named[f"{name}_token"] is not None for name in ("bos", "eos"))
+    template = Settings(metadata, where, "tokenizer.").text("chat_template", None)
+    with _panics_unheard():
+        try:
+            backend, bos = _BUILDERS[kind](keys, tokens, types)
+            _add_special_tokens(backend, tokens, types)
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=backend,
+                add_bos_token=keys.flag("add_bos_token", bos) and begins,
+                add_eos_token=keys.flag("add_eos_token", False) and ends,
+                chat_template=template,
+                clean_up_tokenization_spaces=False,
+                **named,
+            )
+            _try_out(tokenizer)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            reason = (str(error).strip() or "a panic").splitlines()[0]
+            raise ValueError(f"the tokenizer in {where} cannot be read: {reason}") from error
+    return tokenizer
 
 
-def gguf_eos_ids(metadata: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+_PREFIX = "tokenizer.ggml."
+_LONGEST_TOKEN = 4096  # characters; real ones have a hundred
+
+
+def gguf_eos_ids(metadata: Mapping[str, Any], vocab_size: int, where: str = "") -> tuple[int, ...]:
     """What ends an answer: the ends of sequence, turn and message that the file names, then the
     control tokens whose text says that they are one.
 
     Files name one EOS, while a model may end its turns with another token (Llama 3 Instruct, with
     <|eot_id|>) and what it fills in with a third (Qwen2.5-Coder, with <|endoftext|>).
     """
+    keys = Settings(metadata, where, _PREFIX)
     names = ("eos_token_id", "eot_token_id", "eom_token_id")
-    ids = [_token_id(metadata, name, vocab_size) for name in names]
-    tokens, types = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
-    if isinstance(tokens, list) and isinstance(types, list):
-        pairs = enumerate(zip(tokens, types, strict=False))
-        ids += [i for i, (text, kind) in pairs if kind == CONTROL and text in _END_TEXTS]
+    ids = [_token_id(keys, name, vocab_size) for name in names]
+    tokens, types = keys.texts("tokens", []), keys.integers("token_type", [])
+    pairs = enumerate(zip(tokens[:vocab_size], types, strict=False))
+    ids += [i for i, (text, kind) in pairs if kind == CONTROL and text in _END_TEXTS]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
-def _token_id(metadata: Mapping[str, Any], name: str, count: int) -> int | None:
+def _token_id(keys: Settings, name: str, count: int) -> int | None:
     """An id that is no token (−1, as an unsigned number too) is none."""
-    index = metadata.get(f"tokenizer.ggml.{name}")
-    require(index is None or is_int(index), f"tokenizer.ggml.{name}", index, "an integer")
+    index = keys.get(name, None)
+    keys.require(name, index is None or is_int(index), index, "an integer")
     return index if index is not None and 0 <= index < count else None
 
 
-def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = metadata.get(f"tokenizer.ggml.{name}", default)
-    require(isinstance(value, bool), f"tokenizer.ggml.{name}", value, "true, false")
-    return value
-
-
-def _tokens(metadata: Mapping[str, Any]) -> list[str]:
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise ValueError("tokenizer.ggml.tokens is missing or no list of strings")
+def _tokens(keys: Settings) -> list[str]:
+    tokens = keys.texts("tokens")
+    longest = max(map(len, tokens), default=0)
+    keys.require("tokens", longest > 0, "a list without a text", "a list of tokens")
+    allowed = f"tokens of {_LONGEST_TOKEN} characters at most"
+    keys.require("tokens", longest <= _LONGEST_TOKEN, f"one of {longest} characters", allowed)
     return tokens
 
 
-def _token_types(metadata: Mapping[str, Any], tokens: Sequence[str]) -> list[int]:
-    types = metadata.get("tokenizer.ggml.token_type")
+def _token_types(keys: Settings, tokens: Sequence[str]) -> list[int]:
+    types = keys.integers("token_type", None)
     if types is None:
         return [NORMAL] * len(tokens)
-    if not isinstance(types, list) or len(types) != len(tokens):
-        given = f"{len(types)} numbers" if isinstance(types, list) else types
-        require(False, "tokenizer.ggml.token_type", given, f"a list of {len(tokens)}, one a token")
+    given = f"{len(types)} numbers"
+    keys.require(
+        "token_type", len(types) == len(tokens), given, f"a list of {len(tokens)}, one a token"
+    )
     return types
 
 
-def _named_tokens(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str | None]:
-    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {name: _token_id(metadata, f"{key}_token_id", len(tokens)) for name, key in keys.items()}
+def _named_tokens(keys: Settings, tokens: Sequence[str]) -> dict[str, str | None]:
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {name: _token_id(keys, f"{key}_token_id", len(tokens)) for name, key in names.items()}
     return {f"{name}_token": None if i is None else tokens[i] for name, i in ids.items()}
 
 
-def _byte_level_backend(
-    metadata: Mapping[str, Any], tokens: list[str], types: list[int]
-) -> tuple[Any, bool]:
+def _byte_level_backend(keys: Settings, tokens: list[str], types: list[int]) -> tuple[Any, bool]:
     """Byte-level BPE, as in GPT-2, Llama 3 and Qwen; and whether BOS goes before the text."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
-    how = _byte_pairs(metadata)
+    how = _byte_pairs(keys)
     spelling = _byte_spelling()
     alphabet = set(spelling)
     vocabulary = {
@@ -214,7 +276,8 @@ def _byte_level_backend(
         else "".join(spelling[byte] for byte in token.encode()): index
         for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
     }
-    backend = _bpe(vocabulary, _merges(metadata), ignore_merges=how.whole_words)
+    merges = _merges(keys, vocabulary)
+    backend = _bpe(keys, vocabulary, merges, ignore_merges=how.whole_words)
     if how.compose:
         backend.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in how.splits]
@@ -224,8 +287,8 @@ def _byte_level_backend(
     return backend, how.bos
 
 
-def _byte_pairs(metadata: Mapping[str, Any]) -> BytePairs:
-    name = metadata.get("tokenizer.ggml.pre")
+def _byte_pairs(keys: Settings) -> BytePairs:
+    name = keys.get("pre", None)
     if name in (None, "default"):
         warnings.warn(
             f"tokenizer.ggml.pre is {name!r}, so text is split by llama.cpp's default rules; the "
@@ -233,17 +296,19 @@ def _byte_pairs(metadata: Mapping[str, Any]) -> BytePairs:
             stacklevel=2,
         )
         return _DEFAULT
-    require(name in BYTE_PAIRS, "tokenizer.ggml.pre", name, ", ".join(BYTE_PAIRS))
-    return BYTE_PAIRS[name]
+    return BYTE_PAIRS[keys.choice("pre", BYTE_PAIRS)]
 
 
-def _bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> Any:
+def _bpe(
+    keys: Settings, vocabulary: dict[str, int], merges: list[tuple[str, str]], **options: Any
+) -> Any:
     from tokenizers import Tokenizer, models
 
     try:
         return Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **options))
     except Exception as error:  # the library has no type of its own for it
-        raise ValueError(f"tokenizer.ggml.merges do not fit the tokens: {error}") from error
+        keys.require("merges", False, str(error), "merges of tokens into tokens")
+        raise AssertionError("unreachable") from error
 
 
 def _byte_spelling() -> list[str]:
@@ -253,19 +318,18 @@ def _byte_spelling() -> list[str]:
     return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
 
 
-def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    merges = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
-        raise ValueError("tokenizer.ggml.merges is missing or no list of strings")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    if wrong := next((merge for merge in pairs if len(merge) != 2), None):
-        require(False, "an element of tokenizer.ggml.merges", " ".join(wrong), "two pieces")
-    return [(left, right) for left, right in pairs]
+def _merges(keys: Settings, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    pairs = []
+    for merge in keys.texts("merges"):
+        left, space, right = merge.partition(" ")
+        keys.require("merges", bool(space) and " " not in right, merge, "two pieces each")
+        known = left in vocabulary and right in vocabulary and left + right in vocabulary
+        keys.require("merges", known, merge, "two tokens that make a third")
+        pairs.append((left, right))
+    return pairs
 
 
-def _sentencepiece_backend(
-    metadata: Mapping[str, Any], tokens: list[str], types: list[int]
-) -> tuple[Any, bool]:
+def _sentencepiece_backend(keys: Settings, tokens: list[str], types: list[int]) -> tuple[Any, bool]:
     """BPE over SentencePiece's pieces, as in Llama 2 and Mistral; BOS goes before the text.
 
     A space goes before the text, and before every part of it that follows a special token, even
@@ -273,15 +337,15 @@ def _sentencepiece_backend(
     """
     from tokenizers import decoders, normalizers
 
-    prefix = _flag(metadata, "add_space_prefix", True)
-    merges = (
-        _merges(metadata)
-        if "tokenizer.ggml.merges" in metadata
-        else _merges_from_scores(tokens, metadata.get("tokenizer.ggml.scores"))
-    )
+    prefix = keys.flag("add_space_prefix", True)
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    unknown = _token_id(metadata, "unknown_token_id", len(tokens))
+    if keys.get("merges", None) is not None:
+        merges = _merges(keys, vocabulary)
+    else:
+        merges = _merges_from_scores(keys, tokens)
+    unknown = _token_id(keys, "unknown_token_id", len(tokens))
     backend = _bpe(
+        keys,
         vocabulary,
         merges,
         unk_token=None if unknown is None else tokens[unknown],
@@ -298,14 +362,15 @@ def _sentencepiece_backend(
     return backend, True
 
 
-def _merges_from_scores(tokens: list[str], scores: Any) -> list[tuple[str, str]]:
+def _merges_from_scores(keys: Settings, tokens: list[str]) -> list[tuple[str, str]]:
     """Every way to put a piece together from two others, the best-scored piece first.
 
     Among ways of one score the longer left part is first, then the longer right one, then the
     order of the pieces' ids.
     """
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise ValueError("tokenizer.ggml.scores is missing or not one number a token")
+    scores = keys.numbers("scores")
+    given = f"{len(scores)} numbers"
+    keys.require("scores", len(scores) == len(tokens), given, "one number a token")
     index = {token: i for i, token in enumerate(tokens)}
     ways = []
     for piece, score in dict(zip(tokens, scores, strict=True)).items():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 from typing import Any
 
-from quantspec_jax.checks import is_int, is_number, require
+from quantspec_jax.checks import fields_of, is_int, is_number, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +26,15 @@ class WeightFormat:
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        require(self.bits in (4, 8, 16), "draft bits", self.bits, "4, 8 or 16")
+        known = is_int(self.bits) and self.bits in (4, 8, 16)
+        require(known, "draft bits", self.bits, "4, 8 or 16")
         require(
             is_int(self.group_size) and self.group_size >= 8 and self.group_size % 8 == 0,
             "draft group_size",
             self.group_size,
             "a multiple of 8",
         )
+        require(isinstance(self.symmetric, bool), "draft symmetric", self.symmetric, "true, false")
 
     def stored_bits(self, kin: int, n: int) -> int:
         """Bits that a [Kin, N] weight takes, scales and minima counted; 16 a weight left alone."""
@@ -73,9 +76,11 @@ class DraftConfig:
     lm_head_bits: int = 16
 
     def __post_init__(self) -> None:
-        require(self.bits in (4, 8, None), "draft bits", self.bits, "4, 8 or None")
-        require(self.lm_head_bits in (4, 16), "draft lm_head_bits", self.lm_head_bits, "4 or 16")
-        WeightFormat(4, self.group_size)
+        known = self.bits is None or (is_int(self.bits) and self.bits in (4, 8))
+        require(known, "draft bits", self.bits, "4, 8 or None")
+        known = is_int(self.lm_head_bits) and self.lm_head_bits in (4, 16)
+        require(known, "draft lm_head_bits", self.lm_head_bits, "4 or 16")
+        WeightFormat(4, self.group_size, self.symmetric)
         require(
             isinstance(self.layers, str) and all(self.patterns),
             "draft layers",
@@ -91,6 +96,10 @@ class DraftConfig:
                 self.method == "gptq", "draft method", self.method, "gptq (average_bits is set)"
             )
 
+    @functools.cached_property
+    def _by_name(self) -> dict[str, WeightFormat]:
+        return dict(self.formats)
+
     @property
     def patterns(self) -> tuple[str, ...]:
         """`layers` as patterns that a layer's name matches or not."""
@@ -102,9 +111,8 @@ class DraftConfig:
 
     def format_of(self, layer: str) -> WeightFormat:
         """How the linear layer of this name, such as `layers.3.down`, is stored."""
-        for name, stored in self.formats:
-            if name == layer:
-                return stored
+        if layer in self._by_name:
+            return self._by_name[layer]
         if self.bits is None or not any(fnmatch.fnmatchcase(layer, p) for p in self.patterns):
             return WeightFormat(16)
         return WeightFormat(self.bits, self.group_size, self.symmetric)
@@ -128,7 +136,12 @@ class DraftConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DraftConfig:
-        """Inverse of `to_dict`; an unknown key is a TypeError."""
-        formats = data.get("formats", {}).items()
-        stored = tuple((name, WeightFormat(**values)) for name, values in formats)
-        return cls(**{**data, "formats": stored})
+        """Inverse of `to_dict`; an unknown key is a ValueError."""
+        values = fields_of(cls, data, "draft")
+        formats = values.get("formats", {})
+        require(isinstance(formats, dict), "draft formats", formats, "an object, by layer")
+        values["formats"] = tuple(
+            (name, WeightFormat(**fields_of(WeightFormat, value, f"draft formats {name}")))
+            for name, value in formats.items()
+        )
+        return cls(**values)

@@ -305,6 +305,8 @@ def test_eos_ids_are_the_union_generation_config_first():
     assert parse_hf_config(config | {"eos_token_id": None}).eos_ids == ()
     for wrong in ("</s>", 2.0, True, [[2]], {"id": 2}):
         with pytest.raises(ValueError, match=r"eos_token_id in config\.json is"):
+            parse_hf_config(config | {"eos_token_id": wrong})
+        with pytest.raises(ValueError, match=r"eos_token_id in generation_config\.json is"):
             parse_hf_config(config, {"eos_token_id": wrong})
 
 

@@ -213,7 +213,10 @@ def test_rope_append(case, start):
     for a, b, c in zip(*map(jax.tree.leaves, (found, again, expected)), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
         a, c = (np.asarray(x.astype(jnp.float32)) for x in (a, c))
-        np.testing.assert_allclose(a, c, rtol=2**-7, atol=2**-7)
+        # Inside one program XLA keeps more of what is due to be rounded before the rotation: of two
+        # numbers up to 4 in size half a last place each, and one of their result.
+        np.testing.assert_allclose(a, c, rtol=2**-7, atol=2**-6)
+        assert np.linalg.norm(a - c) <= 4e-3 * np.linalg.norm(c)
 
 
 @pytest.mark.parametrize("y_dtype", ["bfloat16", "float32"])

@@ -15,6 +15,7 @@ import pytest
 from quantspec_jax import memory
 from quantspec_jax.bench import decode as bench
 from quantspec_jax.bench import record
+from quantspec_jax.bench.kernels import shapes_of
 from quantspec_jax.bench.launches import launches_a_round
 from quantspec_jax.bench.simulated import Simulated
 from quantspec_jax.cli import main, make_parser
@@ -40,6 +41,19 @@ def render():
 @pytest.fixture
 def tiny_preset(monkeypatch):
     monkeypatch.setitem(bench.PRESETS, "tiny", TINY)
+
+
+def test_shapes_of_a_model_are_those_of_its_layers():
+    found = shapes_of("tiny", TINY, 1024, 32)
+    layer = parameter_shapes(TINY)
+    for names, (inputs, outputs) in zip(
+        (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)), found.matmul.values(), strict=True
+    ):
+        assert [(inputs, n) for n in outputs] == [
+            layer[f"layers.0.{name}.kernel"].shape for name in names
+        ]
+    assert {row[1:3] for row in found.attention} == {(1024, TINY.num_kv_heads)}
+    assert (found.heads, found.head_dim, found.group) == (TINY.num_heads, TINY.head_dim, 32)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9, 1.0])

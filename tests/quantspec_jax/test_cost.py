@@ -26,6 +26,7 @@ from quantspec_jax.cost import (
 )
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.module import init_params
+from quantspec_jax.models.parameters import parameter_count
 from quantspec_jax.models.presets import PRESETS
 from quantspec_jax.weights.entries import merge, quantize_params
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
@@ -194,3 +195,18 @@ def test_a_constant_chance_gives_its_powers(rounds_script):
     np.testing.assert_allclose(rounds.by_position, 0.8 ** np.arange(1, 5))
     # The share that counts what follows a rejection as rejected, and tokens a round.
     assert rounds.rate == pytest.approx((expected_tokens(0.8, 4) - 1) / 4, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.2-3b", 3_212_749_824),
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen3-4b", 4_022_468_096),
+        ("qwen3-8b", 8_190_735_360),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(name, count):
+    assert parameter_count(PRESETS[name]) == count

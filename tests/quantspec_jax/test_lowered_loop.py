@@ -55,7 +55,8 @@ def kernels(text: str) -> list[str]:
 def names(text: str) -> list[str]:
     """The kernels' functions, calls of one form sharing one."""
     found = re.findall(
-        r"func.func private @(add_rms_norm|int4_matmuls|kv_attention|quantize_\w+?)(?:_\d+)?\(",
+        r"func.func private @(add_rms_norm|int4_matmuls|kv_attention|quantize_\w+?|rope_append)"
+        r"(?:_\d+)?\(",
         text,
     )
     return sorted(found)
@@ -72,16 +73,17 @@ def test_each_kernel_is_in_the_program_once_however_many_layers_call_it(bits):
     # no minima: they are launches of their own.
     matmuls = ["int4_matmuls"] * (4 if bits == 4 else 8)
     norms = ["add_rms_norm"] * 2  # the draft's and the target's
-    attention = ["kv_attention"] * 2
+    attention, rope = ["kv_attention"] * 2, ["rope_append"] * 2
+    quantize = ["quantize_keys", "quantize_values"]
     for text in (one, three):
-        assert names(text) == [*norms, *matmuls, *attention, "quantize_keys", "quantize_values"]
+        assert names(text) == [*norms, *matmuls, *attention, *quantize, *rope]
         # Attention is two kernels, the pass over the cache and the merge of its parts.
         assert len(kernels(text)) == len(names(text)) + 2
         assert len(set(kernels(text))) == len(kernels(text))
     assert len(three) < 1.5 * len(one)
 
 
-def test_plain_decoding_has_attention_and_norms_alone():
+def test_plain_decoding_has_no_kernel_of_a_draft():
     text = lowered(MODEL, 0, "full", DraftConfig())
-    assert names(text) == ["add_rms_norm", "kv_attention"]
-    assert len(kernels(text)) == 3
+    assert names(text) == ["add_rms_norm", "kv_attention", "rope_append"]
+    assert len(kernels(text)) == 4

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.layout import LayerCache
-from pallas_kernels.rope_append.ring import narrowed
+from pallas_kernels.rope_append.xla import narrowed
 from quantspec_jax.cache.codecs.codec import values_per_token
 from quantspec_jax.cache.codecs.full import Full
 from quantspec_jax.cache.config import CacheConfig

@@ -1,4 +1,5 @@
-"""The full-precision buffer: a ring of R slots, position p in slot p mod R."""
+"""In XLA, for any backend. The full-precision buffer is a ring of R slots, position p in slot
+p mod R."""
 
 from __future__ import annotations
 
@@ -8,7 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.layout import LayerCache
+from pallas_kernels.rope_append.heads import Heads
 from pallas_kernels.shapes import CacheKV, Each, shaped
+
+
+def rope_append(heads: Heads, cache: LayerCache, start: jax.Array) -> tuple[jax.Array, LayerCache]:
+    """See `pallas_kernels.rope_append.api.rope_append`."""
+    q, k, v = heads.finished()
+    return q, append(cache, k.swapaxes(1, 2), v.swapaxes(1, 2), start)
 
 
 @shaped

@@ -1,0 +1,102 @@
+"""AQUA-KV (arXiv 2501.19392): a layer stores what a linear map of the layer below cannot predict.
+
+    k̃ = P [k̂₋₁; 1]                k̂ = k̃ + Q(k − k̃)          k before RoPE, all heads of a token
+    ṽ = M [k̂; v̂₋₁; 1]             v̂ = ṽ + Q(v − ṽ)          the keys of this layer come first
+
+k̂₋₁ and v̂₋₁ are what the layer below came to, so that whoever reads sees what whoever wrote saw, and
+errors do not add up. Q is HIGGS; the first layer is coded by it alone, in 4 bits. P and M are ridge
+regressions in closed form (section 3.2), fitted layer by layer on what the unmodified model does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from quantspec_jax.methods import higgs
+from quantspec_jax.methods.method import Layer
+from quantspec_jax.models.config import ModelConfig
+
+RIDGE = 1e-3  # λ, over the mean of the diagonal
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Predictors(NamedTuple):
+    """of_keys [n + 1, n] and of_values [2 n + 1, n]; the last row is the bias."""
+
+    of_keys: jax.Array
+    of_values: jax.Array
+
+
+def regression(inputs: jax.Array, outputs: jax.Array) -> jax.Array:
+    """W [m + 1, n] so that [inputs [N, m], 1] W is near to outputs [N, n]: least squares with
+    λ mean|diag C| on the diagonal of C = Σ xxᵀ, bias included."""
+    x = _with_one(inputs)
+    c = jnp.matmul(x.T, x, precision=HIGHEST)
+    c += RIDGE * jnp.abs(jnp.diagonal(c)).mean() * jnp.eye(len(c), dtype=c.dtype)
+    return jnp.linalg.solve(c, jnp.matmul(x.T, outputs, precision=HIGHEST))
+
+
+def _with_one(x: jax.Array) -> jax.Array:
+    return jnp.concatenate([x, jnp.ones_like(x[:, :1])], 1)
+
+
+def _predicted(weights: jax.Array, inputs: jax.Array) -> jax.Array:
+    return jnp.matmul(_with_one(inputs), weights, precision=HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Aqua:
+    """width: of the codes of all layers but the first, which has `first_width`."""
+
+    width: int
+    first_width: int = 4
+    before_rope: bool = True
+    learns: bool = True
+    sinks: int = 4
+
+    def bits(self, model: ModelConfig, tokens: int) -> float:
+        """Codes, scales, and the predictors' parameters shared by all tokens."""
+        n, layers = model.num_kv_heads * model.head_dim, model.num_layers
+        codes = [higgs.code_bits(width, n) for width in (self.first_width, self.width)]
+        parameters = (layers - 1) * (3 * n * n + 2 * n)
+        values = 2 * n * layers * tokens
+        return (codes[0] + (layers - 1) * codes[1]) / layers + 16 * parameters / values
+
+    def fit(self, text: Layer, below: Layer | None) -> tuple[Any, Layer]:
+        """P and M of a layer; of the first nothing."""
+        if below is None:
+            return (), self.read((), text, None)
+        keys, values = map(_rows, text)
+        below_keys, below_values = map(_rows, below)
+        of_keys = regression(below_keys, keys)
+        read = self._residual(keys, _predicted(of_keys, below_keys))
+        inputs = jnp.concatenate([read, below_values], 1)
+        of_values = regression(inputs, values)
+        made = self._residual(values, _predicted(of_values, inputs))
+        return Predictors(of_keys, of_values), _like(text, read, made)
+
+    def read(self, learned: Any, text: Layer, below: Layer | None) -> Layer:
+        """What the codes of a layer's residuals and the layer below come to."""
+        keys, values = map(_rows, text)
+        if below is None:
+            return _like(text, *(higgs.rounded(x, self.first_width) for x in (keys, values)))
+        below_keys, below_values = map(_rows, below)
+        read = self._residual(keys, _predicted(learned.of_keys, below_keys))
+        inputs = jnp.concatenate([read, below_values], 1)
+        return _like(text, read, self._residual(values, _predicted(learned.of_values, inputs)))
+
+    def _residual(self, x: jax.Array, predicted: jax.Array) -> jax.Array:
+        return predicted + higgs.rounded(x - predicted, self.width)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """[T, K, D] → [T, K·D]."""
+    return x.reshape(len(x), -1)
+
+
+def _like(text: Layer, keys: jax.Array, values: jax.Array) -> Layer:
+    return Layer(keys.reshape(text.keys.shape), values.reshape(text.values.shape))

@@ -1,0 +1,51 @@
+"""The two 4-bit planes (QuantSpec, arXiv 2502.10424), and the cache in full precision."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from quantspec_jax.cache.codecs import codec_of
+from quantspec_jax.methods.method import Layer
+from quantspec_jax.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Planes:
+    """A view of the cache that decoding uses."""
+
+    """`first`: the view of the first tile, whose keys' scale is the sinks'; None: as all."""
+
+    view: str
+    first: str | None = None
+    group_size: int = 128
+    before_rope: bool = False
+    learns: bool = False
+    sinks: int = 0
+
+    def bits(self, model: ModelConfig, tokens: int) -> float:
+        """Codes, and two numbers of 16 bits a group."""
+        if self.view == "full":
+            return 16.0
+        width = min(self.group_size, model.head_dim)
+        return {"int8": 8, "int4": 4}[self.view] + (32 / self.group_size + 32 / width) / 2
+
+    def fit(self, text: Layer, below: Layer | None) -> tuple[Any, Layer]:
+        """Nothing is learned."""
+        return (), self.read((), text, below)
+
+    def read(self, learned: Any, text: Layer, below: Layer | None) -> Layer:
+        """Coded and read again."""
+        read = self._decoded(text, self.view)
+        if self.first is None:
+            return read
+        first = self._decoded(text, self.first)
+        tile = (jnp.arange(len(text.keys)) < self.group_size)[:, None, None]
+        return Layer(*(jnp.where(tile, *both) for both in zip(first, read, strict=True)))
+
+    def _decoded(self, text: Layer, view: str) -> Layer:
+        keys, values = (x.swapaxes(0, 1)[None] for x in text)
+        read = codec_of(view).decoded(keys, values, view, self.group_size)
+        return Layer(*(x[0].swapaxes(0, 1) for x in read))
