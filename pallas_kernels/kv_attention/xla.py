@@ -195,7 +195,9 @@ def kv_attention(
 
         state = jax.lax.fori_loop(0, -(-jnp.max(quantized_length) // (step * g)), over_tiles, state)
 
-    width = min(length, CHUNK_TOKENS)
+    # Beside planes two chunks at least: XLA's CPU backend would fuse the read of a whole buffer with
+    # the append before it, and copy the buffer.
+    width = min(length if keys is None else -(-length // 2), CHUNK_TOKENS)
     first = quantized_length[:, None, None]
 
     def over_buffer(i: jax.Array, state: Partial) -> Partial:
@@ -212,8 +214,6 @@ def kv_attention(
         value = cut(cache.value_buffer)
         return _merge(state, scores, mask, lambda w: _einsum("bkrt,bktd->bkrd", w, value))
 
-    # A loop whose length is not known before, be it one chunk: XLA's CPU backend would fuse the
-    # read of a whole buffer with the append before it, and copy the buffer.
     used = jnp.minimum(jnp.max(start) + s, length)
     state = jax.lax.fori_loop(0, -(-used // width), over_buffer, state)
 
