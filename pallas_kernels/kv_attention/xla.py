@@ -195,8 +195,8 @@ def kv_attention(
 
         state = jax.lax.fori_loop(0, -(-jnp.max(quantized_length) // (step * g)), over_tiles, state)
 
-    # Beside planes two chunks at least: XLA's CPU backend would fuse the read of a whole buffer with
-    # the append before it, and copy the buffer.
+    # Beside planes two chunks at least: XLA's CPU backend would fuse the read of a whole buffer
+    # with the append before it, and copy the buffer.
     width = min(length if keys is None else -(-length // 2), CHUNK_TOKENS)
     first = quantized_length[:, None, None]
 
