@@ -98,7 +98,9 @@ def check_directed_rounding(name: str, x: np.ndarray, group_size: int) -> None:
 
     minimum = flushed(minimum)
     span = (high - minimum).astype(np.float32).astype(np.float64)  # as float32 has it
-    assert np.array_equal(scale > 0, flushed(span) > 0)
+    # Of a span below the normal numbers a thread makes 0 or not, as it was set.
+    settled = (span == 0) | (span >= SMALLEST)
+    assert np.array_equal((scale > 0)[settled], (span > 0)[settled])
     assert np.all((scale == 0) | (scale >= reference.SMALLEST_SCALE))
     assert np.all(15 * scale >= flushed(span))
     below = np.nextafter(scale.astype(BF16), BF16(0)).astype(np.float64)
