@@ -73,8 +73,8 @@ def test_add_rms_norm(rows, channels, y_dtype):
     np.testing.assert_allclose(found[1].astype(jnp.float32), wide, rtol=2**-7, atol=1e-6)
 
 
-# In the middle of a half of the ring, at its end where rows have to be dropped, and around; the full
-# view does not wrap.
+# In the middle of a half of the ring, at its end where rows have to be dropped, and around; the
+# full view does not wrap.
 @pytest.mark.parametrize(
     ("planes", "start"), [(True, (5, 97)), (True, (31, 62)), (True, (63, 0)), (False, (31, 62))]
 )
