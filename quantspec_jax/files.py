@@ -59,6 +59,13 @@ def check_regular(paths: Iterable[Path], most: int) -> None:
         require(size <= most, f"size of {path}", size, f"{most:,} bytes at most")
 
 
+def check_output(path: str | None) -> None:
+    """ValueError unless the file of --output can be made where it is to lie; None: none is."""
+    if path is not None:
+        folder = os.path.isdir(os.path.dirname(path) or ".")
+        require(folder, "--output", path, "a file in an existing directory")
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a file; ValueError names the file where there is none."""
     content = read_bytes(path)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import os
 import sys
 from collections.abc import Sequence
 from itertools import takewhile
@@ -50,6 +49,7 @@ from quantspec_jax.commands.options import (
 from quantspec_jax.engine.adaptive import MOST_DRAFTED
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.engine.programs import PROGRAMS
+from quantspec_jax.files import check_output
 from quantspec_jax.generate.cache_pass import cache_pass
 from quantspec_jax.generate.config import BACKENDS, GenerateConfig
 from quantspec_jax.generate.couplings import COUPLINGS
@@ -473,9 +473,7 @@ def check(args: argparse.Namespace) -> None:
     require(min(args.skip_characters) >= 0, "--skip-characters", args.skip_characters, "0 or more")
     require(args.new_tokens >= 2, "--new-tokens", args.new_tokens, "an integer ≥ 2")
     require(args.repeat >= 1, "--repeat", args.repeat, "an integer ≥ 1")
-    if args.output is not None:
-        folder = os.path.dirname(args.output) or "."
-        require(os.path.isdir(folder), "--output", args.output, "a file in an existing directory")
+    check_output(args.output)
     rope(args)
     for temperature in args.temperature:
         for case in cases(args, temperature):

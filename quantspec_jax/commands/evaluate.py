@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from quantspec_jax.commands.options import (
     refuse,
     rope,
 )
+from quantspec_jax.files import check_output
 from quantspec_jax.weights.formats import DraftConfig
 
 if TYPE_CHECKING:
@@ -74,9 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     scaling = rope(args)
     check_codecs(args)
     check_sweep(args)
-    if args.output is not None:
-        folder = os.path.dirname(args.output) or "."
-        require(os.path.isdir(folder), "--output", args.output, "a file in an existing directory")
+    check_output(args.output)
     require(args.context >= 8, "--context", args.context, "8 tokens or more")
     require(args.skip_characters >= 0, "--skip-characters", args.skip_characters, "0 or more")
     text = read_text(args.text, "text file")[args.skip_characters :]

@@ -4,8 +4,8 @@ itself off and decoding is plain.
 A round that drafts γ tokens yields 1 + s₁ + … + s_γ of them, sᵢ being the share of rounds that
 accept place i, and costs 1 + γ c, in units of a plain step; c is what a draft step adds, measured
 with γ = 4 (a verification of more rows costs more than in proportion). γ is what makes the most of
-that, chosen for a chunk of rounds: each γ is a compiled program of its own, as
-fast as if it had been asked for, and another one is taken only where it promises one per cent.
+that, chosen for a chunk of rounds: each γ is a compiled program of its own, as fast as if it had
+been asked for, and another one is taken only where it promises one per cent.
 
 sᵢ is counted, each round a little less than the next one. Of a place that was not tried, or not
 lately, it is what the place before it lets expect: sᵢ₋₁ α, α the acceptance of proposals that were

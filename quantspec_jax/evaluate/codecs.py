@@ -11,7 +11,7 @@ buffer, q = G max(0, ⌊t/G⌋ − 1) of them, and those after as they are (`cac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +24,13 @@ from pallas_kernels.rope_append.heads import Heads, rotate
 from quantspec_jax.cache import schedule
 from quantspec_jax.checks import require
 from quantspec_jax.evaluate.measures import read_tokens
-from quantspec_jax.evaluate.teacher_forced import Stream, _embed, _head, _in_chunks, _of
+from quantspec_jax.evaluate.teacher_forced import (
+    Stream,
+    at_tokens,
+    embedded,
+    in_chunks,
+    lm_head_of,
+)
 from quantspec_jax.loading import Model
 from quantspec_jax.methods import METHODS, Layer, Method, Planes
 from quantspec_jax.models.attention import Tokens, sequence_attention
@@ -82,8 +88,10 @@ def codecs(
     unknown = [name for name in methods if name not in METHODS]
     require(not unknown, "methods", ", ".join(unknown), ", ".join(METHODS))
     chosen = {name: _by_tiles(METHODS[name], group_size) for name in methods}
-    learns = any(method.learns for method in chosen.values())
-    chunks = calibration_tokens(model.tokenizer, text) if learns else np.zeros((0, 0), np.int32)
+    learning = {name: method for name, method in chosen.items() if method.learns}
+    learned = {}
+    if learning:
+        learned = fitted(model, learning, calibration_tokens(model.tokenizer, text))
     first, last = len(ids) // 4, len(ids) - 1  # the last position predicts nothing of the text
     following = jnp.asarray([*ids[1:], 0], jnp.int32)
     with tqdm(total=2 * len(chosen) + 2, desc="codecs", disable=not progress) as bar:
@@ -93,7 +101,7 @@ def codecs(
         bar.update()
 
         def mean(reference: jax.Array, hidden: jax.Array) -> dict[str, float]:
-            found = _measure(_head(model.params), (reference, hidden), following)
+            found = _measure(lm_head_of(model.params), (reference, hidden), following)
             found = jax.device_get(found)
             flat = {name: x.reshape(-1)[first : len(ids)] for name, x in found._asdict().items()}
             flat["log_prob"] = flat["log_prob"][:-1]
@@ -101,11 +109,10 @@ def codecs(
 
         rows = []
         for name, method in chosen.items():
-            learned = fitted(model, method, chunks) if method.learns else None
-            hidden, _ = _through(model, ids, method, group_size, learned)
+            hidden, _ = _through(model, ids, method, group_size, learned.get(name))
             as_target = mean(full, hidden)
             bar.update()
-            hidden, _ = _through(model, ids, method, group_size, learned, pasts)
+            hidden, _ = _through(model, ids, method, group_size, learned.get(name), pasts)
             as_draft = mean(target, hidden)
             bar.update()
             rows.append(
@@ -129,14 +136,16 @@ def _by_tiles(method: Method, group_size: int) -> Method:
     return method
 
 
-def fitted(model: Model, method: Method, chunks: np.ndarray) -> Learned:
-    """What a method learns of each layer from [chunks, length] tokens that go through the model in
-    full precision."""
-    found, below = [], None
-    for keys, values in _activations(model, chunks):
-        kept = Layer(*(x[:, method.sinks :].reshape(-1, *x.shape[2:]) for x in (keys, values)))
-        learned, below = _fit(kept, below, method=method)
-        found.append(learned)
+def fitted(model: Model, methods: Mapping[str, Method], chunks: np.ndarray) -> dict[str, Learned]:
+    """What methods learn of each layer from [chunks, length] tokens, which go through the model in
+    full precision once for all of them."""
+    found: dict[str, Learned] = {name: [] for name in methods}
+    below: dict[str, Layer | None] = dict.fromkeys(methods)
+    for made in _activations(model, chunks):
+        for name, method in methods.items():
+            kept = Layer(*(x[:, method.sinks :].reshape(-1, *x.shape[2:]) for x in made))
+            learned, below[name] = _fit(kept, below[name], method=method)
+            found[name].append(learned)
     return found
 
 
@@ -145,9 +154,9 @@ def _fit(text: Layer, below: Layer | None, *, method: Method) -> tuple[Any, Laye
     return method.fit(text, below)
 
 
-def _activations(model: Model, chunks: np.ndarray):
+def _activations(model: Model, chunks: np.ndarray) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Of one layer after the other: keys before RoPE and values [chunks, length, K, D] float32."""
-    stream = _start(model, jnp.asarray(chunks))
+    stream = embedded(model.params, jnp.asarray(chunks), model.config)
     for i in range(model.config.num_layers):
         block, norm = block_params(model.params, i)
         stream, made = _plain_block(block, norm, stream, config=model.config)
@@ -181,11 +190,6 @@ def _rope(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:
     return rope_tables(*frequencies, jnp.arange(length)[None])
 
 
-def _start(model: Model, tokens: jax.Array) -> Stream:
-    read = {"embedding": model.params["embedding"], "layers": {"0": model.params["layers"]["0"]}}
-    return _embed(read, tokens, config=model.config)
-
-
 def _through(
     model: Model,
     ids: Sequence[int],
@@ -197,7 +201,8 @@ def _through(
     """Hidden states [1, T, E] after the last norm, each position reading by `method`: its own keys
     and values, or those of `pasts` as the 8-bit view has them. And the keys and values of each
     layer."""
-    stream, below, found = _start(model, jnp.asarray([ids], jnp.int32)), None, []
+    stream = embedded(model.params, jnp.asarray([ids], jnp.int32), model.config)
+    below, found = None, []
     for i in range(model.config.num_layers):
         block, norm = block_params(model.params, i)
         given = (learned[i] if learned else (), below, pasts[i] if pasts else None)
@@ -273,7 +278,7 @@ def _measure(head: Params, hidden: tuple[jax.Array, jax.Array], following: jax.A
             (jnp.exp(p) * (p - q)).sum(-1),
             (jnp.argmax(p, -1) == jnp.argmax(q, -1)).astype(jnp.float32),
             jnp.minimum(jnp.exp(p), jnp.exp(q)).sum(-1),
-            _of(q, following),
+            at_tokens(q, following),
         )
 
-    return _in_chunks(measure, hidden, following)
+    return in_chunks(measure, hidden, following)

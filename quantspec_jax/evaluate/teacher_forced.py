@@ -93,7 +93,7 @@ def score(
     reader = _reader(model, len(ids), view, group_size, backend)
     with _Bar(len(ids), model.config, f"{view} cache" if progress else None) as bar:
         target, _ = _through(model, [], ids, reader, reader, bar)
-        return _by_position(_scores, _head(model.params), target, ids)
+        return _by_position(_scores, lm_head_of(model.params), target, ids)
 
 
 def compare(
@@ -135,7 +135,7 @@ def compare_drafts(
     title = "draft and target" if len(drafts) == 1 else f"{len(drafts)} drafts and target"
     with _Bar(len(ids), model.config, title if progress else None) as bar:
         target, streams = _through(model, drafts, ids, reader, reader.reading(draft_view), bar)
-        heads = (_head(model.params), [_head(draft) for draft in drafts])
+        heads = (lm_head_of(model.params), [lm_head_of(draft) for draft in drafts])
         return _by_position(_overlaps, heads, (target, streams), ids)
 
 
@@ -175,7 +175,7 @@ def _through(
     bar: _Bar,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """The hidden states [1, T, E] of target and drafts after the last norm."""
-    target = _embedded(model.params, jnp.asarray([ids], jnp.int32), reader=target_reader)
+    target = embedded(model.params, jnp.asarray([ids], jnp.int32), model.config)
     streams = [target] * len(drafts)
     for i in range(model.config.num_layers):
         block, norm = block_params(model.params, i)
@@ -187,9 +187,10 @@ def _through(
     return target.h, [stream.h for stream in streams]
 
 
-def _embedded(params: Params, tokens: jax.Array, *, reader: Reader) -> Stream:
+def embedded(params: Params, tokens: jax.Array, config: ModelConfig) -> Stream:
+    """[B, T] tokens as the first block reads them."""
     read = {"embedding": params["embedding"], "layers": {"0": params["layers"]["0"]}}
-    return _embed(read, tokens, config=reader.model)
+    return _embed(read, tokens, config=config)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -233,7 +234,7 @@ def _unpack(weights: Params, inputs: int, dtype: np.dtype) -> jax.Array:
     return unpacked(weights, inputs).astype(dtype)
 
 
-def _head(params: Params) -> Params:
+def lm_head_of(params: Params) -> Params:
     """What `unembed` reads, with one array for the kernel."""
     if "lm_head" not in params:
         return {"embedding": params["embedding"]}
@@ -249,7 +250,7 @@ def _by_position(measure: Any, heads: Any, hidden: Any, ids: Sequence[int]) -> A
     return jax.tree.map(lambda x: x.reshape(-1)[: len(ids)], found)
 
 
-def _in_chunks(measure: Any, hidden: Any, following: jax.Array) -> Any:
+def in_chunks(measure: Any, hidden: Any, following: jax.Array) -> Any:
     """`measure` of hidden states [1, T, E] and following tokens [T], ROWS positions at a time."""
     t = len(following)
     rows = min(ROWS, t)
@@ -262,7 +263,8 @@ def _in_chunks(measure: Any, hidden: Any, following: jax.Array) -> Any:
     return jax.lax.map(lambda chunk: measure(*chunk), chunks)
 
 
-def _of(log_probs: jax.Array, tokens: jax.Array) -> jax.Array:
+def at_tokens(log_probs: jax.Array, tokens: jax.Array) -> jax.Array:
+    """[R, N] log-probabilities, [R] tokens → [R]."""
     return jnp.take_along_axis(log_probs, tokens[:, None], 1)[:, 0]
 
 
@@ -270,9 +272,9 @@ def _of(log_probs: jax.Array, tokens: jax.Array) -> jax.Array:
 def _scores(head: Params, hidden: jax.Array, following: jax.Array) -> Scores:
     def measure(hidden: jax.Array, following: jax.Array) -> Scores:
         logits = unembed(head, hidden, "xla")
-        return Scores(_of(jax.nn.log_softmax(logits), following), jnp.argmax(logits, -1))
+        return Scores(at_tokens(jax.nn.log_softmax(logits), following), jnp.argmax(logits, -1))
 
-    return _in_chunks(measure, hidden, following)
+    return in_chunks(measure, hidden, following)
 
 
 @jax.jit
@@ -292,10 +294,10 @@ def _overlaps(
                 jnp.argmax(target, -1),
                 jnp.argmax(draft, -1),
                 jnp.minimum(jnp.exp(log_p), jnp.exp(log_q)).sum(-1),
-                _of(log_p, following),
-                _of(log_q, following),
+                at_tokens(log_p, following),
+                at_tokens(log_q, following),
             )
 
         return [overlap(*both) for both in zip(heads[1], hidden[1], strict=True)]
 
-    return _in_chunks(measure, hidden, following)
+    return in_chunks(measure, hidden, following)

@@ -8,15 +8,15 @@ from typing import Any
 import jax.numpy as jnp
 
 from quantspec_jax.cache.codecs import codec_of
+from quantspec_jax.cache.codecs.codec import values_per_token
 from quantspec_jax.methods.method import Layer
 from quantspec_jax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Planes:
-    """A view of the cache that decoding uses."""
-
-    """`first`: the view of the first tile, whose keys' scale is the sinks'; None: as all."""
+    """A view of the cache that decoding uses. `first`: the view of the first tile, whose keys'
+    scale is the sinks'; None: as all."""
 
     view: str
     first: str | None = None
@@ -26,11 +26,9 @@ class Planes:
     sinks: int = 0
 
     def bits(self, model: ModelConfig, tokens: int) -> float:
-        """Codes, and two numbers of 16 bits a group."""
-        if self.view == "full":
-            return 16.0
-        width = min(self.group_size, model.head_dim)
-        return {"int8": 8, "int4": 4}[self.view] + (32 / self.group_size + 32 / width) / 2
+        """What a pass reads, as the codec counts it: the buffer, too."""
+        read = codec_of(self.view).read_bytes(model, self.view, tokens, 2, self.group_size)
+        return 8 * read / (values_per_token(model) * tokens)
 
     def fit(self, text: Layer, below: Layer | None) -> tuple[Any, Layer]:
         """Nothing is learned."""
