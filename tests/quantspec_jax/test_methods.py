@@ -185,10 +185,13 @@ def test_command(tmp_path, monkeypatch, tiny_llama_dir, capsys):
     (tmp_path / "book.txt").write_text("The cache is stored once, in two planes. " * 9)
     arguments = ["eval", "codecs", "--model", str(tiny_llama_dir), "--text", "book.txt"]
     arguments += ["--context", "64", "--codec", "int8", "kivi-2", "--output", "out.json"]
+    arguments += ["--kv-text", str(tmp_path / "book.txt")]
     assert cli.main([*arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert [row["codec"] for row in printed["rows"]] == ["int8", "kivi-2"]
-    assert json.loads((tmp_path / "out.json").read_text())["rows"] == printed["rows"]
+    recorded = json.loads((tmp_path / "out.json").read_text())
+    assert recorded["rows"] == printed["rows"]
+    assert recorded["command"].endswith("--kv-text book.txt"), "files by name, not by place"
 
 
 @pytest.mark.parametrize(
