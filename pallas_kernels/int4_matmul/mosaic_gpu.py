@@ -1,4 +1,4 @@
-"""Products of a few rows with packed 4-bit weights on Hopper and later (Pallas Mosaic GPU).
+"""Products of a few rows with packed 4-bit weights from Ampere on (Pallas Mosaic GPU).
 
 What is read, once: codes (half a byte a weight), scales and minima (4 bytes for a group of 128),
 for all rows and all weights of a pass (gate and up, or q, k and v, are one launch). Weights are

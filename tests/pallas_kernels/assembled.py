@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.experimental.mosaic.gpu import core, utils
-from kernel_cases import attention_call, random_weight
+from kernel_cases import HEADS, attention_call, heads_call, random_weight
 
 from pallas_kernels import devices, dispatch
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
@@ -35,6 +35,7 @@ from pallas_kernels.kv_attention import configs, mosaic_gpu
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import tile
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
+from pallas_kernels.rope_append import mosaic_gpu as rope
 
 # XLA compiles for a device that is described; what is not said of it here does not matter.
 TARGET = """
@@ -148,6 +149,8 @@ def others() -> Iterator[tuple[str, Any, Any]]:
             yield f"{kernel.__name__} {head_dim}", run, (x,)
     x = jnp.zeros((2, 4096), jnp.bfloat16)
     yield "add_rms_norm", functools.partial(norm.add_rms_norm, eps=1e-6), (x, x, x[0])
+    for case in HEADS:
+        yield f"rope_append {case}", rope.rope_append, heads_call(case, True, (5, 97))
 
 
 def main() -> None:

@@ -32,4 +32,5 @@ def test_every_kernel_assembles(capability):
     found = [line.split()[1] for line in ran.stdout.splitlines() if line.startswith("assembled")]
     assert {*found} == {
         "add_rms_norm", "int4_matmul", "kv_attention", "quantize_keys", "quantize_values",
+        "rope_append",
     }  # fmt: skip
