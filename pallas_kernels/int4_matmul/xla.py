@@ -63,15 +63,20 @@ def group_by_group(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
 def on_gpu(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
     """As `group_by_group`, in a few launches: of few rows straight from the codes, of many by a
     weight that is unpacked for this one product."""
-    # Bound to x: alone, codes would be unpacked once, before the loop that decodes, and kept so.
-    x, packed = jax.lax.optimization_barrier((x, weight.packed))
-    weight = weight._replace(packed=packed)
     groups, rows, group = x.shape
     if rows > MOST_SUMMED:
+        x, weight = _bound(x, weight)
         flat = x.swapaxes(0, 1).reshape(rows, groups * group)
         return jnp.matmul(flat, dequantize(weight), precision=HIGHEST)
     parts = [x[:, i : i + SUMMED_AT_ONCE] for i in range(0, rows, SUMMED_AT_ONCE)]
-    return jnp.concatenate([_summed(part, weight) for part in parts])
+    return jnp.concatenate([_summed(*_bound(part, weight)) for part in parts])
+
+
+def _bound(x: jax.Array, weight: QuantizedWeight) -> tuple[jax.Array, QuantizedWeight]:
+    """Both, the codes bound to x: else they would be unpacked once for several products, or before
+    the loop that decodes, and kept so."""
+    x, packed = jax.lax.optimization_barrier((x, weight.packed))
+    return x, weight._replace(packed=packed)
 
 
 def _summed(x: jax.Array, weight: QuantizedWeight) -> jax.Array:

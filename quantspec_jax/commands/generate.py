@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"{model.dtype.name}{drafting}"
     )
     if dispatch.cuda_device() is not None:
-        for line in kernels.lines(kernels.kernels_here(model.config, model.draft)):
+        for line in kernels.lines(kernels.kernels_here(model.config, model.draft, model.dtype)):
             terminal.notice(line)
     streaming = len(prompts) == 1 and not args.json
     out = qs.generate(

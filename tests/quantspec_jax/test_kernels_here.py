@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from pallas_kernels import dispatch
+from quantspec_jax.dtypes import FLOAT32
 from quantspec_jax.kernels import kernels_here, lines
 from quantspec_jax.models.presets import PRESETS
 
@@ -71,3 +72,4 @@ def test_a_models_shapes_decide(on):
     assert "head_dim is 80" in odd["kernels"]["quantize_pack"]
     assert odd["kernels"]["rope_append"] is None
     assert len(lines(odd)) == 5
+    assert all("bfloat16" in why for why in kernels_here(LLAMA, None, FLOAT32)["kernels"].values())
