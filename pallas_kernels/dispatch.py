@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import devices
+from pallas_kernels import devices, tuned
 
 BACKENDS = ("auto", "mosaic_gpu", "xla")
 KERNELS = ("add_rms_norm", "int4_matmul", "kv_attention", "quantize_pack", "rope_append")
@@ -76,6 +76,21 @@ def use_mosaic_gpu(backend: str, kernel: str, unsupported: str | None) -> bool:
     elif cuda_device() is not None:
         _notice_of_device(devices.of(cuda_device()))
     return False
+
+
+def described() -> dict[str, Any]:
+    """The default device as kernels see it, and for each kernel None where it runs, else why not
+    (`devices.Device.described`)."""
+    found = cuda_device()
+    if found is None:
+        first = jax.devices()[0]
+        return {"name": first.device_kind, "kernels": dict.fromkeys(KERNELS, _without_device())}
+    known = devices.of(found)
+    return {
+        **known.described(),
+        "configurations": "measured" if tuned.path(known.name).exists() else "by rule",
+        "kernels": dict.fromkeys(KERNELS, known.generation.unsupported),
+    }
 
 
 def _without_device() -> str:

@@ -11,10 +11,9 @@ from nbclient import NotebookClient
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
-def test_quickstart_runs(smollm2_gguf, monkeypatch):
-    monkeypatch.setenv("QUANTSPEC_NEW_TOKENS", "24")
-    monkeypatch.setenv("QUANTSPEC_GAMMAS", "2 4")
-    notebook = nbformat.read(NOTEBOOKS / "quickstart.ipynb", as_version=4)
+def executed(name: str) -> tuple[list, str]:
+    """Pictures and text that a notebook shows, run from top to bottom."""
+    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     client = NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}}
     )
@@ -22,10 +21,30 @@ def test_quickstart_runs(smollm2_gguf, monkeypatch):
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
     pictures = [out for out in outputs if "image/png" in out.get("data", {})]
     text = "".join(out.get("text", "") for out in outputs if out.get("name") == "stdout")
+    return pictures, text
+
+
+def test_quickstart_runs(smollm2_gguf, monkeypatch):
+    monkeypatch.setenv("QUANTSPEC_NEW_TOKENS", "24")
+    monkeypatch.setenv("QUANTSPEC_GAMMAS", "2 4")
+    pictures, text = executed("quickstart.ipynb")
     assert len(pictures) == 2
     assert "bits a value: int4 4.38, int8 8.38" in text
     for gamma in (2, 4):
         assert f"gamma {gamma}: acceptance" in text
+
+
+def test_a_long_document_runs(tiny_llama_dir, monkeypatch):
+    """On whatever is there, with a tiny model: a few seconds show that it runs."""
+    sizes = {"MODEL": str(tiny_llama_dir), "CONTEXTS": "200 300", "NEW_TOKENS": "4"}
+    for name, value in sizes.items():
+        monkeypatch.setenv(f"QUANTSPEC_{name}", value)
+    pictures, text = executed("long_context_gpu.ipynb")
+    assert len(pictures) == 1
+    assert "in XLA: add_rms_norm" in text or "kernels: add_rms_norm" in text
+    for n in (200, 300):
+        for mode in ("plain", "QuantSpec"):
+            assert f"{n:7,} tokens, {mode:10}" in text
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)

@@ -28,6 +28,8 @@ from pallas_kernels.layout import (
 
 CHUNK_TOKENS = 1024  # of the full-precision view
 TILES_AT_ONCE = (3, 8)  # fewest and most: a quarter of the planes between them
+# On a GPU a turn is some ten launches and waits for the host: few, and large.
+GPU_CHUNK_TOKENS, GPU_TILES_AT_ONCE = 16384, 128
 Weigh = Callable[[jax.Array], jax.Array]
 
 
@@ -143,6 +145,15 @@ def _weigh_values(weights: jax.Array, values: Planes, view: str) -> jax.Array:
     return jnp.concatenate(parts, -1)
 
 
+def _turns(
+    turns: jax.Array, most: int, body: Callable[[jax.Array, Partial], Partial], state: Partial
+) -> Partial:
+    """`turns` turns of a body that masks what is not there; one at most is no loop on a GPU."""
+    if most == 1 and jax.default_backend() == "gpu":
+        return body(jnp.int32(0), state)
+    return jax.lax.fori_loop(0, turns, body, state)
+
+
 def kv_attention(
     q: jax.Array,
     cache: LayerCache,
@@ -159,6 +170,7 @@ def kv_attention(
     b, s, h, d = q.shape
     k, length = cache.key_buffer.shape[1:3]
     rows = (h // k) * s
+    gpu = jax.default_backend() == "gpu"
     # [B, S, H, D] → [B, K, H/K · S, D]: all rows that read one key-value head.
     grouped = q.astype(jnp.float32).reshape(b, s, k, h // k, d).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(b, k, rows, d) * sm_scale
@@ -176,6 +188,8 @@ def kv_attention(
         n, g = keys.upper.shape[2:4]
         fewest, most = TILES_AT_ONCE
         step = min(max(n // 4, fewest), most, n)
+        if gpu:
+            step = -(-n // -(-n // GPU_TILES_AT_ONCE))
 
         def over_tiles(i: jax.Array, state: Partial) -> Partial:
             # The last tiles are moved back to end with the planes; what they repeat is masked.
@@ -193,11 +207,14 @@ def kv_attention(
             tiles = Planes(*map(cut, values))
             return _merge(state, scores, mask, lambda w: _weigh_values(w, tiles, view))
 
-        state = jax.lax.fori_loop(0, -(-jnp.max(quantized_length) // (step * g)), over_tiles, state)
+        turns = -(-jnp.max(quantized_length) // (step * g))
+        state = _turns(turns, -(-n // step), over_tiles, state)
 
     # Beside planes two chunks at least: XLA's CPU backend would fuse the read of a whole buffer
     # with the append before it, and copy the buffer.
     width = min(length if keys is None else -(-length // 2), CHUNK_TOKENS)
+    if gpu:
+        width = min(length, GPU_CHUNK_TOKENS)
     first = quantized_length[:, None, None]
 
     def over_buffer(i: jax.Array, state: Partial) -> Partial:
@@ -215,7 +232,7 @@ def kv_attention(
         return _merge(state, scores, mask, lambda w: _einsum("bkrt,bktd->bkrd", w, value))
 
     used = jnp.minimum(jnp.max(start) + s, length)
-    state = jax.lax.fori_loop(0, -(-used // width), over_buffer, state)
+    state = _turns(-(-used // width), -(-length // width), over_buffer, state)
 
     total = jnp.where(state.total > 0, state.total, 1.0)
     log_sum_exp = state.maximum + jnp.log(total)

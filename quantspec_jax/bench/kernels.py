@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, and return the rows of the recorded run."""
     if dispatch.device() is None:
         raise NotImplementedError(
-            "bench kernels measures CUDA kernels: it needs a CUDA device of compute capability 9.0"
+            "bench kernels measures CUDA kernels: it needs a CUDA device of compute capability 8.0"
         )
     shapes = LISTED
     if args.preset:
@@ -323,9 +323,14 @@ def _tune_attention(calls: Sequence[Any], view: str) -> None:
     shape = mosaic_gpu.shape_of(*calls[0][:2], **options)
 
     def measure(config: mosaic_gpu.Config) -> float:
+        device = dispatch.target()
         fn = jax.jit(
             lambda *call: mosaic_gpu.kv_attention(
-                *call, **options, config=config, blocks=dispatch.target().multiprocessors
+                *call,
+                **options,
+                config=config,
+                blocks=device.multiprocessors,
+                bulk=device.generation.bulk_copies,
             )
         )
         return timing.device_seconds(fn, calls)
@@ -400,9 +405,9 @@ def _tune_matmul(calls: Sequence[Any]) -> None:
     shape = mosaic_gpu.shape_of(*calls[0])
 
     def measure(config: mosaic_gpu.Config) -> float:
-        return timing.device_seconds(
-            jax.jit(lambda x, w: mosaic_gpu.int4_matmuls(x, w, config=config)), calls
-        )
+        bulk = dispatch.target().generation.bulk_copies
+        fn = jax.jit(lambda x, w: mosaic_gpu.int4_matmuls(x, w, config=config, bulk=bulk))
+        return timing.device_seconds(fn, calls)
 
     _tune(configs.KERNEL, configs.key(shape), configs.diverse(shape), measure)
 

@@ -138,6 +138,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     import quantspec_jax as qs
+    from pallas_kernels import dispatch
+    from quantspec_jax import kernels
     from quantspec_jax.api import backend_in_use
 
     model = load_model(args, draft if config.mode == "quantspec" else DraftConfig(bits=None))
@@ -150,6 +152,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"backend {backend_in_use(config.backend)} on {jax.devices()[0].device_kind}, "
         f"{model.dtype.name}{drafting}"
     )
+    if dispatch.cuda_device() is not None:
+        for line in kernels.lines(kernels.kernels_here(model.config, model.draft, model.dtype)):
+            terminal.notice(line)
     streaming = len(prompts) == 1 and not args.json
     out = qs.generate(
         model,

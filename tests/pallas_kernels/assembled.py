@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import os
 import sys
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,10 +23,10 @@ if (nvcc := importlib.util.find_spec("nvidia.cuda_nvcc")) is not None:
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.experimental.mosaic.gpu import core, utils
 from kernel_cases import HEADS, attention_call, heads_call, random_weight
+from pretend import pretend
 
-from pallas_kernels import devices, dispatch
+from pallas_kernels import devices
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
 from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
@@ -66,19 +65,6 @@ platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 1 patch: 0 }}
 device_description_str: "{name}"
 """
-
-
-def pretend(capability: str) -> devices.Device:
-    """Take the default device for one of a compute capability, for this process."""
-    named = types.SimpleNamespace(
-        device_kind=f"sm {capability}", compute_capability=capability, core_count=100
-    )
-    device = devices.of(named)
-    (module,) = [m for m in (core, utils) if hasattr(m, "_infer_arch")]
-    module._infer_arch = lambda: device.capability
-    dispatch.cuda_device = lambda: named
-    assert dispatch.device() is named, device.generation.unsupported
-    return device
 
 
 def target(device: devices.Device) -> str:

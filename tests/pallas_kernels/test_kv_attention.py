@@ -62,7 +62,6 @@ def test_queries_in_shared_memory(view, tokens, config, strict):
 @pytest.mark.parametrize(
     ("view", "tokens", "config"),
     [
-        ("int4", 1, attention.Config(1, 2, 1, 2)),
         ("int8", 4, attention.Config(1, 2, 2, 3, True, True)),
         ("full", 2, attention.Config(1, 1, 1, 2)),
     ],

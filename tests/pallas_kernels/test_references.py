@@ -79,6 +79,25 @@ def test_attention(view, strict, head_dim, group_size, group, tokens):
     np.testing.assert_allclose(lse, expected[1], atol=1e-4)
 
 
+@pytest.mark.parametrize(("view", "tiles"), [("int4", 8), ("int8", 3)])
+def test_attention_as_on_a_gpu(monkeypatch, view, tiles):
+    """Turns of more tokens, and no loop where one turn reads everything there may be."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(reference, "GPU_TILES_AT_ONCE", 3)
+    call = attention_call(
+        view, kv_heads=2, group=2, tokens=2, head_dim=16, group_size=8, tiles=tiles,
+        positions=[0, 5, 8 * tiles - 2], dtype=jnp.float32,
+    )  # fmt: skip
+    call = without_poison(call)
+    attend = functools.partial(kv_attention, read=Read(view), sm_scale=0.2, backend="xla")
+    attend = jax.jit(attend)
+    out, lse = attend(*call)
+    expected = plain_attention(call, view, 0.2, False)
+    assert relative_error(out, expected[0]) <= 1e-5
+    np.testing.assert_allclose(lse, expected[1], atol=1e-4)
+    assert ("while" in attend.lower(*call).as_text()) == (tiles == 8)
+
+
 def test_the_draft_view_does_not_depend_on_the_lower_plane():
     call = attention_call(
         "int4", kv_heads=1, group=1, tokens=1, head_dim=32, group_size=16, tiles=4,
@@ -108,6 +127,18 @@ def test_int4_matmul(inputs, group, symmetric):
     dense = np.asarray(matmul_reference.dequantize(weight), np.float64)[:inputs]
     expected = np.asarray(x, np.float64) @ dense
     assert relative_error(matmul.int4_matmul(x, weight), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 17])
+def test_int4_matmul_as_on_a_gpu(monkeypatch, rows, symmetric):
+    """One row, more than one reduction has sums for, and more than are summed so; and no loop."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    weight = random_weight(100, 48, 32, symmetric)
+    x = jax.random.normal(jax.random.key(2), (rows, 100))
+    dense = np.asarray(matmul_reference.dequantize(weight), np.float64)[:100]
+    assert relative_error(matmul.int4_matmul(x, weight), np.asarray(x, np.float64) @ dense) <= 1e-5
+    assert "while" not in jax.jit(matmul.int4_matmul).lower(x, weight).as_text()
 
 
 def test_products_of_one_pass_are_those_of_one_weight():

@@ -442,6 +442,20 @@ class TestInfo:
         assert status == 0
         assert f"{result['parameters']:,}" in out
 
+    @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is another device")
+    def test_the_device_and_its_kernels(self, run_json, run, tiny_llama_dir):
+        device = run_json("info", "--device")["device"]
+        assert {*device["kernels"].values()} == {
+            "it needs a CUDA device of compute capability 8.0 or later"
+        }
+        status, out, _ = run("info", tiny_llama_dir, "--device")
+        assert status == 0
+        assert "parameters" in out
+        assert "in XLA: add_rms_norm, int4_matmul, kv_attention, quantize_pack, rope_append" in out
+        status, _, err = run("info")
+        assert status == 2
+        assert "SOURCE is 'missing'" in err
+
     def test_the_cache_takes_what_is_said(self, run_json, tiny_llama_dir):
         (said,) = run_json("info", tiny_llama_dir)["cache"]
         config = convert.open_source(str(tiny_llama_dir)).config
