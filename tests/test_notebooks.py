@@ -9,12 +9,22 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+# To compile takes time by the layer, and nobody reads the text; test_smollm2.py has all layers.
+FIRST_LAYERS = """
+import dataclasses
+
+layers = {str(i): model.params["layers"][str(i)] for i in range(3)}
+config, params = dataclasses.replace(model.config, num_layers=3), {**model.params, "layers": layers}
+model = qs.Model(config, params, model.tokenizer, model.draft)
+"""
 
 
 def test_quickstart_runs(smollm2_gguf, monkeypatch):
     monkeypatch.setenv("QUANTSPEC_NEW_TOKENS", "24")
     monkeypatch.setenv("QUANTSPEC_GAMMAS", "2 4")
     notebook = nbformat.read(NOTEBOOKS / "quickstart.ipynb", as_version=4)
+    (loads,) = (i for i, c in enumerate(notebook.cells) if "model = qs.load(" in c.source)
+    notebook.cells.insert(loads + 1, nbformat.v4.new_code_cell(FIRST_LAYERS))
     client = NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}}
     )
