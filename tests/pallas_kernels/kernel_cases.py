@@ -86,6 +86,21 @@ def random_pages(
     return Pages(jnp.asarray(tiles), jnp.asarray(count, jnp.int32))
 
 
+def with_poison_but_in(call, pages: Pages):
+    """The same call with NaN scales in tiles that are not listed."""
+    q, cache, *lengths = call
+    tiles = np.arange(cache.keys.upper.shape[2])
+    used = np.arange(pages.tiles.shape[2])[None, None] < np.asarray(pages.count)[:, None, None]
+    listed = ((np.asarray(pages.tiles)[..., None] == tiles) & used[..., None]).any(2)
+
+    def poisoned(planes: Planes) -> Planes:
+        mask = listed.reshape(*listed.shape, *[1] * (planes.scale.ndim - 3))
+        return planes._replace(scale=jnp.where(mask, planes.scale, jnp.nan))
+
+    keys, values = poisoned(cache.keys), poisoned(cache.values)
+    return (q, dataclasses.replace(cache, keys=keys, values=values), *lengths)
+
+
 def without_poison(call):
     """The same call with zeros in place of NaN, for a reference that multiplies what it masks."""
     return jax.tree.map(

@@ -118,8 +118,8 @@ def test_attention_to_chosen_pages(view, listed, exact_tiles):
 @pytest.mark.parametrize(
     ("pages", "words"),
     [
-        (Pages(np.zeros((2, 2, 3), np.int32), np.zeros(1, np.int32)), r"allowed: \[1, 2, P\]"),
-        (Pages(np.zeros((1, 3), np.int32), np.zeros(1, np.int32)), r"allowed: \[1, 2, P\]"),
+        (Pages(np.zeros((2, 2, 3), np.int32), np.zeros(1, np.int32)), r"allowed: \[1, 2, P ≥ 1\]"),
+        (Pages(np.zeros((1, 3), np.int32), np.zeros(1, np.int32)), r"allowed: \[1, 2, P ≥ 1\]"),
     ],
 )
 def test_lists_of_another_shape_are_refused(pages, words):
