@@ -113,6 +113,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--kernel", choices=KERNELS, nargs="+", default=list(KERNELS))
     parser.add_argument(
+        "--view",
+        choices=("int4", "int8", "full", "ragged"),
+        nargs="+",
+        default=["int4", "int8", "full", "ragged"],
+        help="rows of attention that read these views (ragged: int4, a batch of 16 lengths)",
+    )
+    parser.add_argument(
         "--share",
         type=float,
         nargs="+",
@@ -253,6 +260,8 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -
 def _attention(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) -> Any:
     peers: dict[tuple[int, int], dict[str, float]] = {}
     for view, context, kv_heads, tokens in shapes.attention:
+        if view not in args.view:
+            continue
         lengths = [context]
         name = {"int4": "draft attention", "int8": "verify attention"}.get(view, "bf16 attention")
         if view == "ragged":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -65,7 +66,8 @@ def page_log_sums_of(plan: Plan, sums: jax.Array, quantized_length: jax.Array) -
     """What `write_sums` wrote → [B, S, H, T/G], −∞ for tiles that were not read."""
     s = plan.shape
     read = jnp.arange(s.tiles)[None] < (quantized_length // s.group_size)[:, None]
-    joined = jax.nn.logsumexp(sums, 3)  # [B, K, T/G, R]
+    # Of each pair of warps' numbers: all of it is one fusion, which reductions would not be.
+    joined = functools.reduce(jnp.logaddexp, jnp.moveaxis(sums, 3, 0))  # [B, K, T/G, R]
     joined = jnp.where(read[:, None, :, None], joined, -jnp.inf)
     by_row = joined.reshape(s.batch, s.kv_heads, s.tiles, s.group, s.tokens)
     return by_row.transpose(0, 4, 1, 3, 2).reshape(s.batch, s.tokens, -1, s.tiles)
