@@ -134,7 +134,7 @@ def test_page_log_sums(read, tokens, config):
         positions=[260, 10],
     )  # fmt: skip
     q, cache, *lengths = call
-    keys = cache.keys._replace(scale=cache.keys.scale.at[:, :, 1].multiply(30))
+    keys = cache.keys._replace(scale=cache.keys.scale.at[:, :, 1].multiply(3))
     call = (q, dataclasses.replace(cache, keys=keys), *lengths)
     check(call, read, config, page_log_sums=True)
 
