@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.kv_attention import xla
-from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.kv_attention.read import Attended, Pages, Read
 from pallas_kernels.layout import LayerCache
-from pallas_kernels.shapes import Each, Pages, Queries, RowSums, shaped
+from pallas_kernels.shapes import Each, Queries, shaped
 
 
 @shaped
@@ -24,10 +24,11 @@ def kv_attention(
     read: Read,
     sm_scale: float,
     pages: Pages | None = None,
+    page_log_sums: bool = False,
     strict: bool = False,
     out_dtype: Any = jnp.float32,
     backend: str = "auto",
-) -> tuple[Queries, RowSums]:
+) -> Attended:
     """Attend from S consecutive tokens to the planes and the full-precision buffer.
 
     The pass's own keys and values are in the buffer already, which is a ring: position p lies in
@@ -44,18 +45,20 @@ def kv_attention(
       start: [B] int32, position of the pass's first token.
       read: what to read of the cache (`pallas_kernels.kv_attention.read.Read`).
       sm_scale: factor on the scores, 1/√D as a rule.
-      pages: [B, K, T/G] bool, the tiles of the planes that are read; None: all of them.
+      pages: the tiles of the planes that are read; None: all that are coded.
+      page_log_sums: give those, too.
       strict: leave out the row's own position.
       out_dtype: of the output; with bf16 queries the kernel writes float32 or bfloat16.
       backend: `auto`, `mosaic_gpu` or `xla`.
 
     Returns:
-      [B, S, H, D] output and [B, S, H] float32 log-sum-exp of the scores (−∞ and output 0
-      where a row sees nothing).
+      Output, log-sum-exp of the scores (−∞ and output 0 where a row sees nothing), and, where
+      asked for, that of each page.
     """
+    _check_pages(pages, cache)
     operands = (q, cache, quantized_length, start)
     options: dict[str, Any] = {"read": read, "sm_scale": sm_scale, "strict": strict}
-    if _mosaic_gpu(q, cache, pages, options, backend):
+    if _mosaic_gpu(q, cache, pages, page_log_sums, options, backend):
         from pallas_kernels.kv_attention import configs, mosaic_gpu
 
         shape = mosaic_gpu.shape_of(q, cache, **options)
@@ -72,14 +75,27 @@ def kv_attention(
             out_dtype=jnp.dtype(out_dtype),
             blocks=dispatch.target().multiprocessors,
         )
-    out, log_sum_exp = xla.kv_attention(*operands, pages=pages, **options)
-    return out.astype(out_dtype), log_sum_exp
+    found = xla.kv_attention(*operands, pages=pages, page_log_sums=page_log_sums, **options)
+    return found._replace(out=found.out.astype(out_dtype))
+
+
+def _check_pages(pages: Pages | None, cache: LayerCache) -> None:
+    """A list for each sequence and key-value head, of tiles that the cache has."""
+    if pages is None:
+        return
+    b, k = cache.key_buffer.shape[:2]
+    shapes = (pages.tiles.shape, pages.count.shape)
+    if cache.keys is None:
+        raise ValueError("pages is a list; allowed: None, since the cache has no tiles")
+    if pages.tiles.ndim != 3 or shapes != ((b, k, pages.tiles.shape[2]), (b,)):
+        raise ValueError(f"pages are of shapes {shapes}; allowed: [{b}, {k}, P] and [{b}]")
 
 
 def _mosaic_gpu(
     q: jax.Array,
     cache: LayerCache,
-    pages: jax.Array | None,
+    pages: Pages | None,
+    page_log_sums: bool,
     options: dict[str, Any],
     backend: str,
 ) -> bool:
@@ -90,8 +106,8 @@ def _mosaic_gpu(
 
     shape = mosaic_gpu.shape_of(q, cache, **options)
     reason = mosaic_gpu.unsupported(shape, (q.dtype, cache.key_buffer.dtype))
-    if pages is not None:
-        reason = "it reads all pages"
+    if pages is not None or page_log_sums or options["read"].exact_tiles:
+        reason = "it reads all pages, and each in one view"
     elif reason is None and configs.choose(shape) is None:
         reason = "no configuration fits the shape into shared memory"
     return dispatch.use_mosaic_gpu(backend, "kv_attention", reason)

@@ -266,7 +266,7 @@ def _attention_row(
     if "attention" in args.tune:
         _tune_attention(calls, view)
 
-    def attend(*call: Any, backend: str = "mosaic_gpu") -> tuple[jax.Array, jax.Array]:
+    def attend(*call: Any, backend: str = "mosaic_gpu") -> attention.Attended:
         options: dict[str, Any] = {"read": Read(view), "sm_scale": head_dim**-0.5}
         return attention.kv_attention(*call, **options, backend=backend)
 

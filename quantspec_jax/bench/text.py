@@ -261,7 +261,7 @@ def given_pass(
 ) -> tuple[jax.Array, KVCache]:
     """Logits of a pass over given tokens [1, S], `count` of which stay in the cache."""
     start = cache.length
-    logits, cache = cache_pass(params, program, cache, tokens, start, program.cache.view)
+    logits, cache = cache_pass(params, program, cache, tokens, start, program.read)
     return logits, flush(rollback(cache, start + count), program.backend)
 
 

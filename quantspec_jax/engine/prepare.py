@@ -104,6 +104,7 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         cache,
         gamma,
         policy=policy(config.draft_policy, config.draft_share),
+        exact_tiles=config.exact_tiles,
         coupling=coupling(config.coupling),
         sampled=known_sampled(config.temperature > 0),
         backend=config.backend,

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import PackedWeight
 from quantspec_jax.cache.codecs import CODECS
 from quantspec_jax.cache.config import CacheConfig
@@ -36,7 +37,7 @@ from quantspec_jax.models.parameters import LINEAR_LAYERS, Params
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
 ROWS = 128  # positions whose logits exist at a time
-TARGET, DRAFT = CODECS["hierarchical"].views
+TARGET, DRAFT = CODECS["hierarchical"].views[0], CODECS["hierarchical"].draft
 
 
 class Scores(NamedTuple):
@@ -70,11 +71,12 @@ class Reader:
 
     model: ModelConfig
     cache: CacheConfig
+    read: Read
     backend: Backend
 
-    def reading(self, view: str) -> Reader:
-        """The same pass over another view."""
-        return dataclasses.replace(self, cache=dataclasses.replace(self.cache, view=view))
+    def reading(self, read: Read) -> Reader:
+        """The same pass, reading something else."""
+        return dataclasses.replace(self, read=read)
 
 
 def score(
@@ -120,7 +122,7 @@ def compare_drafts(
     ids: Sequence[int],
     *,
     target_view: str = TARGET,
-    draft_view: str = DRAFT,
+    draft_read: Read = DRAFT,
     group_size: int = 128,
     backend: Backend = "auto",
     progress: bool = False,
@@ -129,19 +131,19 @@ def compare_drafts(
 
     Args:
       drafts: their whole trees, as `Model.draft_params`.
-      target_view, draft_view: what either reads of the cache.
+      target_view, draft_read: what either reads of the cache.
     """
     reader = _reader(model, len(ids), target_view, group_size, backend)
     title = "draft and target" if len(drafts) == 1 else f"{len(drafts)} drafts and target"
     with _Bar(len(ids), model.config, title if progress else None) as bar:
-        target, streams = _through(model, drafts, ids, reader, reader.reading(draft_view), bar)
+        target, streams = _through(model, drafts, ids, reader, reader.reading(draft_read), bar)
         heads = (lm_head_of(model.params), [lm_head_of(draft) for draft in drafts])
         return _by_position(_overlaps, heads, (target, streams), ids)
 
 
 def _reader(model: Model, length: int, view: str, group_size: int, backend: Backend) -> Reader:
     cache = CacheConfig(length, group_size, view, pass_width=1, dtype=model.dtype)
-    return Reader(model.config, cache, backend)
+    return Reader(model.config, cache, Read(view), backend)
 
 
 class _Bar:
@@ -205,7 +207,7 @@ def _block(
     """A stream through a block. `past`: keys and values that the cache has, None: the stream's own,
     which are returned."""
     config, cache = reader.model, reader.cache
-    attend = attend_text(cache.view, cache.group_size, config.head_dim**-0.5)
+    attend = attend_text(reader.read, cache.group_size, config.head_dim**-0.5)
     frequencies = rope_frequencies(config.rope, config.head_dim, cache.max_length)
     rope = rope_tables(*frequencies, jnp.arange(stream.x.shape[1])[None])
     x, h, past = run_block(

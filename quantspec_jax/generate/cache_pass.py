@@ -7,9 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_attention.api import Read, kv_attention
+from pallas_kernels.kv_attention.api import Pages, Read, kv_attention
 from pallas_kernels.rope_append.api import Heads, rope_append
-from pallas_kernels.shapes import Each, Ids, Logits, Pages, shaped
+from pallas_kernels.shapes import Each, Ids, Logits, shaped
 from quantspec_jax.cache import KVCache, LayerCache
 from quantspec_jax.generate.state import Program
 from quantspec_jax.models.decoder import forward, unembed
@@ -23,15 +23,15 @@ def cache_pass(
     cache: KVCache,
     tokens: Ids,
     start: Each,
-    view: str,
+    read: Read,
     pages: Pages | None = None,
 ) -> tuple[Logits, KVCache]:
     """Run S consecutive tokens of each sequence over the cache and append their keys and values.
 
     Args:
       tokens: [B, S] int32; start: [B] int32, position of the first.
-      view: what to read of the coded tokens.
-      pages: [B, K, T/G] bool, which tiles of them; None: all.
+      read: what to read of the coded tokens.
+      pages: which tiles of them; None: all.
 
     Returns:
       [B, S, N] float32 logits, and the cache with S more tokens in its buffers; its lengths are as
@@ -40,18 +40,18 @@ def cache_pass(
 
     def attend(layer: LayerCache, heads: Heads) -> tuple[jax.Array, LayerCache]:
         q, layer = rope_append(heads, layer, start, backend=program.backend)
-        out, _ = kv_attention(
+        found = kv_attention(
             q,
             layer,
             cache.quantized_length,
             start,
-            read=Read(view),
+            read=read,
             sm_scale=program.model.head_dim**-0.5,
             pages=pages,
             out_dtype=q.dtype,
             backend=program.backend,
         )
-        return out, layer
+        return found.out, layer
 
     hidden, layers = forward(
         params,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from quantspec_jax.cache.codecs import CODECS, VIEWS
+from quantspec_jax.cache.codecs import CODECS, EXACT_TILES, VIEWS
 from quantspec_jax.checks import is_int, is_number, require
 from quantspec_jax.generate.couplings import COUPLINGS
 from quantspec_jax.generate.policies import policy
@@ -39,6 +39,8 @@ class GenerateConfig:
     coupling: how sampled proposals are accepted (`generate.couplings`).
     draft_policy, draft_share: which part of the cache a draft reads, and how large a share of its
       coded tokens (`generate.policies`); None: the policy's own.
+    exact_tiles: tiles of `group_size` tokens at the beginning, where attention sinks lie, that a
+      draft reads as finely as the target does.
     stop_ids: token ids that end a sequence, beside the model's own and where these are ignored.
     pass_width: rows an autoregressive pass is padded to.
     max_length: tokens the cache is allocated for; None: what the prompts and `max_new_tokens` need,
@@ -62,6 +64,7 @@ class GenerateConfig:
     coupling: str = "block"
     draft_policy: str = "all"
     draft_share: float | None = None
+    exact_tiles: int = EXACT_TILES
     pass_width: int = 1
     group_size: int = 128
     max_length: int | None = None
@@ -92,6 +95,12 @@ class GenerateConfig:
         require(self.kv in (None, *VIEWS), "kv", self.kv, ", ".join(VIEWS))
         require(self.coupling in COUPLINGS, "coupling", self.coupling, ", ".join(COUPLINGS))
         policy(self.draft_policy, self.draft_share)
+        require(
+            is_int(self.exact_tiles) and self.exact_tiles >= 0,
+            "exact_tiles",
+            self.exact_tiles,
+            "an integer ≥ 0",
+        )
         if self.mode == "quantspec":
             require(
                 self.kv in (None, TARGET_VIEW), "kv", self.kv, "int8 in mode quantspec (its target)"

@@ -39,7 +39,7 @@ def draft(params: Params, state: DecodeState, program: Program) -> tuple[Proposa
         cache, token, seen, found = carry
         position = jnp.minimum(start + i, last)
         logits, cache = cache_pass(
-            params, program, cache, token[:, None], position, program.draft_view, pages
+            params, program, cache, token[:, None], position, program.draft_read, pages
         )
         token, probabilities = choose(
             logits[:, 0], seen, sampling, keys, position + 1, coupling.draft_role, program.sampled

@@ -7,12 +7,13 @@ sequence is a pytree of arrays with the batch first, in the decode state.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 
+from pallas_kernels.kv_attention.read import Pages
 from quantspec_jax.cache import KVCache
 from quantspec_jax.checks import is_number, require
 
@@ -27,8 +28,8 @@ class Policy(Protocol):
         """What is remembered of `batch` sequences before their first round."""
         ...
 
-    def pages(self, memory: Any, cache: KVCache) -> jax.Array | None:
-        """[B, K, T/G] bool, the tiles to read, for all steps of a round; None: all of them."""
+    def pages(self, memory: Any, cache: KVCache) -> Pages | None:
+        """The tiles to read, for all steps of a round; None: all of them."""
         ...
 
 
@@ -50,7 +51,7 @@ class All:
         """Nothing."""
         return ()
 
-    def pages(self, memory: Any, cache: KVCache) -> jax.Array | None:
+    def pages(self, memory: Any, cache: KVCache) -> Pages | None:
         """All."""
         return None
 
@@ -75,16 +76,21 @@ class Window:
         """Nothing."""
         return ()
 
-    def pages(self, memory: Any, cache: KVCache) -> jax.Array | None:
+    def pages(self, memory: Any, cache: KVCache) -> Pages | None:
         """By number alone."""
         planes = cache.layers[0].keys
         assert planes is not None, "a cache whose draft reads planes"
         b, k, tiles = planes.scale.shape[:3]
         coded = cache.quantized_length // cache.group_size  # [B]
-        recent = jnp.ceil(self.share * coded.astype(jnp.float32)).astype(jnp.int32) - SINKS
-        tile = jnp.arange(tiles)[None]
-        read = (tile < SINKS) | (tile >= (coded - recent)[:, None])
-        return jnp.broadcast_to(read[:, None], (b, k, tiles))
+        wanted = jnp.ceil(self.share * coded.astype(jnp.float32)).astype(jnp.int32)
+        places = max(math.ceil(self.share * tiles), min(SINKS, tiles))
+        count = jnp.minimum(jnp.clip(wanted, SINKS, places), coded)
+        # The sinks, and then those before the buffer:
+        #   place  0 | 1 …                 count − 1
+        #   tile   0 | coded − count + 1 … coded − 1
+        place = jnp.arange(places)[None]
+        tile = jnp.where(place < SINKS, place, place + (coded - count)[:, None])
+        return Pages(jnp.broadcast_to(tile[:, None], (b, k, tile.shape[1])), count)
 
 
 SINKS = 1  # pages

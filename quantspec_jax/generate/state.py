@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.kv_attention.read import Read
 from quantspec_jax.cache import KVCache
+from quantspec_jax.cache.codecs import EXACT_TILES
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.checks import require
 from quantspec_jax.generate.couplings import REJECTION, Coupling
@@ -39,6 +41,7 @@ class Program:
         `cache.pass_width` the rows of a target pass (γ + 1, or more as padding).
       gamma: tokens drafted a round; 0 is autoregressive decoding.
       policy: which part of the cache a draft reads.
+      exact_tiles: how many tiles at the beginning a draft reads as finely as the target does.
       coupling: how proposals are accepted.
       sampled: whether any sequence is sampled; None: the program finds out, in branches. A GPU's
         branch waits for the host.
@@ -49,6 +52,7 @@ class Program:
     cache: CacheConfig
     gamma: int
     policy: Policy = ALL
+    exact_tiles: int = EXACT_TILES
     coupling: Coupling = REJECTION
     sampled: bool | None = None
     backend: str = "auto"
@@ -58,13 +62,18 @@ class Program:
         width = self.cache.pass_width
         require(width > self.gamma, "pass_width", width, allowed)
         finest = self.cache.codec.views[0]
-        drafts = self.cache.view == finest and finest != self.cache.codec.draft
+        drafts = self.cache.view == finest and finest != self.cache.codec.draft.view
         require(not self.gamma or drafts, "view (with gamma > 0)", self.cache.view, "int8")
 
     @property
-    def draft_view(self) -> str:
+    def read(self) -> Read:
+        """What the target reads of the cache."""
+        return Read(self.cache.view)
+
+    @property
+    def draft_read(self) -> Read:
         """What a draft reads of the cache."""
-        return self.cache.codec.draft
+        return Read(self.cache.codec.draft.view, self.exact_tiles)
 
     @property
     def prompt(self) -> PromptProgram:

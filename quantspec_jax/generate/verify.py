@@ -26,6 +26,6 @@ def verify(
     padding = jnp.zeros((b, program.cache.pass_width - gamma - 1), jnp.int32)
     tokens = jnp.concatenate([state.pending[:, None], proposals, padding], 1)
     logits, cache = cache_pass(
-        params, program, state.cache, tokens, state.cache.length, program.cache.view
+        params, program, state.cache, tokens, state.cache.length, program.read
     )
     return logits[:, : gamma + 1], cache

@@ -14,6 +14,7 @@ a draft's.
 
 from __future__ import annotations
 
+from quantspec_jax.cache.codecs import EXACT_TILES
 from quantspec_jax.methods.aqua import Aqua
 from quantspec_jax.methods.higgs import Higgs
 from quantspec_jax.methods.kivi import Kivi
@@ -24,7 +25,7 @@ METHODS: dict[str, Method] = {
     "full": Planes("full"),
     "int8": Planes("int8"),
     "int4": Planes("int4"),
-    "int4-first8": Planes("int4", first="int8"),
+    "int4-first8": Planes("int4", EXACT_TILES),
     "kivi-4": Kivi(4),
     "kivi-2": Kivi(2),
     "higgs-4": Higgs(4),

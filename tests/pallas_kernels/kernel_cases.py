@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.kv_attention.read import Pages
 from pallas_kernels.layout import LayerCache, Planes, QuantizedWeight, pack
 from pallas_kernels.quantize_pack import xla as quantize
 from pallas_kernels.rope_append.heads import Heads
@@ -68,6 +69,21 @@ def attention_call(
 def _over_tiles(past: np.ndarray, numbers: jax.Array) -> np.ndarray:
     """[B, tiles] → broadcast over [B, K, tiles, ...]."""
     return past.reshape(past.shape[0], 1, past.shape[1], *[1] * (numbers.ndim - 3))
+
+
+def random_pages(
+    coded: Sequence[int] | np.ndarray, kv_heads: int, count: Sequence[int], places: int, seed=0
+) -> Pages:
+    """`count` tiles of the first `coded` of each sequence, other ones for each head; the last head
+    has tile 0 wherever it has one. Places that are not used hold what is no tile."""
+    rng = np.random.default_rng(seed)
+    tiles = np.full((len(coded), kv_heads, places), 1 << 30, np.int32)
+    for b, k in np.ndindex(tiles.shape[:2]):
+        chosen = rng.permutation(coded[b])[: count[b]]
+        if count[b] and k == kv_heads - 1 and 0 not in chosen:
+            chosen[0] = 0
+        tiles[b, k, : count[b]] = np.sort(chosen)
+    return Pages(jnp.asarray(tiles), jnp.asarray(count, jnp.int32))
 
 
 def without_poison(call):

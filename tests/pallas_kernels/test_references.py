@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from kernel_cases import (
     attention_call,
+    random_pages,
     random_weight,
     relative_error,
     with_other_lower_planes,
@@ -20,39 +21,64 @@ from pallas_kernels.int4_matmul import api as matmul
 from pallas_kernels.int4_matmul import xla as matmul_reference
 from pallas_kernels.kv_attention import xla as reference
 from pallas_kernels.kv_attention.api import kv_attention
-from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.kv_attention.read import Pages, Read
 
 
-def plain_attention(call, view: str, sm_scale: float, strict: bool):
-    """Softmax attention of one query at a time, over the keys and values that it may see."""
+def plain_attention(call, read: Read, sm_scale: float, strict: bool, pages=None):
+    """Softmax attention of one query at a time, over the keys and values that it may see: output,
+    log-sum-exp, and that of each tile."""
     q, cache, quantized, start = call
-    keys, values = cache.keys, cache.values
-    key_buffer, value_buffer = cache.key_buffer, cache.value_buffer
     batch, tokens, heads = q.shape[:3]
-    kv_heads, slots = key_buffer.shape[1:3]
-    out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
-    dense = None
-    if keys is not None:
-        parts = (reference.dequantize_keys(keys, view), reference.dequantize_values(values, view))
-        dense = [np.asarray(x, np.float64) for x in parts]
-    for b in range(batch):
-        n = int(quantized[b])
-        for h in range(heads):
-            k = h // (heads // kv_heads)
-            for i in range(tokens):
-                last = int(start[b]) + i - strict
-                held = [p % slots for p in range(n, last + 1)]
-                rows = [np.asarray(x[b, k], np.float64)[held] for x in (key_buffer, value_buffer)]
-                if dense is not None:
-                    pairs = zip(dense, rows, strict=True)
-                    rows = [np.concatenate([x[b, k, :n], r]) for x, r in pairs]
-                if not len(rows[0]):
-                    continue
-                scores = rows[0] @ np.asarray(q[b, i, h], np.float64) * sm_scale
-                weights = np.exp(scores - scores.max())
-                out[b, i, h] = weights @ rows[1] / weights.sum()
-                lse[b, i, h] = np.log(weights.sum()) + scores.max()
-    return out, lse
+    kv_heads, slots = cache.key_buffer.shape[1:3]
+    buffers = [np.asarray(x, np.float64) for x in (cache.key_buffer, cache.value_buffer)]
+    out, lse, tiles, g = np.zeros(q.shape), np.full(q.shape[:3], -np.inf), 0, 1
+    if cache.keys is not None:
+        tiles, g = cache.keys.upper.shape[2:4]
+        dense = {
+            view: [
+                np.asarray(f(x, view), np.float64).reshape(batch, kv_heads, tiles, g, -1)
+                for f, x in (
+                    (reference.dequantize_keys, cache.keys),
+                    (reference.dequantize_values, cache.values),
+                )
+            ]
+            for view in ("int8", read.view)
+        }
+    page_lse = np.full((*q.shape[:3], tiles), -np.inf)
+    for b, h, i in np.ndindex(batch, heads, tokens):
+        k, n, last = h // (heads // kv_heads), int(quantized[b]), int(start[b]) + i - strict
+        chosen = range(n // g)
+        if pages is not None:
+            chosen = np.asarray(pages.tiles)[b, k, : int(pages.count[b])]
+        parts = [(None, [x[b, k][[p % slots for p in range(n, last + 1)]] for x in buffers])]
+        for tile in chosen:
+            view = "int8" if tile < read.exact_tiles else read.view
+            parts.append((tile, [x[b, k, tile] for x in dense[view]]))
+        scores = [x[0] @ np.asarray(q[b, i, h], np.float64) * sm_scale for _, x in parts]
+        for (tile, _), found in zip(parts, scores, strict=True):
+            if tile is not None:
+                page_lse[b, i, h, tile] = np.logaddexp.reduce(found)
+        total = np.concatenate(scores)
+        if len(total):
+            lse[b, i, h] = np.logaddexp.reduce(total)
+            out[b, i, h] = np.exp(total - lse[b, i, h]) @ np.concatenate([x[1] for _, x in parts])
+    return out, lse, page_lse
+
+
+def check(call, read: Read, strict: bool = False, pages=None, step=None):
+    """Against plain attention, with page log-sums and without."""
+    call = without_poison(call)
+    run = functools.partial(
+        kv_attention, *call, read=read, sm_scale=0.2, strict=strict, pages=pages, backend="xla"
+    )
+    found = run(page_log_sums=True)
+    expected = plain_attention(call, read, 0.2, strict, pages)
+    assert relative_error(found.out, expected[0]) <= 1e-5
+    np.testing.assert_allclose(found.log_sum_exp, expected[1], atol=1e-4)
+    np.testing.assert_allclose(found.page_log_sums, expected[2], atol=1e-4)
+    plain = run()
+    assert plain.page_log_sums is None
+    np.testing.assert_array_equal(plain.out, found.out)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -72,11 +98,56 @@ def test_attention(view, strict, head_dim, group_size, group, tokens):
         positions=[0, 1, group_size, 2 * group_size + 1, 7 * group_size - 3],
         dtype=jnp.float32,
     )
-    call = without_poison(call)
-    out, lse = kv_attention(*call, read=Read(view), sm_scale=0.2, strict=strict, backend="xla")
-    expected = plain_attention(call, view, 0.2, strict)
-    assert relative_error(out, expected[0]) <= 1e-5
-    np.testing.assert_allclose(lse, expected[1], atol=1e-4)
+    check(call, Read(view), strict)
+
+
+@pytest.mark.parametrize("exact_tiles", [0, 1, 2])
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("view", ["int4", "int8"])
+def test_attention_to_chosen_pages(view, listed, exact_tiles):
+    """Nothing, one page, and several of ragged sequences, other ones for each head, with the first
+    and without; more places than are used, and more than are read at a time."""
+    if view == "int8" and (exact_tiles or not listed):
+        pytest.skip("as it is without")
+    call = attention_call(
+        view, kv_heads=2, group=2, tokens=2, head_dim=32, group_size=8, tiles=16,
+        positions=[5, 30, 140, 90], dtype=jnp.float32,
+    )  # fmt: skip
+    coded = np.asarray(call[2]) // 8
+    assert coded.tolist() == [0, 2, 16, 10]
+    pages = random_pages(coded, 2, [0, 1, 11, 10], 12) if listed else None
+    if pages is not None:
+        assert {0, 1} & set(np.asarray(pages.tiles)[1, :, 0].tolist())
+    check(call, Read(view, exact_tiles), pages=pages)
+
+
+def test_the_work_of_a_list_follows_its_length():
+    """No array of the program is as long as the planes but these."""
+    cache_tiles = 4096
+    call = attention_call(
+        "int4", kv_heads=1, group=1, tokens=1, head_dim=32, group_size=8, tiles=cache_tiles,
+        positions=[8 * cache_tiles], dtype=jnp.float32,
+    )  # fmt: skip
+    pages = random_pages(np.asarray([cache_tiles]), 1, [16], 16)
+    run = functools.partial(kv_attention, read=Read("int4", 1), sm_scale=0.2, backend="xla")
+    compiled = jax.jit(run).lower(*call, pages=pages).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 200_000
+    assert compiled.cost_analysis()["flops"] < 1e6
+
+
+@pytest.mark.parametrize(
+    ("pages", "words"),
+    [
+        (Pages(np.zeros((2, 2, 3), np.int32), np.zeros(1, np.int32)), r"allowed: \[1, 2, P\]"),
+        (Pages(np.zeros((1, 3), np.int32), np.zeros(1, np.int32)), r"allowed: \[1, 2, P\]"),
+    ],
+)
+def test_lists_of_another_shape_are_refused(pages, words):
+    call = attention_call(
+        "int4", kv_heads=2, group=1, tokens=1, head_dim=32, group_size=8, tiles=2, positions=[20]
+    )
+    with pytest.raises(ValueError, match=words):
+        kv_attention(*call, read=Read("int4"), sm_scale=1.0, pages=pages)
 
 
 def test_the_draft_view_does_not_depend_on_the_lower_plane():
@@ -97,6 +168,10 @@ def test_the_draft_view_does_not_depend_on_the_lower_plane():
 def test_a_view_that_is_none():
     with pytest.raises(ValueError, match="view is 'int2'; allowed: full, int8, int4"):
         Read("int2")
+    with pytest.raises(ValueError, match="exact_tiles is -1; allowed: an integer ≥ 0"):
+        Read("int4", -1)
+    with pytest.raises(ValueError, match="exact_tiles is 1; allowed: 0 in the view int8"):
+        Read("int8", 1)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

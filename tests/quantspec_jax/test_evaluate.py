@@ -44,10 +44,10 @@ def ids():
     return np.random.default_rng(0).integers(0, VOCABULARY, LENGTH).tolist()
 
 
-@functools.partial(jax.jit, static_argnames=("program", "view"))
-def one_token(params, cache, token, program, view):
+@functools.partial(jax.jit, static_argnames=("program", "read"))
+def one_token(params, cache, token, program, read):
     """A pass of one row; logits [N] and the cache, as long as before."""
-    logits, cache = cache_pass(params, program, cache, token, cache.length, view)
+    logits, cache = cache_pass(params, program, cache, token, cache.length, read)
     return logits[0, 0], cache
 
 
@@ -65,9 +65,9 @@ def decode(model, ids, view, group_size=G, draft_params=None):
     for token in jnp.asarray(ids, jnp.int32).reshape(-1, 1, 1):
         if draft_params is not None:
             # As in a round: the draft writes its slot, and the target writes it again.
-            logits, cache = one_token(draft_params, cache, token, program, "int4")
+            logits, cache = one_token(draft_params, cache, token, program, program.draft_read)
             drafted.append(logits)
-        logits, cache = one_token(model.params, cache, token, program, view)
+        logits, cache = one_token(model.params, cache, token, program, program.read)
         target.append(logits)
         cache = advance(cache)
     return np.stack(target), np.stack(drafted) if drafted else None

@@ -22,6 +22,8 @@ from tiny import (
     total,
 )
 
+from pallas_kernels.kv_attention.read import Read
+from quantspec_jax.cache.codecs import EXACT_TILES
 from quantspec_jax.generate.cache_pass import cache_pass
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.couplings import COUPLINGS, coupling
@@ -196,31 +198,39 @@ def test_padding_of_prompts_changes_nothing():
 
 def test_the_lower_plane_is_the_targets_alone():
     """Random codes in the lower plane leave every draft logit as it is, bit for bit, and change the
-    target's: the draft reads the upper plane, the target both."""
+    target's: the draft reads the upper plane, the target both. Of the first tile the draft reads
+    both, unless it is told to read none so."""
     p = program(4)
     state = start(p, prompts(LENGTHS), LENGTHS, NEW)
     state = decode(p, state, max_rounds=6)
     assert (np.asarray(state.cache.quantized_length) >= 2 * G).all()
 
-    def scramble(planes):
+    def scramble(planes, tiles):
         bits = jax.random.bits(jax.random.key(1), planes.lower.shape, jnp.uint8)
-        return planes._replace(lower=bits)
+        return planes._replace(lower=planes.lower.at[:, :, tiles].set(bits[:, :, tiles]))
 
-    scrambled = tuple(
-        dataclasses.replace(x, keys=scramble(x.keys), values=scramble(x.values))
-        for x in state.cache.layers
-    )
+    def scrambled(tiles):
+        return tuple(
+            dataclasses.replace(x, keys=scramble(x.keys, tiles), values=scramble(x.values, tiles))
+            for x in state.cache.layers
+        )
+
     _, params, draft_params = tiny_model()
 
-    def run_pass(layers, view, weights):
+    def run_pass(layers, read, weights):
         cache = dataclasses.replace(state.cache, layers=layers)
         tokens, at = state.pending[:, None], state.cache.length
-        return jax.jit(lambda cache: cache_pass(weights, p, cache, tokens, at, view)[0])(cache)
+        return jax.jit(lambda cache: cache_pass(weights, p, cache, tokens, at, read)[0])(cache)
 
-    draft = [run_pass(x, "int4", draft_params) for x in (state.cache.layers, scrambled)]
-    target = [run_pass(x, "int8", params) for x in (state.cache.layers, scrambled)]
-    np.testing.assert_array_equal(*draft)
-    assert (np.abs(target[0] - target[1]).max(-1) > 1e-3).all()
+    def difference(tiles, read, weights):
+        before, after = (run_pass(x, read, weights) for x in (state.cache.layers, scrambled(tiles)))
+        return np.abs(before - after).max(-1)
+
+    later, whole = slice(EXACT_TILES, None), slice(None)
+    np.testing.assert_array_equal(difference(later, p.draft_read, draft_params), 0)
+    np.testing.assert_array_equal(difference(whole, Read("int4"), draft_params), 0)
+    assert (difference(slice(EXACT_TILES), p.draft_read, draft_params) > 1e-3).all()
+    assert (difference(later, p.read, params) > 1e-3).all()
 
 
 def test_planes_never_change_once_written():
@@ -390,7 +400,7 @@ def test_a_round_of_sampling_follows_the_target(gamma, name):
 
     def target_logits(state, fed):
         fed = jnp.asarray(fed, jnp.int32)[None]
-        return cache_pass(cut, p, state.cache, fed, state.cache.length, "int8")[0][0]
+        return cache_pass(cut, p, state.cache, fed, state.cache.length, p.read)[0][0]
 
     pending = int(state.pending[0])
     counts = np.zeros((vocabulary,) * 3)

@@ -42,14 +42,14 @@ def test_less_is_accepted_where_less_is_read():
 def test_a_window_is_the_sinks_and_what_is_recent():
     p = program(1, policy=Window(0.5))
     cache = start(p, prompts(LENGTHS), LENGTHS, NEW).cache
-    pages = np.asarray(p.policy.pages((), cache))
+    pages = p.policy.pages((), cache)
     coded = np.asarray(cache.quantized_length) // G
     assert coded.tolist() == [3, 2, 7]
-    for row, n in zip(pages, coded, strict=True):
+    for row, count, n in zip(np.asarray(pages.tiles), pages.count, coded, strict=True):
         recent = int(np.ceil(0.5 * n)) - 1
-        expected = [t < 1 or n - recent <= t for t in range(n)]
+        expected = [t for t in range(n) if t < 1 or n - recent <= t]
         for head in row:
-            assert head[:n].tolist() == expected
+            assert head[:count].tolist() == expected
 
 
 def test_a_page_that_is_not_read_changes_no_draft_logit():
@@ -58,6 +58,9 @@ def test_a_page_that_is_not_read_changes_no_draft_logit():
     state = start(p, prompts(LENGTHS), LENGTHS, NEW)
     pages = p.policy.pages((), state.cache)
     draft_params = tiny_model()[2]
+    tiles = np.arange(state.cache.layers[0].keys.scale.shape[2])
+    listed = np.arange(pages.tiles.shape[2]) < np.asarray(pages.count)[:, None, None]
+    chosen = ((np.asarray(pages.tiles)[..., None] == tiles) & listed[..., None]).any(2)
 
     def logits(scrambled):
         def scramble(planes):
@@ -69,13 +72,13 @@ def test_a_page_that_is_not_read_changes_no_draft_logit():
             for x in state.cache.layers
         )
         cache = dataclasses.replace(state.cache, layers=layers)
-        tokens, at = state.pending[:, None], cache.length
-        call = jax.jit(lambda c: cache_pass(draft_params, p, c, tokens, at, "int4", pages)[0])
+        tokens, at, read = state.pending[:, None], cache.length, p.draft_read
+        call = jax.jit(lambda c: cache_pass(draft_params, p, c, tokens, at, read, pages)[0])
         return np.asarray(call(cache))
 
-    plain = logits(jnp.zeros_like(pages))
-    np.testing.assert_array_equal(logits(~pages), plain)
-    assert (np.abs(logits(pages) - plain).max((1, 2)) > 1e-3).all()
+    plain = logits(np.zeros_like(chosen))
+    np.testing.assert_array_equal(logits(~chosen), plain)
+    assert (np.abs(logits(chosen) - plain).max((1, 2)) > 1e-3).all()
 
 
 @pytest.mark.parametrize("name", POLICIES)

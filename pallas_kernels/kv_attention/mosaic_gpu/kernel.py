@@ -17,7 +17,7 @@ from pallas_kernels.kv_attention.mosaic_gpu.merge import (
     merge_warpgroups,
 )
 from pallas_kernels.kv_attention.mosaic_gpu.plan import Config, Plan, Shape
-from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.kv_attention.read import Attended, Read
 from pallas_kernels.layout import LayerCache
 
 
@@ -68,7 +68,7 @@ def kv_attention(
     config: Config,
     out_dtype: Any = jnp.float32,
     blocks: int = devices.DEFAULT.multiprocessors,
-) -> tuple[jax.Array, jax.Array]:
+) -> Attended:
     """See `pallas_kernels.kv_attention.api.kv_attention`; bf16 queries and buffer."""
     shape = shape_of(q, cache, read=read, sm_scale=sm_scale, strict=strict)
     plan = Plan(shape, config, blocks)
@@ -100,4 +100,4 @@ def kv_attention(
         shared_bytes=4 * merge_warpgroups(plan) * WARP_BYTES,
     )
     output, log_sum_exp = merge(quantized_length, start, partial, statistics)
-    return output, log_sum_exp
+    return Attended(output, log_sum_exp, None)
