@@ -112,11 +112,16 @@ def random_state(
         """A number a sequence, in a buffer of its own: the state is donated."""
         return jnp.full((batch, *shape), value, dtype)
 
+    # Pages that a policy chooses lie scattered.
+    shape = (batch, program.model.num_kv_heads, program.cache.num_tiles)
+    keys = jax.random.split(jax.random.key(3), program.model.num_layers)
+    votes = [jax.random.uniform(key, shape) for key in keys]
+    coded = codec.quantized_length(each(context), g)
     wants = requests(GenerateConfig(ignore_eos=True), jax.random.key(2), (), batch)
     return DecodeState(
-        cache=KVCache(layers, each(context), codec.quantized_length(each(context), g), g, codec),
+        cache=KVCache(layers, each(context), coded, g, codec),
         requests=dataclasses.replace(wants, limit=each(limit)),
-        memory=program.policy.start(batch),
+        memory=program.policy.start(votes, coded // g),
         seen=each(False, program.model.vocab_size, dtype=bool),
         pending=each(1),
         tokens=each(0, capacity),
@@ -126,6 +131,7 @@ def random_state(
         rounds=each(0),
         proposed=each(0, COUNTED),
         accepted=each(0, COUNTED),
+        draft_pages=each(0, 2),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from quantspec_jax.cost import ALL_PAGES, READINGS, Reading
 from quantspec_jax.files import read_json
 from quantspec_jax.planning.candidates import Candidate
 from quantspec_jax.planning.devices import Efficiency
@@ -22,6 +23,7 @@ def measured_candidates(path: str, sampled: bool = False) -> list[Candidate]:
     rows = run.get("rows", [run])
     kind = "sampled_acceptance" if sampled else "greedy_acceptance"
     needed = {"draft", "draft_bits_per_weight", kind}
+    # Of drafts that read less `measured_readings` keeps the ratio.
     good = isinstance(rows, list) and bool(rows)
     if not good or not all(isinstance(row, dict) and needed <= set(row) for row in rows):
         raise ValueError(f"{path} is not what `quantspec eval acceptance` writes: each of its rows "
@@ -30,7 +32,26 @@ def measured_candidates(path: str, sampled: bool = False) -> list[Candidate]:
     return [
         Candidate(row["draft"], row[kind], config, row["draft_bits_per_weight"])
         for row, config in zip(rows, configs or [None] * len(rows), strict=True)
+        if row.get("draft_share", 1) == 1
     ]
+
+
+def measured_readings(path: str, sampled: bool = False) -> tuple[Reading, ...]:
+    """What drafts may read, and what is kept of their acceptance, from a sweep whose rows
+    `measured_candidates` takes; where it has no draft that reads less, what was measured elsewhere.
+    """
+    rows = read_json(path).get("rows", [])
+    kind = "sampled_acceptance" if sampled else "greedy_acceptance"
+    whole = {row["draft"]: row[kind] for row in rows if row.get("draft_share", 1) == 1}
+    less = [row for row in rows if row.get("draft_share", 1) < 1 and whole.get(row["draft"])]
+    if not less:
+        return READINGS
+    found = [
+        Reading(row["draft_policy"], row["draft_share"], min(1.0, row[kind] / whole[row["draft"]]))
+        for row in less
+        if row[kind] > 0
+    ]
+    return (ALL_PAGES, *found)
 
 
 def measured_speed(path: str, context: int) -> tuple[float, Efficiency]:
