@@ -65,20 +65,15 @@ def plain_attention(call, read: Read, sm_scale: float, strict: bool, pages=None)
     return out, lse, page_lse
 
 
-def check(call, read: Read, strict: bool = False, pages=None, step=None):
-    """Against plain attention, with page log-sums and without."""
+def check(call, read: Read, strict: bool = False, pages=None):
+    """Against plain attention."""
     call = without_poison(call)
-    run = functools.partial(
-        kv_attention, *call, read=read, sm_scale=0.2, strict=strict, pages=pages, backend="xla"
-    )
-    found = run(page_log_sums=True)
+    options = {"read": read, "sm_scale": 0.2, "strict": strict, "page_log_sums": True}
+    found = jax.jit(functools.partial(kv_attention, **options, backend="xla"))(*call, pages=pages)
     expected = plain_attention(call, read, 0.2, strict, pages)
     assert relative_error(found.out, expected[0]) <= 1e-5
     np.testing.assert_allclose(found.log_sum_exp, expected[1], atol=1e-4)
     np.testing.assert_allclose(found.page_log_sums, expected[2], atol=1e-4)
-    plain = run()
-    assert plain.page_log_sums is None
-    np.testing.assert_array_equal(plain.out, found.out)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -101,14 +96,13 @@ def test_attention(view, strict, head_dim, group_size, group, tokens):
     check(call, Read(view), strict)
 
 
-@pytest.mark.parametrize("exact_tiles", [0, 1, 2])
-@pytest.mark.parametrize("listed", [False, True])
-@pytest.mark.parametrize("view", ["int4", "int8"])
+@pytest.mark.parametrize(
+    ("view", "exact_tiles", "listed"),
+    [("int4", 1, False), ("int4", 2, True), ("int4", 0, True), ("int8", 0, True)],
+)
 def test_attention_to_chosen_pages(view, listed, exact_tiles):
     """Nothing, one page, and several of ragged sequences, other ones for each head, with the first
     and without; more places than are used, and more than are read at a time."""
-    if view == "int8" and (exact_tiles or not listed):
-        pytest.skip("as it is without")
     call = attention_call(
         view, kv_heads=2, group=2, tokens=2, head_dim=32, group_size=8, tiles=16,
         positions=[5, 30, 140, 90], dtype=jnp.float32,
@@ -119,20 +113,6 @@ def test_attention_to_chosen_pages(view, listed, exact_tiles):
     if pages is not None:
         assert {0, 1} & set(np.asarray(pages.tiles)[1, :, 0].tolist())
     check(call, Read(view, exact_tiles), pages=pages)
-
-
-def test_the_work_of_a_list_follows_its_length():
-    """No array of the program is as long as the planes but these."""
-    cache_tiles = 4096
-    call = attention_call(
-        "int4", kv_heads=1, group=1, tokens=1, head_dim=32, group_size=8, tiles=cache_tiles,
-        positions=[8 * cache_tiles], dtype=jnp.float32,
-    )  # fmt: skip
-    pages = random_pages(np.asarray([cache_tiles]), 1, [16], 16)
-    run = functools.partial(kv_attention, read=Read("int4", 1), sm_scale=0.2, backend="xla")
-    compiled = jax.jit(run).lower(*call, pages=pages).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 200_000
-    assert compiled.cost_analysis()["flops"] < 1e6
 
 
 @pytest.mark.parametrize(
