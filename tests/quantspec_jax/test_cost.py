@@ -13,7 +13,11 @@ import pytest
 from quantspec_jax.cache import cache_bytes, create
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.cost import (
+    ALL_PAGES,
+    READINGS,
     Costs,
+    Reading,
+    best_reading,
     bytes_read,
     cache_read_bytes,
     draft_weight_bytes,
@@ -96,6 +100,39 @@ def test_passes_read_weights_once_and_the_cache_of_every_sequence():
     assert four.verify - one.verify == 3 * cache_read_bytes(TINY, "int8", 1024)
     assert one.plain - cache_read_bytes(TINY, "full", 1024) == target_weight_bytes(TINY)
     assert one.draft - cache_read_bytes(TINY, "int4", 1024) == draft_weight_bytes(TINY, draft)
+
+
+def test_of_a_share_the_buffer_is_read_whole():
+    draft = DRAFTS[0]
+    whole, half, none = (
+        bytes_read(TINY, draft, 1024, share=share).draft for share in (1, 0.5, 1e-9)
+    )
+    assert half == pytest.approx((whole + none) / 2, abs=1)
+    buffer = 1.5 * 128 * 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim * 2
+    assert none - draft_weight_bytes(TINY, draft) == pytest.approx(buffer, abs=1)
+    assert bytes_read(TINY, draft, 1024, view="int8").draft > whole
+
+
+def test_less_is_read_where_it_pays_and_short_contexts_whole():
+    """By the cost model: what is chosen promises most of all, and less acceptance is not forgiven
+    where the cache is a small part of what a draft reads."""
+    model, draft, alpha = PRESETS["llama-2-7b"], DraftConfig(), 0.93
+    shares = []
+    for context in (512, 2048, 8192, 32768, 131072):
+        chosen = best_reading(model, draft, context, alpha)
+
+        def promised(reading, context=context):
+            costs = bytes_read(model, draft, context, share=reading.share)
+            expected = alpha * reading.kept
+            return costs.speed_up(expected, costs.best_gamma(expected))
+
+        assert promised(chosen) == max(map(promised, READINGS))
+        shares.append(chosen.share)
+    assert shares[0] == 1
+    assert shares[-1] < 1
+    assert shares == sorted(shares, reverse=True)
+    worthless = [ALL_PAGES, Reading("top-pages", 0.25, 0.3)]
+    assert best_reading(model, draft, 131072, alpha, readings=worthless) == ALL_PAGES
 
 
 def test_llama_2_7b_at_131072_tokens():

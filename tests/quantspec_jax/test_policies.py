@@ -24,6 +24,7 @@ from quantspec_jax.generate.policies import (
     TopPages,
     Window,
     policy,
+    prompt,
 )
 from quantspec_jax.generate.policies.policy import budget, most_pages
 from quantspec_jax.generate.policies.prompt import by_page, last_queries_mass
@@ -66,9 +67,9 @@ def plain():
 def listed(pages, tiles):
     """[L, B, K, tiles] bool: what lists name, each page once and in order."""
     found = np.zeros((len(pages), *pages[0].tiles.shape[:2], tiles), bool)
-    for layer, (lists, count) in enumerate(pages):
-        for b, k in np.ndindex(*lists.shape[:2]):
-            row = np.asarray(lists[b, k, : count[b]])
+    for layer, page in enumerate(pages):
+        for b, k in np.ndindex(*page.tiles.shape[:2]):
+            row = np.asarray(page.tiles[b, k, : page.count[b]])
             assert (np.diff(row) > 0).all()
             found[layer, b, k, row] = True
     return found
@@ -146,7 +147,7 @@ def test_the_mass_of_a_prompts_last_queries_is_attention_s():
 def test_a_prompts_mass_does_not_depend_on_the_chunks(monkeypatch):
     q, k = (jax.random.normal(jax.random.key(i), (1, 90, n, 8)) for i, n in ((0, 4), (1, 2)))
     whole = last_queries_mass(q, k, jnp.asarray([90]), 5, 0.3)
-    monkeypatch.setattr("quantspec_jax.generate.policies.prompt.CHUNK", 40)
+    monkeypatch.setattr(prompt, "CHUNK", 40)
     np.testing.assert_allclose(last_queries_mass(q, k, jnp.asarray([90]), 5, 0.3), whole, atol=1e-6)
 
 
