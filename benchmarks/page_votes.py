@@ -15,8 +15,6 @@ accepted. Positions are of the text's last quarter, as many as --positions.
     decay      of the votes of earlier rounds, a round; 0: they are forgotten
     page       tokens; a share of them is read: the first page, the one before the buffer, and those
                with most votes
-    spread     how pages are spread: evenly, or with as many in all layers together where the mass
-               is, over layers (each head of one reads as many), or over layers and kv heads
     clusters   the tokens of a tile lie in the order of so many clusters of keys (k-means), so that
                smaller pages hold what belongs together; 0: in the order of their positions
 
@@ -67,7 +65,6 @@ class Votes:
     page: int = 128
     clusters: int = 0
     whole_layers: int = 0  # the first layers read everything
-    spread: str = "evenly"
 
 
 def drafts() -> list[Votes]:
@@ -88,7 +85,6 @@ def drafts() -> list[Votes]:
         found += [change(page=x) for x in (64, 32, 16)]
         found += [change(page=16, clusters=x) for x in CLUSTERS[1:]]
         found += [change(page=32, clusters=8), change(whole_layers=2)]
-        found += [change(spread=x) for x in ("layers", "layers and heads")]
     return found
 
 
@@ -207,11 +203,13 @@ def votes(draft: Votes, masses: Masses, position: jax.Array, heads: int) -> jax.
 
 
 @partial(jax.jit, static_argnames=("draft", "heads"))
-def priorities(masses: Masses, position: Any, *, draft: Votes, heads: int) -> jax.Array:
-    """[N, K, T/page]: votes, what is always read before them, what is not coded never."""
+def chosen(masses: Masses, orders: Any, position: Any, *, draft: Votes, heads: int) -> jax.Array:
+    """[N, K, T] bool: the tokens of the planes that the draft at a position reads."""
+    t = masses.observed.shape[-1]
     coded = quantized_length(position, G)[:, None] // draft.page  # [N, 1]
-    pages = masses.observed.shape[-1] // draft.page
+    pages = t // draft.page
     number = jnp.arange(pages)[None]
+    budget = jnp.ceil(draft.share * coded).astype(jnp.int32)
     priority = (
         jnp.broadcast_to(number[:, None].astype(jnp.float32), (len(position), heads, pages))
         if draft.voters == "window"
@@ -219,35 +217,9 @@ def priorities(masses: Masses, position: Any, *, draft: Votes, heads: int) -> ja
     )
     always = (number == 0) | (number == coded - 1)
     priority = jnp.where(always[:, None], jnp.inf, priority)
-    return jnp.where((number < coded)[:, None], priority, -jnp.inf)
-
-
-def ranks(priority: jax.Array) -> jax.Array:
-    """Of each number of the last axis, the largest first."""
-    return jnp.argsort(jnp.argsort(-priority, -1), -1)
-
-
-@partial(jax.jit, static_argnames="draft")
-def budgets(priority: jax.Array, position: jax.Array, *, draft: Votes) -> jax.Array:
-    """[L, N, K, pages] priorities → [L, N, K] pages to read."""
-    layers, n, k, pages = priority.shape
-    even = jnp.ceil(draft.share * (quantized_length(position, G) // draft.page)).astype(int)
-    if draft.spread == "evenly":
-        return jnp.broadcast_to(even[:, None], (layers, n, k))
-    gains = -jnp.sort(-priority, -1)
-    if draft.spread == "layers":
-        gains = gains.mean(2, keepdims=True)
-    together = jnp.moveaxis(gains, 1, 0).reshape(n, -1)
-    taken = ranks(together) < (even * layers * gains.shape[2])[:, None]
-    count = taken.reshape(n, layers, -1, pages).sum(-1)
-    return jnp.broadcast_to(jnp.moveaxis(count, 0, 1), (layers, n, k))
-
-
-@partial(jax.jit, static_argnames="draft")
-def chosen(priority: jax.Array, budget: jax.Array, orders: Any, *, draft: Votes) -> jax.Array:
-    """[N, K, T] bool: the tokens of the planes that the draft at a position reads, from priorities
-    [N, K, T/page] and the pages [N, K] to read."""
-    by_token = jnp.repeat(ranks(priority) < budget[:, :, None], draft.page, -1)
+    priority = jnp.where((number < coded)[:, None], priority, -jnp.inf)
+    rank = jnp.argsort(jnp.argsort(-priority, -1), -1)
+    by_token = jnp.repeat(rank < budget[:, :, None], draft.page, -1)
     order = orders[CLUSTERS.index(draft.clusters)]
     return jnp.take_along_axis(by_token, jnp.argsort(order, -1)[None], -1)
 
@@ -347,26 +319,15 @@ def measure(model: qs.Model, ids: list[int], positions: int) -> list[dict[str, A
     position = jnp.asarray(np.linspace(prompt, t - 1, positions).astype(np.int32))
     tokens = jnp.asarray([ids], jnp.int32)
     target = embedded(model.params, tokens, config)
-    wanted: dict[Votes, list[jax.Array]] = {draft: [] for draft in drafts()}
-    for i in range(config.num_layers):
-        block, norm = block_params(model.params, i)
-        target, _, masses = target_block(block, norm, target, config=config, prompt=prompt)
-        for draft, found in wanted.items():
-            found.append(priorities(masses, position, draft=draft, heads=config.num_kv_heads))
-    budget = {
-        draft: budgets(jnp.stack(found), position, draft=draft) for draft, found in wanted.items()
-    }
-
-    target = embedded(model.params, tokens, config)
     streams = {draft: Stream(*(x[:, position] for x in target)) for draft in drafts()}
     shares = dict.fromkeys(streams, 0.0)
     for i in range(config.num_layers):
         block, norm = block_params(model.params, i)
-        target, layer, _ = target_block(block, norm, target, config=config, prompt=prompt)
+        target, layer, masses = target_block(block, norm, target, config=config, prompt=prompt)
         buffer = recent(layer, position)
         of_planes = (jnp.arange(t)[None] < quantized_length(position, G)[:, None])[:, None]
         for draft, stream in streams.items():
-            read = chosen(wanted[draft][i], budget[draft][i], layer.orders, draft=draft)
+            read = chosen(masses, layer.orders, position, draft=draft, heads=config.num_kv_heads)
             read = read | (i < draft.whole_layers)
             call = (block, norm, stream, layer, buffer, read, position)
             streams[draft] = draft_block(*call, config=config)
