@@ -17,7 +17,7 @@ import numpy as np
 from quantspec_jax.checks import require
 from quantspec_jax.cost import ALL_PAGES, READINGS, Reading, bytes_read
 from quantspec_jax.evaluate.measures import accepted, read_tokens
-from quantspec_jax.evaluate.teacher_forced import Overlap, compare_drafts
+from quantspec_jax.evaluate.teacher_forced import DRAFT, Overlap, compare_drafts
 from quantspec_jax.generate.config import Backend
 from quantspec_jax.generate.policies import policy
 from quantspec_jax.loading import Model
@@ -64,7 +64,7 @@ def sweep(
 
     Returns:
       positions; target_perplexity over them; drafts, `DraftConfig.to_dict` of each; and rows, one a
-      draft and what it reads: draft, draft_policy, draft_share, greedy_acceptance,
+      draft and what it reads: draft, draft_policy, draft_share, draft_view, greedy_acceptance,
       sampled_acceptance, perplexity (of its predictions, each from the target's cache),
       draft_bits_per_weight, draft_bytes, and, by context, gamma and speed_up (predicted, greedy,
       batch 1, bf16 weights; below 1 plain decoding is faster).
@@ -152,6 +152,7 @@ def _row(
         "draft": config.describe(),
         "draft_policy": reading.policy,
         "draft_share": reading.share,
+        "draft_view": DRAFT.view,
         "draft_bits_per_weight": bits_per_weight(model, config),
         "draft_bytes": draft_bytes(model, config),
         **accepted(seen, first),

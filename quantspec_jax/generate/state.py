@@ -84,7 +84,8 @@ class Program:
     @property
     def prompt(self) -> PromptProgram:
         """What the prefill depends on."""
-        return PromptProgram(self.model, self.cache.arrays, self.policy, self.backend)
+        policy = self.policy if self.policy.observes else ALL
+        return PromptProgram(self.model, self.cache.arrays, policy, self.backend)
 
 
 @partial(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from quantspec_jax.checks import require
 from quantspec_jax.cost import ALL_PAGES, READINGS, Reading
 from quantspec_jax.files import read_json
 from quantspec_jax.planning.candidates import Candidate
@@ -14,7 +15,8 @@ PASSES = ("autoregressive full", "draft step", "verify step")  # the order of Ef
 
 
 def measured_candidates(path: str, sampled: bool = False) -> list[Candidate]:
-    """Candidates from what `quantspec eval acceptance` wrote, of one draft or of a sweep.
+    """Candidates from what `quantspec eval acceptance` wrote, of one draft or of a sweep: its
+    drafts that read all of the cache. Of the others `measured_readings` has what is to know.
 
     Raises:
       ValueError: the file is something else; says what it lacks.
@@ -23,17 +25,18 @@ def measured_candidates(path: str, sampled: bool = False) -> list[Candidate]:
     rows = run.get("rows", [run])
     kind = "sampled_acceptance" if sampled else "greedy_acceptance"
     needed = {"draft", "draft_bits_per_weight", kind}
-    # Of drafts that read less `measured_readings` keeps the ratio.
     good = isinstance(rows, list) and bool(rows)
     if not good or not all(isinstance(row, dict) and needed <= set(row) for row in rows):
         raise ValueError(f"{path} is not what `quantspec eval acceptance` writes: each of its rows "
                          f"has {', '.join(sorted(needed))}")  # fmt: skip
     configs: list[DraftConfig | None] = [DraftConfig.from_dict(x) for x in run.get("drafts", ())]
-    return [
+    found = [
         Candidate(row["draft"], row[kind], config, row["draft_bits_per_weight"])
         for row, config in zip(rows, configs or [None] * len(rows), strict=True)
         if row.get("draft_share", 1) == 1
     ]
+    require(bool(found), "--measured", path, "a run with a draft that reads all of the cache")
+    return found
 
 
 def measured_readings(path: str, sampled: bool = False) -> tuple[Reading, ...]:

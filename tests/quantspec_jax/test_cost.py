@@ -14,6 +14,7 @@ from quantspec_jax.cache import cache_bytes, create
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.cost import (
     ALL_PAGES,
+    MOST_GAMMA,
     READINGS,
     Costs,
     Reading,
@@ -176,7 +177,8 @@ def test_tokens_a_round_is_what_simulated_rounds_yield(acceptance, gamma, group)
 def test_best_gamma_is_that_of_trying_all(acceptance, draft):
     costs = Costs(plain=1.6, draft=draft, verify=1.0)
     seconds_a_token = [
-        (gamma * draft + 1) / tokens_a_round(acceptance, gamma) for gamma in range(1, 17)
+        (gamma * draft + 1) / tokens_a_round(acceptance, gamma)
+        for gamma in range(1, MOST_GAMMA + 1)
     ]
     best = costs.best_gamma(acceptance)
     assert best == 1 + int(np.argmin(seconds_a_token))

@@ -33,12 +33,14 @@ class Policy:
     Args:
       share: of the coded tokens that are read, in (0, 1].
 
+    observes: whether `observe` looks at prompts.
     votes: whether `update` looks at the attention of verifications, which these then leave.
     """
 
     share: float = 1.0
 
     name: ClassVar[str]
+    observes: ClassVar[bool] = False
     votes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -49,6 +49,7 @@ class SnapKV(Policy):
 
     share: float = 0.25
     name: ClassVar[str] = "snapkv"
+    observes: ClassVar[bool] = True
 
     def observe(
         self,

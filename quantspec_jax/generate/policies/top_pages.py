@@ -40,6 +40,7 @@ class TopPages(Policy):
 
     share: float = 0.25
     name: ClassVar[str] = "top-pages"
+    observes: ClassVar[bool] = True
     votes: ClassVar[bool] = True
 
     def observe(
