@@ -183,13 +183,21 @@ def best_reading(
     *,
     readings: Sequence[Reading] = READINGS,
     most: int = MOST_GAMMA,
-    **sizes: int,
+    itemsize: int = BF16,
+    group_size: int = GROUP_SIZE,
 ) -> Reading:
-    """The one that yields most at its best γ, by bytes (`sizes` as in `bytes_read`); `acceptance`
-    is that of a draft that reads all."""
+    """The one that yields most at its best γ, `most` at most, by bytes; `acceptance` is that of a
+    draft that reads all."""
 
     def speed_up(reading: Reading) -> float:
-        costs = bytes_read(model, draft, context, share=reading.share, **sizes)
+        costs = bytes_read(
+            model,
+            draft,
+            context,
+            share=reading.share,
+            itemsize=itemsize,
+            group_size=group_size,
+        )
         expected = acceptance * reading.kept
         return costs.speed_up(expected, costs.best_gamma(expected, most))
 

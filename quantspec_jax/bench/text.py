@@ -150,7 +150,8 @@ class Case:
         if self.mode != QUANTSPEC:
             return GenerateConfig(mode="autoregressive", kv=self.mode, **common)
         reads = {"draft_policy": self.policy, "draft_share": self.share, "draft_view": self.view}
-        return GenerateConfig(gamma=self.gamma, coupling=self.coupling, **reads, **common)
+        drafts: dict[str, Any] = {"gamma": self.gamma, "coupling": self.coupling, **reads}
+        return GenerateConfig(**drafts, **common)
 
     @property
     def width(self) -> int:
@@ -440,7 +441,7 @@ def _rows(
                 "tokens_as_int8": _total(together["tokens_as_int8"], len(group)),
                 "differences": _total(together["differences"]),
                 "ties": _total(together["ties"]),
-                "draft_read_share": runs[group[0]].stats["draft_read_share"],
+                "draft_read_share": _mean([runs[i].stats.get("draft_read_share") for i in group]),
                 "peak_bytes": peak_bytes(),
                 "device": record.device_name(),
             }
@@ -451,6 +452,12 @@ def _rows(
 def _total(values: list[Any], of: int = 1) -> Any:
     """Their sum, divided by `of`; None where they are."""
     return None if None in values else sum(values) / of if of > 1 else sum(values)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """Of those that there are."""
+    there = [value for value in values if value is not None]
+    return float(np.mean(there)) if there else None
 
 
 def line(row: dict[str, Any]) -> str:

@@ -119,7 +119,13 @@ def draft_policy(model: Model, config: GenerateConfig, length: int, most: int) -
     proposals a round."""
     if config.draft_policy != "auto":
         return policy(config.draft_policy, config.draft_share)
-    itemsize = model.dtype.itemsize
-    sizes = {"itemsize": itemsize, "group_size": config.group_size, "most": max(most, 1)}
-    reading = best_reading(model.config, model.draft, length, PRIOR[0], **sizes)
+    reading = best_reading(
+        model.config,
+        model.draft,
+        length,
+        PRIOR[0],
+        most=max(most, 1),
+        itemsize=model.dtype.itemsize,
+        group_size=config.group_size,
+    )
     return policy(reading.policy, reading.share)

@@ -208,6 +208,9 @@ def test_acceptance_counts_from_first_on(model, ids, first):
         "sampled_acceptance": pytest.approx(seen.overlap[begin:].mean()),
         "positions": LENGTH - begin,
         "draft": model.draft.describe(),
+        "draft_policy": "all",
+        "draft_share": 1,
+        "draft_view": "int4",
         "draft_bits_per_weight": bits_per_weight(model.config, model.draft),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from tiny import G, decode, new_tokens, program, prompts, start, tiny_model, tot
 import quantspec_jax as qs
 from pallas_kernels.kv_attention.read import Pages
 from quantspec_jax.cache import rollback
+from quantspec_jax.cost import best_reading
+from quantspec_jax.engine.adaptive import PRIOR
+from quantspec_jax.engine.prepare import draft_policy
 from quantspec_jax.generate.cache_pass import cache_pass, observed_pass
 from quantspec_jax.generate.loop import pages_to_read
 from quantspec_jax.generate.policies import (
@@ -28,6 +32,7 @@ from quantspec_jax.generate.policies import (
 )
 from quantspec_jax.generate.policies.policy import budget, most_pages
 from quantspec_jax.generate.policies.prompt import by_page, last_queries_mass
+from quantspec_jax.models.presets import PRESETS
 
 LENGTHS = [67, 50, 130]  # 3, 2 and 7 pages coded
 NEW = 60
@@ -127,28 +132,24 @@ def test_a_window_is_the_sinks_and_what_is_recent():
         assert (found[:, b, :, :n] == expected).all()
 
 
-def test_the_mass_of_a_prompts_last_queries_is_attention_s():
+@pytest.mark.parametrize("chunk", [40, 4096])
+def test_the_mass_of_a_prompts_last_queries_is_attention_s(chunk, monkeypatch):
     """Against a softmax written out, in chunks that overlap, and where a prompt has fewer."""
+    monkeypatch.setattr(prompt, "CHUNK", chunk)
     lengths, queries = np.array([37, 3, 90]), 5
     q, k = (jax.random.normal(jax.random.key(i), (3, 90, n, 8)) for i, n in ((0, 4), (1, 2)))
-    whole = last_queries_mass(q, k, jnp.asarray(lengths), queries, 0.3)
+    whole = jax.jit(last_queries_mass, static_argnums=3)(q, k, jnp.asarray(lengths), queries, 0.3)
+    q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
     expected = np.zeros((3, 2, 90))
     for b, n in enumerate(lengths):
         for t in range(max(n - queries, 0), n):
             for h in range(4):
-                scores = np.asarray(k[b, : t + 1, h // 2], np.float64) @ np.asarray(q[b, t, h])
+                scores = k[b, : t + 1, h // 2] @ q[b, t, h]
                 weights = np.exp(0.3 * scores)
                 expected[b, h // 2, : t + 1] += weights / weights.sum()
     np.testing.assert_allclose(whole, expected, atol=1e-5)
     pages = by_page(whole, 32, 3)
     np.testing.assert_allclose(pages[..., 1], expected[..., 32:64].sum(-1), atol=1e-5)
-
-
-def test_a_prompts_mass_does_not_depend_on_the_chunks(monkeypatch):
-    q, k = (jax.random.normal(jax.random.key(i), (1, 90, n, 8)) for i, n in ((0, 4), (1, 2)))
-    whole = last_queries_mass(q, k, jnp.asarray([90]), 5, 0.3)
-    monkeypatch.setattr(prompt, "CHUNK", 40)
-    np.testing.assert_allclose(last_queries_mass(q, k, jnp.asarray([90]), 5, 0.3), whole, atol=1e-6)
 
 
 def test_snapkv_keeps_its_choice_and_adds_what_comes():
@@ -246,21 +247,28 @@ def test_a_share_of_a_number_is_the_same_on_device_and_host(share):
     assert (np.abs(read - share * coded) < 1).all()
 
 
-@pytest.mark.parametrize("name", ["top-pages", "auto"])
-def test_generate_takes_them_by_name(name, tiny_llama_dir):
+def test_generate_takes_a_policy_by_name_and_says_what_was_read(tiny_llama_dir):
     model = qs.load(str(tiny_llama_dir))
     options = {"max_new_tokens": 20, "group_size": 16, "gamma": 2}
     prompt = [list(range(5, 150))]
     whole = qs.generate(model, prompt, qs.GenerateConfig(**options))
-    chosen = qs.generate(model, prompt, qs.GenerateConfig(**options, draft_policy=name))
+    chosen = qs.generate(model, prompt, qs.GenerateConfig(**options, draft_policy="top-pages"))
     assert chosen.tokens == whole.tokens
     whole, stats = whole.stats[0], chosen.stats[0]
     assert (whole["draft_policy"], whole["draft_read_share"]) == ("all", 1)
-    if name == "auto":  # a short context
-        assert (stats["draft_policy"], stats["draft_read_share"]) == ("all", 1)
-    else:  # of 8 or 9 coded pages, 2 or 3
-        assert stats["draft_policy"] == name
-        assert 2 / 8 <= stats["draft_read_share"] <= 3 / 9
+    assert stats["draft_policy"] == "top-pages"
+    assert 2 / 8 <= stats["draft_read_share"] <= 3 / 9  # of 8 or 9 coded pages, 2 or 3
+
+
+def test_auto_is_what_promises_most_at_the_caches_length():
+    model = types.SimpleNamespace(
+        config=PRESETS["llama-2-7b"], draft=qs.DraftConfig(), dtype=np.dtype(jnp.bfloat16)
+    )
+    config = qs.GenerateConfig(draft_policy="auto")
+    assert draft_policy(model, config, 1024, 7) == ALL
+    found = draft_policy(model, config, 131072, 7)
+    reading = best_reading(model.config, model.draft, 131072, PRIOR[0], most=7)
+    assert found == policy(reading.policy, reading.share) != ALL
 
 
 @pytest.mark.parametrize("share", [0, -0.5, 1.5, float("nan"), True, "half"])

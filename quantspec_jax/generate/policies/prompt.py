@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-CHUNK = 2048  # keys at a time
+CHUNK = 4096  # keys at a time
 
 
 def last_queries_mass(

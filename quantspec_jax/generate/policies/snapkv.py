@@ -26,11 +26,11 @@ OBSERVED, POOLED = 32, 7  # queries, and tokens of the max-pooling: the paper's 
 
 
 class Chosen(NamedTuple):
-    """tiles [B, L, K, P] int32, ascending, `count` [B] of them; prompt [B] int32, the pages that
+    """tiles [B, L, K, P] int32, ascending, `number` [B] of them; prompt [B] int32, the pages that
     there were to choose from."""
 
     tiles: jax.Array
-    count: jax.Array
+    number: jax.Array
     prompt: jax.Array
 
 
@@ -85,8 +85,8 @@ class SnapKV(Policy):
         place  0 …      chosen − 1 | chosen …
         tile   the choice, sorted  | prompt …
         """
-        chosen, prompt = map(of_sequence, (memory.count, memory.prompt))
+        chosen, prompt = map(of_sequence, (memory.number, memory.prompt))
         place = places_of(sizes.tiles)
         pad = [(0, 0)] * 3 + [(0, sizes.tiles - memory.tiles.shape[-1])]
         listed = jnp.where(place < chosen, jnp.pad(memory.tiles, pad), prompt + place - chosen)
-        return by_layer(listed, memory.count + coded - memory.prompt)
+        return by_layer(listed, memory.number + coded - memory.prompt)
