@@ -63,10 +63,8 @@ class SnapKV(Policy):
     ) -> jax.Array:
         """The window's pooled weights by page."""
         mass = last_queries_mass(q, k, length, OBSERVED, sm_scale)
-        ones = (1, 1)
-        pooled = jax.lax.reduce_window(
-            mass, -jnp.inf, jax.lax.max, (*ones, POOLED), (*ones, 1), "SAME"
-        )
+        window, stride = (1, 1, POOLED), (1, 1, 1)
+        pooled = jax.lax.reduce_window(mass, -jnp.inf, jax.lax.max, window, stride, "SAME")
         return by_page(pooled, group_size, tiles)
 
     def start(self, observed: Sequence[jax.Array | None], coded: jax.Array) -> Chosen:
