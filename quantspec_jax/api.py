@@ -117,6 +117,7 @@ class _Run:
             "kv": config.target_view,
             "gamma": config.gamma if config.mode == "quantspec" else None,
             "coupling": config.coupling if config.mode == "quantspec" else None,
+            "draft_policy": engine.program.policy.name if config.mode == "quantspec" else None,
             "backend": self.backend,
             "dtype": self.model.dtype.name,
             "prompt_tokens": len(self.prompts[slot]),

@@ -25,6 +25,7 @@ def attend_coded(
     read: Read,
     group_size: int,
     sm_scale: float,
+    pages: jax.Array | None = None,
 ) -> jax.Array:
     """Attention at all positions of a text, by the schedule: of the tokens before it each reads
     those that are coded as `read` says, the newer ones in full precision, and its own.
@@ -33,6 +34,7 @@ def attend_coded(
       q: [B, S, H, D] queries after RoPE.
       own: keys and values [B, S, K, D] at the queries' own positions, of the pass that asks.
       past: those that the cache has of all positions, the target's.
+      pages: [B, S, K, T/G] bool, which coded pages each position reads; None: all.
 
     Returns:
       [B, S, H, D] float32.
@@ -45,7 +47,9 @@ def attend_coded(
     by_head = (past.keys.swapaxes(1, 2), past.values.swapaxes(1, 2))
     decoded = codec.decoded(*by_head, read, group_size)
     older = Tokens(*(x.swapaxes(1, 2) for x in decoded))
-    return sequence_attention(q, own, past, older, length, sm_scale=sm_scale, exact=exact)
+    return sequence_attention(
+        q, own, past, older, length, pages, group_size, sm_scale=sm_scale, exact=exact
+    )
 
 
 def attend_text(read: Read, group_size: int, sm_scale: float) -> Attend:

@@ -13,6 +13,7 @@ from quantspec_jax.commands.options import (
     add_draft,
     add_dtype,
     add_model,
+    add_reading,
     add_rope,
     command,
     draft_config,
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from quantspec_jax.models.config import RopeScaling
 
 
+READING = ("draft_policy", "draft_share", "draft_view")
+
+
 def add(commands: Any) -> None:
     """The parser."""
     parser = command(commands, "eval", run, "measure quality over a text, teacher-forced")
@@ -41,6 +45,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--skip-characters", type=int, default=0, metavar="N", help="default: 0")
     add_dtype(parser)
     add_draft(parser)
+    add_reading(parser)
     add_rope(parser)
     parser.add_argument("--output", metavar="FILE", help="record the run as JSON")
     group = parser.add_argument_group(
@@ -72,6 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     draft = draft_config(args)
     scaling = rope(args)
+    check_reading(args)
     check_codecs(args)
     check_sweep(args)
     check_output(args.output)
@@ -100,7 +106,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.measure == "perplexity":
         result = evaluate.perplexity(model, tokens, context=args.context, progress=True)
     else:
-        result = evaluate.acceptance(model, tokens, progress=True)
+        result = evaluate.acceptance(model, tokens, progress=True, **given(args, *READING))
     write_record(args, [result], **settings(args, model))
     if not args.json:
         terminal.show(result)
@@ -144,6 +150,17 @@ def write_record(args: argparse.Namespace, rows: list[dict[str, Any]], **describ
     if args.output is not None:
         command = record.command(f"quantspec eval {args.measure}", args)
         record.write(Path(args.output), command, rows, **described)
+
+
+def check_reading(args: argparse.Namespace) -> None:
+    """Raise for what a draft could not read, before anything is loaded."""
+    from quantspec_jax.generate.policies import policy
+
+    reads = given(args, *READING)
+    refuse(reads if args.measure != "acceptance" else {}, f"{args.measure}: it has no draft")
+    refuse(reads if args.sweep else {}, "--sweep, which chooses what drafts read")
+    refuse({"draft_policy": "auto"} if args.draft_policy == "auto" else {}, "eval: name one")
+    policy(args.draft_policy or "all", args.draft_share)
 
 
 def check_codecs(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from quantspec_jax.commands.options import (
     add_draft,
     add_dtype,
     add_model,
+    add_reading,
     add_rope,
     command,
     draft_config,
@@ -26,11 +27,10 @@ from quantspec_jax.commands.options import (
 )
 from quantspec_jax.generate.config import BACKENDS, MODES, GenerateConfig
 from quantspec_jax.generate.couplings import COUPLINGS
-from quantspec_jax.generate.policies import POLICIES
 from quantspec_jax.weights.formats import DraftConfig
 
 # Options of the same name and meaning as a field of GenerateConfig, whose defaults count.
-DRAFTING = ("gamma", "coupling", "draft_policy", "draft_share")
+DRAFTING = ("gamma", "coupling", "draft_policy", "draft_share", "draft_view")
 FIELDS = (
     *(*DRAFTING, "kv", "pass_width"),
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
@@ -61,14 +61,7 @@ def add(commands: Any) -> None:
         choices=COUPLINGS,
         help="how sampled proposals are accepted (the text's law is the same)",
     )
-    parser.add_argument(
-        "--draft-policy",
-        choices=tuple(POLICIES),
-        help="which part of the cache the draft reads (all)",
-    )
-    parser.add_argument(
-        "--draft-share", type=float, metavar="F", help="and how much of it, in (0, 1]"
-    )
+    add_reading(parser)
     add_draft(parser)
     add_rope(parser)
     parser.add_argument(

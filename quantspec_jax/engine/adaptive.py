@@ -25,8 +25,8 @@ import numpy as np
 
 from quantspec_jax.engine.draft_cost import TRIAL_GAMMA
 
-MOST_DRAFTED = 7  # a pass of 8 rows is one block of the kernels' products
-LADDER = (0, 1, 2, 4, MOST_DRAFTED)  # few programs; between them little is to be gained
+MOST_DRAFTED = 15  # passes of 16 rows: two blocks of the kernels' products
+LADDER = (0, 1, 2, 4, 7, MOST_DRAFTED)  # few programs; between them little is to be gained
 FADING = 0.993  # of evidence, a round
 STALE = 0.96  # of what is known of places beyond those that are drafted
 PRIOR = (0.9, 4.0)  # acceptance assumed before anything was seen, and the tries it weighs

@@ -161,7 +161,7 @@ class Engine:
         if self.adaptive is not None:
             change = {name: self._seen[name] - before[name] for name in COUNTERS}
             self.adaptive.observe(
-                int(change["rounds"].max()), *(change[x].sum(0) for x in COUNTERS[1:])
+                int(change["rounds"].max()), *(change[x].sum(0) for x in COUNTERS[1:3])
             )
         self._check_finite(np.flatnonzero(self._used).tolist())
 
@@ -172,7 +172,7 @@ class Engine:
         return Progress(
             seen["tokens"][slot, start:count].tolist(),
             bool(seen["finished"][slot]) or bool(self._ended[slot]),
-            Counters(int(seen["rounds"][slot]), seen["proposed"][slot], seen["accepted"][slot]),
+            Counters(int(seen["rounds"][slot]), *(seen[x][slot] for x in COUNTERS[1:])),
         )
 
     def finish(self, slot: int) -> None:
@@ -297,4 +297,4 @@ class Engine:
             )
 
 
-COUNTERS = ("rounds", "proposed", "accepted")
+COUNTERS = ("rounds", "proposed", "accepted", "draft_pages")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,21 +25,42 @@ def cache_pass(
     tokens: Ids,
     start: Each,
     read: Read,
-    pages: Pages | None = None,
+    pages: Sequence[Pages] | None = None,
 ) -> tuple[Logits, KVCache]:
     """Run S consecutive tokens of each sequence over the cache and append their keys and values.
 
     Args:
       tokens: [B, S] int32; start: [B] int32, position of the first.
       read: what to read of the coded tokens.
-      pages: which tiles of them; None: all.
+      pages: which tiles of them in each layer; None: all.
 
     Returns:
       [B, S, N] float32 logits, and the cache with S more tokens in its buffers; its lengths are as
       they were.
     """
+    return observed_pass(params, program, cache, tokens, start, read, pages)[:2]
 
-    def attend(layer: LayerCache, heads: Heads) -> tuple[jax.Array, LayerCache]:
+
+Layer = tuple[LayerCache, Pages | None]
+Attended = tuple[LayerCache, jax.Array | None]
+
+
+def observed_pass(
+    params: Params,
+    program: Program,
+    cache: KVCache,
+    tokens: Ids,
+    start: Each,
+    read: Read,
+    pages: Sequence[Pages] | None = None,
+    *,
+    masses: bool = False,
+) -> tuple[jax.Array, KVCache, list[jax.Array] | None]:
+    """`cache_pass`, which with `masses` gives of each layer [B, S, H, T/G] float32, the share of a
+    row's attention that each page has."""
+
+    def attend(state: Layer, heads: Heads) -> tuple[jax.Array, Attended]:
+        layer, listed = state
         q, layer = rope_append(heads, layer, start, backend=program.backend)
         found = kv_attention(
             q,
@@ -47,21 +69,28 @@ def cache_pass(
             start,
             read=read,
             sm_scale=program.model.head_dim**-0.5,
-            pages=pages,
+            pages=listed,
+            page_log_sums=masses,
             out_dtype=q.dtype,
             backend=program.backend,
         )
-        return found.out, layer
+        mass = None
+        if found.page_log_sums is not None:
+            mass = jnp.exp(found.page_log_sums - found.log_sum_exp[..., None])
+        return found.out, (layer, mass)
 
-    hidden, layers = forward(
+    lists = [None] * len(cache.layers) if pages is None else pages
+    hidden, made = forward(
         params,
         program.model,
         tokens,
         start[:, None] + jnp.arange(tokens.shape[1])[None],
-        cache.layers,
+        list(zip(cache.layers, lists, strict=True)),
         attend,
         rope_length=program.cache.max_length,
         backend=program.backend,
     )
     logits = unembed(params, hidden, program.backend)
-    return logits, dataclasses.replace(cache, layers=layers)
+    layers = tuple(layer for layer, _ in made)
+    seen = [mass for _, mass in made] if masses else None
+    return logits, dataclasses.replace(cache, layers=layers), seen

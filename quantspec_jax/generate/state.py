@@ -40,7 +40,8 @@ class Program:
       model, cache: the model and the cache's shape. `cache.view` is what the target reads and
         `cache.pass_width` the rows of a target pass (γ + 1, or more as padding).
       gamma: tokens drafted a round; 0 is autoregressive decoding.
-      policy: which part of the cache a draft reads.
+      policy: which pages of the cache a draft reads.
+      draft_view: in which view.
       exact_tiles: how many tiles at the beginning a draft reads as finely as the target does.
       coupling: how proposals are accepted.
       sampled: whether any sequence is sampled; None: the program finds out, in branches. A GPU's
@@ -52,6 +53,7 @@ class Program:
     cache: CacheConfig
     gamma: int
     policy: Policy = ALL
+    draft_view: str | None = None
     exact_tiles: int = EXACT_TILES
     coupling: Coupling = REJECTION
     sampled: bool | None = None
@@ -64,6 +66,9 @@ class Program:
         finest = self.cache.codec.views[0]
         drafts = self.cache.view == finest and finest != self.cache.codec.draft.view
         require(not self.gamma or drafts, "view (with gamma > 0)", self.cache.view, "int8")
+        views = self.cache.codec.views
+        possible = not self.gamma or self.draft_view in (None, *views)
+        require(possible, "draft_view", self.draft_view, ", ".join(views))
 
     @property
     def read(self) -> Read:
@@ -73,19 +78,21 @@ class Program:
     @property
     def draft_read(self) -> Read:
         """What a draft reads of the cache."""
-        return Read(self.cache.codec.draft.view, self.exact_tiles)
+        view = self.draft_view or self.cache.codec.draft.view
+        return Read(view, self.exact_tiles if view == self.cache.codec.draft.view else 0)
 
     @property
     def prompt(self) -> PromptProgram:
         """What the prefill depends on."""
-        return PromptProgram(self.model, self.cache.arrays, self.policy, self.backend)
+        policy = self.policy if self.policy.observes else ALL
+        return PromptProgram(self.model, self.cache.arrays, policy, self.backend)
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[
         *("cache", "requests", "memory", "seen", "pending", "tokens", "count", "finished"),
-        *("broken", "rounds", "proposed", "accepted"),
+        *("broken", "rounds", "proposed", "accepted", "draft_pages"),
     ],
     meta_fields=[],
 )
@@ -106,6 +113,8 @@ class DecodeState:
     rounds    [B] int32, rounds in which the sequence took part
     proposed, accepted  [B, COUNTED] int32, drafted tokens that counted, and those of them that were
               accepted, by their place in the round
+    draft_pages  [B, 2] int32, pages that drafts read in a layer, and those that there were, each
+              summed over the rounds
     """
 
     cache: KVCache
@@ -120,6 +129,7 @@ class DecodeState:
     rounds: jax.Array
     proposed: jax.Array
     accepted: jax.Array
+    draft_pages: jax.Array
 
 
 def counted(number: jax.Array) -> jax.Array:

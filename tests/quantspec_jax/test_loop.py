@@ -28,6 +28,7 @@ from quantspec_jax.generate.cache_pass import cache_pass
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.couplings import COUPLINGS, coupling
 from quantspec_jax.generate.loop import generate_tokens, one_round
+from quantspec_jax.generate.policies import ALL, Policy, TopPages
 from quantspec_jax.generate.requests import sampling_arrays
 from quantspec_jax.weights.entries import merge, quantize_params
 from quantspec_jax.weights.formats import DraftConfig
@@ -283,9 +284,11 @@ def test_what_is_exact_depends_on_the_position_alone():
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
-def hlo_of_the_loop(gamma: int, view: str, batch: int) -> tuple[str, int, dict]:
+def hlo_of_the_loop(
+    gamma: int, view: str, batch: int, policy: Policy = ALL
+) -> tuple[str, int, dict]:
     """The compiled loop's text, its temporary bytes, and the shapes of the cache's arrays."""
-    p = program(gamma, view, max_length=2048)
+    p = program(gamma, view, max_length=2048, policy=policy)
     _, params, draft_params = tiny_model()
     lengths = [64] * batch
     state = jax.eval_shape(lambda: start(p, prompts(lengths), lengths, NEW))
@@ -301,10 +304,11 @@ def hlo_of_the_loop(gamma: int, view: str, batch: int) -> tuple[str, int, dict]:
 
 
 @pytest.mark.parametrize(
-    ("gamma", "view", "batch"), [(4, "int8", 1), (4, "int8", 3), (0, "full", 2)]
+    ("gamma", "view", "batch", "policy"),
+    [(4, "int8", 1, ALL), (4, "int8", 3, TopPages(0.25)), (0, "full", 2, ALL)],
 )
-def test_the_compiled_loop_copies_no_plane_and_no_buffer(gamma, view, batch):
-    text, memory, state = hlo_of_the_loop(gamma, view, batch)
+def test_the_compiled_loop_copies_no_plane_and_no_buffer(gamma, view, batch, policy):
+    text, memory, state = hlo_of_the_loop(gamma, view, batch, policy)
     names = {"uint8": "u8", "float32": "f32", "bfloat16": "bf16"}
     layer = state.cache.layers[0]
     big = [layer.key_buffer]
@@ -363,10 +367,13 @@ def test_a_draft_with_the_full_weights_is_rejected_only_for_its_cache():
     assert (total(full.accepted) > total(run(4).accepted)).all()
 
 
-@pytest.mark.parametrize(("gamma", "name"), [(2, "rejection"), *((4, name) for name in COUPLINGS)])
-def test_a_round_of_sampling_follows_the_target(gamma, name):
+@pytest.mark.parametrize(
+    ("gamma", "name", "policy"),
+    [(2, "rejection", TopPages(1e-6)), *((4, name, ALL) for name in COUPLINGS)],
+)
+def test_a_round_of_sampling_follows_the_target(gamma, name, policy):
     """Joint distribution of three new positions over many keys, against ancestral sampling from the
-    target's own logits at temperature 0.8 with top-k 4: chi-square."""
+    target's own logits at temperature 0.8 with top-k 4: chi-square. Whatever the draft reads."""
     config, params, _ = tiny_model()
     vocabulary, draws = 6, 20_000
     small = dataclasses.replace(config, vocab_size=vocabulary)
@@ -378,7 +385,8 @@ def test_a_round_of_sampling_follows_the_target(gamma, name):
         cut,
     )
     draft = merge(cut, quantize_params(noisy, DraftConfig(group_size=32)))
-    p = program(gamma, max_length=128, coupling=coupling(name))  # every draw has a cache
+    # Every draw has a cache.
+    p = program(gamma, max_length=128, coupling=coupling(name), policy=policy)
     p = dataclasses.replace(p, model=small)
     generate = GenerateConfig(temperature=0.8, top_k=4)
     length = 3 * G + 5

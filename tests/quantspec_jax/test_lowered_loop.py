@@ -14,6 +14,7 @@ from pallas_kernels import dispatch
 from quantspec_jax.bench.decode import random_state
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.generate.loop import generate_tokens
+from quantspec_jax.generate.policies import ALL, Policy, TopPages
 from quantspec_jax.generate.state import Program
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.module import init_params
@@ -32,10 +33,12 @@ def h200(monkeypatch):
     monkeypatch.setattr(dispatch, "device", lambda: device)
 
 
-def lowered(model: ModelConfig, gamma: int, view: str, draft: DraftConfig) -> str:
+def lowered(
+    model: ModelConfig, gamma: int, view: str, draft: DraftConfig, policy: Policy = ALL
+) -> str:
     """The loop as text."""
     cache = CacheConfig(2048, 128, view, gamma + 1, "bfloat16")  # type: ignore[arg-type]
-    program = Program(model, cache, gamma)
+    program = Program(model, cache, gamma, policy)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.bfloat16))
     own = (
         jax.eval_shape(lambda p: draft_tree(p, quantize_params(p, draft)), params) if gamma else {}
@@ -62,11 +65,12 @@ def names(text: str) -> list[str]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_each_kernel_is_in_the_program_once_however_many_layers_call_it(bits):
+@pytest.mark.parametrize(("bits", "policy"), [(4, ALL), (8, TopPages(0.25))])
+def test_each_kernel_is_in_the_program_once_however_many_layers_call_it(bits, policy):
+    """Whatever pages of each layer a draft reads."""
     draft = DraftConfig(bits=bits, group_size=64)
     one, three = (
-        lowered(dataclasses.replace(MODEL, num_layers=layers), 4, "int8", draft)
+        lowered(dataclasses.replace(MODEL, num_layers=layers), 4, "int8", draft, policy)
         for layers in (1, 3)
     )
     # One launch for q, k, v, one for o, for gate and up, for down. The second planes of 8 bits have
