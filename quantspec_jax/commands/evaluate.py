@@ -63,7 +63,11 @@ def add(commands: Any) -> None:
         help="also the draft stored with this converted checkpoint of the model; may be repeated",
     )
     group.add_argument("--preset", metavar="NAME", help="predict for these shapes (the model's)")
-    group.add_argument("--plot", metavar="FILE", help="acceptance against bits: .png, .svg, .pdf")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="of codecs or a sweep, quality against bits: .png, .svg, .pdf",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,6 +116,7 @@ def codecs(
 ) -> dict[str, Any]:
     """A row a method."""
     from quantspec_jax import evaluate
+    from quantspec_jax.evaluate import compared
     from quantspec_jax.methods import METHODS
 
     chosen = args.codec or tuple(METHODS)
@@ -119,8 +124,10 @@ def codecs(
     result = {**settings(args, model), **found}
     described = {name: value for name, value in result.items() if name != "rows"}
     write_record(args, result["rows"], **described)
+    if args.plot is not None:
+        compared.plot(result, Path(args.plot))
     if not args.json:
-        terminal.show_rows(result)
+        print(compared.table(result))
     return result
 
 
@@ -156,21 +163,28 @@ def check_codecs(args: argparse.Namespace) -> None:
 
     unknown = [name for name in args.codec or () if name not in METHODS]
     require(not unknown, "--codec", ", ".join(unknown), ", ".join(METHODS))
+    check_plot(args)
 
 
 def check_sweep(args: argparse.Namespace) -> None:
     """Raise for what a sweep could not do, before anything is loaded."""
     if not args.sweep:
-        options = given(args, "draft_of", "preset", "plot")
+        plot = () if args.measure == "codecs" else ("plot",)
+        options = given(args, "draft_of", "preset", *plot)
         refuse(options, "an evaluation of one draft: they need --sweep")
         return
     if args.measure == "perplexity":
         refuse({"sweep": True}, "perplexity: it evaluates the cache, not drafts")
     preset(args.preset)
-    if args.plot is not None:
-        from quantspec_jax.plotting import check_plot
+    check_plot(args)
 
-        check_plot(args.plot)
+
+def check_plot(args: argparse.Namespace) -> None:
+    """Raise for a plot that could not be made."""
+    if args.plot is not None:
+        from quantspec_jax import plotting
+
+        plotting.check_plot(args.plot)
 
 
 def sweep(

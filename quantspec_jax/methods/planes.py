@@ -9,32 +9,26 @@ import jax.numpy as jnp
 
 from quantspec_jax.cache.codecs import codec_of
 from quantspec_jax.cache.codecs.codec import values_per_token
-from quantspec_jax.methods.method import Layer
+from quantspec_jax.methods.method import Layer, Method
 from quantspec_jax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Planes:
+class Planes(Method):
     """A view of the cache that decoding uses. `first`: the view of the first tile, whose keys'
     scale is the sinks'; None: as all."""
 
     view: str
     first: str | None = None
     group_size: int = 128
-    before_rope: bool = False
-    learns: bool = False
-    sinks: int = 0
+    of_planes: bool = dataclasses.field(default=True, kw_only=True)
 
     def bits(self, model: ModelConfig, tokens: int) -> float:
         """What a pass reads, as the codec counts it: the buffer, too."""
         read = codec_of(self.view).read_bytes(model, self.view, tokens, 2, self.group_size)
         return 8 * read / (values_per_token(model) * tokens)
 
-    def fit(self, text: Layer, below: Layer | None) -> tuple[Any, Layer]:
-        """Nothing is learned."""
-        return (), self.read((), text, below)
-
-    def read(self, learned: Any, text: Layer, below: Layer | None) -> Layer:
+    def read(self, learned: Any, text: Layer, other: Layer | None) -> Layer:
         """Coded and read again."""
         read = self._decoded(text, self.view)
         if self.first is None:
