@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from quantspec_jax.cache.codecs.codec import values_per_token
 from quantspec_jax.checks import require
 from quantspec_jax.cost import Costs, cache_read_bytes, operations, target_weight_bytes
 from quantspec_jax.evaluate.by_blocks import attend_by_blocks, padded
-from quantspec_jax.evaluate.gradients import loss_gradients
+from quantspec_jax.evaluate.learned import Learned, fitted, unrotated, whole_tables
 from quantspec_jax.evaluate.measures import read_tokens
 from quantspec_jax.evaluate.teacher_forced import (
     Stream,
@@ -47,15 +47,12 @@ from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.decoder import block_params, run_block, unembed
 from quantspec_jax.models.linear import precision
 from quantspec_jax.models.parameters import Params
-from quantspec_jax.models.rope import rope_frequencies, rope_tables
 from quantspec_jax.planning.devices import DEVICES
 from quantspec_jax.weights.calibrate.text import calibration_tokens
 
 COUNTED_AT = 131072  # tokens at which what does not grow with them is spread
 CONTEXTS = (8192, 32768, 131072)  # that speed-ups are predicted at
 DEVICE = "h200"  # and for which device
-Learned = list[Any]  # a pytree a layer
-Chunks = Callable[[], np.ndarray]
 
 
 class Past(NamedTuple):
@@ -85,6 +82,7 @@ def codecs(
     context: int | None = None,
     text: str | None = None,
     group_size: int = 128,
+    stored: Mapping[str, Learned] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Quality of methods as the cache that is decoded from, and as a draft's.
@@ -96,6 +94,7 @@ def codecs(
         of methods that select or work from a prompt those from context/2 on.
       text: what methods that learn read; None: prose that comes with Python.
       group_size: G of the schedule.
+      stored: what methods have learned already, by their names.
       progress: show a bar on standard error.
 
     Returns:
@@ -114,7 +113,7 @@ def codecs(
     ids = read_tokens(model, tokens, context)
     unknown = [name for name in methods if name not in METHODS]
     require(not unknown, "methods", ", ".join(unknown), ", ".join(METHODS))
-    chosen = {name: _by_tiles(METHODS[name], group_size) for name in methods}
+    chosen = {name: by_tiles(METHODS[name], group_size) for name in methods}
     prompt = prompt_length(len(ids), group_size)
     if any(method.selects for method in chosen.values()):
         _check_prompt(chosen, prompt, len(ids), group_size)
@@ -123,12 +122,14 @@ def codecs(
     def chunks() -> np.ndarray:
         return calibration_tokens(model.tokenizer, text)
 
-    learned = fitted(model, chosen, chunks, len(ids), progress=progress)
+    ready = {name: known for name, known in (stored or {}).items() if name in chosen}
+    due = {name: method for name, method in chosen.items() if name not in ready}
+    learned = ready | fitted(model, due, chunks, len(ids), progress=progress)
     bench = Bench(model, ids, prompt, group_size)
     with tqdm(total=2 * len(chosen) + 2, desc="codecs", disable=not progress) as bar:
         full, _ = bench.through(Planes("full"))
         bar.update()
-        target, pasts = bench.through(_by_tiles(Planes("int8"), group_size))
+        target, pasts = bench.through(by_tiles(Planes("int8"), group_size))
         bar.update()
         rows = []
         for name, method in chosen.items():
@@ -181,7 +182,12 @@ def speed_ups(
     return found
 
 
-def _by_tiles(method: Method, group_size: int) -> Method:
+def causal(method: Method, learned: Learned, layers: int) -> bool:
+    """Whether a layer reads nothing of those above it."""
+    return all(method.partner(known, i, layers) <= i for i, known in enumerate(learned))
+
+
+def by_tiles(method: Method, group_size: int) -> Method:
     """The planes' groups are the schedule's tiles."""
     if method.of_planes:
         return dataclasses.replace(method, group_size=group_size)  # type: ignore[call-arg]
@@ -201,12 +207,7 @@ class Bench:
         self, full: jax.Array, method: Method, learned: Learned, first: int
     ) -> dict[str, float | None]:
         """Beside the cache in full precision, whose hidden states are `full`, from `first` on."""
-        layers = range(self.model.config.num_layers)
-        causal = all(
-            method.partner(known, i, len(layers)) <= i
-            for i, known in zip(layers, learned, strict=True)
-        )
-        if not causal:
+        if not causal(method, learned, self.model.config.num_layers):
             return dict.fromkeys(("perplexity", "over_full", "kl", "top1"))
         hidden, _ = self.through(method, learned)
         found = self._mean(full, hidden, first)
@@ -259,99 +260,6 @@ class Bench:
             stream, past, other = _block(*block_params(params, i), stream, *given, reader=reader)
             found.append(past)
         return stream.h, found
-
-
-def fitted(
-    model: Model,
-    methods: Mapping[str, Method],
-    chunks: Chunks,
-    context: int,
-    *,
-    progress: bool = False,
-) -> dict[str, Learned]:
-    """What methods know of each layer: from the model, or from [chunks, length] tokens, which go
-    through it in full precision once for all of them. `context`: tokens of the text to come; keys
-    that are learned after RoPE are turned to positions below it."""
-    found = {name: list(method.prepare(model, chunks)) for name, method in methods.items()}
-    learning = {name: method for name, method in methods.items() if method.learns}
-    if not learning:
-        return found
-    weighted = any(method.weighted for method in learning.values())
-    gradients = loss_gradients(model, chunks(), progress=progress) if weighted else None
-    below: dict[str, Layer | None] = dict.fromkeys(learning)
-    shape = chunks().shape
-    anywhere = np.random.default_rng(0).integers(0, context, shape)
-    turn = rope_tables(
-        *rope_frequencies(model.config.rope, model.config.head_dim, context), jnp.asarray(anywhere)
-    )
-    layers = tqdm(
-        _activations(model, chunks()),
-        desc="learning",
-        total=model.config.num_layers,
-        disable=not progress,
-    )
-    for i, made in enumerate(layers):
-        slopes = None if gradients is None else gradients[i]
-        for name, method in learning.items():
-            given = (made, slopes if method.weighted else None, below[name], turn)
-            found[name][i], below[name] = _fit(*given, method=method)
-    return found
-
-
-@partial(jax.jit, static_argnames="method")
-def _fit(
-    made: tuple[jax.Array, jax.Array],
-    gradient: Layer | None,
-    below: Layer | None,
-    turn: tuple[jax.Array, jax.Array],
-    *,
-    method: Method,
-) -> tuple[Any, Layer]:
-    """Learn from keys before RoPE and values [chunks, length, K, D], but the first tokens'."""
-
-    def kept(keys: jax.Array, values: jax.Array) -> Layer:
-        if not method.before_rope:
-            keys = rotate(keys, *turn)
-        return Layer(*(x[:, method.sinks :].reshape(-1, *x.shape[2:]) for x in (keys, values)))
-
-    slopes = None if gradient is None else kept(*(x.astype(jnp.float32) for x in gradient))
-    return method.fit(kept(*made), below, slopes)
-
-
-def _activations(model: Model, chunks: np.ndarray) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Of one layer after the other: keys before RoPE and values [chunks, length, K, D] float32."""
-    stream = embedded(model.params, jnp.asarray(chunks), model.config)
-    for i in range(model.config.num_layers):
-        block, norm = block_params(model.params, i)
-        stream, made = _plain_block(block, norm, stream, config=model.config)
-        yield made
-
-
-@partial(jax.jit, static_argnames="config")
-def _plain_block(
-    block: Params, norm: jax.Array, stream: Stream, *, config: ModelConfig
-) -> tuple[Stream, tuple[jax.Array, jax.Array]]:
-    def attend(_: None, heads: Heads) -> tuple[jax.Array, Any]:
-        q, k, v = heads.finished()
-        own, exact = Tokens(k, v), precision(q.dtype)
-        out = sequence_attention(q, own, own, sm_scale=config.head_dim**-0.5, exact=exact)
-        keys, values = (x.astype(jnp.float32) for x in own)
-        return out, (unrotated(keys, *heads.rope), values)
-
-    rope = _rope(config, stream.x.shape[1])
-    x, h, made = run_block(block, norm, config, *stream, rope, None, attend, backend="xla")
-    return Stream(x, h), made
-
-
-def unrotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """The inverse of `rotate`; tables may carry an attention factor f (YaRN), which is divided by:
-    (cos, −sin) alone would give f² x."""
-    return rotate(x, cos, -sin) / (cos * cos + sin * sin)
-
-
-def _rope(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:
-    frequencies = rope_frequencies(config.rope, config.head_dim, length)
-    return rope_tables(*frequencies, jnp.arange(length)[None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -443,7 +351,7 @@ def _block(
         return out, (held, made)
 
     x, h, (held, made) = run_block(
-        block, norm, config, *stream, _rope(config, length), past, attend, backend="xla"
+        block, norm, config, *stream, whole_tables(config, length), past, attend, backend="xla"
     )
     return Stream(x, h), held, made
 

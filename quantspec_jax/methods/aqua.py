@@ -40,6 +40,11 @@ def regression(inputs: jax.Array, outputs: jax.Array) -> jax.Array:
     return jnp.linalg.solve(c, jnp.matmul(x.T, outputs, precision=HIGHEST))
 
 
+def _half(x: jax.Array) -> jax.Array:
+    """In the 16 bits that parameters are stored in."""
+    return x.astype(jnp.float16).astype(jnp.float32)
+
+
 def _with_one(x: jax.Array) -> jax.Array:
     return jnp.concatenate([x, jnp.ones_like(x[:, :1])], 1)
 
@@ -77,10 +82,10 @@ class Aqua(Method):
             return (), self.read((), text, None)
         keys, values = map(rows, text)
         below_keys, below_values = map(rows, below)
-        of_keys = regression(below_keys, keys)
+        of_keys = _half(regression(below_keys, keys))
         read = self._residual(keys, _predicted(of_keys, below_keys))
         inputs = jnp.concatenate([read, below_values], 1)
-        of_values = regression(inputs, values)
+        of_values = _half(regression(inputs, values))
         made = self._residual(values, _predicted(of_values, inputs))
         return Predictors(of_keys, of_values), _like(text, read, made)
 

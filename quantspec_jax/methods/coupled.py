@@ -22,6 +22,8 @@ from quantspec_jax.methods.kmeans import kmeans, nearest
 from quantspec_jax.methods.method import Layer, Method, channels, shared_bits
 from quantspec_jax.models.config import ModelConfig
 
+AT_ONCE = 16  # groups
+
 
 def groups_of(x: jax.Array, size: int) -> jax.Array:
     """[N, K, D] → [K·D/size, N, size]: neighbours of a head."""
@@ -35,19 +37,18 @@ def codebooks(x: jax.Array, weight: jax.Array, width: int, steps: int) -> jax.Ar
     def learn(group: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return kmeans(*group, 2**width, steps)
 
-    return jax.lax.map(learn, (keys, x, weight))
+    return jax.lax.map(learn, (keys, x, weight), batch_size=AT_ONCE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Coupled(Method):
     """group: channels with one code; width: bits of its code; fisher: whether the gradient weighs.
-    Of the text that is learned from, every `stride`-th token is read."""
+    steps: of k-means."""
 
     group: int
     width: int = 8
     fisher: bool = True
     steps: int = 12
-    stride: int = 2
     before_rope: bool = dataclasses.field(default=True, kw_only=True)
     learns: bool = dataclasses.field(default=True, kw_only=True)
     weighted: bool = dataclasses.field(default=True, kw_only=True)
@@ -64,10 +65,10 @@ class Coupled(Method):
         """A codebook of each group of keys and of values."""
         learned = []
         for i, x in enumerate(text):
-            groups = groups_of(x[:: self.stride], self.group)
+            groups = groups_of(x, self.group)
             weight = jnp.ones(groups.shape[:2])
             if gradient is not None and self.fisher:
-                slopes = groups_of(gradient[i][:: self.stride], self.group)
+                slopes = groups_of(gradient[i], self.group)
                 weight = (slopes * slopes).sum(-1)
             learned.append(codebooks(groups, weight, self.width, self.steps))
         return tuple(learned), self.read(tuple(learned), text, None)
