@@ -133,12 +133,16 @@ def codecs(
 
     chosen = args.codec or tuple(METHODS)
     stored = stored_kv(args, chosen)
-    found = evaluate.codecs(model, tokens, chosen, text=text, stored=stored, progress=True)
-    if stored:
-        found["stored"] = list(stored)
-    result = {**settings(args, model), **found}
-    described = {name: value for name, value in result.items() if name != "rows"}
-    write_record(args, result["rows"], **described)
+    described = settings(args, model) | ({"stored": list(stored)} if stored else {})
+
+    def keep(found: dict[str, Any]) -> None:  # an interruption leaves the rows that there are
+        more = {name: value for name, value in found.items() if name != "rows"}
+        write_record(args, found["rows"], **described, **more)
+
+    found = evaluate.codecs(
+        model, tokens, chosen, text=text, stored=stored, on_row=keep, progress=True
+    )
+    result = {**described, **found}
     if args.plot is not None:
         compared.plot(result, Path(args.plot))
     if not args.json:

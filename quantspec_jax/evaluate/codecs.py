@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -83,6 +83,7 @@ def codecs(
     text: str | None = None,
     group_size: int = 128,
     stored: Mapping[str, Learned] | None = None,
+    on_row: Callable[[dict[str, Any]], None] = lambda result: None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Quality of methods as the cache that is decoded from, and as a draft's.
@@ -95,6 +96,7 @@ def codecs(
       text: what methods that learn read; None: prose that comes with Python.
       group_size: G of the schedule.
       stored: what methods have learned already, by their names.
+      on_row: is given the result after each row, with those that there are.
       progress: show a bar on standard error.
 
     Returns:
@@ -131,7 +133,7 @@ def codecs(
         bar.update()
         target, pasts = bench.through(by_tiles(Planes("int8"), group_size))
         bar.update()
-        rows = []
+        result = {"tokens": len(ids) - 1 - len(ids) // 4, "predicted_on": DEVICE, "rows": []}
         for name, method in chosen.items():
             first = prompt if method.selects else len(ids) // 4
             row: dict[str, Any] = {"codec": name, "bits": method.bits(model.config, COUNTED_AT)}
@@ -141,8 +143,9 @@ def codecs(
             row |= bench.as_draft(target, pasts, method, learned[name], first)
             bar.update()
             speed_up = speed_ups(model.config, method, row["greedy_acceptance"], group_size)
-            rows.append(row | {"counted_from": first, "speed_up": speed_up})
-    return {"tokens": len(ids) - 1 - len(ids) // 4, "predicted_on": DEVICE, "rows": rows}
+            result["rows"].append(row | {"counted_from": first, "speed_up": speed_up})
+            on_row(result)
+    return result
 
 
 def prompt_length(length: int, group_size: int) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -81,12 +82,9 @@ def test_right_is_what_greedy_decoding_says(model, monkeypatch):
         bench = quality.Bench(model, asked.ids, 64, 32)
         found += quality._answered(bench, asked, quality.METHODS["full"], [()] * 2)
     assert [right for right, _ in found] == [True, False]
-    scores = np.asarray(model.logits(np.array([[*prompt, *own]])))[0, 149:153]
-    log_prob = scores - np.log(
-        np.exp(scores - scores.max(-1, keepdims=True)).sum(-1, keepdims=True)
-    )
-    log_prob -= scores.max(-1, keepdims=True)
-    assert found[0][1] == pytest.approx(-log_prob[range(4), own].sum(), rel=1e-4)
+    log_prob = jax.nn.log_softmax(model.logits(np.array([[*prompt, *own]]))[0, 149:153])
+    expected = -np.asarray(log_prob)[range(4), own].sum()
+    assert found[0][1] == pytest.approx(expected, rel=1e-4)
 
 
 def test_command(tmp_path, monkeypatch, tiny_llama_dir, capsys):
