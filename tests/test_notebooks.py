@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -57,6 +58,18 @@ def test_a_long_document_runs(tiny_llama_dir, monkeypatch):
     for n in (200, 300):
         for mode in ("plain", "QuantSpec"):
             assert f"{n:7,} tokens, {mode:10}" in text
+
+
+def test_cache_methods_runs(smollm2_gguf, monkeypatch):
+    monkeypatch.setenv("QUANTSPEC_TOKENS", "384")
+    monkeypatch.setenv("QUANTSPEC_METHODS", "int4 kivi-2")
+    pictures, text = executed("cache_methods.ipynb")
+    assert len(pictures) == 4
+    lost = {
+        name: float(keys) for name, keys in re.findall(r"(.*?) +[\d.]+ bits.*keys ([\d.]+)", text)
+    }
+    assert lost["AQUA-KV, 2 bits"] < lost["HIGGS, 2 bits"] < lost["KIVI, 2 bits"]
+    assert "the best tokens    reads 25%, of the best quarter 100%" in text
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)

@@ -8,32 +8,26 @@ from typing import Any
 from pallas_kernels.kv_attention.read import Read
 from quantspec_jax.cache.codecs import codec_of
 from quantspec_jax.cache.codecs.codec import values_per_token
-from quantspec_jax.methods.method import Layer
+from quantspec_jax.methods.method import Layer, Method
 from quantspec_jax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Planes:
+class Planes(Method):
     """A view of the cache that decoding uses, and how many tiles at the beginning it reads with
     both planes: as a draft does (`cache.codecs.EXACT_TILES`)."""
 
     view: str
     exact_tiles: int = 0
     group_size: int = 128
-    before_rope: bool = False
-    learns: bool = False
-    sinks: int = 0
+    of_planes: bool = dataclasses.field(default=True, kw_only=True)
 
     def bits(self, model: ModelConfig, tokens: int) -> float:
         """What a pass reads, as the codec counts it: the buffer, too."""
         read = codec_of(self.view).read_bytes(model, self.view, tokens, 2, self.group_size)
         return 8 * read / (values_per_token(model) * tokens)
 
-    def fit(self, text: Layer, below: Layer | None) -> tuple[Any, Layer]:
-        """Nothing is learned."""
-        return (), self.read((), text, below)
-
-    def read(self, learned: Any, text: Layer, below: Layer | None) -> Layer:
+    def read(self, learned: Any, text: Layer, other: Layer | None) -> Layer:
         """Coded and read again."""
         keys, values = (x.swapaxes(0, 1)[None] for x in text)
         read = Read(self.view, self.exact_tiles)
