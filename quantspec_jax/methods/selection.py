@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from quantspec_jax.cache.codecs import EXACT_TILES
 from quantspec_jax.methods.method import Layer, Method, View
 from quantspec_jax.methods.planes import Planes
 from quantspec_jax.models.config import ModelConfig
@@ -129,8 +130,8 @@ class Selection(Method):
 
     @property
     def _planes(self) -> Planes:
-        first = "int8" if self.codes == "int4" else None
-        return Planes(self.codes, first, self.group_size)
+        exact = EXACT_TILES if self.codes == "int4" else 0
+        return Planes(self.codes, exact, self.group_size)
 
     def within_budget(self, scores: jax.Array, bound: jax.Array) -> jax.Array:
         """The first tokens and those of highest score [K, S, T] before `bound`."""

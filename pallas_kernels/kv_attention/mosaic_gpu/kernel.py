@@ -97,6 +97,7 @@ def kv_attention(
     operands += [part.lower for part in planes] if shape.exact_tiles else []
     counts = [] if pages is None else [pages.count]
     operands += [] if pages is None else [pages.tiles, pages.count]
+    results: list[tuple[int, ...]]
     results = [(plan.partials, shape.rows, shape.head_dim), (plan.partials, shape.rows, 2)]
     results += [shape_of_sums(plan)] if shape.page_log_sums else []
     partial, statistics, *sums = ptx.kernel(
@@ -119,7 +120,7 @@ def kv_attention(
         shared_bytes=4 * merge_warpgroups(plan) * WARP_BYTES,
     )
     output, log_sum_exp = merge(quantized_length, start, *counts, partial, statistics)
-    found = page_log_sums_of(plan, *sums, quantized_length) if sums else None
+    found = page_log_sums_of(plan, sums[0], quantized_length) if sums else None
     if page_log_sums and found is None:  # there are no tiles
         found = jnp.zeros((*q.shape[:3], 0), jnp.float32)
     return Attended(output, log_sum_exp, found)
