@@ -49,15 +49,16 @@ def test_quickstart_runs(smollm2_gguf, monkeypatch):
 
 def test_a_long_document_runs(tiny_llama_dir, monkeypatch):
     """On whatever is there, with a tiny model: a few seconds show that it runs."""
-    sizes = {"MODEL": str(tiny_llama_dir), "CONTEXTS": "200 300", "NEW_TOKENS": "4"}
+    sizes = {
+        "MODEL": str(tiny_llama_dir), "CONTEXTS": "200", "NEW_TOKENS": "4", "GAMMA": "2",
+    }  # fmt: skip
     for name, value in sizes.items():
         monkeypatch.setenv(f"QUANTSPEC_{name}", value)
     pictures, text = executed("long_context_gpu.ipynb")
     assert len(pictures) == 1
     assert "in XLA: add_rms_norm" in text or "kernels: add_rms_norm" in text
-    for n in (200, 300):
-        for mode in ("plain", "QuantSpec"):
-            assert f"{n:7,} tokens, {mode:10}" in text
+    for mode in ("plain", "QuantSpec"):
+        assert f"    200 tokens, {mode:10}" in text
 
 
 def test_cache_methods_runs(smollm2_gguf, monkeypatch):

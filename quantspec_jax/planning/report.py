@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantspec_jax.planning.candidates import Candidate
-from quantspec_jax.planning.devices import AT_THE_LIMIT, LEAST_CAPABILITY
+from quantspec_jax.planning.devices import AT_THE_LIMIT
 from quantspec_jax.planning.plan import Drafted, Plain, Plan, recommendation
 from quantspec_jax.planning.setting import GIB, Setting
 from quantspec_jax.weights.formats import DraftConfig
@@ -32,17 +32,9 @@ def notes(setting: Setting) -> list[str]:
             "--draft-efficiency and --verify-efficiency, for what kernels reach (recorded runs: "
             "benchmarks/README.md)"
         )
-    if not setting.device.runs_kernels:
-        needed, there = map(_capability, (LEAST_CAPABILITY, setting.device.capability or (0, 0)))
-        lines.append(
-            f"the kernels need compute capability {needed}, and this device has {there}: there XLA "
-            "runs, far from these limits"
-        )
+    if (reason := setting.device.without_kernels) is not None:
+        lines.append(f"no kernel runs on this device: {reason}; XLA is far from these limits")
     return lines
-
-
-def _capability(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}.{pair[1]}"
 
 
 def reasons(plan: Plan) -> list[str]:

@@ -8,6 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
 import pytest
 
 from quantspec_jax import cli
@@ -292,9 +293,15 @@ def test_speed_without_a_draft_step_is_refused(tmp_path):
         measured_speed(str(path), 1000)
 
 
-def test_devices_without_kernels_are_told(capsys):
-    assert any("compute capability" in n for n in notes(Setting(LLAMA, 1, DEVICES["a100"])))
-    assert not any("compute capability" in n for n in notes(Setting(LLAMA, 1, DEVICES["h200"])))
+def test_devices_without_kernels_are_told(monkeypatch):
+    def without(name: str, version: tuple[int, ...]) -> list[str]:
+        monkeypatch.setattr(jax, "__version_info__", version)
+        setting = Setting(LLAMA, 1, DEVICES[name])
+        return [note for note in notes(setting) if "no kernel runs on this device" in note]
+
+    assert "takes JAX 0.11 or later" in without("a100", (0, 10, 2))[0]
+    assert not without("a100", (0, 11, 0))
+    assert not without("h200", (0, 10, 2))
 
 
 KINDS = ("greedy", "sampled")
