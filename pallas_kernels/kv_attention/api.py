@@ -58,7 +58,8 @@ def kv_attention(
     _check_pages(pages, cache)
     operands = (q, cache, quantized_length, start)
     options: dict[str, Any] = {"read": read, "sm_scale": sm_scale, "strict": strict}
-    if _mosaic_gpu(q, cache, pages, page_log_sums, options, backend):
+    options |= {"pages": pages, "page_log_sums": page_log_sums}
+    if _mosaic_gpu(q, cache, options, backend):
         from pallas_kernels.kv_attention import configs, mosaic_gpu
 
         device, shape = dispatch.target(), mosaic_gpu.shape_of(q, cache, **options)
@@ -66,7 +67,10 @@ def kv_attention(
         assert config is not None
         kernel = dispatch.shared(
             mosaic_gpu.kv_attention,
-            ("read", "sm_scale", "strict", "config", "out_dtype", "blocks", "bulk"),
+            (
+                *("read", "sm_scale", "strict", "page_log_sums", "config", "out_dtype", "blocks"),
+                "bulk",
+            ),
         )
         return kernel(
             *operands,
@@ -76,7 +80,7 @@ def kv_attention(
             blocks=device.multiprocessors,
             bulk=device.generation.bulk_copies,
         )
-    found = xla.kv_attention(*operands, pages=pages, page_log_sums=page_log_sums, **options)
+    found = xla.kv_attention(*operands, **options)
     return found._replace(out=found.out.astype(out_dtype))
 
 
@@ -88,18 +92,12 @@ def _check_pages(pages: Pages | None, cache: LayerCache) -> None:
     shapes = (pages.tiles.shape, pages.count.shape)
     if cache.keys is None:
         raise ValueError("pages is a list; allowed: None, since the cache has no tiles")
-    if pages.tiles.ndim != 3 or shapes != ((b, k, pages.tiles.shape[2]), (b,)):
-        raise ValueError(f"pages are of shapes {shapes}; allowed: [{b}, {k}, P] and [{b}]")
+    one = pages.tiles.ndim == 3 and pages.tiles.shape[2] > 0
+    if not one or shapes != ((b, k, pages.tiles.shape[2]), (b,)):
+        raise ValueError(f"pages are of shapes {shapes}; allowed: [{b}, {k}, P ≥ 1] and [{b}]")
 
 
-def _mosaic_gpu(
-    q: jax.Array,
-    cache: LayerCache,
-    pages: Pages | None,
-    page_log_sums: bool,
-    options: dict[str, Any],
-    backend: str,
-) -> bool:
+def _mosaic_gpu(q: jax.Array, cache: LayerCache, options: dict[str, Any], backend: str) -> bool:
     """Whether the Pallas kernel takes the call. CUDA code is imported only where it can."""
     if backend == "xla" or dispatch.device() is None:
         return dispatch.use_mosaic_gpu(backend, "kv_attention", None)
@@ -107,8 +105,6 @@ def _mosaic_gpu(
 
     shape = mosaic_gpu.shape_of(q, cache, **options)
     reason = mosaic_gpu.unsupported(shape, (q.dtype, cache.key_buffer.dtype))
-    if pages is not None or page_log_sums or options["read"].exact_tiles:
-        reason = "it reads all pages, and each in one view"
-    elif reason is None and configs.choose(shape) is None:
+    if reason is None and configs.choose(shape) is None:
         reason = "no configuration fits the shape into shared memory"
     return dispatch.use_mosaic_gpu(backend, "kv_attention", reason)

@@ -55,8 +55,9 @@ class Attended(NamedTuple):
     out            [B, S, H, D]
     log_sum_exp    [B, S, H] float32, of all scores of a row; −∞ where it sees nothing
     page_log_sums  [B, S, H, T/G] float32, of its scores with each tile's tokens; −∞ where it reads
-                   none of them. exp(page_log_sums − log_sum_exp) is a page's attention mass. None
-                   unless asked for.
+                   none of them, or only such as weigh less than 2⁻¹²⁶ of its largest so far.
+                   exp(page_log_sums − log_sum_exp) is a page's attention mass. None unless asked
+                   for.
     """
 
     out: jax.Array

@@ -28,6 +28,7 @@ from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import LayerCache, Planes, QuantizedWeight, tile, untile
 from pallas_kernels.quantize_pack import api as quantize
 from quantspec_jax.bench import record
+from quantspec_jax.checks import require
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.presets import PRESETS
 
@@ -63,6 +64,8 @@ ATTENTION = (
     ("int8", 131072, 32, 5),
     ("int8", 131072, 32, 8),
     ("int8", 131072, 8, 8),
+    ("int8", 131072, 32, 16),
+    ("int8", 131072, 8, 16),
     ("ragged", 32768, 32, 1),
     ("full", 131072, 32, 1),
 )
@@ -109,6 +112,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group", type=int, default=64, metavar="N", help="of the preset's draft weights (64)"
     )
     parser.add_argument("--kernel", choices=KERNELS, nargs="+", default=list(KERNELS))
+    parser.add_argument(
+        "--view",
+        choices=("int4", "int8", "full", "ragged"),
+        nargs="+",
+        default=["int4", "int8", "full", "ragged"],
+        help="rows of attention that read these views (ragged: int4, a batch of 16 lengths)",
+    )
+    parser.add_argument(
+        "--share",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="X",
+        help="parts of the pages that attention reads, each head other ones, scattered (1: all)",
+    )
+    parser.add_argument(
+        "--exact-tiles",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tiles that a draft reads with both planes (0)",
+    )
+    parser.add_argument(
+        "--page-log-sums",
+        action="store_true",
+        help="let attention that reads all pages give their log-sums, too",
+    )
     parser.add_argument("--no-peers", action="store_true", help="leave out the other kernels")
     parser.add_argument(
         "--tune",
@@ -122,6 +152,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, and return the rows of the recorded run."""
+    for share in args.share:
+        require(0 < share <= 1, "--share", share, "numbers in (0, 1]")
+    require(args.exact_tiles >= 0, "--exact-tiles", args.exact_tiles, "an integer ≥ 0")
     if dispatch.device() is None:
         raise NotImplementedError(
             "bench kernels measures CUDA kernels: it needs a CUDA device of compute capability 9.0"
@@ -147,10 +180,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _line(row: dict[str, Any]) -> str:
     peers = ", ".join(f"{k} {v:.4f}" for k, v in row["peers"].items())
     return (
-        f"{row['kernel']} {row['context']} kv {row['kv_heads']} q {row['query_tokens']}: "
+        f"{row['kernel']} {row['context']} kv {row['kv_heads']} q {row['query_tokens']}"
+        f"{_asked(row)}: "
         f"{row['milliseconds']:.4f} ms {row['percent_of_ceiling']:.1f}% "
         f"error {row['error']:.1e} ({peers})"
     )
+
+
+def _asked(row: dict[str, Any]) -> str:
+    """What attention was asked for beside the usual."""
+    share, exact = row.get("share", 1), row.get("exact_tiles", 0)
+    words = [f"{share:g} of the pages"] * (share != 1) + [f"{exact} exact"] * bool(exact)
+    words += ["page log-sums"] * bool(row.get("page_log_sums"))
+    return "".join(f", {x}" for x in words)
 
 
 def _row(
@@ -218,6 +260,8 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -
 def _attention(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) -> Any:
     peers: dict[tuple[int, int], dict[str, float]] = {}
     for view, context, kv_heads, tokens in shapes.attention:
+        if view not in args.view:
+            continue
         lengths = [context]
         name = {"int4": "draft attention", "int8": "verify attention"}.get(view, "bf16 attention")
         if view == "ragged":
@@ -227,7 +271,11 @@ def _attention(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namesp
         if not args.no_peers and not here and len(lengths) == 1:
             here = peers[context, kv_heads] = _attention_peers(shapes, context, kv_heads)
         sizes = (shapes.heads, shapes.head_dim, kv_heads, tokens)
-        yield _attention_row(name, view, context, sizes, lengths, ceilings, here, args)
+        for share in args.share:
+            if share == 1 or view != "full":
+                yield _attention_row(
+                    name, view, context, sizes, lengths, share, ceilings, here, args
+                )
 
 
 def _attention_row(
@@ -236,18 +284,24 @@ def _attention_row(
     context: int,
     sizes: tuple[int, int, int, int],
     lengths: Sequence[int],
+    share: float,
     ceilings: dict[str, float],
     peers: dict[str, float],
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     heads, head_dim, kv_heads, tokens = sizes
     batch, full = len(lengths), view == "full"
+    read = Read(view, args.exact_tiles if view == "int4" else 0)
+    log_sums = args.page_log_sums and share == 1 and not full
+    counts = [math.ceil(share * n / GROUP_SIZE) for n in lengths]
     if full:
         num_bytes = 4.0 * sum(lengths) * kv_heads * head_dim
     else:
         num_bytes = attention_reference.ideal_bytes(
-            view, sum(lengths), kv_heads, head_dim, GROUP_SIZE
+            view, GROUP_SIZE * sum(counts), kv_heads, head_dim, GROUP_SIZE
         )
+        exact = sum(min(read.exact_tiles, n) for n in counts)
+        num_bytes += exact * GROUP_SIZE * head_dim * kv_heads  # half a byte of key and of value
     quantized = jnp.array([0] * batch if full else lengths, jnp.int32)
     start = jnp.array(lengths if full else [n + GROUP_SIZE + 9 for n in lengths], jnp.int32)
     slots = context + 16 if full else 2 * GROUP_SIZE
@@ -261,14 +315,16 @@ def _attention_row(
         ]
         buffers = [_normal(keys[2 + j], (batch, kv_heads, slots, head_dim)) for j in range(2)]
         q = _normal(keys[4], (batch, tokens, heads, head_dim))
-        calls.append((q, LayerCache(*planes, *buffers), quantized, start))
+        pages = None if share == 1 else scattered_pages(i, lengths, kv_heads, counts)
+        calls.append((q, LayerCache(*planes, *buffers), quantized, start, pages))
 
     if "attention" in args.tune:
-        _tune_attention(calls, view)
+        _tune_attention([call[:4] for call in calls], view)
 
     def attend(*call: Any, backend: str = "mosaic_gpu") -> attention.Attended:
-        options: dict[str, Any] = {"read": Read(view), "sm_scale": head_dim**-0.5}
-        return attention.kv_attention(*call, **options, backend=backend)
+        *operands, pages = call
+        options: dict[str, Any] = {"sm_scale": head_dim**-0.5, "page_log_sums": log_sums}
+        return attention.kv_attention(*operands, pages=pages, read=read, **options, backend=backend)
 
     seconds = timing.device_seconds(jax.jit(attend), calls)
     with jax.default_matmul_precision("highest"):
@@ -281,9 +337,24 @@ def _attention_row(
         context=context,
         kv_heads=kv_heads,
         query_tokens=tokens,
+        share=share,
+        exact_tiles=read.exact_tiles,
+        page_log_sums=log_sums,
         peers=peers,
         error=_error(jax.jit(attend)(*calls[0])[0], expected),
     )
+
+
+def scattered_pages(
+    seed: int, lengths: Sequence[int], kv_heads: int, counts: Sequence[int]
+) -> attention.Pages:
+    """The first page and others at random, `counts` of each sequence, other ones for each head."""
+    rng = np.random.default_rng(seed)
+    tiles = np.zeros((len(lengths), kv_heads, max(counts)), np.int32)
+    for b, k in np.ndindex(tiles.shape[:2]):
+        others = 1 + rng.permutation(lengths[b] // GROUP_SIZE - 1)[: counts[b] - 1]
+        tiles[b, k, 1 : counts[b]] = np.sort(others)
+    return attention.Pages(jnp.asarray(tiles), jnp.asarray(counts, jnp.int32))
 
 
 def _attention_peers(shapes: Shapes, context: int, kv_heads: int) -> dict[str, float]:

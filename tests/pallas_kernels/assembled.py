@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.experimental.mosaic.gpu import core, utils
-from kernel_cases import HEADS, attention_call, heads_call, random_weight
+from kernel_cases import HEADS, attention_call, heads_call, random_pages, random_weight
 
 from pallas_kernels import devices, dispatch
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
@@ -126,6 +126,34 @@ def attention(device: devices.Device) -> Iterator[tuple[str, Any, Any]]:
             yield f"kv_attention {view} {head_dim} {config}", run, call
 
 
+def attention_to_pages(device: devices.Device) -> Iterator[tuple[str, Any, Any]]:
+    """Lists, tiles that are read exactly, and page log-sums."""
+    for read, group, tokens, listed in (
+        (Read("int4", 1), 4, 1, True),
+        (Read("int4", 1), 1, 16, False),
+        (Read("int8"), 4, 8, True),
+        (Read("int8"), 4, 8, False),
+    ):
+        call = attention_call(
+            read.view, kv_heads=2, group=group, tokens=tokens, head_dim=128, group_size=128,
+            tiles=3, positions=[384, 5],
+        )  # fmt: skip
+        pages = random_pages([2, 0], 2, [1, 0], 2) if listed else None
+        options: dict[str, Any] = {"read": read, "sm_scale": 0.1, "strict": False}
+        options["page_log_sums"] = not listed
+        config = configs.choose(mosaic_gpu.shape_of(*call[:2], **options, pages=pages))
+        assert config is not None
+        run = functools.partial(
+            mosaic_gpu.kv_attention,
+            **options,
+            config=config,
+            blocks=device.multiprocessors,
+            bulk=device.generation.bulk_copies,
+        )
+        name = f"kv_attention {read} {'of a list' if listed else 'and page log-sums'}"
+        yield name, lambda pages, *call, run=run: run(*call, pages=pages), (pages, *call)
+
+
 def products(device: devices.Device) -> Iterator[tuple[str, Any, Any]]:
     for rows, inputs, outputs, group, symmetric in (
         (1, 4096, (4096, 1024), 128, False),
@@ -159,7 +187,12 @@ def main() -> None:
         platform="cuda", topology="1x1x1", target_config=target(device)
     )
     sharding = jax.sharding.SingleDeviceSharding(described.devices[0])
-    for name, kernel, args in (*attention(device), *products(device), *others()):
+    for name, kernel, args in (
+        *attention(device),
+        *attention_to_pages(device),
+        *products(device),
+        *others(),
+    ):
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
         )

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.kv_attention.read import Pages
+from pallas_kernels.kv_attention.read import Attended, Pages, Read
+from pallas_kernels.kv_attention.xla import dequantize_keys, dequantize_values
 from pallas_kernels.layout import LayerCache, Planes, QuantizedWeight, pack
 from pallas_kernels.quantize_pack import xla as quantize
 from pallas_kernels.rope_append.heads import Heads
@@ -86,11 +87,67 @@ def random_pages(
     return Pages(jnp.asarray(tiles), jnp.asarray(count, jnp.int32))
 
 
+def with_poison_but_in(call, pages: Pages):
+    """The same call with NaN scales in tiles that are not listed."""
+    q, cache, *lengths = call
+    tiles = np.arange(cache.keys.upper.shape[2])
+    used = np.arange(pages.tiles.shape[2])[None, None] < np.asarray(pages.count)[:, None, None]
+    listed = ((np.asarray(pages.tiles)[..., None] == tiles) & used[..., None]).any(2)
+
+    def poisoned(planes: Planes) -> Planes:
+        mask = listed.reshape(*listed.shape, *[1] * (planes.scale.ndim - 3))
+        return planes._replace(scale=jnp.where(mask, planes.scale, jnp.nan))
+
+    keys, values = poisoned(cache.keys), poisoned(cache.values)
+    return (q, dataclasses.replace(cache, keys=keys, values=values), *lengths)
+
+
 def without_poison(call):
     """The same call with zeros in place of NaN, for a reference that multiplies what it masks."""
     return jax.tree.map(
         lambda x: jnp.nan_to_num(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, call
     )
+
+
+def plain_attention(call, read: Read, sm_scale: float, strict: bool, pages=None) -> Attended:
+    """Softmax attention of one query at a time, over the keys and values that it may see: output,
+    log-sum-exp, and that of each tile."""
+    q, cache, quantized, start = call
+    batch, tokens, heads = q.shape[:3]
+    kv_heads, slots = cache.key_buffer.shape[1:3]
+    buffers = [np.asarray(x, np.float64) for x in (cache.key_buffer, cache.value_buffer)]
+    out, lse, tiles, g = np.zeros(q.shape), np.full(q.shape[:3], -np.inf), 0, 1
+    if cache.keys is not None:
+        tiles, g = cache.keys.upper.shape[2:4]
+        dense = {
+            view: [
+                np.asarray(f(x, view), np.float64).reshape(batch, kv_heads, tiles, g, -1)
+                for f, x in (
+                    (dequantize_keys, cache.keys),
+                    (dequantize_values, cache.values),
+                )
+            ]
+            for view in ("int8", read.view)
+        }
+    page_lse = np.full((*q.shape[:3], tiles), -np.inf)
+    for b, h, i in np.ndindex(batch, heads, tokens):
+        k, n, last = h // (heads // kv_heads), int(quantized[b]), int(start[b]) + i - strict
+        chosen = range(n // g)
+        if pages is not None:
+            chosen = np.asarray(pages.tiles)[b, k, : int(pages.count[b])]
+        parts = [(None, [x[b, k][[p % slots for p in range(n, last + 1)]] for x in buffers])]
+        for tile in chosen:
+            view = "int8" if tile < read.exact_tiles else read.view
+            parts.append((tile, [x[b, k, tile] for x in dense[view]]))
+        scores = [x[0] @ np.asarray(q[b, i, h], np.float64) * sm_scale for _, x in parts]
+        for (tile, _), found in zip(parts, scores, strict=True):
+            if tile is not None:
+                page_lse[b, i, h, tile] = np.logaddexp.reduce(found)
+        total = np.concatenate(scores)
+        if len(total):
+            lse[b, i, h] = np.logaddexp.reduce(total)
+            out[b, i, h] = np.exp(total - lse[b, i, h]) @ np.concatenate([x[1] for _, x in parts])
+    return Attended(out, lse, page_lse)  # type: ignore[arg-type]
 
 
 def with_other_lower_planes(cache: LayerCache) -> LayerCache:

@@ -10,7 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from kernel_cases import HEADS, attention_call, heads_call, random_weight
+from kernel_cases import HEADS, attention_call, heads_call, random_pages, random_weight
 
 from pallas_kernels.add_rms_norm.api import add_rms_norm
 from pallas_kernels.int4_matmul.api import int4_matmuls
@@ -35,6 +35,12 @@ def calls():
             tiles=4, positions=[0, 127, 128, 700],
         )  # fmt: skip
         yield functools.partial(kv_attention, read=Read(view), sm_scale=0.1), call
+        if view == "full":
+            continue
+        exact = functools.partial(kv_attention, read=Read(view, int(view == "int4")), sm_scale=0.1)
+        yield functools.partial(exact, page_log_sums=True), call
+        pages = random_pages([0, 0, 0, 4], 2, [0, 0, 0, 2], 3)
+        yield functools.partial(_listed, exact), (pages, *call)
     for rows, inputs, outputs, group, symmetric in (
         (1, 1024, (256, 128), 128, False),
         (8, 300, (208,), 64, True),
@@ -51,6 +57,10 @@ def calls():
     yield functools.partial(add_rms_norm, eps=1e-6), (x, x, x[0])
     for case in HEADS:
         yield rope_append, heads_call(case, True, (31, 62))
+
+
+def _listed(attend, pages, *call, backend):
+    return attend(*call, pages=pages, backend=backend)
 
 
 def main() -> None:

@@ -12,9 +12,11 @@ from kernel_cases import (
     HEADS,
     attention_call,
     heads_call,
+    random_pages,
     random_weight,
     relative_error,
     with_other_lower_planes,
+    with_poison_but_in,
     without_poison,
 )
 
@@ -44,25 +46,33 @@ def _cuda_and_exact_references():
         yield
 
 
-def reference(call, view: str, strict: bool = False):
-    options = {"read": Read(view), "sm_scale": 0.11, "strict": strict}
+def reference(call, read: Read, strict: bool = False, pages=None, page_log_sums: bool = False):
+    options = {"read": read, "sm_scale": 0.11, "strict": strict, "page_log_sums": page_log_sums}
     run = functools.partial(attention.kv_attention, **options, backend="xla")
-    return jax.jit(run)(*without_poison(call))
+    return jax.jit(run)(*without_poison(call), pages=pages)
 
 
-def check_attention(call, view: str, expected, strict: bool = False, config=None) -> None:
-    options = {"read": Read(view), "sm_scale": 0.11, "strict": strict}
+def check_attention(
+    call, read: Read, expected, strict: bool = False, config=None, pages=None
+) -> None:
+    """Page log-sums are asked for where they are expected."""
+    asked = expected.page_log_sums is not None
+    options = {"read": read, "sm_scale": 0.11, "strict": strict, "page_log_sums": asked}
     if config is None:
         run = functools.partial(attention.kv_attention, **options, backend="mosaic_gpu")
     else:
         run = functools.partial(mosaic_gpu.kv_attention, **options, config=config)
     run = jax.jit(run)
-    found, again = run(*call), run(*call)
-    for a, b in zip(found, again, strict=True):
+    if pages is not None:
+        call = with_poison_but_in(call, pages)
+    found, again = run(*call, pages=pages), run(*call, pages=pages)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert relative_error(found[0], expected[0]) <= 2e-3
-    assert relative_error(found[0].astype(jnp.bfloat16), expected[0]) <= 3e-3
-    np.testing.assert_allclose(found[1], expected[1], atol=5e-3)
+    assert relative_error(found.out, expected.out) <= 2e-3
+    assert relative_error(found.out.astype(jnp.bfloat16), expected.out) <= 3e-3
+    np.testing.assert_allclose(found.log_sum_exp, expected.log_sum_exp, atol=5e-3)
+    if asked:
+        np.testing.assert_allclose(found.page_log_sums, expected.page_log_sums, atol=1e-2)
 
 
 @pytest.mark.parametrize("view", ["int4", "int8", "full"])
@@ -84,7 +94,7 @@ def test_attention_over_ragged_lengths(view, head_dim, group_size, group, tokens
         tiles=9,
         positions=positions,
     )
-    check_attention(call, view, reference(call, view))
+    check_attention(call, Read(view), reference(call, Read(view)))
 
 
 @pytest.mark.parametrize(("view", "tokens"), [("int4", 4), ("int8", 4), ("int8", 5), ("int8", 8)])
@@ -95,9 +105,52 @@ def test_attention_in_every_configuration(view, tokens):
     )  # fmt: skip
     options = {"read": Read(view), "sm_scale": 0.11, "strict": False}
     shape = mosaic_gpu.shape_of(*call[:2], **options)
-    expected = reference(call, view)
-    for config in configs.candidates(shape):
-        check_attention(call, view, expected, config=config)
+    expected = reference(call, Read(view))
+    pages = random_pages(np.asarray(call[2]) // 128, 2, [6, 1], 8)
+    exact = Read(view, int(view == "int4"))
+    # One of these in turn.
+    more = [{"pages": pages}, {"page_log_sums": True}]
+    wanted = [reference(call, exact, **asked) for asked in more]
+    for i, config in enumerate(configs.candidates(shape)):
+        check_attention(call, Read(view), expected, config=config)
+        which = more[i % 2].get("pages")
+        check_attention(call, exact, wanted[i % 2], config=config, pages=which)
+
+
+@pytest.mark.parametrize("kv_heads", [8, 32])
+@pytest.mark.parametrize(
+    ("read", "tokens"), [(DRAFT, 1), (Read("int4", 1), 1), (TARGET, 5), (Read("int4", 1), 16)]
+)
+def test_scattered_pages_of_a_long_context(read, tokens, kv_heads):
+    """A quarter of 131,072 tokens, other ones for each of the heads."""
+    call = attention_call(
+        read.view, kv_heads=kv_heads, group=32 // kv_heads, tokens=tokens, head_dim=128,
+        group_size=128, tiles=1024, positions=[131072 + 200],
+    )  # fmt: skip
+    coded = np.asarray(call[2]) // 128
+    pages = random_pages(coded, kv_heads, [256], 256)
+    check_attention(call, read, reference(call, read, pages=pages), pages=pages)
+
+
+@pytest.mark.parametrize(
+    ("read", "group", "tokens", "head_dim"),
+    [
+        (TARGET, 1, 16, 128),
+        (TARGET, 6, 16, 128),
+        (TARGET, 7, 16, 128),
+        (TARGET, 16, 16, 64),
+        (TARGET, 8, 16, 256),
+        (Read("int4", 1), 6, 16, 128),
+        (Read("int4", 2), 4, 1, 256),
+    ],
+)
+def test_passes_of_many_rows(read, group, tokens, head_dim):
+    """Up to the most that the kernel takes, with page log-sums, ragged."""
+    call = attention_call(
+        read.view, kv_heads=2, group=group, tokens=tokens, head_dim=head_dim, group_size=128,
+        tiles=9, positions=[1100, 5, 300],
+    )  # fmt: skip
+    check_attention(call, read, reference(call, read, page_log_sums=True))
 
 
 def test_attention_rounded_to_bfloat16():
@@ -127,7 +180,7 @@ def test_strict_attention_and_rows_that_see_nothing():
             backend="mosaic_gpu",
         )
     )
-    out, lse = check_attention_of_nothing(*call)
+    out, lse, _ = check_attention_of_nothing(*call)
     assert not np.any(out[0, 0])
     assert np.all(np.isneginf(lse[0, 0]))
     assert np.all(np.isfinite(lse[1:]))
@@ -142,7 +195,7 @@ def test_the_draft_never_reads_the_lower_plane():
         functools.partial(attention.kv_attention, read=DRAFT, sm_scale=0.1, backend="mosaic_gpu")
     )
     before, other = run(q, cache, *lengths), with_other_lower_planes(cache)
-    for a, b in zip(before, run(q, other, *lengths), strict=True):
+    for a, b in zip(before[:2], run(q, other, *lengths)[:2], strict=True):
         np.testing.assert_array_equal(a, b)
 
 

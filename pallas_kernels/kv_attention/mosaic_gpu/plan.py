@@ -42,6 +42,9 @@ class Shape:
     view: str
     strict: bool
     sm_scale: float
+    exact_tiles: int = 0
+    places: int | None = None  # of a list of pages for each head; None: there is none
+    page_log_sums: bool = False
 
     @property
     def rows(self) -> int:
@@ -58,6 +61,11 @@ class Shape:
     @property
     def planes(self) -> int:
         return {"full": 0, "int4": 1, "int8": 2}[self.view]
+
+    @property
+    def listed(self) -> bool:
+        """Whether a list says which tiles are read."""
+        return self.places is not None
 
     @property
     def unit(self) -> float:
