@@ -62,8 +62,9 @@ def _launch(
         from pallas_kernels.int4_matmul import configs, mosaic_gpu
 
         config = configs.choose(mosaic_gpu.shape_of(x, weights))
-        kernel = dispatch.shared(mosaic_gpu.int4_matmuls, ("config", "out_dtype"))
-        return kernel(x, weights, config=config, out_dtype=jnp.dtype(out_dtype))
+        kernel = dispatch.shared(mosaic_gpu.int4_matmuls, ("config", "out_dtype", "bulk"))
+        bulk = dispatch.target().generation.bulk_copies
+        return kernel(x, weights, config=config, out_dtype=jnp.dtype(out_dtype), bulk=bulk)
     plain = [untile(w) if isinstance(w, TiledWeight) else w for w in weights]
     return [xla.int4_matmul(x, weight).astype(out_dtype) for weight in plain]
 
