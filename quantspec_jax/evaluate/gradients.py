@@ -71,7 +71,10 @@ def _run(
         if shift is not None:
             k, v = k + shift.keys, v + shift.values
         scale = config.head_dim**-0.5
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True), None
+        out = jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=True, implementation="xla"
+        )
+        return out, None
 
     tables = _tables(config, stream.x.shape[1])
     x, h, _ = run_block(block, norm, config, *stream, tables, None, attend, backend="xla")

@@ -61,7 +61,7 @@ def test_what_is_stored_is_what_eval_would_learn(
         rows += printed["rows"]
     assert rows[0] == rows[1]
 
-    damaged = next((tmp_path / "out" / "kv").glob("*of_keys/c/**/0"))
+    damaged = next(p for p in (tmp_path / "out" / "kv").rglob("0") if p.is_file())
     damaged.write_bytes(damaged.read_bytes()[:-9] + b"x" * 9)
     with pytest.raises(ValueError, match="is damaged"):
         convert.open_source("out").load_kv()
