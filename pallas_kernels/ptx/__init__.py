@@ -27,7 +27,10 @@ from pallas_kernels.ptx.copies import (
     barrier_init,
     barrier_wait,
     bulk_copy,
+    commit_copies,
     fence_barrier_init,
+    unit_copy,
+    wait_copies,
 )
 from pallas_kernels.ptx.launch import (
     kernel,
@@ -94,6 +97,7 @@ __all__ = [
     "bulk_copy",
     "ceil_div",
     "choose",
+    "commit_copies",
     "constant",
     "exp2",
     "f32",
@@ -130,6 +134,8 @@ __all__ = [
     "sync_warp",
     "transpose_8x8",
     "uniform",
+    "unit_copy",
     "unpack_f16",
+    "wait_copies",
     "when",
 ]

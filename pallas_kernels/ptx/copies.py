@@ -49,3 +49,19 @@ def bulk_copy(target: V, source: V, num_bytes: V, barrier: V) -> None:
         [target, source, num_bytes, barrier],
         effects=True,
     )
+
+
+def unit_copy(target: V, source: V) -> None:
+    """16 bytes from global to shared memory, past the L1 cache, while the thread goes on."""
+    asm("cp.async.cg.shared.global [$0], [$1], 16;", [], [target, source], effects=True)
+
+
+def commit_copies() -> None:
+    """What this thread has ordered by `unit_copy` since the last time is a group, maybe empty."""
+    asm("cp.async.commit_group;", [], [], effects=True)
+
+
+def wait_copies(pending: int) -> None:
+    """Until no more than the `pending` newest of this thread's groups are under way. Other threads
+    see what has come after a barrier that both meet."""
+    asm(f"cp.async.wait_group {pending};", [], [], effects=True)

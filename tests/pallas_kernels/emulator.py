@@ -321,6 +321,24 @@ def bulk_copy(target, source, num_bytes, barrier):
     _update(barrier, 0, -count)
 
 
+def unit_copy(target, source):
+    """Noted, and done as late as may be: when the thread waits for its group."""
+    assert not ((target.array | source.array)[HERE.mask] % 16).any(), "units of 16 bytes"
+    HERE.__dict__.setdefault("ordered", []).append((target, source, HERE.mask))
+
+
+def commit_copies():
+    ordered = HERE.__dict__.pop("ordered", [])
+    HERE.__dict__.setdefault("groups", []).append(ordered)
+
+
+def wait_copies(pending):
+    groups = HERE.__dict__.setdefault("groups", [])
+    while len(groups) > pending:
+        for target, source, mask in groups.pop(0):
+            masked(mask, lambda: scatter(target, gather(source, 16)))  # noqa: B023
+
+
 def sync_threads(barrier, threads):
     HERE.block.named_barrier(one(barrier), threads).wait(PATIENCE_SECONDS)
 
@@ -397,6 +415,9 @@ REPLACEMENTS: dict[str, Any] = {
     "barrier_expect": lambda barrier, n: _update(barrier, 1, one(n)),
     "barrier_wait": barrier_wait,
     "bulk_copy": bulk_copy,
+    "unit_copy": unit_copy,
+    "commit_copies": commit_copies,
+    "wait_copies": wait_copies,
     "peer_address": peer_address,
     "store_peer": store_peer,
     "sync_cluster": lambda: HERE.block.cluster_barrier.wait(PATIENCE_SECONDS),
