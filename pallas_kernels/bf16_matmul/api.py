@@ -61,10 +61,13 @@ def takes(
 
 def _reason(x: Any, weights: Sequence[Any], around: Around, transposed: bool) -> str | None:
     """Why the kernel cannot do a call, or None. CUDA code is imported only where it can run."""
-    from pallas_kernels.bf16_matmul import mosaic_gpu
+    from pallas_kernels.bf16_matmul import configs, mosaic_gpu
 
     shape = mosaic_gpu.shape_of(x, weights, around, transposed)
-    return mosaic_gpu.unsupported(x, weights, shape)
+    reason = mosaic_gpu.unsupported(x, weights, shape)
+    if reason is None and not configs.candidates(shape):
+        return f"{shape.rows} rows of {shape.inputs} channels do not fit into shared memory"
+    return reason
 
 
 def _launch(

@@ -376,8 +376,10 @@ def unsupported(x: Any, weights: Sequence[Any], shape: Shape) -> str | None:
         return f"there are {shape.inputs} input channels; it takes multiples of {CHANNELS}"
     if any(n % 8 for n in shape.outputs):
         return f"the weights have {shape.outputs} outputs; it takes multiples of 8"
-    plan = Plan(shape, Config(1, 1, cluster=1 if shape.form.norm else 8), 1)
-    return staging.unsupported(plan.staged, dispatch.target().usable_bytes * 3 // 8)
+    device = dispatch.target()
+    split = 8 if device.generation.clusters and not shape.form.norm else 1
+    plan = Plan(shape, Config(1, 1, cluster=split), device.multiprocessors)
+    return staging.unsupported(plan.staged, device.usable_bytes * 3 // 8)
 
 
 def bf16_matmuls(

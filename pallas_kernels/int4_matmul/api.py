@@ -63,9 +63,11 @@ def takes(x: Any, weights: Sequence[PackedWeight], around: Around, backend: str 
     """Whether one launch of the Pallas kernel does a call with all that stands around it."""
     if backend == "xla" or dispatch.device() is None or len({*map(_form, weights)}) > 1:
         return False
-    from pallas_kernels.int4_matmul import mosaic_gpu
+    from pallas_kernels.int4_matmul import configs, mosaic_gpu
 
-    return mosaic_gpu.unsupported(x, weights, around) is None
+    if mosaic_gpu.unsupported(x, weights, around) is not None:
+        return False
+    return around.form == PLAIN or bool(configs.candidates(mosaic_gpu.shape_of(x, weights, around)))
 
 
 def _form(weight: PackedWeight) -> tuple[Any, ...]:
@@ -81,8 +83,10 @@ def _launch(
         from pallas_kernels.int4_matmul import configs, mosaic_gpu
 
         config = configs.choose(mosaic_gpu.shape_of(x, weights, around))
-        kernel = dispatch.shared(mosaic_gpu.int4_matmuls, ("config", "out_dtype"))
-        return kernel(x, weights, around, config=config, out_dtype=jnp.dtype(out_dtype))
+        kernel = dispatch.shared(mosaic_gpu.int4_matmuls, ("config", "out_dtype", "bulk"))
+        bulk = dispatch.target().generation.bulk_copies
+        dtype = jnp.dtype(out_dtype)
+        return kernel(x, weights, around, config=config, out_dtype=dtype, bulk=bulk)
     plain = [untile(w) if isinstance(w, TiledWeight) else w for w in weights]
     return [xla.int4_matmul(x, weight).astype(out_dtype) for weight in plain]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -76,11 +77,17 @@ def _microseconds(shape: Shape, config: Config) -> float:
     return memory + products + edges + 0.01 * plan.blocks * share / processors
 
 
-def candidates(shape: Shape) -> list[Config]:
+def candidates(shape: Shape) -> tuple[Config, ...]:
     """Configurations that the kernel can run on the shape, best guess first."""
+    return _sorted(shape, dispatch.target())
+
+
+@functools.cache
+def _sorted(shape: Shape, device: devices.Device) -> tuple[Config, ...]:
+    assert device == dispatch.target()
     found = []
     most = -(-max(shape.outputs) // STRIP)
-    clusters = range(1, 9 if dispatch.target().generation.clusters else 2)
+    clusters = range(1, 9 if device.generation.clusters else 2)
     widths = range(1, 16 // shape.form.parts + 1)
     for (warpgroups, stages), strips, cluster in itertools.product(SIZES, widths, clusters):
         config = Config(warpgroups, stages, strips, cluster)
@@ -88,7 +95,7 @@ def candidates(shape: Shape) -> list[Config]:
         useful = strips <= most and (stages - 1) * 4 * warpgroups < share and cluster <= share
         if useful and _resident(shape, config):
             found.append(config)
-    return sorted(found, key=lambda config: _microseconds(shape, config))
+    return tuple(sorted(found, key=lambda config: _microseconds(shape, config)))
 
 
 def diverse(shape: Shape) -> list[Config]:

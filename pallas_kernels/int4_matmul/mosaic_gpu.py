@@ -1,4 +1,4 @@
-"""Products of a few rows with packed 4-bit weights on Hopper and later (Pallas Mosaic GPU).
+"""Products of a few rows with packed 4-bit weights from Ampere on (Pallas Mosaic GPU).
 
 What is read, once: codes (half a byte a weight), scales and minima (4 bytes for a group of 128),
 for all rows and all weights of a pass (gate and up, or q, k and v, are one launch). Weights are
@@ -118,10 +118,14 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Counts and bytes that follow from a shape and a configuration."""
+    """Counts and bytes that follow from a shape and a configuration.
+
+    bulk  whether the device copies in bulk (`ptx.copies`)
+    """
 
     shape: Shape
     config: Config
+    bulk: bool = True
 
     @property
     def warps(self) -> int:
@@ -189,7 +193,7 @@ class _Ring:
     def __init__(self, plan: Plan, shared: V, warp: V, lane: V, turns: V):
         self.plan, self.turns = plan, turns
         self.stages = plan.config.stages
-        self.leader = lane.equals(0)
+        self.copies = ptx.copies_of(plan.bulk)(32, lane)
         self.barriers = shared + warp * (8 * self.stages)
         self.data = shared + plan.barrier_bytes + warp * plan.warp_bytes
 
@@ -203,35 +207,37 @@ class _Ring:
 
         def prepare() -> None:
             for i in range(self.stages):
-                ptx.barrier_init(self.barriers + 8 * i, 1)
-            ptx.fence_barrier_init()
+                ptx.barrier_init(self.barriers + 8 * i, self.copies.arrivals(32))
+            self.copies.publish_barriers()
+
+        def order() -> None:
             for i in range(self.stages):
                 ptx.when(i32(i) < self.turns, functools.partial(self._copy, i32(i)))
 
-        ptx.when(self.leader, prepare)
-        ptx.sync_warp()
+        self.copies.start(prepare, order)
 
     def _copy(self, turn: V) -> None:
         slot = turn % self.stages
         barrier = self.barriers + slot * 8
-        ptx.barrier_expect(barrier, self.num_bytes * len(self.sources))
+        self.copies.expect(barrier, self.num_bytes * len(self.sources))
         target = self.data + slot * self.plan.stage_bytes
         offset = self.group(turn).to_i64() * self.group_bytes
+        most = self.plan.stage_bytes // len(self.sources)
         for i, source in enumerate(self.sources):
-            part = i * (self.plan.stage_bytes // len(self.sources))
-            ptx.bulk_copy(target + part, source + offset, self.num_bytes, barrier)
+            self.copies.copy(target + i * most, source + offset, self.num_bytes, barrier, most=most)
+        self.copies.arrive(barrier)
 
     def wait(self, turn: V) -> V:
         """Where the piece of a turn is, once it is there."""
         slot = turn % self.stages
-        ptx.barrier_wait(self.barriers + slot * 8, (turn // self.stages) & 1)
+        self.copies.wait(self.barriers + slot * 8, (turn // self.stages) & 1)
         return self.data + slot * self.plan.stage_bytes
 
     def leave(self, turn: V) -> None:
         """The piece of a turn has been read: its place is for the next one."""
         ptx.sync_warp()
         following = turn + self.stages
-        more = ptx.both(self.leader, following < self.turns)
+        more = self.copies.orders(following < self.turns)
         ptx.when(more, functools.partial(self._copy, following))
 
 
@@ -453,10 +459,11 @@ def int4_matmuls(
     *,
     config: Config,
     out_dtype: Any = jnp.float32,
+    bulk: bool = True,
 ) -> list[jax.Array]:
     """See `pallas_kernels.int4_matmul.api.int4_matmuls`; bf16 activations, weights alike."""
     shape = shape_of(x, weights, around)
-    plan, form = Plan(shape, config), shape.form
+    plan, form = Plan(shape, config, bulk), shape.form
     rows = x.reshape(shape.rows, x.shape[-1])
     missing = shape.groups * shape.group_size - x.shape[-1]
     if missing and not form.norm:

@@ -58,19 +58,20 @@ def kv_attention(
     if _mosaic_gpu(q, cache, pages, options, backend):
         from pallas_kernels.kv_attention import configs, mosaic_gpu
 
-        shape = mosaic_gpu.shape_of(q, cache, **options)
+        device, shape = dispatch.target(), mosaic_gpu.shape_of(q, cache, **options)
         config = configs.choose(shape)
         assert config is not None
         kernel = dispatch.shared(
             mosaic_gpu.kv_attention,
-            ("read", "sm_scale", "strict", "config", "out_dtype", "blocks"),
+            ("read", "sm_scale", "strict", "config", "out_dtype", "blocks", "bulk"),
         )
         return kernel(
             *operands,
             **options,
             config=config,
             out_dtype=jnp.dtype(out_dtype),
-            blocks=dispatch.target().multiprocessors,
+            blocks=device.multiprocessors,
+            bulk=device.generation.bulk_copies,
         )
     out, log_sum_exp = xla.kv_attention(*operands, pages=pages, **options)
     return out.astype(out_dtype), log_sum_exp

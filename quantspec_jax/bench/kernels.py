@@ -31,6 +31,7 @@ from pallas_kernels.layout import LayerCache, Planes, QuantizedWeight, tile, unt
 from pallas_kernels.products.around import NOTHING, Around, apart
 from pallas_kernels.quantize_pack import api as quantize
 from quantspec_jax.bench import record
+from quantspec_jax.checks import require
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.presets import PRESETS
 
@@ -121,6 +122,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", type=int, nargs="+", default=[1, 8], metavar="N", help="of products (1 8)"
     )
     parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help='products whose name holds it, such as "gate, up"'
+    )
+    parser.add_argument(
         "--around",
         action="store_true",
         help="products with the norm, SiLU and sum that stand around them in a layer",
@@ -145,6 +149,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shapes = LISTED
     if args.preset:
         shapes = shapes_of(args.preset, PRESETS[args.preset], args.context, args.group)
+    if args.only:
+        named = [name for text in args.only for name in shapes.matmul if text in name]
+        require(bool(named), "only", args.only, f"parts of {', '.join(shapes.matmul)}")
+        products = {name: shapes.matmul[name] for name in named}
+        shapes = dataclasses.replace(shapes, matmul=products)
     ceilings = measured_ceilings()
     rows: list[dict[str, Any]] = []
     measures = {"attention": _attention, "matmul": _matmul, "bf16": _bf16}

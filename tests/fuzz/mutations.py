@@ -62,7 +62,8 @@ def _changed(values: Any, rng: random.Random) -> Any:
     elif what < 0.8:
         del holder[key]
     elif what < 0.9 and isinstance(holder[key], int | float):
-        holder[key] = rng.choice((holder[key] * 2, holder[key] + 1, -holder[key], holder[key] / 3))
+        x = holder[key]
+        holder[key] = rng.choice((x * 2, x + 1, -x, x / 3 if abs(x) < 1e300 else x // 3))
     else:
         other, name = rng.choice(places)
         value = copy.deepcopy(other[name])
@@ -152,7 +153,7 @@ def _changed_tensor(tensor: tuple[str, tuple[int, ...], int, bytes], rng: random
             (name + "x", "token_embd.weight", "rope_freqs.weight", "", "\0", "é" * 99)
         )
     elif what < 0.5:
-        sizes = (0, 1, 8, 2**31, 2**63, 2**64 - 1, shape[0])
+        sizes = (0, 1, 8, 2**31, 2**63, 2**64 - 1, *shape[:1])
         shape = rng.choice((shape[::-1], (*shape, 1), (rng.choice(sizes), *shape[1:]), ()))
     elif what < 0.8:
         kind = rng.choice((0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 16, 30, 99, 2**32 - 1))

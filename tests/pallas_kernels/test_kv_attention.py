@@ -59,6 +59,28 @@ def test_queries_in_shared_memory(view, tokens, config, strict):
     check(call, view, config, strict)
 
 
+@pytest.mark.parametrize(
+    ("view", "tokens", "config"),
+    [
+        ("int4", 1, attention.Config(1, 2, 1, 2)),
+        ("int8", 4, attention.Config(1, 2, 2, 3, True, True)),
+        ("full", 2, attention.Config(1, 1, 1, 2)),
+    ],
+)
+def test_copies_of_either_kind_bring_the_same(view, tokens, config):
+    """Teams of two warps and of one; a buffer whose last rows are fewer than a unit."""
+    call = attention_call(
+        view, kv_heads=1, group=4, tokens=tokens, head_dim=32, group_size=64, tiles=3,
+        positions=[200],
+    )  # fmt: skip
+    run = functools.partial(
+        attention.kv_attention, *call, read=Read(view), sm_scale=0.1, strict=False,
+        config=config, blocks=1,
+    )  # fmt: skip
+    for a, b in zip(run(bulk=True), run(bulk=False), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("head_dim", [32, 64])
 def test_output_rounded_by_the_merge(head_dim):
     call = attention_call(

@@ -1,4 +1,4 @@
-"""Attention over the hierarchical cache on Hopper and later, as a Pallas Mosaic GPU kernel.
+"""Attention over the hierarchical cache from Ampere on, as a Pallas Mosaic GPU kernel.
 
 What is read, once for all query heads and tokens that share it: a tile of G = 128 tokens of one
 key-value head with D = 128 is 17 KB in the draft view and 33 KB in the target view,

@@ -53,10 +53,11 @@ class _Warp:
         ptx.when(begin < end, lambda: self._work(begin, end, me))
 
     def _initialize(self) -> None:
+        copies = ptx.copies_of(self.plan.bulk)
         for i in range(self.plan.teams * self.plan.config.stages):
-            ptx.barrier_init(self.shared + 16 * i, 1)
+            ptx.barrier_init(self.shared + 16 * i, copies.arrivals(self.plan.team_threads))
             ptx.barrier_init(self.shared + 16 * i + 8, self.plan.team_warps)
-        ptx.fence_barrier_init()
+        copies.publish_barriers()
 
     def _work(self, begin: V, end: V, me: V) -> None:
         """The units begin … end − 1, of the team number `me`."""
@@ -66,7 +67,7 @@ class _Warp:
             plan,
             self.operands,
             self.lengths,
-            leader=(self.in_team * 32 + lane).equals(0),
+            thread=self.in_team * 32 + lane,
             shared=self.shared,
             team=self.team,
         )
@@ -146,7 +147,7 @@ class _Head:
         producer = pipeline.produce(rest[: Pipeline.PRODUCER])
         state = State(self.plan, rest[Pipeline.PRODUCER :])
         prepared = prepare()
-        ptx.barrier_wait(pipeline.full(stage), phase)
+        pipeline.copies.wait(pipeline.full(stage), phase)
         compute(state, pipeline.data(stage), prepared)
         ptx.sync_warp()
         ptx.when(lane.equals(0), lambda: ptx.barrier_arrive(pipeline.empty(stage)))

@@ -68,10 +68,11 @@ def kv_attention(
     config: Config,
     out_dtype: Any = jnp.float32,
     blocks: int = devices.DEFAULT.multiprocessors,
+    bulk: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.kv_attention.api.kv_attention`; bf16 queries and buffer."""
     shape = shape_of(q, cache, read=read, sm_scale=sm_scale, strict=strict)
-    plan = Plan(shape, config, blocks)
+    plan = Plan(shape, config, blocks, bulk)
     operands = [quantized_length, start, q, cache.key_buffer, cache.value_buffer]
     for part in (cache.keys, cache.values):
         if part is not None:

@@ -67,11 +67,15 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Byte offsets and counts that follow from a shape and a configuration."""
+    """Byte offsets and counts that follow from a shape and a configuration.
+
+    bulk  whether the device copies in bulk (`ptx.copies`)
+    """
 
     shape: Shape
     config: Config
     blocks: int
+    bulk: bool = True
 
     @property
     def column_groups(self) -> int:
@@ -83,6 +87,10 @@ class Plan:
     @property
     def team_warps(self) -> int:
         return self.config.token_warps * self.column_groups
+
+    @property
+    def team_threads(self) -> int:
+        return 32 * self.team_warps
 
     @property
     def teams(self) -> int:

@@ -12,10 +12,11 @@ from pallas_kernels.ptx import V, i32
 
 
 class Pipeline:
-    """A team's ring of stages in shared memory, filled by the copy engine.
+    """A team's ring of stages in shared memory.
 
-    The team's first lane keeps `stages − 1` units ahead: before the team reads unit i, it waits
-    until all warps have left the stage of unit i − 1 and orders unit i + stages − 1 into it.
+    The team keeps `stages − 1` units ahead: before it reads unit i, those of it that order copies
+    (`ptx.copies`: its first thread, or all) wait until all warps have left the stage of unit i − 1
+    and order unit i + stages − 1 into it.
     """
 
     PRODUCER = 8  # values that say what to order next
@@ -28,9 +29,10 @@ class Pipeline:
         *,
         shared: V,
         team: V,
-        leader: V,
+        thread: V,
     ):
-        self.plan, self.operands, self.lengths, self.leader = plan, operands, lengths, leader
+        self.plan, self.operands, self.lengths = plan, operands, lengths
+        self.copies = ptx.copies_of(plan.bulk)(plan.team_threads, thread)
         stages = plan.config.stages
         self.barriers = shared + team * (16 * stages)
         self.ring = shared + plan.barrier_bytes + team * (stages * plan.stage_bytes)
@@ -59,7 +61,7 @@ class Pipeline:
         s = self.plan.shape
 
         def issue() -> None:
-            ptx.barrier_wait(self.empty(stage), phase ^ 1)
+            self.copies.wait(self.empty(stage), phase ^ 1)
             target, barrier = self.data(stage), self.full(stage)
             if s.planes:
                 ptx.choose(
@@ -70,8 +72,9 @@ class Pipeline:
                 )
             else:
                 self._copy_rows(target, barrier, b, k, tiles, unit)
+            self.copies.arrive(barrier)
 
-        ptx.when(ptx.both(self.leader, left > 0), issue)
+        ptx.when(self.copies.orders(left > 0), issue)
 
         following = unit + 1
 
@@ -92,11 +95,12 @@ class Pipeline:
 
     def _copy_tile(self, target: V, barrier: V, b: V, k: V, tile: V) -> list[V]:
         s, sections = self.plan.shape, self.plan.sections
-        ptx.barrier_expect(barrier, i32(sum(sections)))
+        self.copies.expect(barrier, i32(sum(sections)))
         index = ((b * s.kv_heads + k) * s.tiles + tile).to_i64()
         offset = 0
         for source, size in zip(self.operands.tile_parts, sections, strict=True):
-            ptx.bulk_copy(target + offset, source + index * size, i32(size), barrier)
+            to, at = target + offset, source + index * size
+            self.copies.copy(to, at, size, barrier, most=size)
             offset += size
         return []
 
@@ -106,10 +110,11 @@ class Pipeline:
         # rows divide R, or there are no tiles and R is beyond every position.
         first = (tiles * s.group_size + unit * rows) % s.buffer_length
         size = ptx.minimum(i32(s.buffer_length) - first, rows) * (2 * s.head_dim)
-        ptx.barrier_expect(barrier, size * 2)
+        self.copies.expect(barrier, size * 2)
         head = (b * s.kv_heads + k).to_i64() * (s.buffer_length * 2 * s.head_dim)
         source = head + first.to_i64() * (2 * s.head_dim)
-        values = target + rows * 2 * s.head_dim
-        ptx.bulk_copy(target, self.operands["key_buffer"] + source, size, barrier)
-        ptx.bulk_copy(values, self.operands["value_buffer"] + source, size, barrier)
+        most = rows * 2 * s.head_dim
+        parts = ((target, "key_buffer"), (target + most, "value_buffer"))
+        for to, name in parts:
+            self.copies.copy(to, self.operands[name] + source, size, barrier, most=most)
         return []
