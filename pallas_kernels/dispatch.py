@@ -17,7 +17,14 @@ import jax
 from pallas_kernels import devices, tuned
 
 BACKENDS = ("auto", "mosaic_gpu", "xla")
-KERNELS = ("add_rms_norm", "int4_matmul", "kv_attention", "quantize_pack", "rope_append")
+KERNELS = (
+    "add_rms_norm",
+    "bf16_matmul",
+    "int4_matmul",
+    "kv_attention",
+    "quantize_pack",
+    "rope_append",
+)
 
 
 @functools.cache

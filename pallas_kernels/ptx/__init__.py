@@ -31,9 +31,11 @@ from pallas_kernels.ptx.copies import (
     barrier_poll,
     barrier_wait,
     bulk_copy,
+    commit_copies,
     copies_of,
     fence_barrier_init,
     unit_copy,
+    wait_copies,
 )
 from pallas_kernels.ptx.launch import (
     kernel,
@@ -104,6 +106,7 @@ __all__ = [
     "bulk_copy",
     "ceil_div",
     "choose",
+    "commit_copies",
     "constant",
     "copies_of",
     "exp2",
@@ -143,5 +146,6 @@ __all__ = [
     "uniform",
     "unit_copy",
     "unpack_f16",
+    "wait_copies",
     "when",
 ]

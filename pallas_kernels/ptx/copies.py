@@ -82,6 +82,17 @@ def unit_copy(target: V, source: V) -> None:
     asm("cp.async.cg.shared.global [$0], [$1], 16;", [], [target, source], effects=True)
 
 
+def commit_copies() -> None:
+    """What this thread has ordered by `unit_copy` since the last time is a group, maybe empty."""
+    asm("cp.async.commit_group;", [], [], effects=True)
+
+
+def wait_copies(pending: int) -> None:
+    """Until no more than the `pending` newest of this thread's groups are under way. Other threads
+    see what has come after a barrier that both meet."""
+    asm(f"cp.async.wait_group {pending};", [], [], effects=True)
+
+
 def arrive_after_copies(barrier: V) -> None:
     """Arrive when all `unit_copy` that this thread has ordered are there."""
     asm("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", [], [barrier], effects=True)

@@ -20,19 +20,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch, timing, tuned
+from pallas_kernels.bf16_matmul import api as bf16
+from pallas_kernels.bf16_matmul import xla as bf16_reference
 from pallas_kernels.int4_matmul import api as matmul
 from pallas_kernels.int4_matmul import xla as matmul_reference
 from pallas_kernels.kv_attention import api as attention
 from pallas_kernels.kv_attention import xla as attention_reference
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import LayerCache, Planes, QuantizedWeight, tile, untile
+from pallas_kernels.products.around import NOTHING, Around, apart
 from pallas_kernels.quantize_pack import api as quantize
 from quantspec_jax.bench import record
 from quantspec_jax.checks import require
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.presets import PRESETS
 
-KERNELS = ("attention", "matmul", "quantize")
+KERNELS = ("attention", "matmul", "bf16", "quantize")
+TUNED_ROWS = (1, 8, 16)  # a configuration serves up to so many
 GROUP_SIZE = 128  # of the cache
 # GB/s that were measured before: a run in which less is measured is not judged by less.
 READ_CEILING = {"NVIDIA H200": 4390.0}
@@ -48,6 +52,7 @@ class Shapes:
                context
     matmul     name → input channels, outputs of each weight of the pass
     group      input channels that share a scale of a weight
+    tied       whether the lm_head is the embedding [N, Kin]
     """
 
     heads: int
@@ -55,6 +60,7 @@ class Shapes:
     group: int
     attention: tuple[tuple[str, int, int, int], ...]
     matmul: dict[str, tuple[int, tuple[int, ...]]]
+    tied: bool = False
 
 
 ATTENTION = (
@@ -96,7 +102,9 @@ def shapes_of(name: str, model: ModelConfig, context: int, group: int) -> Shapes
             f"{name} o": (queries, (e,)),
             f"{name} gate, up": (e, (f, f)),
             f"{name} down": (f, (e,)),
+            f"{name} lm_head": (e, (model.vocab_size,)),
         },
+        model.tie_embeddings,
     )
 
 
@@ -139,10 +147,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let attention that reads all pages give their log-sums, too",
     )
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[1, 8], metavar="N", help="of products (1 8)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help='products whose name holds it, such as "gate, up"'
+    )
+    parser.add_argument(
+        "--around",
+        action="store_true",
+        help="products with the norm, SiLU and sum that stand around them in a layer",
+    )
     parser.add_argument("--no-peers", action="store_true", help="leave out the other kernels")
     parser.add_argument(
         "--tune",
-        choices=("attention", "matmul"),
+        choices=("attention", "matmul", "bf16"),
         nargs="+",
         default=[],
         help="measure configurations of these first, and keep the best in the device's file",
@@ -162,9 +181,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shapes = LISTED
     if args.preset:
         shapes = shapes_of(args.preset, PRESETS[args.preset], args.context, args.group)
+    if args.only:
+        named = [name for text in args.only for name in shapes.matmul if text in name]
+        require(bool(named), "only", args.only, f"parts of {', '.join(shapes.matmul)}")
+        products = {name: shapes.matmul[name] for name in named}
+        shapes = dataclasses.replace(shapes, matmul=products)
     ceilings = measured_ceilings()
     rows: list[dict[str, Any]] = []
-    measures = {"attention": _attention, "matmul": _matmul, "quantize": _quantize}
+    measures = {"attention": _attention, "matmul": _matmul, "bf16": _bf16}
+    measures["quantize"] = _quantize
     rates = {f"{name}_ceiling_gb_per_second": rate for name, rate in ceilings.items()}
     command = record.command("quantspec bench kernels", args)
     for name in args.kernel:
@@ -420,7 +445,18 @@ def random_weight(key: jax.Array, inputs: int, outputs: int, group: int) -> Quan
     )
 
 
+def _around(name: str, inputs: int, outputs: Sequence[int], rows: int) -> Around:
+    """What stands around a product of this name in a layer."""
+    norm, residual = (_normal(jax.random.key(3), x) for x in ((inputs,), (rows, outputs[0])))
+    if name.endswith((" o", " down")):
+        return Around(residual=residual)
+    return Around(norm=norm, eps=1e-6, gated=name.endswith("gate, up"))
+
+
 def _matmul(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) -> Any:
+    """Products with 4-bit weights."""
+    from pallas_kernels.int4_matmul import configs, mosaic_gpu
+
     make = jax.jit(lambda *of: tile(random_weight(*of)), static_argnums=(1, 2, 3))
     for name, (inputs, outputs) in shapes.matmul.items():
         num_bytes = sum(outputs) * inputs * (0.5 + 4 / shapes.group)
@@ -431,54 +467,127 @@ def _matmul(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace
             ]
             for i in range(_sets(num_bytes))
         ]
-        for rows in (1, 8):
-            calls = [(_normal(jax.random.key(i), (rows, inputs)), w) for i, w in enumerate(weights)]
-            # A configuration serves up to 8 rows; decoding has one.
-            if rows == 1 and "matmul" in args.tune:
-                _tune_matmul(calls)
-            multiply = jax.jit(lambda x, w: matmul.int4_matmuls(x, w, backend="mosaic_gpu"))
-            peers = {} if args.no_peers else _matmul_peers(calls, rows)
-            x, first = calls[0]
-            with jax.default_matmul_precision("highest"):
-                expected = [
-                    jnp.matmul(
-                        x.astype(jnp.float32), matmul_reference.dequantize(untile(w))[:inputs]
-                    )
-                    for w in first
-                ]
-            yield _row(
-                f"int4 matmul, {name}",
-                timing.device_seconds(multiply, calls),
-                num_bytes,
-                ceilings["read"],
-                query_tokens=rows,
-                shape=[inputs, *outputs],
-                peers=peers,
-                error=_error(multiply(x, first), expected),
+
+        def dense(h: jax.Array, weights: Sequence[Any]) -> list[jax.Array]:
+            whole = (matmul_reference.dequantize(untile(w)) for w in weights)
+            return [jnp.matmul(h.astype(jnp.float32), w[: h.shape[-1]]) for w in whole]
+
+        def tune(calls: Sequence[Any]) -> None:
+            shape = mosaic_gpu.shape_of(*calls[0])
+            _tune_products(configs, shape, mosaic_gpu.int4_matmuls, calls)
+
+        run = functools.partial(matmul.int4_matmuls, backend="mosaic_gpu")
+        for rows in args.rows:
+            products = _Products(f"int4 matmul, {name}", weights, num_bytes, rows, run, dense)
+            peer = None if args.no_peers else functools.partial(_bf16_peer, transposed=False)
+            yield products.row(
+                name, inputs, outputs, ceilings, args, tune if "matmul" in args.tune else None, peer
             )
 
 
-def _matmul_peers(calls: Sequence[Any], rows: int) -> dict[str, float]:
-    """Milliseconds of the same product with bf16 weights."""
-    x, weights = calls[0]
-    shapes = [(x.shape[-1], w.outputs) for w in weights]
-    dense = [
-        (call[0], [_normal(jax.random.key(i), shape) for shape in shapes])
-        for i, call in enumerate(calls[:4])
-    ]
-    product = jax.jit(lambda x, ws: [jnp.dot(x, w) for w in ws])
-    return {f"bf16 product, {rows} rows": 1e3 * timing.device_seconds(product, dense)}
+def _bf16(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) -> Any:
+    """Products with bfloat16 weights, beside XLA's own (cuBLAS)."""
+    from pallas_kernels.bf16_matmul import configs, mosaic_gpu
+
+    for name, (inputs, outputs) in shapes.matmul.items():
+        tied = name.endswith("lm_head") and shapes.tied
+        num_bytes = 2.0 * sum(outputs) * inputs
+        weights = [
+            [
+                _normal(jax.random.key(10 * i + j), (n, inputs) if tied else (inputs, n))
+                for j, n in enumerate(outputs)
+            ]
+            for i in range(_sets(num_bytes))
+        ]
+
+        def dense(h: jax.Array, weights: Sequence[Any], tied: bool = tied) -> list[jax.Array]:
+            wide = h.astype(jnp.float32)
+            return [bf16_reference.bf16_matmul(wide, w, tied, jnp.float32) for w in weights]
+
+        def tune(calls: Sequence[Any], tied: bool = tied) -> None:
+            x, first, around = calls[0]
+            shape = mosaic_gpu.shape_of(x, first, around, tied)
+            run = functools.partial(
+                mosaic_gpu.bf16_matmuls,
+                transposed=tied,
+                multiprocessors=dispatch.target().multiprocessors,
+            )
+            _tune_products(configs, shape, run, calls)
+
+        run = functools.partial(bf16.bf16_matmuls, transposed=tied, backend="mosaic_gpu")
+        for rows in args.rows:
+            products = _Products(f"bf16 matmul, {name}", weights, num_bytes, rows, run, dense)
+            peer = None if args.no_peers else functools.partial(_bf16_peer, transposed=tied)
+            yield products.row(
+                name, inputs, outputs, ceilings, args, tune if "bf16" in args.tune else None, peer
+            )
 
 
-def _tune_matmul(calls: Sequence[Any]) -> None:
-    from pallas_kernels.int4_matmul import configs, mosaic_gpu
+@dataclasses.dataclass(frozen=True)
+class _Products:
+    """A row of products: run(x, weights, around) is measured, dense(h, weights) is exact."""
 
-    shape = mosaic_gpu.shape_of(*calls[0])
+    kernel: str
+    weights: Sequence[Any]
+    num_bytes: float
+    rows: int
+    run: Callable[..., list[jax.Array]]
+    dense: Callable[..., list[jax.Array]]
 
-    def measure(config: mosaic_gpu.Config) -> float:
-        bulk = dispatch.target().generation.bulk_copies
-        fn = jax.jit(lambda x, w: mosaic_gpu.int4_matmuls(x, w, config=config, bulk=bulk))
-        return timing.device_seconds(fn, calls)
+    def row(
+        self,
+        name: str,
+        inputs: int,
+        outputs: Sequence[int],
+        ceilings: dict[str, float],
+        args: argparse.Namespace,
+        tune: Callable[[Sequence[Any]], None] | None,
+        peer: Callable[[Sequence[Any]], float] | None,
+    ) -> dict[str, Any]:
+        around = _around(name, inputs, outputs, self.rows) if args.around else NOTHING
+        calls = [
+            (_normal(jax.random.key(i), (self.rows, inputs)), w, around)
+            for i, w in enumerate(self.weights)
+        ]
+        if tune is not None and self.rows in TUNED_ROWS:
+            tune(calls)
+        multiply = jax.jit(self.run)
+        x, first, _ = calls[0]
+        with jax.default_matmul_precision("highest"):
+            expected = apart(x, around, functools.partial(self.dense, weights=first))
+        parts = [part for part, here in around.form._asdict().items() if here]
+        return _row(
+            self.kernel,
+            timing.device_seconds(multiply, calls),
+            self.num_bytes,
+            ceilings["read"],
+            query_tokens=self.rows,
+            shape=[inputs, *outputs],
+            around=parts,
+            peers={} if peer is None else {f"bf16 product, {self.rows} rows": peer(calls)},
+            error=_error(multiply(*calls[0]), expected),
+        )
+
+
+def _bf16_peer(calls: Sequence[Any], transposed: bool) -> float:
+    """Milliseconds of the same products alone with bf16 weights, by XLA (cuBLAS)."""
+    dense = []
+    for i, (x, weights, _) in enumerate(calls[:4]):
+        if not isinstance(weights[0], jax.Array):
+            shapes = [(x.shape[-1], w.outputs) for w in weights]
+            weights = [_normal(jax.random.key(i), shape) for shape in shapes]
+        dense.append((x, weights))
+    product = jax.jit(
+        lambda x, ws: [bf16_reference.bf16_matmul(x, w, transposed, x.dtype) for w in ws]
+    )
+    return 1e3 * timing.device_seconds(product, dense)
+
+
+def _tune_products(configs: Any, shape: Any, run: Callable[..., Any], calls: Sequence[Any]) -> None:
+    """Measure a few configurations of a kernel's `configs` on a shape."""
+
+    def measure(config: Any) -> float:
+        return timing.device_seconds(jax.jit(functools.partial(run, config=config)), calls)
 
     _tune(configs.KERNEL, configs.key(shape), configs.diverse(shape), measure)
 

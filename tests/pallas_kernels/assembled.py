@@ -23,11 +23,20 @@ if (nvcc := importlib.util.find_spec("nvidia.cuda_nvcc")) is not None:
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from kernel_cases import HEADS, attention_call, heads_call, random_pages, random_weight
+from kernel_cases import (
+    HEADS,
+    attention_call,
+    heads_call,
+    random_around,
+    random_pages,
+    random_weight,
+)
 from pretend import pretend
 
 from pallas_kernels import devices
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
+from pallas_kernels.bf16_matmul import configs as bf16_configs
+from pallas_kernels.bf16_matmul import mosaic_gpu as bf16
 from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
 from pallas_kernels.kv_attention import configs, mosaic_gpu
@@ -153,6 +162,27 @@ def products(device: devices.Device) -> Iterator[tuple[str, Any, Any]]:
         for config in matmul_configs.diverse(matmul.shape_of(x, weights))[:4]:
             run = functools.partial(matmul.int4_matmuls, config=config, bulk=bulk)
             yield f"int4_matmul {rows} {inputs} {config}", run, (x, weights)
+    for rows, outputs, parts in (
+        (1, (576,), "norm"),
+        (5, (576,), "residual"),
+        (8, (576,) * 2, "norm gated"),
+    ):
+        x, around = jnp.zeros((rows, 576), jnp.bfloat16), random_around(parts, rows, 576, 576)
+        weights = [tile(random_weight(576, n, 64, False)) for n in outputs]
+        (config, *_) = matmul_configs.candidates(matmul.shape_of(x, weights, around))
+        run = functools.partial(matmul.int4_matmuls, config=config, bulk=bulk)
+        yield f"int4_matmul {parts}", run, (x, weights, around)
+        for transposed in (False, True):
+            dense = [jnp.zeros((576, 576), jnp.bfloat16)] * len(outputs)
+            shape = bf16.shape_of(x, dense, around, transposed)
+            for config in bf16_configs.diverse(shape)[:3]:
+                run = functools.partial(
+                    bf16.bf16_matmuls,
+                    config=config,
+                    multiprocessors=device.multiprocessors,
+                    transposed=transposed,
+                )
+                yield f"bf16_matmul {parts} {config}", run, (x, dense, around)
 
 
 def others() -> Iterator[tuple[str, Any, Any]]:

@@ -322,15 +322,27 @@ def bulk_copy(target, source, num_bytes, barrier):
 
 
 def unit_copy(target, source):
-    """Noted, and done as late as may be: when the thread arrives after its copies."""
+    """Noted, and done as late as may be: when the thread waits for its group, or arrives after its
+    copies."""
     assert not ((target.array | source.array)[HERE.mask] % 16).any(), "units of 16 bytes"
     HERE.__dict__.setdefault("ordered", []).append((target, source, HERE.mask))
 
 
+def commit_copies():
+    ordered = HERE.__dict__.pop("ordered", [])
+    HERE.__dict__.setdefault("groups", []).append(ordered)
+
+
+def wait_copies(pending):
+    groups = HERE.__dict__.setdefault("groups", [])
+    while len(groups) > pending:
+        for target, source, mask in groups.pop(0):
+            masked(mask, lambda: scatter(target, gather(source, 16)))  # noqa: B023
+
+
 def arrive_after_copies(barrier):
-    for target, source, mask in HERE.ordered:
-        masked(mask, lambda: scatter(target, gather(source, 16)))  # noqa: B023
-    HERE.ordered.clear()
+    commit_copies()
+    wait_copies(0)
     _update(barrier, len(active()), 0)
 
 
@@ -412,6 +424,8 @@ REPLACEMENTS: dict[str, Any] = {
     "barrier_poll": barrier_wait,
     "bulk_copy": bulk_copy,
     "unit_copy": unit_copy,
+    "commit_copies": commit_copies,
+    "wait_copies": wait_copies,
     "arrive_after_copies": arrive_after_copies,
     "peer_address": peer_address,
     "store_peer": store_peer,

@@ -13,6 +13,7 @@ import numpy as np
 from pallas_kernels.kv_attention.read import Attended, Pages, Read
 from pallas_kernels.kv_attention.xla import dequantize_keys, dequantize_values
 from pallas_kernels.layout import LayerCache, Planes, QuantizedWeight, pack
+from pallas_kernels.products.around import Around
 from pallas_kernels.quantize_pack import xla as quantize
 from pallas_kernels.rope_append.heads import Heads
 
@@ -214,3 +215,43 @@ def heads_call(
     some = Planes(*(jnp.zeros(1) for _ in range(4))) if planes else None
     buffers = (numbers(batch, k, slots, d) for _ in range(2))
     return heads, LayerCache(some, some, *buffers), jnp.array(start[:batch], jnp.int32)
+
+
+def random_around(
+    parts: str, rows: int, inputs: int, outputs: int, eps: float = 1e-3, seed: int = 9
+) -> Around:
+    """What is named of "norm", "residual" and "gated", with random numbers."""
+    keys = jax.random.split(jax.random.key(seed), 2)
+    norm, residual = (
+        jax.random.normal(k, shape).astype(jnp.bfloat16)
+        for k, shape in zip(keys, ((inputs,), (rows, outputs)), strict=True)
+    )
+    return Around(
+        norm if "norm" in parts else None,
+        eps if "norm" in parts else 0.0,
+        residual if "residual" in parts else None,
+        "gated" in parts,
+    )
+
+
+def dense_products(x, weights: Sequence[Any], around: Around) -> list[np.ndarray]:
+    """Products with dense [Kin, N] weights and what stands around them, written from the formulas
+    in float64; what is rounded to bfloat16 on the way is rounded here too."""
+
+    def wide(array: Any) -> np.ndarray:
+        return np.asarray(array, np.float64)
+
+    def rounded(array: np.ndarray) -> np.ndarray:
+        return wide(array.astype(jnp.bfloat16))
+
+    h = wide(x)
+    if around.norm is not None:
+        size = np.sqrt((h**2).mean(-1, keepdims=True) + around.eps)
+        h = rounded(h / size * wide(around.norm))
+    found = [h @ wide(w) for w in weights]
+    if around.gated:
+        gate, up = map(rounded, found)
+        found = [gate / (1 + np.exp(-gate)) * up]
+    if around.residual is not None:
+        found = [wide(around.residual) + rounded(found[0])]
+    return found

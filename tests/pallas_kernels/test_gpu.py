@@ -12,7 +12,9 @@ import pytest
 from kernel_cases import (
     HEADS,
     attention_call,
+    dense_products,
     heads_call,
+    random_around,
     random_pages,
     random_weight,
     relative_error,
@@ -23,6 +25,9 @@ from kernel_cases import (
 
 from pallas_kernels import dispatch
 from pallas_kernels.add_rms_norm import api as norm
+from pallas_kernels.bf16_matmul import api as bf16
+from pallas_kernels.bf16_matmul import configs as bf16_configs
+from pallas_kernels.bf16_matmul import mosaic_gpu as bf16_kernel
 from pallas_kernels.int4_matmul import api as matmul
 from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul_kernel
@@ -245,6 +250,78 @@ def test_int4_matmul_in_every_configuration(rows):
         (y,), (again,) = run(x, tiled), run(x, tiled)
         np.testing.assert_array_equal(y, again)
         assert relative_error(y, expected) <= 1e-4
+
+
+def bf16_operands(rows, inputs, outputs, transposed):
+    keys = jax.random.split(jax.random.key(2), len(outputs) + 1)
+    x = (3 * jax.random.normal(keys[0], (rows, inputs))).astype(jnp.bfloat16)
+    shapes = [(n, inputs) if transposed else (inputs, n) for n in outputs]
+    weights = [
+        (0.05 * jax.random.normal(k, shape)).astype(jnp.bfloat16)
+        for k, shape in zip(keys[1:], shapes, strict=True)
+    ]
+    return x, weights, [w.T if transposed else w for w in weights]
+
+
+def check_products(run, call, dense, around, bound: float) -> None:
+    """Against the formulas, and the same bits again."""
+    found, again = run(*call), run(*call)
+    exact = dense_products(call[0], dense, around)
+    for y, z, expected in zip(found, again, exact, strict=True):
+        np.testing.assert_array_equal(y, z)
+        assert relative_error(y, expected) <= (4e-3 if y.dtype == jnp.bfloat16 else bound)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "parts"),
+    [
+        (1536, (1536, 256, 256), ""),
+        (1536, (1536, 256, 256), "norm"),
+        (1536, (1536,), "residual"),
+        (1536, (4480, 4480), "norm gated"),
+        (4480, (1536,), "residual"),
+        (576, (192, 72, 8), "norm"),
+        (4096, (20008,), "norm"),
+    ],
+)
+def test_bf16_matmul(rows, inputs, outputs, parts, transposed):
+    x, weights, dense = bf16_operands(rows, inputs, outputs, transposed)
+    around = random_around(parts, rows, inputs, outputs[0])
+    run = jax.jit(functools.partial(bf16.bf16_matmuls, transposed=transposed, backend="mosaic_gpu"))
+    # One bfloat16 of the norm that is rounded otherwise is 2⁻⁸ of itself.
+    check_products(run, (x, weights, around), dense, around, 4e-4 if "norm" in parts else 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize(("outputs", "parts"), [((1040,), "residual"), ((520, 520), "norm gated")])
+def test_bf16_matmul_in_every_configuration(rows, outputs, parts):
+    x, weights, dense = bf16_operands(rows, 1024, outputs, False)
+    around = random_around(parts, rows, 1024, outputs[0])
+    for config in bf16_configs.diverse(bf16_kernel.shape_of(x, weights, around)):
+        run = jax.jit(functools.partial(bf16_kernel.bf16_matmuls, config=config, multiprocessors=4))
+        check_products(run, (x, weights, around), dense, around, 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "group", "symmetric", "parts"),
+    [
+        (1536, (1536, 256, 256), 64, False, "norm"),
+        (1000, (512,), 128, True, "residual"),
+        (1536, (4480, 4480), 64, False, "norm gated"),
+        (4480, (1536,), 64, False, "residual"),
+        (576, (1536, 1536), 32, True, "norm gated"),
+    ],
+)
+def test_what_stands_around_int4_matmul(rows, inputs, outputs, group, symmetric, parts):
+    weights = [random_weight(inputs, n, group, symmetric, i) for i, n in enumerate(outputs)]
+    x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)
+    around = random_around(parts, rows, inputs, outputs[0])
+    dense = [matmul_reference.dequantize(w)[:inputs] for w in weights]
+    run = jax.jit(functools.partial(matmul.int4_matmuls, backend="mosaic_gpu"))
+    check_products(run, (x, [tile(w) for w in weights], around), dense, around, 4e-4)
 
 
 @pytest.mark.parametrize("which", ["quantize_keys", "quantize_values"])

@@ -47,8 +47,10 @@ def tiny_preset(monkeypatch):
 def test_shapes_of_a_model_are_those_of_its_layers():
     found = shapes_of("tiny", TINY, 1024, 32)
     layer = parameter_shapes(TINY)
+    *products, (inputs, outputs) = found.matmul.values()
+    assert (inputs, *outputs) == layer["lm_head.kernel"].shape
     for names, (inputs, outputs) in zip(
-        (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)), found.matmul.values(), strict=True
+        (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)), products, strict=True
     ):
         assert [(inputs, n) for n in outputs] == [
             layer[f"layers.0.{name}.kernel"].shape for name in names

@@ -58,8 +58,8 @@ def kernels(text: str) -> list[str]:
 def names(text: str) -> list[str]:
     """The kernels' functions, calls of one form sharing one."""
     found = re.findall(
-        r"func.func private @(add_rms_norm|int4_matmuls|kv_attention|quantize_\w+?|rope_append)"
-        r"(?:_\d+)?\(",
+        r"func.func private @(add_rms_norm|bf16_matmuls|int4_matmuls|kv_attention|quantize_\w+?"
+        r"|rope_append)(?:_\d+)?\(",
         text,
     )
     return sorted(found)
@@ -73,14 +73,15 @@ def test_each_kernel_is_in_the_program_once_however_many_layers_call_it(bits, po
         lowered(dataclasses.replace(MODEL, num_layers=layers), 4, "int8", draft, policy)
         for layers in (1, 3)
     )
-    # One launch for q, k, v, one for o, for gate and up, for down. The second planes of 8 bits have
-    # no minima: they are launches of their own.
-    matmuls = ["int4_matmuls"] * (4 if bits == 4 else 8)
-    norms = ["add_rms_norm"] * 2  # the draft's and the target's
+    # One launch for norm, q, k, v, one for o and the sum, for norm, gate and up, for down and the
+    # sum; the target's, and both lm_heads with the last norm. The second planes of 8 bits have no
+    # minima: they are launches of their own, and so is what stands around them.
+    products = ["bf16_matmuls"] * 6 + ["int4_matmuls"] * (4 if bits == 4 else 8)
+    norms = [] if bits == 4 else ["add_rms_norm"]
     attention, rope = ["kv_attention"] * 2, ["rope_append"] * 2
     quantize = ["quantize_keys", "quantize_values"]
     for text in (one, three):
-        assert names(text) == [*norms, *matmuls, *attention, *quantize, *rope]
+        assert names(text) == [*norms, *products, *attention, *quantize, *rope]
         # Attention is two kernels, the pass over the cache and the merge of its parts.
         assert len(kernels(text)) == len(names(text)) + 2
         assert len(set(kernels(text))) == len(kernels(text))
@@ -89,5 +90,5 @@ def test_each_kernel_is_in_the_program_once_however_many_layers_call_it(bits, po
 
 def test_plain_decoding_has_no_kernel_of_a_draft():
     text = lowered(MODEL, 0, "full", DraftConfig())
-    assert names(text) == ["add_rms_norm", "kv_attention", "rope_append"]
-    assert len(kernels(text)) == 4
+    assert names(text) == ["bf16_matmuls"] * 5 + ["kv_attention", "rope_append"]
+    assert len(kernels(text)) == 8
