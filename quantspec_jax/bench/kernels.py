@@ -474,7 +474,9 @@ def _matmul(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace
 
         def tune(calls: Sequence[Any]) -> None:
             shape = mosaic_gpu.shape_of(*calls[0])
-            _tune_products(configs, shape, mosaic_gpu.int4_matmuls, calls)
+            bulk = dispatch.target().generation.bulk_copies
+            run = functools.partial(mosaic_gpu.int4_matmuls, bulk=bulk)
+            _tune_products(configs, shape, run, calls)
 
         run = functools.partial(matmul.int4_matmuls, backend="mosaic_gpu")
         for rows in args.rows:
