@@ -100,7 +100,7 @@ def _from_files(directory: Path, **chosen: str | None) -> Any | None:
     inside = [directory, *(path for path in directory.glob("*chat_templates") if path.is_dir())]
     texts = [p for d in inside for p in d.iterdir() if p.suffix.lower() in _SUFFIXES]
     check_regular(texts, _MOST_BYTES)
-    with _panics_unheard():
+    with _streams_held(str(directory)):
         try:
             if expressions.foreign_in_files(texts):
                 expressions.try_to_load({"directory": str(directory), **chosen}, texts)
@@ -126,10 +126,10 @@ _STREAMS = threading.Lock()  # are the process's
 
 
 @contextlib.contextmanager
-def _panics_unheard() -> Iterator[None]:
+def _streams_held(where: str) -> Iterator[None]:
     """Rust reports a panic on the process's standard error before it becomes an exception, and
     notes on its standard output, which is for results. So both are held meanwhile: an exception
-    says the same, and without one what was held goes to standard error."""
+    says the same, and without one what was held becomes a warning."""
     with _STREAMS, tempfile.TemporaryFile() as held:
         own = _replace_streams([held.fileno(), held.fileno()])
         try:
@@ -141,7 +141,9 @@ def _panics_unheard() -> Iterator[None]:
             for replaced in _replace_streams(own) + own:
                 os.close(replaced)
             held.seek(0)
-            os.write(2, held.read())
+            said = held.read().decode(errors="replace").strip()
+            if said:
+                warnings.warn(f"the tokenizer in {where}: {said[:300]}", stacklevel=2)
 
 
 def _replace_streams(descriptors: list[int]) -> list[int]:
@@ -170,7 +172,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str = "") -> Any | None:
     named = _named_tokens(keys, tokens)
     begins, ends = (named[f"{name}_token"] is not None for name in ("bos", "eos"))
     template = Settings(metadata, where, "tokenizer.").text("chat_template", None)
-    with _panics_unheard():
+    with _streams_held(where):
         try:
             backend, bos = _BUILDERS[kind](keys, tokens, types)
             _add_special_tokens(backend, tokens, types)
@@ -184,9 +186,10 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str = "") -> Any | None:
             )
             try_out(tokenizer)
         except BaseException as error:
-            if not is_panic(error):
+            ours = where in str(error)  # it says which key, too
+            if ours or not (isinstance(error, Exception) or is_panic(error)):
                 raise
-            reason = (str(error).strip() or "a panic").splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"the tokenizer in {where} cannot be read: {reason}") from error
     return tokenizer
 
