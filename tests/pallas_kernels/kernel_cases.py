@@ -112,7 +112,9 @@ def without_poison(call):
 def plain_attention(call, read: Read, sm_scale: float, strict: bool, pages=None) -> Attended:
     """Softmax attention of one query at a time, over the keys and values that it may see: output,
     log-sum-exp, and that of each tile."""
-    q, cache, quantized, start = call
+    q, cache, *lengths = call
+    quantized, start = map(np.asarray, lengths)
+    q = np.asarray(q, np.float64)
     batch, tokens, heads = q.shape[:3]
     kv_heads, slots = cache.key_buffer.shape[1:3]
     buffers = [np.asarray(x, np.float64) for x in (cache.key_buffer, cache.value_buffer)]
@@ -129,17 +131,19 @@ def plain_attention(call, read: Read, sm_scale: float, strict: bool, pages=None)
             ]
             for view in ("int8", read.view)
         }
+    if pages is not None:
+        listed, counts = np.asarray(pages.tiles), np.asarray(pages.count)
     page_lse = np.full((*q.shape[:3], tiles), -np.inf)
     for b, h, i in np.ndindex(batch, heads, tokens):
         k, n, last = h // (heads // kv_heads), int(quantized[b]), int(start[b]) + i - strict
         chosen = range(n // g)
         if pages is not None:
-            chosen = np.asarray(pages.tiles)[b, k, : int(pages.count[b])]
+            chosen = listed[b, k, : counts[b]]
         parts = [(None, [x[b, k][[p % slots for p in range(n, last + 1)]] for x in buffers])]
         for tile in chosen:
             view = "int8" if tile < read.exact_tiles else read.view
             parts.append((tile, [x[b, k, tile] for x in dense[view]]))
-        scores = [x[0] @ np.asarray(q[b, i, h], np.float64) * sm_scale for _, x in parts]
+        scores = [x[0] @ q[b, i, h] * sm_scale for _, x in parts]
         for (tile, _), found in zip(parts, scores, strict=True):
             if tile is not None:
                 page_lse[b, i, h, tile] = np.logaddexp.reduce(found)
