@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from quantspec_jax.checks import require
 from quantspec_jax.cost import ALL_PAGES, READINGS, Reading
@@ -45,16 +46,17 @@ def measured_readings(path: str, sampled: bool = False) -> tuple[Reading, ...]:
     """
     rows = read_json(path).get("rows", [])
     kind = "sampled_acceptance" if sampled else "greedy_acceptance"
-    whole = {row["draft"]: row[kind] for row in rows if row.get("draft_share", 1) == 1}
-    less = [row for row in rows if row.get("draft_share", 1) < 1 and whole.get(row["draft"])]
-    if not less:
-        return READINGS
+
+    def draft(row: dict[str, Any]) -> tuple[str, float]:
+        return row["draft"], row["draft_bits_per_weight"]
+
+    whole = {draft(row): row[kind] for row in rows if row.get("draft_share", 1) == 1}
     found = [
-        Reading(row["draft_policy"], row["draft_share"], min(1.0, row[kind] / whole[row["draft"]]))
-        for row in less
-        if row[kind] > 0
+        Reading(row["draft_policy"], row["draft_share"], min(1.0, row[kind] / whole[draft(row)]))
+        for row in rows
+        if row.get("draft_share", 1) < 1 and row[kind] > 0 and whole.get(draft(row))
     ]
-    return (ALL_PAGES, *found)
+    return (ALL_PAGES, *found) if found else READINGS
 
 
 def measured_speed(path: str, context: int) -> tuple[float, Efficiency]:
