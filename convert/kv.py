@@ -47,8 +47,9 @@ class KVSource:
 
         there = jax.device_put(jax.tree.map(held, params), jax.devices()[0])
         model = Model(checkpoint.config, there, draft=DraftConfig(bits=None))
-        options = {"resume": self.finished, "progress": progress}
-        return to_arrays(calibrated(model, METHODS[self.kv.name], self.tokens, **options))
+        method = METHODS[self.kv.name]
+        learned = calibrated(model, method, self.tokens, resume=self.finished, progress=progress)
+        return to_arrays(learned)
 
 
 def prepare(

@@ -133,7 +133,8 @@ def codecs(
         bar.update()
         target, pasts = bench.through(by_tiles(Planes("int8"), group_size))
         bar.update()
-        result = {"tokens": len(ids) - 1 - len(ids) // 4, "predicted_on": DEVICE, "rows": []}
+        rows: list[dict[str, Any]] = []
+        result = {"tokens": len(ids) - 1 - len(ids) // 4, "predicted_on": DEVICE, "rows": rows}
         for name, method in chosen.items():
             first = prompt if method.selects else len(ids) // 4
             row: dict[str, Any] = {"codec": name, "bits": method.bits(model.config, COUNTED_AT)}
@@ -143,7 +144,7 @@ def codecs(
             row |= bench.as_draft(target, pasts, method, learned[name], first)
             bar.update()
             speed_up = speed_ups(model.config, method, row["greedy_acceptance"], group_size)
-            result["rows"].append(row | {"counted_from": first, "speed_up": speed_up})
+            rows.append(row | {"counted_from": first, "speed_up": speed_up})
             on_row(result)
     return result
 

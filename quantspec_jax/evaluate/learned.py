@@ -73,11 +73,11 @@ def fitted(
     for i, made in enumerate(layers):
         slopes = None if gradients is None else gradients[i]
         for name, method in learning.items():
-            given = (made, None, below[name], turn)
+            own, at, weights = made, turn, None
             if method.weighted:
-                some = jax.tree.map(lambda x: x[WEIGHTED], (made, turn))
-                given = (some[0], slopes, below[name], some[1])
-            found[name][i], below[name] = _fit(*given, method=method)
+                own, at = jax.tree.map(lambda x: x[WEIGHTED], (made, turn))
+                weights = slopes
+            found[name][i], below[name] = _fit(own, weights, below[name], at, method=method)
     return found
 
 
@@ -154,7 +154,8 @@ def _save(directory: Path, signature: str, learned: Learned, stream: Stream, bel
     arrays |= {f"below.{n}": x for n, x in enumerate(below)}
     held = {name: np.asarray(x) for name, x in arrays.items()}
     with whole(directory / "layers.npz") as partial_file, partial_file.open("wb") as stream_file:
-        np.savez(stream_file, signature=np.array(signature), layers=len(learned), **held)
+        held |= {"signature": np.array(signature), "layers": np.array(len(learned))}
+        np.savez(stream_file, allow_pickle=False, **held)
 
 
 def _load(

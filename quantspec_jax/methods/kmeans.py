@@ -35,7 +35,7 @@ def means(x: jax.Array, weight: jax.Array, label: jax.Array, centers: jax.Array)
 @partial(jax.jit, static_argnames=("k", "steps"))
 def kmeans(key: jax.Array, x: jax.Array, weight: jax.Array, k: int, steps: int) -> jax.Array:
     """Centers [k, c] of points [N, c] with weights [N] ≥ 0: argmin Σ weight ‖x − center‖²."""
-    uniform = jax.random.uniform(key, k)
+    uniform = jax.random.uniform(key, (k,))
 
     def draw(chance: jax.Array, i: jax.Array | int) -> jax.Array:
         total = jnp.cumsum(chance)

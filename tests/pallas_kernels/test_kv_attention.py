@@ -137,7 +137,6 @@ def test_page_log_sums(read, tokens, config):
     check(call, read, config, page_log_sums=True)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("view", "tokens", "config"),
     [
@@ -159,8 +158,6 @@ def test_copies_of_either_kind_bring_the_same(view, tokens, config):
         np.testing.assert_array_equal(a, b)
 
 
-=======
->>>>>>> helper-13k
 @pytest.mark.parametrize("head_dim", [32, 64])
 def test_output_rounded_by_the_merge(head_dim):
     call = attention_call(

@@ -74,8 +74,8 @@ def test_kvquant_keeps_outliers_and_codes_the_rest_by_its_table():
     given = text(0, 400)
     keys = given.keys.at[7, 1, 3].set(1e4)
     values = given.values.at[9, 0, 5].set(-1e4)
-    learned, made = KVQuant(3).fit(given, None)
-    read = KVQuant(3).read(learned, Layer(keys, values), None)
+    learned, _ = jax.jit(KVQuant(3).fit)(given, None)
+    made, read = (jax.jit(KVQuant(3).read)(learned, x, None) for x in (given, Layer(keys, values)))
     assert read.keys[7, 1, 3] == 1e4
     assert read.values[9, 0, 5] == -1e4
     same = np.arange(400) != 9
@@ -133,17 +133,16 @@ def test_skvq_channels_of_one_size_are_a_group():
 
 
 def test_skvq_with_many_levels_is_the_identity_but_for_its_8_bit_scales():
-    x, label = normal(5, 20, 64), jnp.arange(64) % 3
-    exact = skvq.rounded(x, label, 3, 2**16 - 1, 1.0, e4m3=False)
+    x, label = normal(5, 64, 128), jnp.arange(128) % 2
+    exact = skvq.rounded(x, label, 2, 2**16 - 1, 1.0, e4m3=False)
     np.testing.assert_allclose(exact, x, atol=1e-4)
-    fine, found = (skvq.rounded(x, label, 3, 15, 1.0, e4m3=short) for short in (False, True))
+    fine, found = (skvq.rounded(x, label, 2, 15, 1.0, e4m3=short) for short in (False, True))
     assert error(fine, x) < error(found, x) < 0.03  # three bits behind the point
 
 
 def test_skvq_clips_to_the_middle_where_asked():
-    x = jnp.full((4, 32), 100.0) + normal(6, 4, 32)
-    label = jnp.zeros(32, jnp.int32)
-    off = [np.abs(skvq.rounded(x, label, 1, 15, 0.9, c) - x).max() for c in (False, True)]
+    x, label = jnp.full((64, 128), 100.0) + normal(6, 64, 128), jnp.arange(128) % 2
+    off = [np.abs(skvq.rounded(x, label, 2, 15, 0.9, c) - x).max() for c in (False, True)]
     assert off[1] < off[0]  # α times both ends moves the range off numbers far from 0
 
 
@@ -171,8 +170,9 @@ def test_coupled_gradients_decide_what_a_codebook_is_for():
     slopes = jnp.where(jnp.arange(300) < 20, 1e3, 1e-3)[:, None, None] * jnp.ones((1, 1, 8))
     gradient = Layer(slopes, slopes)
     method = Coupled(4, 4, steps=5)
-    learned, weighted = method.fit(given, None, gradient)
-    _, plain = method.fit(given, None)
+    fit = jax.jit(method.fit)
+    learned, weighted = fit(given, None, gradient)
+    _, plain = fit(given, None, jax.tree.map(jnp.ones_like, gradient))
     for a, b in zip(method.read(learned, given, None), weighted, strict=True):
         np.testing.assert_array_equal(a, b)
     for a, b, exact in zip(weighted, plain, given, strict=True):
@@ -223,12 +223,12 @@ def test_calibquant_codes_the_prompt_alone():
 @pytest.mark.parametrize("method", [KVQuant(2), Skvq(group=32)])
 def test_who_reads_sees_what_who_learned_saw(method):
     """The same bits, twice; another text is read by what was learned."""
-    given = text(1)
-    learned, made = method.fit(given, None)
-    for read in (method.read(learned, given, None), method.read(learned, given, None)):
-        for a, b in zip(made, read, strict=True):
-            np.testing.assert_array_equal(a, b)
-    other = method.read(learned, text(7), None)
+    fit, read = jax.jit(method.fit), jax.jit(method.read)
+    learned, _ = fit(text(1), None)
+    once, twice = (read(learned, text(1), None) for _ in range(2))
+    for a, b in zip(once, twice, strict=True):
+        np.testing.assert_array_equal(a, b)
+    other = read(learned, text(7), None)
     assert all(0 < error(a, b) < 1 for a, b in zip(other, text(7), strict=True))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -65,25 +65,39 @@ def text() -> Layer:
 QUERIES = normal(2, 8, 4, 16)
 
 
-def kept(method, text, q=None, bound=PROMPT, whole=False) -> np.ndarray:
-    """[K, S, T] tokens that are read of those before `bound`."""
-    view = method.compress(jnp.asarray(whole), text, QUERIES, PROMPT)
+@functools.partial(jax.jit, static_argnums=0)
+def _kept(method, text, q, whole) -> jax.Array:
+    view = method.compress(whole, text, QUERIES, PROMPT)
+    return method.keep(view.state, q, jnp.asarray(PROMPT))
+
+
+def kept(method, text, q=None, whole=False) -> np.ndarray:
+    """[K, S, P] tokens that are read of those of the prompt."""
     q = normal(3, G, 4, 16) if q is None else q
-    read = method.keep(view.state, q, jnp.asarray(bound))
-    return np.asarray(jnp.broadcast_to(read, (2, len(q), T))[..., :bound])
+    read = np.asarray(_kept(method, text, q, jnp.asarray(whole)))
+    return np.broadcast_to(read, (2, len(q), T))[..., :PROMPT]
 
 
 @pytest.mark.parametrize("method", SELECTIONS, ids=lambda method: type(method).__name__)
-def test_a_selection_keeps_to_its_budget_and_all_is_all(method, text):
+def test_a_selection_keeps_to_its_budget(method, text):
     read = kept(method, text)
     if not isinstance(method, DBudgetKV):  # whose prompt decides
         assert (read.sum(-1) == round(0.25 * PROMPT)).all()
     assert read[..., : method.first].all()
-    everything = dataclasses.replace(method, share=1.0)
-    if isinstance(method, DBudgetKV):
-        everything = dataclasses.replace(method, tolerance=0.0)
-    assert kept(everything, text).all()
     assert kept(method, text, whole=True).all()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        DBudgetKV(**EXACT, whole_layers=0, tolerance=0.0),
+        SnapKV(1.0, **EXACT),
+        TopPages(1.0, **EXACT, page=8, whole_layers=0),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_all_is_all(method, text):
+    assert kept(method, text).all()
 
 
 def test_a_budget_takes_the_best_and_of_equal_ones_the_first():
@@ -135,8 +149,9 @@ def test_pools_see_zeros_beyond_the_ends():
 
 
 def test_dbudget_windows_grow_with_what_is_asked():
-    attention = jax.nn.softmax(3 * normal(4, 8, 50), -1)
-    starts = [int(window_start(attention, 4, tolerance)) for tolerance in (0, 0.01, 0.05, 0.5)]
+    attention = np.asarray(jax.nn.softmax(3 * normal(4, 8, 50), -1))
+    start_of = jax.jit(window_start, static_argnums=1)
+    starts = [int(start_of(attention, 4, tolerance)) for tolerance in (0, 0.01, 0.05, 0.5)]
     assert starts == sorted(starts)
     for start, tolerance in zip(starts, (0, 0.01, 0.05, 0.5), strict=True):
         norms = [
