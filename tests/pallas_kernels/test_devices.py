@@ -240,8 +240,8 @@ def test_instructions_are_those_of_the_device(on, monkeypatch, capability):
 
     emulator.replace(monkeypatch, "asm", noted)
     call = attention_call(
-        "int8", kv_heads=2, group=4, tokens=8, head_dim=128, group_size=128, tiles=3,
-        positions=[384],
+        "int8", kv_heads=1, group=1, tokens=1, head_dim=32, group_size=32, tiles=3,
+        positions=[96],
     )  # fmt: skip
     x, weight = jnp.zeros((4, 576), jnp.bfloat16), tile(random_weight(576, 576, 64, False))
     jax.clear_caches()
