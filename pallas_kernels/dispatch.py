@@ -60,8 +60,8 @@ def _notice(kernel: str, reason: str) -> None:
 @functools.cache
 def _notice_of_device(found: devices.Device) -> None:
     warnings.warn(
-        f"no kernel runs on {found}: {found.generation.unsupported}. {', '.join(KERNELS)} run in "
-        "XLA, many times slower",
+        f"no kernel runs on {found}: {found.generation.unsupported}. In XLA, slower: "
+        f"{', '.join(KERNELS)}",
         stacklevel=4,
     )
 

@@ -85,7 +85,7 @@ def _layer(k: int, d: int, dtype: np.dtype) -> LayerCache:
     def planes(code: tuple[int, int], number: tuple[int, ...]) -> Planes:
         codes = _shape(1, k, tiles, *code, dtype=jnp.uint8)
         numbers = _shape(1, k, tiles, *number)
-        return Planes(codes, codes, numbers, numbers)  # type: ignore[arg-type]
+        return Planes(codes, codes, numbers, numbers)
 
     buffer = _shape(1, k, 2 * g, d, dtype=dtype)
     values = planes((d, g // 2), (-(-d // min(g, d)), g))
@@ -106,7 +106,7 @@ def _product(model: ModelConfig, draft: DraftConfig, dtype: np.dtype) -> str | N
         groups, half = -(-inputs // stored.group_size), stored.group_size // 2
         numbers = _shape(groups, outputs)
         packed = _shape(groups, half, outputs, dtype=jnp.uint8)
-        weight = QuantizedWeight(packed, numbers, numbers)  # type: ignore[arg-type]
+        weight = QuantizedWeight(packed, numbers, numbers)
         if not can_tile(weight):
             return mosaic_gpu.unsupported(x, [weight])
     return None

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.layout import QuantizedWeight, unpack, unsigned_halves
 
 HIGHEST = jax.lax.Precision.HIGHEST
-# Rows on a GPU: that one reduction has sums for, and that are worth reading codes again for.
-SUMMED_AT_ONCE, MOST_SUMMED = 4, 16
+MOST_SUMMED = 16  # rows on a GPU, each of which reads the codes
 
 
 def dequantize(weight: QuantizedWeight) -> jax.Array:
@@ -61,39 +58,22 @@ def group_by_group(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
 
 
 def on_gpu(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
-    """As `group_by_group`, in a few launches: of few rows straight from the codes, of many by a
-    weight that is unpacked for this one product."""
+    """As `group_by_group`, in a few launches.
+
+    Few rows: the sums over each group are one reduction, which unpacks codes in passing, those over
+    the groups another one. Many: the product with a weight that is unpacked for it.
+    """
+    # Bound to x: alone, codes would be unpacked once, before the loop that decodes, and kept so.
+    x, packed = jax.lax.optimization_barrier((x, weight.packed))
+    weight = weight._replace(packed=packed)
     groups, rows, group = x.shape
     if rows > MOST_SUMMED:
-        x, weight = _bound(x, weight)
         flat = x.swapaxes(0, 1).reshape(rows, groups * group)
         return jnp.matmul(flat, dequantize(weight), precision=HIGHEST)
-    parts = [x[:, i : i + SUMMED_AT_ONCE] for i in range(0, rows, SUMMED_AT_ONCE)]
-    return jnp.concatenate([_summed(*_bound(part, weight)) for part in parts])
-
-
-def _bound(x: jax.Array, weight: QuantizedWeight) -> tuple[jax.Array, QuantizedWeight]:
-    """Both, the codes bound to x: else they would be unpacked once for several products, or before
-    the loop that decodes, and kept so."""
-    x, packed = jax.lax.optimization_barrier((x, weight.packed))
-    return x, weight._replace(packed=packed)
-
-
-def _summed(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
-    """The sums over each group of all rows are one reduction, which reads the codes once and
-    unpacks them in passing; those over the groups another one."""
-    half = weight.packed.shape[1]
     scale, offset = _scale_and_offset(weight)
-    low, high = (codes.astype(jnp.float32) for codes in unsigned_halves(weight.packed))
     terms = [
-        x[:, r, :half, None] * low + x[:, r, half:, None] * high for r in range(x.shape[1])
-    ]  # [groups, half, N] each
-
-    def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[jax.Array]:
-        return [p + q for p, q in zip(a, b, strict=True)]
-
-    by_group = jax.lax.reduce(terms, [jnp.float32(0)] * len(terms), add, (1,))
-    totals = x.sum(-1)  # [groups, R]
-    return jnp.stack(
-        [(y * scale + totals[:, r, None] * offset).sum(0) for r, y in enumerate(by_group)]
-    )
+        part[..., None] * codes.astype(jnp.float32)[:, None]  # [groups, R, group/2, N]
+        for part, codes in zip(jnp.split(x, 2, -1), unsigned_halves(packed), strict=True)
+    ]
+    by_group = (terms[0] + terms[1]).sum(2) * scale[:, None]
+    return (by_group + x.sum(-1, keepdims=True) * offset[:, None]).sum(0)

@@ -158,9 +158,9 @@ def test_int4_matmul(inputs, group, symmetric):
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("rows", [1, 5, 17])
+@pytest.mark.parametrize("rows", [5, 17])
 def test_int4_matmul_as_on_a_gpu(monkeypatch, rows, symmetric):
-    """One row, more than one reduction has sums for, and more than are summed so; and no loop."""
+    """Few rows and many; and no loop."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     weight = random_weight(100, 48, 32, symmetric)
     x = jax.random.normal(jax.random.key(2), (rows, 100))
