@@ -126,6 +126,7 @@ def random_state(
         rounds=each(0),
         proposed=each(0, COUNTED),
         accepted=each(0, COUNTED),
+        drafted=each(False, capacity, dtype=bool),
     )
 
 

@@ -13,6 +13,7 @@ from quantspec_jax.cache import KVCache
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.checks import require
 from quantspec_jax.generate.couplings import REJECTION, Coupling
+from quantspec_jax.generate.logprobs import Logprobs
 from quantspec_jax.generate.policies import ALL, Policy
 from quantspec_jax.generate.requests import Requests
 from quantspec_jax.models.config import ModelConfig
@@ -43,6 +44,7 @@ class Program:
       sampled: whether any sequence is sampled; None: the program finds out, in branches. A GPU's
         branch waits for the host.
       backend: which kernels run.
+      logprobs: whether the log-probabilities of new tokens are written down.
     """
 
     model: ModelConfig
@@ -52,6 +54,7 @@ class Program:
     coupling: Coupling = REJECTION
     sampled: bool | None = None
     backend: str = "auto"
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         allowed = f"at least gamma + 1 = {self.gamma + 1}"
@@ -76,7 +79,7 @@ class Program:
     jax.tree_util.register_dataclass,
     data_fields=[
         *("cache", "requests", "memory", "seen", "pending", "tokens", "count", "finished"),
-        *("broken", "rounds", "proposed", "accepted"),
+        *("broken", "rounds", "proposed", "accepted", "drafted", "logprobs"),
     ],
     meta_fields=[],
 )
@@ -97,6 +100,8 @@ class DecodeState:
     rounds    [B] int32, rounds in which the sequence took part
     proposed, accepted  [B, COUNTED] int32, drafted tokens that counted, and those of them that were
               accepted, by their place in the round
+    drafted   [B, M] bool, which new tokens the draft proposed; None: nobody asks
+    logprobs  of the new tokens; None: nobody asks
     """
 
     cache: KVCache
@@ -111,6 +116,8 @@ class DecodeState:
     rounds: jax.Array
     proposed: jax.Array
     accepted: jax.Array
+    drafted: jax.Array | None = None
+    logprobs: Logprobs | None = None
 
 
 def counted(number: jax.Array) -> jax.Array:

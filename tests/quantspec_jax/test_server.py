@@ -1,0 +1,400 @@
+"""`quantspec serve`, with OpenAI's own client and with requests that are none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import httpx
+import jax
+import numpy as np
+import openai
+import pytest
+import uvicorn
+
+import quantspec_jax as qs
+from quantspec_jax.engine.engine import Engine
+from quantspec_jax.models.module import init_params
+from quantspec_jax.server.app import make_app
+from quantspec_jax.server.service import ServerConfig, Service
+
+G, LENGTH, KEY = 16, 192, "secret"
+DECODING = {"group_size": G, "gamma": 3, "coupling": "invariant"}
+
+
+@pytest.fixture(scope="module")
+def model(byte_level_tokenizer):
+    config = qs.ModelConfig("llama", 325, 32, 64, 2, 4, 2, 16, 1024, eos_ids=(1,))
+    params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
+    return qs.Model(config, params, byte_level_tokenizer, qs.DraftConfig(group_size=32))
+
+
+@contextlib.contextmanager
+def serving(service: Service):
+    """A server of uvicorn's in a thread; its address."""
+    settings = uvicorn.Config(make_app(service), port=0, log_level="error", access_log=False)
+    server = uvicorn.Server(settings)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def service(model):
+    config = ServerConfig(
+        slots=4,
+        max_length=LENGTH,
+        queue=64,
+        api_key=KEY,
+        name="tiny",
+        body_bytes=1 << 16,
+        body_seconds=1.0,
+    )
+    return Service(model, qs.GenerateConfig(**DECODING), config)
+
+
+@pytest.fixture(scope="module")
+def url(service):
+    with serving(service) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def alone(model, prompt, new, **options):
+    """What `generate` makes with the same settings, alone."""
+    seed, n = options.pop("seed", 0), options.pop("n", 1)
+    config = qs.GenerateConfig(
+        **DECODING, max_new_tokens=new, prefill="tiles", max_length=LENGTH, **options
+    )
+    return qs.generate(model, [prompt] * n, config, jax.random.key(seed))
+
+
+PROMPT = "The cache is stored once, in two planes of four bits each."
+
+
+def test_completions_are_what_generate_makes(model, client):
+    """n, seed, temperature, logprobs and usage."""
+    wants = {"temperature": 0.8, "top_p": 0.95}
+    out = client.completions.create(
+        model="tiny",
+        prompt=PROMPT,
+        max_tokens=20,
+        n=2,
+        seed=7,
+        logprobs=2,
+        **wants,
+        extra_body={"top_k": 50, "min_p": 0.01, "repetition_penalty": 1.1},
+    )
+    same = alone(
+        model,
+        PROMPT,
+        20,
+        seed=7,
+        n=2,
+        logprobs=2,
+        top_k=50,
+        min_p=0.01,
+        repetition_penalty=1.1,
+        **wants,
+    )
+    assert [choice.text for choice in out.choices] == same.text
+    assert same.text[0] != same.text[1]
+    for choice, scores, tokens in zip(out.choices, same.logprobs, same.tokens, strict=True):
+        assert choice.finish_reason == ("stop" if tokens[-1] == 1 else "length")
+        np.testing.assert_allclose(
+            choice.logprobs.token_logprobs, [s.own for s in scores], atol=1e-4
+        )
+        assert all(len(top) <= 2 for top in choice.logprobs.top_logprobs)
+    assert out.usage.completion_tokens == sum(map(len, same.tokens))
+    ids = model.tokenizer(PROMPT)["input_ids"]
+    assert out.usage.prompt_tokens == len(ids)
+    again = client.completions.create(model="tiny", prompt=ids, max_tokens=1, temperature=0)
+    assert len(ids) - 2 * G < again.usage.prompt_tokens_details.cached_tokens < len(ids)
+
+
+def test_chat_streams_what_it_says_whole(model, client):
+    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": PROMPT}]
+    wants = {"model": "tiny", "messages": messages, "temperature": 0, "max_completion_tokens": 24}
+    whole = client.chat.completions.create(**wants, logprobs=True, top_logprobs=3)
+    chunks = list(
+        client.chat.completions.create(**wants, stream=True, stream_options={"include_usage": True})
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content != ""
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert len(chunks) > 4
+    spans = [
+        span
+        for c in chunks
+        if c.choices
+        for span in (getattr(c, "quantspec", None) or {}).get("spans", [])
+    ]
+    assert "".join(piece for piece, _ in spans) == text
+    assert {drafted for _, drafted in spans} == {True, False}
+    scores = whole.choices[0].logprobs.content
+    assert len(scores) == whole.usage.completion_tokens
+    assert all(s.logprob == s.top_logprobs[0].logprob for s in scores)  # greedy: the likeliest
+    plain = client.chat.completions.create(**wants, extra_body={"speculate": False})
+    assert plain.choices[0].message.content == text
+    stop = text[5:8]
+    stopped = client.chat.completions.create(**wants, stop=[stop])
+    assert stopped.choices[0].message.content == text[: text.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_errors_are_openais(client, url):
+    wrong = [
+        ({"model": "other"}, openai.NotFoundError, "other"),
+        ({"temperature": -1}, openai.BadRequestError, "temperature"),
+        ({"max_tokens": 10_000}, openai.BadRequestError, "max_tokens"),
+        ({"prompt": [[400]]}, openai.BadRequestError, "token id"),
+        ({"prompt": [5] * LENGTH}, openai.BadRequestError, "prompt"),
+        ({"extra_body": {"tools": []}}, openai.BadRequestError, "tools"),
+        ({"prompt": "a" * 70_000}, openai.APIStatusError, "longer than 65536"),
+    ]
+    for changes, kind, words in wrong:
+        with pytest.raises(kind, match=words) as caught:
+            client.completions.create(**{"model": "tiny", "prompt": "a", **changes})
+        assert caught.value.body["message"]
+    stranger = openai.OpenAI(base_url=f"{url}/v1", api_key="no", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
+    with httpx.Client(base_url=url) as plain:
+        assert plain.get("/health").json() == {"status": "ok"}
+        page = plain.get("/")
+        assert "<title>" in page.text
+        assert "http://" not in page.text.replace("http://www.w3.org", "")
+        assert "https://" not in page.text
+        assert plain.get("/metrics").status_code == 401
+
+
+def test_models_tokenize_and_metrics(client, model, url):
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=url, headers=headers) as http:
+        tokens = http.post("/tokenize", json={"prompt": PROMPT}).json()
+        assert tokens["tokens"] == model.tokenizer(PROMPT)["input_ids"]
+        chat = http.post("/tokenize", json={"messages": [{"role": "user", "content": "a"}]})
+        assert chat.json()["count"] > 2
+        text = http.get("/metrics").text
+    values = dict(
+        line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#")
+    )
+    assert float(values["quantspec_new_tokens_total"]) > 0
+    hits, misses = (
+        float(values[f"quantspec_{name}_prompt_tokens_total"]) for name in ("cached", "read")
+    )
+    assert hits + misses == float(values["quantspec_prompt_tokens_total"])
+    assert hits > 0
+    assert 0 < float(values["quantspec_acceptance_rate"]) <= 1
+    assert values["quantspec_slots"] == "4.0"
+
+
+def test_many_at_once_get_each_what_they_get_alone_and_slots_of_those_who_leave_are_free(
+    model, service, url
+):
+    """24 streams over 4 slots, sampled and greedy; every fifth client leaves midway."""
+    rng = np.random.default_rng(0)
+    bodies = [
+        {
+            "prompt": rng.integers(3, 320, int(rng.integers(5, 90))).tolist(),
+            "max_tokens": int(rng.integers(8, 40)),
+            "temperature": float(i % 2),
+            "seed": i,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        for i in range(24)
+    ]
+
+    async def one(http: httpx.AsyncClient, i: int) -> str | None:
+        text = ""
+        async with http.stream("POST", "/v1/completions", json=bodies[i]) as answer:
+            assert answer.status_code == 200
+            async for line in answer.aiter_lines():
+                if line in ("", "data: [DONE]"):
+                    continue
+                text += json.loads(line[6:])["choices"][0]["text"]
+                if i % 5 == 4:
+                    return None
+        return text
+
+    async def all_of_them() -> list[str | None]:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(
+            base_url=url, headers=headers, timeout=120, limits=limits
+        ) as http:
+            return await asyncio.gather(*(one(http, i) for i in range(len(bodies))))
+
+    found = asyncio.run(all_of_them())
+    deadline = time.monotonic() + 20
+    while service.scheduler.running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert service.scheduler.running == service.scheduler.waiting == 0
+    assert service.scheduler.engine.free_slots == 4
+    config = qs.GenerateConfig(
+        **DECODING, max_new_tokens=LENGTH - 1, prefill="tiles", max_length=LENGTH, logprobs=20
+    )
+    engine = Engine(model, config, 1, slots=4)
+    for i, (body, text) in enumerate(zip(bodies, found, strict=True)):
+        if i % 5 == 4:
+            assert text is None
+        elif i % 3 == 0:  # each alone takes as long as all together
+            wish = qs.GenerateConfig(
+                **{**vars(config), "max_new_tokens": body["max_tokens"], "ignore_eos": True},
+            )
+            wish = qs.GenerateConfig(**{**vars(wish), "temperature": body["temperature"]})
+            key = jax.random.fold_in(jax.random.key(i), 0)[None]
+            (slot,) = engine.add([body["prompt"]], wish, key)
+            while engine.running:
+                engine.step(8)
+            tokens = engine.read(slot).tokens
+            engine.remove(slot)
+            ids = body["prompt"]
+            whole = model.tokenizer.decode(ids + tokens, skip_special_tokens=True)
+            start = model.tokenizer.decode(ids, skip_special_tokens=True)
+            # A prompt of random tokens may end within a character; then its text is not compared.
+            if whole.startswith(start) and not start.endswith("\ufffd"):
+                assert text == whole[len(start) :]
+
+
+def fuzzed(rng: np.random.Generator) -> bytes:
+    """A request's body that is wrong, or strange."""
+    good = {"model": "tiny", "prompt": "a", "max_tokens": 2}
+    values = [
+        *(None, True, -1, 0, 2**31, 2**63, 10**400, 1e308, "", "x" * 5000, "\ud800", "1", [], {}),
+        *([None], [[]], [[1e9]], {"a": {"b": []}}, [[-1]], [1.5], ["a"] * 40),
+    ]
+    keys = [
+        *("prompt", "max_tokens", "n", "temperature", "top_p", "top_k", "min_p", "stop", "stream"),
+        *("seed", "logprobs", "model", "repetition_penalty", "stream_options", "messages", "zzz"),
+        *("ignore_eos", "speculate", "echo", "best_of", "suffix", "presence_penalty"),
+    ]
+    match rng.integers(6):
+        case 0:
+            return b"[" * int(rng.integers(1, 30_000))
+        case 1:
+            return rng.bytes(int(rng.integers(0, 300)))
+        case 2:
+            return json.dumps(good).encode()[: int(rng.integers(0, 40))]
+        case 3:
+            return b'{"prompt": "a", "max_tokens": ' + b"9" * int(rng.integers(5, 6000)) + b"}"
+        case 4:
+            return b'{"a":' * int(rng.integers(1, 9000)) + b"1"
+        case _:
+            for _ in range(int(rng.integers(1, 3))):
+                good[keys[rng.integers(len(keys))]] = values[rng.integers(len(values))]
+            return json.dumps(good).encode()
+
+
+PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/models/../../etc/passwd")
+
+
+def fuzz(url: str, number: int, seed: int = 0) -> None:
+    """Each request is answered, below 500, and the next good one at once."""
+    rng = np.random.default_rng(seed)
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    with httpx.Client(base_url=url, headers=headers, timeout=30) as http:
+        for i in range(number):
+            path = PATHS[rng.integers(len(PATHS))]
+            answer = http.post(path, content=fuzzed(rng))
+            assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text
+            if answer.status_code != 200:
+                assert answer.json()["error"]["message"]
+            assert b"root:" not in answer.content
+            if i % 50 == 0:
+                assert http.get("/health").status_code == 200
+        good = {"prompt": "a", "max_tokens": 1}
+        assert http.post("/v1/completions", json=good).status_code == 200
+
+
+def test_requests_that_are_wrong_are_refused(url):
+    fuzz(url, 200)
+
+
+RAW = (
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"\x00\xff" * 100,
+    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: abc\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: " + b"a" * 100_000 + b"\r\n\r\n",
+    b"GET /../../../../etc/passwd HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+    b"GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" * 5,  # pipelined
+    b"POST /tokenize HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    # Slow: a body that never comes.
+    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\n"
+    b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{",
+)
+
+
+def test_what_is_no_http_and_clients_that_hang_up_do_not_stop_the_server(url):
+    host, port = url.removeprefix("http://").split(":")
+    for raw in RAW:
+        for half_closed in (False, True):
+            with socket.create_connection((host, int(port)), timeout=5) as connection:
+                with contextlib.suppress(OSError):  # refused while it is sent
+                    connection.sendall(raw)
+                    if half_closed:
+                        connection.shutdown(socket.SHUT_WR)
+                answer = b""
+                with contextlib.suppress(OSError):
+                    answer = connection.recv(1 << 16)
+            assert b"root:" not in answer
+            assert not answer or answer.split()[1] < b"500"
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_a_full_queue_says_when_to_come_again_and_slow_requests_end(model):
+    config = ServerConfig(slots=1, max_length=LENGTH, queue=1, name="tiny", seconds=0.8)
+    service = Service(model, qs.GenerateConfig(**DECODING), config)
+    body = {"prompt": [5] * 8, "max_tokens": 180, "ignore_eos": True, "stream": True}
+    with serving(service) as url, httpx.Client(base_url=url, timeout=60) as http:
+        advance = service.scheduler.engine.advance
+
+        def slow(*args):
+            time.sleep(0.2)
+            advance(*args)
+
+        service.scheduler.engine.advance = slow
+        with (
+            http.stream("POST", "/v1/completions", json=body) as first,
+            http.stream("POST", "/v1/completions", json=body) as second,
+        ):
+            busy = http.post("/v1/completions", json=body | {"n": 2})
+            assert busy.status_code == 429
+            assert int(busy.headers["retry-after"]) > 0
+            assert busy.json()["error"]["type"] == "rate_limit_error"
+            lines = [line for line in first.iter_lines() if line]
+            assert json.loads(lines[-1][6:])["error"]["code"] == "timeout"
+            lines = [line for line in second.iter_lines() if line]
+            assert json.loads(lines[-1][6:])["error"]["code"] == "timeout"
+        assert http.get("/health").json() == {"status": "ok"}
+        assert service.scheduler.running == 0
+        # The server ends while a request runs: the client is told.
+        with http.stream("POST", "/v1/completions", json=body) as last:
+            service.stop()
+            lines = [line for line in last.iter_lines() if line]
+        assert "error" in json.loads(lines[-1][6:])
