@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def get_tile(
     wide = 1 if layers[0].keys is not None else group_size
 
     def cut(x: jax.Array) -> jax.Array:
-        at = (sequence, 0, tile * wide, *[0] * (x.ndim - 3))
+        at: Any = (sequence, 0, tile * wide, *[0] * (x.ndim - 3))
         found = jax.lax.dynamic_slice(x, at, (1, x.shape[1], wide, *x.shape[3:]))
         return found[0]
 
@@ -64,7 +65,7 @@ def put_tile(
     wide = 1 if layers[0].keys is not None else group_size
 
     def write(x: jax.Array, one: jax.Array) -> jax.Array:
-        at = (sequence, 0, tile * wide, *[0] * (x.ndim - 3))
+        at: Any = (sequence, 0, tile * wide, *[0] * (x.ndim - 3))
         return jax.lax.dynamic_update_slice(x, one[None], at)
 
     return tuple(

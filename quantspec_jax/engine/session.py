@@ -86,8 +86,13 @@ class Session:
         require(
             longest >= 1, "max_new_tokens", config.max_new_tokens, f"below max_length = {length}"
         )
-        self._engine = Engine(model, self.config, longest, prefixes=self.prefixes)
+        self._engine = self._new_engine()
         self._prompt: list[int] = []
+
+    def _new_engine(self) -> Engine:
+        length = self.config.max_length or 0
+        longest = length - self.config.max_new_tokens
+        return Engine(self.model, self.config, longest, prefixes=self.prefixes)
 
     def generate(
         self,
@@ -124,8 +129,8 @@ class Session:
             for piece in self._pieces(reply, slot):
                 if on_text is not None and piece:
                     on_text(piece)
-        except KeyboardInterrupt:
-            pass
+        except KeyboardInterrupt:  # what was running may have taken its state with it
+            self._engine = self._new_engine()
         finally:
             reply.interrupt()
             engine.remove(slot)

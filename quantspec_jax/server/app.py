@@ -19,6 +19,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quantspec_jax.engine.scheduler import Event, statistics
@@ -195,6 +196,8 @@ async def _body(request: Request, service: Service) -> bytes:
                 body += part
                 if len(body) > most:
                     raise too_long
+    except ClientDisconnect:
+        raise RefusedError(400, "the client has gone") from None
     except TimeoutError:
         raise RefusedError(408, "the body did not come in time") from None
     return bytes(body)

@@ -52,6 +52,7 @@ def _utf8(text: str) -> str:
 Text = Annotated[str, AfterValidator(_utf8)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 Id = Annotated[int, Field(ge=0, lt=2**31)]
+Zero = Annotated[float, Field(ge=0, le=0)]
 Ids = Annotated[list[Id], Field(min_length=1)]
 
 
@@ -83,8 +84,8 @@ class _Common(_Strict):
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     speculate: bool = True
-    presence_penalty: Literal[0] | Literal[0.0] | None = None
-    frequency_penalty: Literal[0] | Literal[0.0] | None = None
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
     # They change nothing here.
     user: Any = None
     store: Any = None
@@ -130,7 +131,7 @@ class CompletionRequest(_Common):
         """One or more."""
         prompt = self.prompt
         single = isinstance(prompt, str) or isinstance(prompt[0], int)
-        return [prompt] if single else list(prompt)  # type: ignore[list-item]
+        return [prompt] if single else list(prompt)  # type: ignore[arg-type, list-item]
 
 
 class TextPart(_Strict):
