@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 
+import browser
 import httpx
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ DECODING = {"group_size": G, "gamma": 3, "coupling": "invariant"}
 
 @pytest.fixture(scope="module")
 def model(byte_level_tokenizer):
-    config = qs.ModelConfig("llama", 325, 32, 64, 2, 4, 2, 16, 1024, eos_ids=(1,))
+    config = qs.ModelConfig("llama", 325, 32, 64, 1, 4, 2, 16, 1024, eos_ids=(1,))
     params = init_params(config, jax.random.key(0))
     params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
     return qs.Model(config, params, byte_level_tokenizer, qs.DraftConfig(group_size=32))
@@ -368,7 +369,7 @@ def test_what_is_no_http_and_clients_that_hang_up_do_not_stop_the_server(url):
 
 
 def test_a_full_queue_says_when_to_come_again_and_slow_requests_end(model):
-    config = ServerConfig(slots=1, max_length=LENGTH, queue=1, name="tiny", seconds=0.8)
+    config = ServerConfig(slots=4, max_length=LENGTH, queue=1, name="tiny", seconds=0.8)
     service = Service(model, qs.GenerateConfig(**DECODING), config)
     body = {"prompt": [5] * 8, "max_tokens": 180, "ignore_eos": True, "stream": True}
     with serving(service) as url, httpx.Client(base_url=url, timeout=60) as http:
@@ -380,21 +381,91 @@ def test_a_full_queue_says_when_to_come_again_and_slow_requests_end(model):
 
         service.scheduler.engine.advance = slow
         with (
-            http.stream("POST", "/v1/completions", json=body) as first,
+            http.stream("POST", "/v1/completions", json=body | {"n": 4}) as first,
             http.stream("POST", "/v1/completions", json=body) as second,
         ):
             busy = http.post("/v1/completions", json=body | {"n": 2})
             assert busy.status_code == 429
             assert int(busy.headers["retry-after"]) > 0
             assert busy.json()["error"]["type"] == "rate_limit_error"
-            lines = [line for line in first.iter_lines() if line]
-            assert json.loads(lines[-1][6:])["error"]["code"] == "timeout"
-            lines = [line for line in second.iter_lines() if line]
-            assert json.loads(lines[-1][6:])["error"]["code"] == "timeout"
+            for late in (first, second):
+                lines = [line for line in late.iter_lines() if line]
+                assert json.loads(lines[-1][6:])["error"]["code"] == "timeout"
         assert http.get("/health").json() == {"status": "ok"}
+        deadline = time.monotonic() + 5
+        while service.scheduler.running and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert service.scheduler.running == 0
         # The server ends while a request runs: the client is told.
         with http.stream("POST", "/v1/completions", json=body) as last:
             service.stop()
             lines = [line for line in last.iter_lines() if line]
         assert "error" in json.loads(lines[-1][6:])
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(browser.FOUND is None, reason="no Chromium is installed")
+def test_the_page_streams_stops_and_compares(url, service, tmp_path):
+    """With the keyboard; then a file that is dropped in, on a phone's width."""
+    with browser.Browser(tmp_path / "a") as page:
+        page.call("Page.navigate", url=url)
+        page.wait("!!document.getElementById('message')")
+        page.run(f"$('key').value = '{KEY}'; $('tokens').value = 40; $('message').focus(); name()")
+        page.wait("$('model').textContent == 'tiny'")
+        page.type("Say something.")
+        page.press("Enter")
+        page.wait("$('talk').querySelectorAll('.text span').length > 2")
+        page.wait("!running")
+        said = page.run("last.place.text.textContent")
+        assert said == page.run("messages[1].content") != ""
+        shades = page.run("['d', 'o'].map(c => last.place.text.querySelectorAll('.' + c).length)")
+        assert all(number > 0 for number in shades)
+        assert "acceptance" in page.run("$('live').textContent")
+        assert "tokens/s" in page.run("$('live').textContent")
+        page.run("$('compare').click()")
+        page.wait("document.querySelectorAll('.pair .turn').length == 2 && !running")
+        both = page.run("[...document.querySelectorAll('.pair .text')].map(x => x.textContent)")
+        assert both == [said, said]
+        page.picture(tmp_path / "compare.png")
+        # Escape stops an answer, and its slot is free.
+        advance = service.scheduler.engine.advance
+
+        def slow(*args):
+            time.sleep(0.05)
+            advance(*args)
+
+        service.scheduler.engine.advance = slow
+        try:
+            page.run("$('tokens').value = 60; $('clear').click(); $('message').focus()")
+            page.type("And more?")
+            page.press("Enter")
+            page.wait("last && last.place.text.children.length > 1")
+            page.press("Escape")
+            page.wait("!running")
+            deadline = time.monotonic() + 5
+            while service.scheduler.running and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert service.scheduler.running == 0
+        finally:
+            del service.scheduler.engine.advance
+        assert "stopped" in page.run("last.place.numbers.textContent")
+        # A file, dropped.
+        page.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=360,
+            height=700,
+            deviceScaleFactor=1,
+            mobile=True,
+        )
+        page.run("$('clear').click()")
+        page.run(
+            "(() => { const t = new DataTransfer(); t.items.add(new File(['the sea'], 'a.txt'));"
+            " document.dispatchEvent(new DragEvent('drop', {dataTransfer: t, bubbles: true,"
+            " cancelable: true})); })()"
+        )
+        page.wait("files.length == 1")
+        page.run("$('tokens').value = 12; $('send').click()")
+        page.wait("messages.length == 2 && !running")
+        assert "the sea" in page.run("messages[0].content")
+        assert page.run("document.documentElement.scrollWidth <= window.innerWidth")
+        page.picture(tmp_path / "phone.png")

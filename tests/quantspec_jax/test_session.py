@@ -27,7 +27,7 @@ DOCUMENT = "The cache is stored once, in two planes of four bits each. " * 3
 
 
 def make_model(tokenizer, seed: int = 0):
-    config = qs.ModelConfig("llama", 325, 32, 64, 2, 4, 2, 16, 1024)
+    config = qs.ModelConfig("llama", 325, 32, 64, 1, 4, 2, 16, 1024)
     params = init_params(config, jax.random.key(seed))
     params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
     return qs.Model(config, params, tokenizer, qs.DraftConfig(group_size=32))
