@@ -140,7 +140,7 @@ class Service:
             raise RefusedError(400, words, "prompt", "context_length_exceeded")
         new = room if request.most_tokens is None else request.most_tokens
         if new > room:
-            words = f"{prompt} prompt tokens and {new} new ones; allowed: {self.length} together"
+            words = f"{prompt} prompt tokens and max_tokens {new}; allowed: {self.length} together"
             raise RefusedError(400, words, "max_tokens", "context_length_exceeded")
 
         def given(value: Any, default: Any) -> Any:

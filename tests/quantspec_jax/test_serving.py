@@ -1,4 +1,4 @@
-"""`quantspec serve`, with OpenAI's own client and with requests that are none."""
+"""Requests that come and go: in an engine, and from OpenAI's own client to `quantspec serve`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ import time
 import browser
 import httpx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
 import uvicorn
 
 import quantspec_jax as qs
+from quantspec_jax.cache.tiles import get_tile
 from quantspec_jax.engine.engine import Engine
+from quantspec_jax.engine.prefixes import Prefixes
+from quantspec_jax.engine.reply import Reply
 from quantspec_jax.models.module import init_params
 from quantspec_jax.server.app import make_app
 from quantspec_jax.server.service import ServerConfig, Service
@@ -29,7 +33,7 @@ DECODING = {"group_size": G, "gamma": 3, "coupling": "invariant"}
 
 @pytest.fixture(scope="module")
 def model(byte_level_tokenizer):
-    config = qs.ModelConfig("llama", 325, 32, 64, 1, 4, 2, 16, 1024, eos_ids=(1,))
+    config = qs.ModelConfig("llama", 325, 32, 64, 2, 4, 2, 16, 1024, eos_ids=(1,))
     params = init_params(config, jax.random.key(0))
     params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
     return qs.Model(config, params, byte_level_tokenizer, qs.DraftConfig(group_size=32))
@@ -79,21 +83,173 @@ def client(url):
         yield client
 
 
-def alone(model, prompt, new, **options):
-    """What `generate` makes with the same settings, alone."""
-    seed, n = options.pop("seed", 0), options.pop("n", 1)
+@pytest.fixture(scope="module")
+def engine(model):
+    """One of one's own, with the server's programs."""
     config = qs.GenerateConfig(
-        **DECODING, max_new_tokens=new, prefill="tiles", max_length=LENGTH, **options
+        **DECODING, max_new_tokens=LENGTH - 1, prefill="tiles", max_length=LENGTH, logprobs=20
     )
-    return qs.generate(model, [prompt] * n, config, jax.random.key(seed))
+    return Engine(model, config, 1, slots=4)
+
+
+def alone(
+    engine: Engine, ids, new, *, seed=0, n=1, wish=None, key=None, speculate=True, **options
+) -> list[Reply]:
+    """What an engine that does nothing else makes, with `generate`'s keys."""
+    wants = {**vars(engine.config), "logprobs": None, "max_new_tokens": new, **options}
+    wish = qs.GenerateConfig(**wants) if wish is None else wish
+    replies = [Reply(engine.model, ids, wish) for _ in range(n)]
+    slots = engine.add([ids] * n, wish, jax.random.key(seed) if key is None else key)
+    while engine.running:
+        engine.advance(8, speculate)
+    for slot, reply in zip(slots, replies, strict=True):
+        reply.look(engine, slot)
+        engine.remove(slot)
+    return replies
 
 
 PROMPT = "The cache is stored once, in two planes of four bits each."
+PROMPTS = [[5, 6, 7] * 20, [9, 8] * 35, [11] * 33, list(range(1, 120)), [3, 1, 4, 1, 5]]
+MODES = [{"gamma": 3, "coupling": "invariant"}, {"mode": "autoregressive", "kv": "full"}]
+TILE = jax.jit(get_tile, static_argnums=3)
 
 
-def test_completions_are_what_generate_makes(model, client):
+def test_a_short_prompt_is_read_alike_in_tiles_and_whole(model, engine):
+    """Its first token and the logits behind it; beyond that all is the same program."""
+    config = qs.GenerateConfig(max_new_tokens=1, group_size=G, logprobs=20, max_length=LENGTH)
+    for prompt in ([3, 1, 4, 1, 5, 9], [2] * G):
+        whole = qs.generate(model, [prompt], config)
+        (tiled,) = alone(engine, prompt, 1, logprobs=20)
+        assert whole.tokens == [tiled.tokens]
+        np.testing.assert_allclose(
+            [p for _, p in whole.logprobs[0][0].top],
+            [p for _, p in tiled.logprobs[0].top],
+            atol=1e-4,
+        )
+
+
+def test_requests_that_come_while_others_decode_get_what_they_get_alone(engine):
+    """Sampled beside greedy; a step reads one tile at most, and cancelled slots are free."""
+    keys = jax.random.split(jax.random.key(3), len(PROMPTS))
+    common = {**vars(engine.config)}
+    wishes = [
+        qs.GenerateConfig(
+            **{**common, "temperature": 0.9 * (i % 2), "max_new_tokens": 9 + 3 * i},
+        )
+        for i in range(len(PROMPTS))
+    ]
+    every = [
+        alone(engine, p, 1, wish=w, key=keys[i : i + 1])[0]
+        for i, (p, w) in enumerate(zip(PROMPTS, wishes, strict=True))
+    ]
+    (cancelled,) = engine.add([[2] * 90])
+    (other,) = engine.add([[2] * 90])
+    engine.step()
+    engine.remove(cancelled)
+    engine.step()
+    engine.remove(other)
+    busy = [engine.add([[8] * 5], wishes[0])[0] for _ in range(2)]  # two slots are taken
+    waiting, running, found = list(range(len(PROMPTS))), {}, {}
+    while waiting or running:
+        while waiting and engine.free_slots:
+            i = waiting.pop(0)
+            (slot,) = engine.add([PROMPTS[i]], wishes[i], keys[i : i + 1])
+            running[slot] = i
+        before = {p.slot: p.position for p in engine._prompts}
+        engine.step(2)
+        left = {p.slot: p.position for p in engine._prompts}
+        assert sum(left[slot] != before[slot] for slot in left) <= 1
+        assert all(left[slot] <= before[slot] + G for slot in left)
+        for slot in list(running):
+            progress = engine.read(slot)
+            if progress.finished:
+                found[running.pop(slot)] = progress
+                engine.remove(slot)
+    for slot in busy:
+        engine.remove(slot)
+    for i, one in enumerate(every):
+        assert found[i].tokens == one.tokens
+        own, same = ([s.own for s in x.logprobs] for x in (found[i], one))
+        np.testing.assert_allclose(own, same, atol=2e-4)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["quantspec", "full"])
+def test_what_is_kept_is_what_a_fresh_prefill_makes_bit_for_bit(model, mode):
+    """Prompts that begin alike; the text is that of the fresh run, too (its first token, where no
+    rounds were to be compiled)."""
+    config = qs.GenerateConfig(
+        **mode,
+        group_size=G,
+        prefill="tiles",
+        max_length=LENGTH,
+        max_new_tokens=LENGTH - 1,
+        logprobs=20,
+    )
+    new = 24 if "gamma" in mode else 1
+    reusing = Engine(model, config, 1, slots=4, prefixes=Prefixes(1 << 20))
+    long, other = list(range(1, 120)), [*range(1, 90), *[4] * 50]
+    answer = alone(reusing, long, new, logprobs=20)[0].tokens
+    for prompt in ([7] * 30, other, long[:60], long + answer):
+        fresh = Engine(model, config, 1, slots=4)
+        (kept,), (made,) = (alone(e, prompt, new, logprobs=20) for e in (reusing, fresh))
+        assert kept.tokens == made.tokens
+        pairs = enumerate(zip(prompt, long, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(long)))
+        assert shared - 2 * G < kept.kept <= shared
+        layers = [each._state.cache.layers for each in (reusing, fresh)]
+        for number in range(len(prompt) // G):
+            tiles = [TILE(each, jnp.int32(0), jnp.int32(number), G) for each in layers]
+            for name, x in tiles[0].items():
+                assert np.asarray(x).tobytes() == np.asarray(tiles[1][name]).tobytes()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_logprobs_are_the_targets_with_and_without_speculation(model, engine, temperature):
+    """Those of the raw distribution, as a pass over the whole text in full precision has them, up
+    to what the cache's codes change."""
+    prompt, wants = PROMPTS[0], {"temperature": temperature, "logprobs": 3}
+    (out,) = alone(engine, prompt, 30, **wants)
+    (same,) = alone(engine, prompt, 30, speculate=False, **wants)
+    assert out.tokens == same.tokens
+    own = [s.own for s in out.logprobs]
+    np.testing.assert_allclose(own, [s.own for s in same.logprobs], atol=2e-4)
+    firsts = [[[i for i, _ in s.top] for s in reply.logprobs] for reply in (out, same)]
+    assert firsts[0] == firsts[1]
+    text = np.array([prompt + out.tokens])
+    raw = jax.nn.log_softmax(model.logits(text)[0, len(prompt) - 1 : -1])
+    np.testing.assert_allclose(own, raw[np.arange(len(own)), out.tokens], atol=0.2)
+    for score, row in zip(out.logprobs, np.asarray(raw), strict=True):
+        np.testing.assert_allclose([p for _, p in score.top], np.sort(row)[::-1][:3], atol=0.2)
+    assert any(out.drafted)
+    assert not any(same.drafted)
+
+
+def test_the_oldest_tiles_go_first_and_ends_before_beginnings():
+    tile = {"x": np.zeros(10, np.uint8)}
+    prefixes = Prefixes(60)
+    old, new = [1] * 12, [2] * 12
+    for tokens in (old, new):
+        for end in (4, 8, 12):
+            prefixes.keep(tokens[:end], 4, tile)
+    assert len(prefixes) == 6
+    assert len(prefixes.find(old, 4, 3)) == 3  # used: the newer one is the older now
+    prefixes.keep([3] * 4, 4, tile)
+    assert [len(prefixes.find(x, 4, 3)) for x in (old, new, [3] * 4)] == [3, 2, 1]
+    assert prefixes.bytes == 60
+    prefixes.keep([9] * 4, 4, {"x": np.zeros(61, np.uint8)})
+    assert len(prefixes) == 6
+
+
+@pytest.mark.parametrize("bad", [{"logprobs": 21}, {"logprobs": -1}, {"prefill": "half"}])
+def test_settings_that_are_none_are_refused_by_name(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} is .*; allowed: "):
+        qs.GenerateConfig(**bad)
+
+
+def test_completions_are_what_an_engine_makes_alone(model, client, engine):
     """n, seed, temperature, logprobs and usage."""
     wants = {"temperature": 0.8, "top_p": 0.95}
+    more = {"top_k": 50, "min_p": 0.01, "repetition_penalty": 1.1}
     out = client.completions.create(
         model="tiny",
         prompt=PROMPT,
@@ -102,30 +258,18 @@ def test_completions_are_what_generate_makes(model, client):
         seed=7,
         logprobs=2,
         **wants,
-        extra_body={"top_k": 50, "min_p": 0.01, "repetition_penalty": 1.1},
+        extra_body=more,
     )
-    same = alone(
-        model,
-        PROMPT,
-        20,
-        seed=7,
-        n=2,
-        logprobs=2,
-        top_k=50,
-        min_p=0.01,
-        repetition_penalty=1.1,
-        **wants,
-    )
-    assert [choice.text for choice in out.choices] == same.text
-    assert same.text[0] != same.text[1]
-    for choice, scores, tokens in zip(out.choices, same.logprobs, same.tokens, strict=True):
-        assert choice.finish_reason == ("stop" if tokens[-1] == 1 else "length")
-        np.testing.assert_allclose(
-            choice.logprobs.token_logprobs, [s.own for s in scores], atol=1e-4
-        )
-        assert all(len(top) <= 2 for top in choice.logprobs.top_logprobs)
-    assert out.usage.completion_tokens == sum(map(len, same.tokens))
     ids = model.tokenizer(PROMPT)["input_ids"]
+    same = alone(engine, ids, 20, seed=7, n=2, logprobs=2, **wants, **more)
+    assert [choice.text for choice in out.choices] == [reply.text for reply in same]
+    assert same[0].text != same[1].text
+    for choice, reply in zip(out.choices, same, strict=True):
+        assert choice.finish_reason == {"eos": "stop"}.get(*[reply.finish_reason] * 2)
+        found = choice.logprobs.token_logprobs
+        np.testing.assert_allclose(found, [s.own for s in reply.logprobs], atol=1e-4)
+        assert all(len(top) <= 2 for top in choice.logprobs.top_logprobs)
+    assert out.usage.completion_tokens == sum(len(reply.tokens) for reply in same)
     assert out.usage.prompt_tokens == len(ids)
     again = client.completions.create(model="tiny", prompt=ids, max_tokens=1, temperature=0)
     assert len(ids) - 2 * G < again.usage.prompt_tokens_details.cached_tokens < len(ids)
@@ -155,7 +299,7 @@ def test_chat_streams_what_it_says_whole(model, client):
     scores = whole.choices[0].logprobs.content
     assert len(scores) == whole.usage.completion_tokens
     assert all(s.logprob == s.top_logprobs[0].logprob for s in scores)  # greedy: the likeliest
-    plain = client.chat.completions.create(**wants, extra_body={"speculate": False})
+    plain = client.chat.completions.create(**wants, logprobs=True, extra_body={"speculate": False})
     assert plain.choices[0].message.content == text
     stop = text[5:8]
     stopped = client.chat.completions.create(**wants, stop=[stop])
@@ -213,7 +357,7 @@ def test_models_tokenize_and_metrics(client, model, url):
 
 
 def test_many_at_once_get_each_what_they_get_alone_and_slots_of_those_who_leave_are_free(
-    model, service, url
+    model, service, url, engine
 ):
     """24 streams over 4 slots, sampled and greedy; every fifth client leaves midway."""
     rng = np.random.default_rng(0)
@@ -255,30 +399,13 @@ def test_many_at_once_get_each_what_they_get_alone_and_slots_of_those_who_leave_
         time.sleep(0.01)
     assert service.scheduler.running == service.scheduler.waiting == 0
     assert service.scheduler.engine.free_slots == 4
-    config = qs.GenerateConfig(
-        **DECODING, max_new_tokens=LENGTH - 1, prefill="tiles", max_length=LENGTH, logprobs=20
-    )
-    engine = Engine(model, config, 1, slots=4)
     for i, (body, text) in enumerate(zip(bodies, found, strict=True)):
         if i % 5 == 4:
             assert text is None
-        elif i % 3 == 0:  # each alone takes as long as all together
-            wish = qs.GenerateConfig(
-                **{**vars(config), "max_new_tokens": body["max_tokens"], "ignore_eos": True},
-            )
-            wish = qs.GenerateConfig(**{**vars(wish), "temperature": body["temperature"]})
-            key = jax.random.fold_in(jax.random.key(i), 0)[None]
-            (slot,) = engine.add([body["prompt"]], wish, key)
-            while engine.running:
-                engine.step(8)
-            tokens = engine.read(slot).tokens
-            engine.remove(slot)
-            ids = body["prompt"]
-            whole = model.tokenizer.decode(ids + tokens, skip_special_tokens=True)
-            start = model.tokenizer.decode(ids, skip_special_tokens=True)
-            # A prompt of random tokens may end within a character; then its text is not compared.
-            if whole.startswith(start) and not start.endswith("\ufffd"):
-                assert text == whole[len(start) :]
+            continue
+        wants = {"temperature": body["temperature"], "ignore_eos": True}
+        (reply,) = alone(engine, body["prompt"], body["max_tokens"], seed=i, **wants)
+        assert text == reply.text
 
 
 def fuzzed(rng: np.random.Generator) -> bytes:
