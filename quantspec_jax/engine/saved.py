@@ -41,7 +41,7 @@ class Saved:
     """What a file holds: tokens, the tiles of their beginning, and what else its writer put in."""
 
     tokens: list[int]
-    tiles: list[HostTile]
+    tiles: Sequence[HostTile]
     extra: dict[str, Any]
 
 

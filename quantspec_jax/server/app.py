@@ -139,8 +139,8 @@ def make_app(service: Service, hosts: Sequence[str] | None = None) -> FastAPI:
                 messages = [message.plain() for message in wanted.messages]
                 ids = await asyncio.to_thread(conversation_ids, messages, service.model.tokenizer)
             else:
-                call = (service.tokenize, wanted.prompt, wanted.add_special_tokens)
-                ids = await asyncio.to_thread(*call)
+                special = wanted.add_special_tokens
+                ids = await asyncio.to_thread(service.tokenize, wanted.prompt, special)
         except ValueError as error:
             raise RefusedError(400, str(error)) from error
         return {"tokens": ids, "count": len(ids), "max_model_len": service.length}
