@@ -142,8 +142,8 @@ def test_requests_that_come_while_others_decode_get_what_they_get_alone(engine):
         alone(engine, p, 1, wish=w, key=keys[i : i + 1])[0]
         for i, (p, w) in enumerate(zip(PROMPTS, wishes, strict=True))
     ]
-    (cancelled,) = engine.add([[2] * 90])
-    (other,) = engine.add([[2] * 90])
+    (cancelled,) = engine.add([[2] * 90], wishes[0])
+    (other,) = engine.add([[2] * 90], wishes[0])
     engine.step()
     engine.remove(cancelled)
     engine.step()
@@ -536,7 +536,7 @@ def test_the_page_streams_stops_and_compares(url, service, tmp_path):
     """With the keyboard; then a file that is dropped in, on a phone's width."""
     with browser.Browser(tmp_path / "a") as page:
         page.call("Page.navigate", url=url)
-        page.wait("!!document.getElementById('message')")
+        page.wait("document.title == 'QuantSpec-JAX' && document.readyState == 'complete'")
         page.run(f"$('key').value = '{KEY}'; $('tokens').value = 40; $('message').focus(); name()")
         page.wait("$('model').textContent == 'tiny'")
         page.type("Say something.")
