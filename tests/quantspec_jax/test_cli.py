@@ -35,7 +35,7 @@ STATISTICS = {
     "coupling",
     "backend",
     "dtype",
-    "prompt_tokens",
+    "prompt_tokens", "cached_tokens",
     "new_tokens",
     "rounds",
     "proposed",
