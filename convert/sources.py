@@ -31,6 +31,7 @@ from quantspec_jax.dtypes import BFLOAT16, FLOAT32, STORED, float_type
 from quantspec_jax.files import exists, open_file, read_json
 from quantspec_jax.models.config import ModelConfig, RopeScaling
 from quantspec_jax.models.parameters import parameter_count
+from quantspec_jax.stored_kv import StoredKV
 from quantspec_jax.text.tokenizer import gguf_tokenizer, pretrained_tokenizer, saved_tokenizer
 from quantspec_jax.weights.formats import DraftConfig
 
@@ -103,6 +104,10 @@ class Checkpoint(ABC):
 
     def load_draft(self) -> tuple[DraftConfig, dict[str, Any]] | None:
         """The stored draft: its configuration and, in the same tree, its quantized kernels."""
+        return None
+
+    def load_kv(self) -> tuple[StoredKV, list[Any]] | None:
+        """The stored codec of the cache, and what it has learned of each layer."""
         return None
 
 
@@ -216,6 +221,11 @@ class ConvertedCheckpoint(Checkpoint):
         if self._header.draft is None:
             return None
         return self._header.draft, converted.load_draft(self.directory, self._header)
+
+    def load_kv(self) -> tuple[StoredKV, list[Any]] | None:
+        if self._header.kv is None:
+            return None
+        return self._header.kv, converted.load_kv(self.directory, self._header)
 
     def _load_tokenizer(self) -> Any | None:
         return saved_tokenizer(self.directory)

@@ -20,6 +20,8 @@ from convert.drafts import make
 from convert.drafts.make import DraftSource
 from convert.files import converted
 from convert.files.checksums import checksums
+from convert.kv import KVSource
+from convert.kv import prepare as prepare_kv
 from convert.sources import Checkpoint, HuggingFaceCheckpoint, open_source
 from quantspec_jax.checks import require
 from quantspec_jax.claim import claim
@@ -27,6 +29,7 @@ from quantspec_jax.dtypes import STORED, float_type
 from quantspec_jax.files import read_json, sync, write_json
 from quantspec_jax.models.config import RopeScaling
 from quantspec_jax.notices import notice
+from quantspec_jax.stored_kv import StoredKV
 from quantspec_jax.weights.formats import DraftConfig
 
 
@@ -39,6 +42,8 @@ def convert(
     draft: DraftConfig | None = None,
     draft_text: str | None = None,
     draft_from: str | Path | None = None,
+    kv: StoredKV | None = None,
+    kv_text: str | None = None,
     rope: RopeScaling | None = None,
     progress: bool = True,
 ) -> Path:
@@ -60,6 +65,9 @@ def convert(
       draft_text: text to calibrate on; None: one that comes with Python.
       draft_from: a 4-bit checkpoint of the same model whose codes become the draft's: GGUF file,
         or directory or hub id of GPTQ or AWQ safetensors.
+      kv: store a codec of the cache that learns from a text, on the weights as they are stored.
+        What is finished is kept in `.<name of out_dir>.kv-calibration`, as for a draft.
+      kv_text: text that it learns from; None: one that comes with Python.
       rope: a RoPE scaling to store in place of the source's; a draft is calibrated with it.
       progress: a progress bar on standard error.
 
@@ -71,16 +79,21 @@ def convert(
     kept = None if dtype is None else float_type(dtype, allowed=STORED)
     make.check_arguments(draft, draft_text, draft_from)
     finished = out.parent / f".{out.name}.calibration"
+    kv_finished = out.parent / f".{out.name}.kv-calibration"
     with _disk_errors(out, finished), _partial_directory(out) as partial:
         _check_target(out, overwrite)
         checkpoint = open_source(source, rope)
         own = make.prepare(checkpoint, draft, draft_text, draft_from, finished)
+        cache = prepare_kv(checkpoint, kv, kv_text, kv_finished)
         checkpoint.check()
         stored_dtype = checkpoint.source_dtype if kept is None else kept
-        _check_space(partial, checkpoint, stored_dtype, own)
-        with _keep_finished_layers(finished, progress):
+        _check_space(partial, checkpoint, stored_dtype, own, cache)
+        with (
+            _keep_finished_layers(finished, progress),
+            _keep_finished_layers(kv_finished, progress),
+        ):
             _write_tokenizer(checkpoint, partial)
-            _write_weights(checkpoint, partial, stored_dtype, own, progress)
+            _write_weights(checkpoint, partial, stored_dtype, own, cache, progress)
             _move_into_place(partial, out, overwrite)
     return out
 
@@ -227,11 +240,17 @@ def _no_space(out: Path, detail: str) -> OSError:
 
 
 def _check_space(
-    partial: Path, checkpoint: Checkpoint, dtype: np.dtype, draft: DraftSource | None
+    partial: Path,
+    checkpoint: Checkpoint,
+    dtype: np.dtype,
+    draft: DraftSource | None,
+    cache: KVSource | None,
 ) -> None:
     needed = checkpoint.parameter_count * dtype.itemsize
     if draft is not None:
         needed += draft.num_bytes
+    if cache is not None:
+        needed += cache.num_bytes(checkpoint)
     free = shutil.disk_usage(partial).free
     if free < needed:
         raise _no_space(
@@ -253,6 +272,7 @@ def _write_weights(
     partial: Path,
     dtype: np.dtype,
     draft: DraftSource | None,
+    cache: KVSource | None,
     progress: bool,
 ) -> None:
     cpu = jax.local_devices(backend="cpu")[0]
@@ -262,6 +282,9 @@ def _write_weights(
         config, entries = draft.make(params, progress)
         converted.save_draft(partial, entries)
         header = converted.Header(checkpoint.config, dtype, config, converted.plain_arrays(entries))
+    if cache is not None:
+        converted.save_kv(partial, cache.make(checkpoint, params, progress))
+        header = dataclasses.replace(header, kv=cache.kv)
     converted.save_tree(partial / "weights", params)
     header = dataclasses.replace(header, checksums=checksums(partial))
     write_json(partial / "config.json", header.to_dict(), indent=2)

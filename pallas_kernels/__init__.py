@@ -7,6 +7,7 @@ A kernel is a folder with the same files in each:
     mosaic_gpu  the Pallas kernel; a package where one file would be long
     configs     how it is laid on the chip, measured or by rule, where there is a choice
 
+    products    what products of a few rows have in common: what stands around them
     layout      how 4-bit codes lie in bytes
     ptx         what kernels are written with: thread-level code
     devices     what kernels may count on, a record a generation of GPUs

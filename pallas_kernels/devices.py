@@ -10,6 +10,8 @@ import dataclasses
 import re
 from typing import Any
 
+import jax
+
 Capability = tuple[int, int]  # CUDA compute capability: major, minor
 
 
@@ -19,6 +21,7 @@ class Generation:
 
     shared_bytes  shared memory that a block can have, in bytes
     threads       a multiprocessor runs at once
+    least_jax     the first version of JAX that compiles kernels for it
     bf16_mma      matrix products of one warp take bfloat16 (m16n8k16)
     bulk_copies   a copy engine brings pieces of memory into shared memory, and barriers count bytes
     clusters      blocks reach each other's shared memory
@@ -28,6 +31,7 @@ class Generation:
     capability: Capability
     shared_bytes: int
     threads: int
+    least_jax: tuple[int, int] = (0, 10)
     bf16_mma: bool = True
     bulk_copies: bool = True
     clusters: bool = True
@@ -37,18 +41,20 @@ class Generation:
         """Why the kernels do not run on it, or None."""
         if not self.bf16_mma:
             return "they multiply bfloat16, which takes compute capability 8.0 or later"
-        if not self.bulk_copies:
-            return "they copy in bulk, which takes compute capability 9.0 or later"
+        if jax.__version_info__ < self.least_jax:
+            least = ".".join(map(str, self.least_jax))
+            return f"it takes JAX {least} or later to compile them, and this is {jax.__version__}"
         return None
 
 
 def _generation(
-    name: str, capability: Capability, shared_kib: int, threads: int, **can: bool
+    name: str, capability: Capability, shared_kib: int, threads: int, **more: Any
 ) -> Generation:
-    return Generation(name, capability, shared_kib << 10, threads, **can)
+    return Generation(name, capability, shared_kib << 10, threads, **more)
 
 
-_OLDER = {"bulk_copies": False, "clusters": False}
+# JAX 0.10 aborts the process when it compiles a kernel for them.
+_OLDER: dict[str, Any] = {"least_jax": (0, 11), "bulk_copies": False, "clusters": False}
 # NVIDIA's CUDA programming guide, "Compute Capabilities": technical specifications.
 GENERATIONS = (
     _generation("before Ampere", (0, 0), 48, 1024, bf16_mma=False, **_OLDER),
@@ -92,6 +98,17 @@ class Device:
     def usable_bytes(self) -> int:
         """Shared memory that a kernel can ask for."""
         return self.shared_bytes - RESERVED_BYTES
+
+    def described(self) -> dict[str, Any]:
+        """For people and programs that ask."""
+        return {
+            "name": self.name,
+            "compute_capability": ".".join(map(str, self.capability)),
+            "multiprocessors": self.multiprocessors,
+            "shared_bytes": self.shared_bytes,
+            "copies": "in bulk" if self.generation.bulk_copies else "by the threads",
+            "clusters": self.generation.clusters,
+        }
 
     def __str__(self) -> str:
         return f"{self.name} (compute capability {'.'.join(map(str, self.capability))})"

@@ -14,10 +14,17 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import devices
+from pallas_kernels import devices, tuned
 
 BACKENDS = ("auto", "mosaic_gpu", "xla")
-KERNELS = ("add_rms_norm", "int4_matmul", "kv_attention", "quantize_pack", "rope_append")
+KERNELS = (
+    "add_rms_norm",
+    "bf16_matmul",
+    "int4_matmul",
+    "kv_attention",
+    "quantize_pack",
+    "rope_append",
+)
 
 
 @functools.cache
@@ -78,11 +85,26 @@ def use_mosaic_gpu(backend: str, kernel: str, unsupported: str | None) -> bool:
     return False
 
 
+def described() -> dict[str, Any]:
+    """The default device as kernels see it, and for each kernel None where it runs, else why not
+    (`devices.Device.described`)."""
+    found = cuda_device()
+    if found is None:
+        first = jax.devices()[0]
+        return {"name": first.device_kind, "kernels": dict.fromkeys(KERNELS, _without_device())}
+    known = devices.of(found)
+    return {
+        **known.described(),
+        "configurations": "measured" if tuned.path(known.name).exists() else "by rule",
+        "kernels": dict.fromkeys(KERNELS, known.generation.unsupported),
+    }
+
+
 def _without_device() -> str:
     """Why no kernel runs on the default device."""
     found = cuda_device()
     if found is None:
-        return "it needs a CUDA device of compute capability 9.0 or later"
+        return "it needs a CUDA device of compute capability 8.0 or later"
     return f"on {devices.of(found)}, {_unsupported(found)}"
 
 

@@ -27,7 +27,6 @@ Tables = Float32[Array, "#B S 1 D"]  # cos and sin
 PassKV = Float[Array, "B S K D"]  # keys or values, a token after the other
 CacheKV = Float[Array, "B K T D"]  # keys or values, a head after the other
 RowSums = Float32[Array, "B S H"]  # a number for each query
-Pages = Bool[Array, "B K pages"]
 
 Ids = Int[Array, "B S"]  # tokens, or their positions
 Each = Int[Array, "B"]  # of each sequence a length, a position, a number or a token

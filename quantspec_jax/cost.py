@@ -6,6 +6,8 @@ Decoding long contexts is bound by reading memory, so a pass costs what it reads
     draft    the draft's weights + upper plane, scales, buffer    a proposal
     verify   weights             + both planes, scales, buffer    γ + 1 rows at once
 
+Of the planes a draft may read a share (`generate.policies`), and has less accepted for it.
+
 A round is γ drafts and a verification. With acceptance α it yields (1 − α^(γ+1))/(1 − α) tokens
 (Leviathan et al., arXiv 2211.17192, equation 1). Bytes that a pass writes, activations, and the one
 row of the embedding table that it looks up are left out: thousandths of the rest.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from quantspec_jax.cache.codecs import codec_of
@@ -32,7 +35,7 @@ from quantspec_jax.weights.formats import DraftConfig
 from quantspec_jax.weights.sizes import draft_bytes, layer_formats
 
 GROUP_SIZE = 128
-MOST_GAMMA = 16
+MOST_GAMMA = 15  # passes of 16 rows
 BF16 = 2  # bytes
 
 
@@ -74,10 +77,54 @@ def cache_read_bytes(
     context: float,
     itemsize: int = BF16,
     group_size: int = GROUP_SIZE,
+    share: float = 1.0,
 ) -> int:
     """Bytes that a pass reads of one sequence's cache of `context` tokens, `itemsize` bytes a value
-    in full precision."""
-    return codec_of(view).read_bytes(model, view, context, itemsize, group_size)
+    in full precision; of those that are coded, a share."""
+
+    def read(tokens: float) -> int:
+        return codec_of(view).read_bytes(model, view, tokens, itemsize, group_size)
+
+    if share == 1:
+        return read(context)
+    buffer = read(min(context, 1.5 * group_size))
+    return int(buffer + share * (read(context) - buffer))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a draft reads of the planes.
+
+    Args:
+      policy: name of a policy (`generate.policies`).
+      share: of the coded tokens that it reads.
+      kept: of what a draft that reads all of them has accepted, the share that this one has.
+    """
+
+    policy: str = "all"
+    share: float = 1.0
+    kept: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("share", "kept"):
+            value = getattr(self, name)
+            require(0 < value <= 1, name, value, "over 0, up to 1")
+
+    @property
+    def options(self) -> str:
+        """What to give `quantspec generate` for it."""
+        if self.policy == "all":
+            return ""
+        return f"--draft-policy {self.policy} --draft-share {self.share:g}"
+
+    def __str__(self) -> str:
+        return self.policy if self.share == 1 else f"{self.policy} {self.share:g}"
+
+
+ALL_PAGES = Reading()
+# SmolLM2-135M-Instruct, 4,096 tokens of two novels, the mean over places of a round and texts of
+# Σ min(p, q) over that of all pages: benchmarks/page-votes-*.json.
+READINGS = (ALL_PAGES, Reading("top-pages", 0.25, 0.96), Reading("top-pages", 0.125, 0.93))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,15 +161,47 @@ def bytes_read(
     batch: int = 1,
     itemsize: int = BF16,
     group_size: int = GROUP_SIZE,
+    view: str = "int4",
+    share: float = 1.0,
 ) -> Costs:
-    """Bytes that a pass of each kind reads for `batch` sequences of `context` tokens."""
+    """Bytes that a pass of each kind reads for `batch` sequences of `context` tokens. `view`,
+    `share`: what drafts read of the planes."""
     weights = target_weight_bytes(model, itemsize)
     drafted = draft_weight_bytes(model, draft, itemsize)
-    views = ("full", "int4", "int8")
-    plain, upper, both = (
-        batch * cache_read_bytes(model, view, context, itemsize, group_size) for view in views
-    )
-    return Costs(weights + plain, drafted + upper, weights + both)
+
+    def cache(view: str, share: float = 1.0) -> int:
+        return batch * cache_read_bytes(model, view, context, itemsize, group_size, share)
+
+    return Costs(weights + cache("full"), drafted + cache(view, share), weights + cache("int8"))
+
+
+def best_reading(
+    model: ModelConfig,
+    draft: DraftConfig,
+    context: float,
+    acceptance: float,
+    *,
+    readings: Sequence[Reading] = READINGS,
+    most: int = MOST_GAMMA,
+    itemsize: int = BF16,
+    group_size: int = GROUP_SIZE,
+) -> Reading:
+    """The one that yields most at its best γ, `most` at most, by bytes; `acceptance` is that of a
+    draft that reads all."""
+
+    def speed_up(reading: Reading) -> float:
+        costs = bytes_read(
+            model,
+            draft,
+            context,
+            share=reading.share,
+            itemsize=itemsize,
+            group_size=group_size,
+        )
+        expected = acceptance * reading.kept
+        return costs.speed_up(expected, costs.best_gamma(expected, most))
+
+    return max(readings, key=speed_up)
 
 
 def operations(model: ModelConfig, context: float, rows: int, batch: int = 1) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -9,12 +10,23 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+# To compile takes time by the layer, and nobody reads the text; test_smollm2.py has all layers.
+FIRST_LAYERS = """
+import dataclasses
+
+layers = {str(i): model.params["layers"][str(i)] for i in range(3)}
+config, params = dataclasses.replace(model.config, num_layers=3), {**model.params, "layers": layers}
+model = qs.Model(config, params, model.tokenizer, model.draft)
+"""
 
 
-def test_quickstart_runs(smollm2_gguf, monkeypatch):
-    monkeypatch.setenv("QUANTSPEC_NEW_TOKENS", "24")
-    monkeypatch.setenv("QUANTSPEC_GAMMAS", "2 4")
-    notebook = nbformat.read(NOTEBOOKS / "quickstart.ipynb", as_version=4)
+def executed(name: str, after_load: str = "") -> tuple[list, str]:
+    """Pictures and text that a notebook shows, run from top to bottom, with a cell of the test's
+    own after the one that loads a model."""
+    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+    if after_load:
+        (loads,) = (i for i, c in enumerate(notebook.cells) if "model = qs.load(" in c.source)
+        notebook.cells.insert(loads + 1, nbformat.v4.new_code_cell(after_load))
     client = NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}}
     )
@@ -22,10 +34,43 @@ def test_quickstart_runs(smollm2_gguf, monkeypatch):
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
     pictures = [out for out in outputs if "image/png" in out.get("data", {})]
     text = "".join(out.get("text", "") for out in outputs if out.get("name") == "stdout")
+    return pictures, text
+
+
+def test_quickstart_runs(smollm2_gguf, monkeypatch):
+    monkeypatch.setenv("QUANTSPEC_NEW_TOKENS", "24")
+    monkeypatch.setenv("QUANTSPEC_GAMMAS", "2 4")
+    pictures, text = executed("quickstart.ipynb", FIRST_LAYERS)
     assert len(pictures) == 2
     assert "bits a value: int4 4.38, int8 8.38" in text
     for gamma in (2, 4):
         assert f"gamma {gamma}: acceptance" in text
+
+
+def test_a_long_document_runs(tiny_llama_dir, monkeypatch):
+    """On whatever is there, with a tiny model: a few seconds show that it runs."""
+    sizes = {
+        "MODEL": str(tiny_llama_dir), "CONTEXTS": "200", "NEW_TOKENS": "4", "GAMMA": "2",
+    }  # fmt: skip
+    for name, value in sizes.items():
+        monkeypatch.setenv(f"QUANTSPEC_{name}", value)
+    pictures, text = executed("long_context_gpu.ipynb")
+    assert len(pictures) == 1
+    assert "in XLA: add_rms_norm" in text or "kernels: add_rms_norm" in text
+    for mode in ("plain", "QuantSpec"):
+        assert f"    200 tokens, {mode:10}" in text
+
+
+def test_cache_methods_runs(smollm2_gguf, monkeypatch):
+    monkeypatch.setenv("QUANTSPEC_TOKENS", "384")
+    monkeypatch.setenv("QUANTSPEC_METHODS", "int4 kivi-2")
+    pictures, text = executed("cache_methods.ipynb")
+    assert len(pictures) == 4
+    lost = {
+        name: float(keys) for name, keys in re.findall(r"(.*?) +[\d.]+ bits.*keys ([\d.]+)", text)
+    }
+    assert lost["AQUA-KV, 2 bits"] < lost["HIGGS, 2 bits"] < lost["KIVI, 2 bits"]
+    assert "the best tokens    reads 25%, of the best quarter 100%" in text
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)

@@ -5,6 +5,7 @@ config.json        format, versions, the ModelConfig, the weights' dtype, the dr
 weights/           Orbax: the tree of `parameter_shapes`
 draft/             Orbax, where a draft is stored: its own entries of the tree, which are quantized
                    kernels and sometimes other arrays; the header lists these
+kv/                Orbax, where a codec of the cache is stored: what it has learned, by layer
 tokenizer.json …   the tokenizer, and generation_config.json where the source has one
 """
 
@@ -34,11 +35,13 @@ from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
 from quantspec_jax.checks import is_int, require, within
 from quantspec_jax.dtypes import STORED, float_type
 from quantspec_jax.files import check_regular, read_json
+from quantspec_jax.methods import stored
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import flatten, linear_layers, nest, parameter_shapes
 from quantspec_jax.notices import notice
 from quantspec_jax.settings import Settings
 from quantspec_jax.sharding import one_device, param_shardings
+from quantspec_jax.stored_kv import StoredKV
 from quantspec_jax.weights.entries import quantize_params
 from quantspec_jax.weights.formats import DraftConfig
 
@@ -66,6 +69,7 @@ class Header:
         default_factory=dict
     )
     checksums: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    kv: StoredKV | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready. `model_type` and `transformers_version` let transformers' AutoTokenizer
@@ -81,6 +85,7 @@ class Header:
             "draft_arrays": dict(self.draft_arrays),
             "model": self.config.to_dict(),
             "checksums": dict(self.checksums),
+            "kv": self.kv.to_dict() if self.kv else None,
         }
 
 
@@ -91,14 +96,16 @@ def parse_header(values: dict[str, Any], where: Path) -> Header:
     keys = Settings(values, where.name)
     with within(f"{where} is damaged"):
         config = ModelConfig.from_dict(keys.entries("model"))
-        stored = keys.entries("draft", None)
-        draft = None if stored is None else DraftConfig.from_dict(stored)
+        stored_draft = keys.entries("draft", None)
+        draft = None if stored_draft is None else DraftConfig.from_dict(stored_draft)
         dtype = float_type(keys.choice("dtype", _NAMES), allowed=STORED)
         arrays = _parse_draft_arrays(Settings(keys.entries("draft_arrays", {}), where.name), config)
         if draft is not None:
             _check_draft(draft, config)
         given = Settings(keys.entries("checksums", {}), where.name)
         sums = {path: given.text(path) for path in given.values}
+        stored_kv = keys.entries("kv", None)
+        kv = None if stored_kv is None else StoredKV.from_dict(stored_kv)
     if draft is not None:
         layout = keys.get("layout_version", None)
         require(
@@ -107,7 +114,7 @@ def parse_header(values: dict[str, Any], where: Path) -> Header:
             layout,
             f"{LAYOUT_VERSION} (the stored draft has another packing: convert the source again)",
         )
-    return Header(config, dtype, draft, arrays, sums)
+    return Header(config, dtype, draft, arrays, sums, kv)
 
 
 _NAMES = tuple(dtype.name for dtype in STORED)
@@ -327,6 +334,22 @@ def _on(device: jax.Device | None, config: ModelConfig, shapes: dict[str, Any]) 
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where
     )
+
+
+def save_kv(directory: Path, arrays: dict[str, Any]) -> None:
+    """Writes what a codec of the cache has learned (`quantspec_jax.methods.stored`)."""
+    save_tree(directory / "kv", arrays)
+
+
+def load_kv(directory: Path, header: Header) -> list[Any]:
+    """What the stored codec has learned, a layer after the other."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    tree = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        stored.shapes(header.config),
+    )
+    arrays = _restore_tree(directory / "kv", tree, header.checksums)
+    return stored.from_arrays(arrays, header.config)
 
 
 def save_draft(directory: Path, tree: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Residual addition and RMS norm on Hopper and later (Pallas Mosaic GPU).
+"""Residual addition and RMS norm from Ampere on (Pallas Mosaic GPU).
 
 XLA makes three kernels of it: the sum, the mean square, the product with both weights. For the few
 rows of a decode step each costs a launch and nothing else, 4 to 5 µs together; here it is one.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
 from pallas_kernels import devices, dispatch, tuned
 from pallas_kernels.int4_matmul.mosaic_gpu import Config, Plan, Shape
 from pallas_kernels.layout import STRIP
+from pallas_kernels.products.around import PLAIN
 
 KERNEL = "int4_matmul"
 RATE = 4.4e6  # bytes a microsecond that an H200 reads
@@ -15,28 +17,30 @@ SIZES = ((1, 2), (1, 3), (1, 4), (1, 6), (2, 1), (2, 2), (2, 3), (2, 4), (4, 1),
 
 
 def key(shape: Shape) -> str:
-    """What a measured configuration is filed under."""
+    """What a measured configuration is filed under. What is added or normed does not count."""
     outputs = "+".join(map(str, shape.outputs))
     rows = shape.rows if shape.rows == 1 else 8 * shape.column_blocks
     return (
         f"rows={rows} inputs={shape.groups * shape.group_size} "
         f"outputs={outputs} group={shape.group_size} symmetric={shape.symmetric}"
+        f"{' gated=True' if shape.form.gated else ''}"
     )
 
 
 def _registers(shape: Shape, strips: int) -> int:
     """A thread's, at most."""
+    around = 12 + strips if shape.form != PLAIN else 0
     if shape.rows == 1:
-        return 72 + 2 * strips
-    return 72 + 6 * strips if shape.column_blocks == 1 else 104 + 10 * strips
+        return 72 + 2 * strips + around
+    return around + (72 + 6 * strips if shape.column_blocks == 1 else 104 + 10 * strips)
 
 
 def _resident(shape: Shape, config: Config) -> int:
     """Blocks that a multiprocessor runs at once."""
-    device, threads = dispatch.target(), 128 * config.warpgroups
+    device, threads, plan = dispatch.target(), 128 * config.warpgroups, Plan(shape, config)
     return min(
-        devices.REGISTERS // (threads * _registers(shape, config.strips)),
-        device.usable_bytes // (Plan(shape, config).shared_bytes + 1024),
+        devices.REGISTERS // (threads * _registers(shape, plan.strips)),
+        device.usable_bytes // (plan.shared_bytes + 1024),
         device.generation.threads // threads,
     )
 
@@ -54,36 +58,44 @@ def _microseconds(shape: Shape, config: Config) -> float:
     # Memory is dealt evenly to what runs; a multiprocessor with more to do than others is slower.
     even = sum(shape.outputs) / STRIP * shape.groups * shape.strip_bytes / RATE
     busiest = float(-(-plan.blocks // processors) * processors)
-    busiest *= config.strips * share * shape.strip_bytes / RATE
-    # Each block reads the activations of its groups, from L2.
-    activations = plan.blocks * shape.rows * share * shape.group_size * 2 / (7 * RATE)
+    busiest *= plan.strips * share * shape.strip_bytes / RATE
+    # Each block reads the activations of its groups, from L2; all of them where it norms them.
+    channels = (shape.groups if shape.form.norm else share) * shape.group_size
+    activations = plan.blocks * shape.rows * channels * 2 / (7 * RATE)
     # Too little in flight, and memory waits; too much, and activations wait behind the weights.
     block_bytes = min(config.stages, -(-share // plan.warps)) * plan.warps * plan.stage_bytes
     ahead = block_bytes * min(plan.blocks, slots) / processors
     starved = max(0.0, 1 - ahead / 64e3)
-    flooded = min(1.0, max(0.0, ahead / 90e3 - 1) * 6)
+    flooded = 0.0 if shape.form.norm else min(1.0, max(0.0, ahead / 90e3 - 1) * 6)
     waves = -(-plan.blocks // slots)
     edges = 0.5 * (waves - 1) + (0.9 + 0.05 * config.cluster) * (config.cluster > 1)
     # A warp takes some 0.06 for a strip of a group; beside others' loads, but for its last piece.
-    strips = -(-plan.blocks // processors) * config.strips * share
+    strips = -(-plan.blocks // processors) * plan.strips * share
     together = min(12, plan.warps * -(-min(plan.blocks, slots) // processors))
-    products = 0.06 * (config.strips + 0.3 * strips / together)
+    products = 0.06 * (plan.strips + 0.3 * strips / together)
     memory = (even + busiest) / 2 + activations + 0.5 * starved * even + flooded
     return memory + products + edges + 0.01 * plan.blocks * share / processors
 
 
-def candidates(shape: Shape) -> list[Config]:
+def candidates(shape: Shape) -> tuple[Config, ...]:
     """Configurations that the kernel can run on the shape, best guess first."""
+    return _sorted(shape, dispatch.target())
+
+
+@functools.cache
+def _sorted(shape: Shape, device: devices.Device) -> tuple[Config, ...]:
+    assert device == dispatch.target()
     found = []
     most = -(-max(shape.outputs) // STRIP)
-    clusters = range(1, 9 if dispatch.target().generation.clusters else 2)
-    for (warpgroups, stages), strips, cluster in itertools.product(SIZES, range(1, 17), clusters):
+    clusters = range(1, 9 if device.generation.clusters else 2)
+    widths = range(1, 16 // shape.form.parts + 1)
+    for (warpgroups, stages), strips, cluster in itertools.product(SIZES, widths, clusters):
         config = Config(warpgroups, stages, strips, cluster)
         share = -(-shape.groups // cluster)
         useful = strips <= most and (stages - 1) * 4 * warpgroups < share and cluster <= share
         if useful and _resident(shape, config):
             found.append(config)
-    return sorted(found, key=lambda config: _microseconds(shape, config))
+    return tuple(sorted(found, key=lambda config: _microseconds(shape, config)))
 
 
 def diverse(shape: Shape) -> list[Config]:
@@ -96,6 +108,8 @@ def diverse(shape: Shape) -> list[Config]:
 
 
 def choose(shape: Shape) -> Config:
-    """The measured configuration, else the rule's."""
+    """The measured configuration, where the shape's form leaves room for it; else the rule's."""
     found: Any = tuned.find(dispatch.target().name, KERNEL, key(shape))
-    return candidates(shape)[0] if found is None else Config(**found)
+    if found is None or not _resident(shape, Config(**found)):
+        return candidates(shape)[0]
+    return Config(**found)

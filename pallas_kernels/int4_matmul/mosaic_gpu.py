@@ -1,4 +1,4 @@
-"""Products of a few rows with packed 4-bit weights on Hopper and later (Pallas Mosaic GPU).
+"""Products of a few rows with packed 4-bit weights from Ampere on (Pallas Mosaic GPU).
 
 What is read, once: codes (half a byte a weight), scales and minima (4 bytes for a group of 128),
 for all rows and all weights of a pass (gate and up, or q, k and v, are one launch). Weights are
@@ -11,6 +11,11 @@ memory, and all groups of input channels, or, with clusters, an even share of th
     warp 1    |        | strips |        | ...
     sums      each warp's in its own registers; then over the block's warps in shared memory; then
               over the cluster's blocks in each other's shared memory
+
+What stands around the products (`products.around`) is in the same launch: inputs that are to be
+normed are staged in shared memory while the first pieces are on their way; of gate and up a block
+has the same strips, two pieces of each group; what is added to the results is asked for before the
+first product.
 
 A piece is one bulk copy into a ring that a warp has for itself: its first lane orders the first
 pieces before anything else, and a further one when the warp is done with one. No two warps wait
@@ -59,8 +64,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import ptx
+from pallas_kernels import dispatch, ptx
 from pallas_kernels.layout import STRIP, PackedWeight, QuantizedWeight, TiledWeight
+from pallas_kernels.products import inputs as staging
+from pallas_kernels.products.around import NOTHING, PLAIN, Around, Form
+from pallas_kernels.products.inputs import Inputs, Staged
+from pallas_kernels.products.sums import Results, Sums
 from pallas_kernels.ptx import V, f32, i32
 
 MAX_ROWS = 16
@@ -75,7 +84,7 @@ class Config:
 
     warpgroups  a block; its warps share the groups of input channels
     stages      groups that a warp has in shared memory, read or in flight
-    strips      a block's, of 16 outputs each
+    strips      a block's, of 16 outputs each; of gate and up each as many
     cluster     blocks, 1 to 8, that have the same strips and share the groups
     """
 
@@ -87,13 +96,16 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the kernel is specialized to: rows, groups of input channels, outputs a weight."""
+    """What the kernel is specialized to: rows, groups of input channels, outputs a weight, what
+    stands around the products; and with a norm the input channels."""
 
     rows: int
     groups: int
     group_size: int
     outputs: tuple[int, ...]
     symmetric: bool
+    form: Form = PLAIN
+    inputs: int = 0
 
     @property
     def column_blocks(self) -> int:
@@ -106,10 +118,14 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Counts and bytes that follow from a shape and a configuration."""
+    """Counts and bytes that follow from a shape and a configuration.
+
+    bulk  whether the device copies in bulk (`ptx.copies`)
+    """
 
     shape: Shape
     config: Config
+    bulk: bool = True
 
     @property
     def warps(self) -> int:
@@ -118,50 +134,57 @@ class Plan:
 
     @property
     def output_blocks(self) -> list[int]:
-        """Of each weight: blocks, or clusters, that its strips take."""
-        return [-(-n // (STRIP * self.config.strips)) for n in self.shape.outputs]
+        """Of each weight, of gate and up together: blocks, or clusters, that its strips take."""
+        outputs = self.shape.outputs[:1] if self.shape.form.gated else self.shape.outputs
+        return [-(-n // (STRIP * self.config.strips)) for n in outputs]
 
     @property
     def blocks(self) -> int:
         return sum(self.output_blocks) * self.config.cluster
 
     @property
-    def stage_bytes(self) -> int:
-        """A group's strips."""
-        return self.config.strips * self.shape.strip_bytes
+    def strips(self) -> int:
+        """That a block multiplies with."""
+        return self.config.strips * self.shape.form.parts
 
     @property
-    def row_bytes(self) -> int:
-        """A row of a warp's sums, padded against bank conflicts."""
-        return 4 * STRIP * self.config.strips + 32
+    def stage_bytes(self) -> int:
+        """A group's strips."""
+        return self.strips * self.shape.strip_bytes
+
+    @property
+    def sums(self) -> Sums:
+        rows, c = self.shape.rows, self.config
+        return Sums(rows, STRIP * c.strips, self.shape.form.parts, self.warps, c.cluster)
 
     @property
     def warp_bytes(self) -> int:
         """A warp's ring, and its sums in the end."""
-        return max(self.config.stages * self.stage_bytes, self.shape.rows * self.row_bytes)
-
-    @property
-    def quads(self) -> int:
-        """Fours of results of a block, or of a cluster."""
-        return self.shape.rows * self.config.strips * STRIP // 4
-
-    @property
-    def share(self) -> int:
-        """Fours of results that a block of a cluster adds up and writes."""
-        return -(-self.quads // self.config.cluster)
-
-    @property
-    def inbox_bytes(self) -> int:
-        """Where the blocks of a cluster leave what another one adds up."""
-        return 16 * self.config.cluster * self.share if self.config.cluster > 1 else 0
+        return max(self.config.stages * self.stage_bytes, self.sums.warp_bytes)
 
     @property
     def barrier_bytes(self) -> int:
         return -(-8 * self.warps * self.config.stages // 128) * 128
 
     @property
+    def staged(self) -> Staged:
+        """Activations that are normed: all of them."""
+        s = self.shape
+        return Staged(s.rows, s.inputs, s.groups * s.group_size, True, self.warps)
+
+    @property
+    def inbox(self) -> int:
+        """Where the cluster's sums lie, after the barriers and the rings."""
+        return self.barrier_bytes + self.warps * self.warp_bytes
+
+    @property
+    def inputs(self) -> int:
+        """Where normed activations lie."""
+        return self.inbox + self.sums.inbox_bytes
+
+    @property
     def shared_bytes(self) -> int:
-        return self.barrier_bytes + self.warps * self.warp_bytes + self.inbox_bytes
+        return self.inputs + (self.staged.num_bytes if self.shape.form.norm else 0)
 
 
 class _Ring:
@@ -170,45 +193,51 @@ class _Ring:
     def __init__(self, plan: Plan, shared: V, warp: V, lane: V, turns: V):
         self.plan, self.turns = plan, turns
         self.stages = plan.config.stages
-        self.leader = lane.equals(0)
+        self.copies = ptx.copies_of(plan.bulk)(32, lane)
         self.barriers = shared + warp * (8 * self.stages)
         self.data = shared + plan.barrier_bytes + warp * plan.warp_bytes
 
-    def start(self, source: V, group_bytes: V, num_bytes: V, group: Callable[[V], V]) -> None:
-        """Order the first pieces: `num_bytes` each, of the group of a turn, which lies so many
-        times `group_bytes` after `source`."""
-        self.source, self.group_bytes, self.num_bytes = source, group_bytes, num_bytes
+    def start(
+        self, sources: Sequence[V], group_bytes: V, num_bytes: V, group: Callable[[V], V]
+    ) -> None:
+        """Order the first pieces: `num_bytes` from each source, of the group of a turn, which lies
+        so many times `group_bytes` after it."""
+        self.sources, self.group_bytes, self.num_bytes = sources, group_bytes, num_bytes
         self.group = group
 
         def prepare() -> None:
             for i in range(self.stages):
-                ptx.barrier_init(self.barriers + 8 * i, 1)
-            ptx.fence_barrier_init()
+                ptx.barrier_init(self.barriers + 8 * i, self.copies.arrivals(32))
+            self.copies.publish_barriers()
+
+        def order() -> None:
             for i in range(self.stages):
                 ptx.when(i32(i) < self.turns, functools.partial(self._copy, i32(i)))
 
-        ptx.when(self.leader, prepare)
-        ptx.sync_warp()
+        self.copies.start(prepare, order)
 
     def _copy(self, turn: V) -> None:
         slot = turn % self.stages
         barrier = self.barriers + slot * 8
-        ptx.barrier_expect(barrier, self.num_bytes)
+        self.copies.expect(barrier, self.num_bytes * len(self.sources))
         target = self.data + slot * self.plan.stage_bytes
-        source = self.source + self.group(turn).to_i64() * self.group_bytes
-        ptx.bulk_copy(target, source, self.num_bytes, barrier)
+        offset = self.group(turn).to_i64() * self.group_bytes
+        most = self.plan.stage_bytes // len(self.sources)
+        for i, source in enumerate(self.sources):
+            self.copies.copy(target + i * most, source + offset, self.num_bytes, barrier, most=most)
+        self.copies.arrive(barrier)
 
     def wait(self, turn: V) -> V:
         """Where the piece of a turn is, once it is there."""
         slot = turn % self.stages
-        ptx.barrier_wait(self.barriers + slot * 8, (turn // self.stages) & 1)
+        self.copies.wait(self.barriers + slot * 8, (turn // self.stages) & 1)
         return self.data + slot * self.plan.stage_bytes
 
     def leave(self, turn: V) -> None:
         """The piece of a turn has been read: its place is for the next one."""
         ptx.sync_warp()
         following = turn + self.stages
-        more = ptx.both(self.leader, following < self.turns)
+        more = self.copies.orders(following < self.turns)
         ptx.when(more, functools.partial(self._copy, following))
 
 
@@ -216,7 +245,8 @@ class _Warp:
     """What one warp computes. Lane 4 g + q has outputs 2g and 2g + 1 of each strip, rows 2q and
     2q + 1 of each 8 in sums, and a quarter of a group's channels."""
 
-    def __init__(self, plan: Plan, x: V, lane: V):
+    def __init__(self, plan: Plan, x: V | Inputs, lane: V):
+        """x: the activations' address, or where they have been normed."""
         self.plan, self.x = plan, x
         self.lane, self.g, self.q = lane, lane >> 2, lane & 3
         self.steps = plan.shape.group_size // 16
@@ -229,10 +259,15 @@ class _Warp:
             # Rows beyond the last repeat it; nobody reads their results.
             row = ptx.minimum(self.g + 8 * n, s.rows - 1)
             channel = group * s.group_size + self.q * 8
-            at = row * (2 * s.groups * s.group_size) + channel * 2
             for i in range(0, s.group_size, 32):
-                out += ptx.load(self.x + (at + 2 * i).to_i64(), 4)
+                out += ptx.load(self._at(row, channel + i), 4)
         return out
+
+    def _at(self, row: V, channel: V) -> V:
+        if isinstance(self.x, Inputs):
+            return self.x.at(row, channel)
+        s = self.plan.shape
+        return self.x + ((row * (s.groups * s.group_size) + channel) * 2).to_i64()
 
     def add_group(self, words: Iterable[list[V]], x: list[V], sums: list[V]) -> list[V]:
         """sums [strips][column blocks][4] += a group's products; words: `strip`'s of each."""
@@ -269,15 +304,15 @@ class _Warp:
         return out + ptx.load(where + g + 8 * s.group_size, 1 if s.symmetric else 2)
 
     def keep(self, where: V, sums: list[V]) -> None:
-        """Leave sums in shared memory, rows of the block's outputs."""
+        """Leave sums in shared memory, as `products.sums` takes them."""
         p, blocks = self.plan, self.plan.shape.column_blocks
         for b in range(blocks):
             for i in range(min(2, p.shape.rows - 8 * b)):
                 row = self.q * 2 + (8 * b + i)
-                at = where + row * p.row_bytes + self.g * 8
+                at = where + row * p.sums.row_bytes + self.g * 8
 
                 def put(at: V = at, b: int = b, i: int = i) -> None:
-                    for t in range(p.config.strips):
+                    for t in range(p.strips):
                         four = sums[(t * blocks + b) * 4 :][:4]
                         ptx.store(at + 4 * STRIP * t, [four[i], four[2 + i]])
 
@@ -294,29 +329,34 @@ def _factors(numbers: list[V]) -> tuple[list[V], list[V]]:
     return [scale[0] * UNIT, scale[1] * (UNIT / 16)], minimum
 
 
-def _chosen(plan: Plan, weights: Sequence[V], results: Sequence[V], block: V) -> list[V]:
-    """Of the weight that a block of outputs is of: strips, result, outputs, its first block."""
+def _chosen(
+    plan: Plan, weights: Sequence[V], results: Sequence[V], block: V
+) -> tuple[list[V], V, V, V]:
+    """Of what a block of outputs is of: weights' strips, result, outputs, its first block."""
     outputs = plan.shape.outputs
     chosen = [weights[0], results[0], i32(outputs[0]), i32(0)]
     before = 0
-    for i in range(1, len(outputs)):
+    for i in range(1, len(plan.output_blocks)):
         before += plan.output_blocks[i - 1]
         other = [weights[i], results[i], i32(outputs[i]), i32(before)]
         mine = block >= before
         chosen = [ptx.select(mine, a, b) for a, b in zip(other, chosen, strict=True)]
-    return chosen
+    weight, result, number, first = chosen
+    return list(weights) if plan.shape.form.gated else [weight], result, number, first
 
 
-def _body(plan: Plan, out_bytes: int) -> Callable[[Sequence[V], V], None]:
-    s, c = plan.shape, plan.config
+def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], None]:
+    s, c, form = plan.shape, plan.config, plan.shape.form
 
     def body(addresses: Sequence[V], shared: V) -> None:
         x, *rest = addresses
+        norm = rest.pop(0) if form.norm else None
+        residual = rest.pop(0) if form.residual else None
         count = len(s.outputs)
         thread = ptx.special("tid.x")
         lane, warp = thread & 31, ptx.uniform(thread >> 5)
         rank, block = ptx.special("ctaid.x") % c.cluster, ptx.special("ctaid.x") // c.cluster
-        weight, result, outputs, before = _chosen(plan, rest[:count], rest[count:], block)
+        weights, result, outputs, before = _chosen(plan, rest[:count], rest[count:], block)
         strips, first = outputs // STRIP, (block - before) * c.strips
 
         begin, end = (i * s.groups // c.cluster for i in (rank, rank + 1))
@@ -331,13 +371,22 @@ def _body(plan: Plan, out_bytes: int) -> Callable[[Sequence[V], V], None]:
             at = ptx.select(at < count, at, at - count)
             return begin + ptx.minimum(at, count - 1)
 
-        work, ring = _Warp(plan, x, lane), _Ring(plan, shared, warp, lane, turns)
+        inputs: V | Inputs = x
+        if form.norm:
+            inputs = Inputs(plan.staged, shared + plan.inputs, x, norm, i32(0), thread)
+            inputs.order()
+        work, ring = _Warp(plan, inputs, lane), _Ring(plan, shared, warp, lane, turns)
         ring.start(
-            weight + first.to_i64() * s.strip_bytes,
+            [weight + first.to_i64() * s.strip_bytes for weight in weights],
             (strips * s.strip_bytes).to_i64(),
             ptx.minimum(strips - first, c.strips) * s.strip_bytes,
             group,
         )
+        sums = plan.sums
+        out = Results(sums, form, result, outputs, first * STRIP, residual, out_bytes)
+        added = out.ahead(sums.mine(thread, rank))
+        if isinstance(inputs, Inputs):
+            inputs.finish(0, eps)
 
         def inputs_of(turn: V) -> list[V]:
             return work.activations(group(turn))
@@ -345,72 +394,23 @@ def _body(plan: Plan, out_bytes: int) -> Callable[[Sequence[V], V], None]:
         def step(turn: V, carry: list[V]) -> list[V]:
             following = inputs_of(turn + 1)
             piece = ring.wait(turn)
-            words = (work.strip(piece + t * s.strip_bytes) for t in range(c.strips))
-            sums = work.add_group(words, carry[size:], carry[:size])
+            words = (work.strip(piece + t * s.strip_bytes) for t in range(plan.strips))
+            found = work.add_group(words, carry[size:], carry[:size])
             ring.leave(turn)
-            return [*sums, *following]
+            return [*found, *following]
 
-        size = c.strips * s.column_blocks * 4
-        sums = [f32(0.0)] * size
-        sums = ptx.loop(i32(0), turns, [*sums, *inputs_of(i32(0))], step)[:size]
-        work.keep(ring.data, sums)  # the ring is empty
+        size = plan.strips * s.column_blocks * 4
+        start = [*[f32(0.0)] * size, *inputs_of(i32(0))]
+        work.keep(ring.data, ptx.loop(i32(0), turns, start, step)[:size])  # the ring is empty
         ptx.sync_threads(i32(1), 32 * plan.warps)
-        row_quads = c.strips * STRIP // 4
 
-        def write(index: V, four: list[V]) -> None:
-            row, output = index // row_quads, first * STRIP + index % row_quads * 4
-            at = result + (row.to_i64() * outputs.to_i64() + output.to_i64()) * out_bytes
-            if out_bytes == 2:
-                four = [ptx.pack_bf16(*four[:2]), ptx.pack_bf16(*four[2:])]
-            ptx.when(output < outputs, lambda: ptx.store(at, four))
+        def write(i: int, index: V, parts: list[list[V]]) -> None:
+            out.write(index, parts, added[i])
 
-        _add_up(plan, shared, thread, rank, write)
+        kept, inbox = shared + plan.barrier_bytes, shared + plan.inbox
+        sums.add_up(kept, plan.warp_bytes, inbox, thread, rank, write)
 
     return body
-
-
-def _add_up(plan: Plan, shared: V, thread: V, rank: V, write: Callable[[V, list[V]], None]) -> None:
-    """Add what the warps of a block, then the blocks of a cluster, have kept: always in one order.
-
-    write(index, four results) is called for each of the block's quads.
-    """
-    c, threads = plan.config, 32 * plan.warps
-    row_quads = c.strips * STRIP // 4
-    kept = shared + plan.barrier_bytes
-    inbox = kept + plan.warps * plan.warp_bytes
-
-    def add_warps(index: V) -> None:
-        at = kept + index // row_quads * plan.row_bytes + index % row_quads * 16
-        four = _added(at, plan.warp_bytes, plan.warps)
-        if c.cluster == 1:
-            write(index, four)
-            return
-        slot = inbox + (rank * plan.share + index % plan.share) * 16
-        ptx.store_peer(ptx.peer_address(slot, index // plan.share), four)
-
-    for i in range(0, plan.quads, threads):
-        index = thread + i
-        ptx.when(index < plan.quads, functools.partial(add_warps, index))
-    if c.cluster == 1:
-        return
-    ptx.sync_cluster()
-    for i in range(0, plan.share, threads):
-        slot = thread + i
-        index = rank * plan.share + slot
-
-        def finish(slot: V = slot, index: V = index) -> None:
-            write(index, _added(inbox + slot * 16, 16 * plan.share, c.cluster))
-
-        ptx.when(ptx.both(slot < plan.share, index < plan.quads), finish)
-
-
-def _added(at: V, step: int, count: int) -> list[V]:
-    """Fours of floats in shared memory, `step` bytes apart, added in order."""
-    fours = [ptx.load(at + i * step, 4, "f32") for i in range(count)]
-    out = fours[0]
-    for four in fours[1:]:
-        out = [a + b for a, b in zip(out, four, strict=True)]
-    return out
 
 
 def _rows(x: Any) -> int:
@@ -420,13 +420,19 @@ def _rows(x: Any) -> int:
     return rows
 
 
-def unsupported(x: Any, weights: Sequence[PackedWeight]) -> str | None:
+def unsupported(x: Any, weights: Sequence[PackedWeight], around: Around = NOTHING) -> str | None:
     """Why the kernel cannot do a call, or None."""
     if x.dtype != jnp.bfloat16:
         return "activations have to be bfloat16"
     if not 1 <= _rows(x) <= MAX_ROWS:
         return f"there are {_rows(x)} rows; it takes up to {MAX_ROWS}"
-    return next((_not_tiled(w) for w in weights if not isinstance(w, TiledWeight)), None)
+    for weight in weights:
+        if not isinstance(weight, TiledWeight):
+            return _not_tiled(weight)
+    if around.norm is None:
+        return None
+    plan = Plan(shape_of(x, weights, around), Config(1, 1, 1))
+    return staging.unsupported(plan.staged, dispatch.target().usable_bytes * 5 // 8)
 
 
 def _not_tiled(weight: QuantizedWeight) -> str:
@@ -438,31 +444,44 @@ def _not_tiled(weight: QuantizedWeight) -> str:
     return "the weight is not tiled (pallas_kernels.layout.tile)"
 
 
-def shape_of(x: Any, weights: Sequence[PackedWeight]) -> Shape:
+def shape_of(x: Any, weights: Sequence[PackedWeight], around: Around = NOTHING) -> Shape:
     """The shape that a call specializes the kernel to."""
-    first = weights[0]
+    first, form = weights[0], around.form
     outputs = tuple(w.outputs for w in weights)
-    return Shape(_rows(x), first.groups, first.group_size, outputs, first.symmetric)
+    sizes = (_rows(x), first.groups, first.group_size, outputs)
+    return Shape(*sizes, first.symmetric, form, x.shape[-1] if form.norm else 0)
 
 
 def int4_matmuls(
-    x: jax.Array, weights: Sequence[TiledWeight], *, config: Config, out_dtype: Any = jnp.float32
+    x: jax.Array,
+    weights: Sequence[TiledWeight],
+    around: Around = NOTHING,
+    *,
+    config: Config,
+    out_dtype: Any = jnp.float32,
+    bulk: bool = True,
 ) -> list[jax.Array]:
     """See `pallas_kernels.int4_matmul.api.int4_matmuls`; bf16 activations, weights alike."""
-    shape = shape_of(x, weights)
-    plan = Plan(shape, config)
+    shape = shape_of(x, weights, around)
+    plan, form = Plan(shape, config, bulk), shape.form
     rows = x.reshape(shape.rows, x.shape[-1])
     missing = shape.groups * shape.group_size - x.shape[-1]
-    if missing:
+    if missing and not form.norm:
         rows = jnp.pad(rows, ((0, 0), (0, missing)))
-    dtype = jnp.dtype(out_dtype)
+    dtype = jnp.dtype(jnp.bfloat16 if form.gated or form.residual else out_dtype)
+    extra = [] if around.norm is None else [around.norm.astype(x.dtype)]
+    if around.residual is not None:
+        extra.append(around.residual.reshape(shape.rows, -1))
     found = ptx.kernel(
-        _body(plan, dtype.itemsize),
-        [jax.ShapeDtypeStruct((shape.rows, n), dtype) for n in shape.outputs],
+        _body(plan, dtype.itemsize, around.eps),
+        [
+            jax.ShapeDtypeStruct((shape.rows, n), dtype)
+            for n in shape.outputs[: len(plan.output_blocks)]
+        ],
         name="int4_matmul",
         blocks=plan.blocks,
         warpgroups=config.warpgroups,
         shared_bytes=plan.shared_bytes,
         cluster=config.cluster,
-    )(rows, *[w.strips for w in weights])
-    return [y.reshape(*x.shape[:-1], w.outputs) for y, w in zip(found, weights, strict=True)]
+    )(rows, *extra, *[w.strips for w in weights])
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in found]

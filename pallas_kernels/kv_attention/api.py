@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.kv_attention import xla
-from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.kv_attention.read import Attended, Pages, Read
 from pallas_kernels.layout import LayerCache
-from pallas_kernels.shapes import Each, Pages, Queries, RowSums, shaped
+from pallas_kernels.shapes import Each, Queries, shaped
 
 
 @shaped
@@ -24,10 +24,11 @@ def kv_attention(
     read: Read,
     sm_scale: float,
     pages: Pages | None = None,
+    page_log_sums: bool = False,
     strict: bool = False,
     out_dtype: Any = jnp.float32,
     backend: str = "auto",
-) -> tuple[Queries, RowSums]:
+) -> Attended:
     """Attend from S consecutive tokens to the planes and the full-precision buffer.
 
     The pass's own keys and values are in the buffer already, which is a ring: position p lies in
@@ -44,45 +45,59 @@ def kv_attention(
       start: [B] int32, position of the pass's first token.
       read: what to read of the cache (`pallas_kernels.kv_attention.read.Read`).
       sm_scale: factor on the scores, 1/√D as a rule.
-      pages: [B, K, T/G] bool, the tiles of the planes that are read; None: all of them.
+      pages: the tiles of the planes that are read; None: all that are coded.
+      page_log_sums: give those, too.
       strict: leave out the row's own position.
       out_dtype: of the output; with bf16 queries the kernel writes float32 or bfloat16.
       backend: `auto`, `mosaic_gpu` or `xla`.
 
     Returns:
-      [B, S, H, D] output and [B, S, H] float32 log-sum-exp of the scores (−∞ and output 0
-      where a row sees nothing).
+      Output, log-sum-exp of the scores (−∞ and output 0 where a row sees nothing), and, where
+      asked for, that of each page.
     """
+    _check_pages(pages, cache)
     operands = (q, cache, quantized_length, start)
     options: dict[str, Any] = {"read": read, "sm_scale": sm_scale, "strict": strict}
-    if _mosaic_gpu(q, cache, pages, options, backend):
+    options |= {"pages": pages, "page_log_sums": page_log_sums}
+    if _mosaic_gpu(q, cache, options, backend):
         from pallas_kernels.kv_attention import configs, mosaic_gpu
 
-        shape = mosaic_gpu.shape_of(q, cache, **options)
+        device, shape = dispatch.target(), mosaic_gpu.shape_of(q, cache, **options)
         config = configs.choose(shape)
         assert config is not None
         kernel = dispatch.shared(
             mosaic_gpu.kv_attention,
-            ("read", "sm_scale", "strict", "config", "out_dtype", "blocks"),
+            (
+                *("read", "sm_scale", "strict", "page_log_sums", "config", "out_dtype", "blocks"),
+                "bulk",
+            ),
         )
         return kernel(
             *operands,
             **options,
             config=config,
             out_dtype=jnp.dtype(out_dtype),
-            blocks=dispatch.target().multiprocessors,
+            blocks=device.multiprocessors,
+            bulk=device.generation.bulk_copies,
         )
-    out, log_sum_exp = xla.kv_attention(*operands, pages=pages, **options)
-    return out.astype(out_dtype), log_sum_exp
+    found = xla.kv_attention(*operands, **options)
+    return found._replace(out=found.out.astype(out_dtype))
 
 
-def _mosaic_gpu(
-    q: jax.Array,
-    cache: LayerCache,
-    pages: jax.Array | None,
-    options: dict[str, Any],
-    backend: str,
-) -> bool:
+def _check_pages(pages: Pages | None, cache: LayerCache) -> None:
+    """A list for each sequence and key-value head, of tiles that the cache has."""
+    if pages is None:
+        return
+    b, k = cache.key_buffer.shape[:2]
+    shapes = (pages.tiles.shape, pages.count.shape)
+    if cache.keys is None:
+        raise ValueError("pages is a list; allowed: None, since the cache has no tiles")
+    one = pages.tiles.ndim == 3 and pages.tiles.shape[2] > 0
+    if not one or shapes != ((b, k, pages.tiles.shape[2]), (b,)):
+        raise ValueError(f"pages are of shapes {shapes}; allowed: [{b}, {k}, P ≥ 1] and [{b}]")
+
+
+def _mosaic_gpu(q: jax.Array, cache: LayerCache, options: dict[str, Any], backend: str) -> bool:
     """Whether the Pallas kernel takes the call. CUDA code is imported only where it can."""
     if backend == "xla" or dispatch.device() is None:
         return dispatch.use_mosaic_gpu(backend, "kv_attention", None)
@@ -90,8 +105,6 @@ def _mosaic_gpu(
 
     shape = mosaic_gpu.shape_of(q, cache, **options)
     reason = mosaic_gpu.unsupported(shape, (q.dtype, cache.key_buffer.dtype))
-    if pages is not None:
-        reason = "it reads all pages"
-    elif reason is None and configs.choose(shape) is None:
+    if reason is None and configs.choose(shape) is None:
         reason = "no configuration fits the shape into shared memory"
     return dispatch.use_mosaic_gpu(backend, "kv_attention", reason)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.kv_attention.read import Attended, Pages, Read
 from pallas_kernels.layout import (
     LayerCache,
     Planes,
@@ -28,7 +28,10 @@ from pallas_kernels.layout import (
 
 CHUNK_TOKENS = 1024  # of the full-precision view
 TILES_AT_ONCE = (3, 8)  # fewest and most: a quarter of the planes between them
+# On a GPU a turn is some ten launches and waits for the host: few, and large.
+GPU_CHUNK_TOKENS, GPU_TILES_AT_ONCE = 16384, 128
 Weigh = Callable[[jax.Array], jax.Array]
+T = TypeVar("T")
 
 
 def _codes(upper: jax.Array, lower: jax.Array | None) -> jax.Array:
@@ -143,6 +146,127 @@ def _weigh_values(weights: jax.Array, values: Planes, view: str) -> jax.Array:
     return jnp.concatenate(parts, -1)
 
 
+def _turns(turns: jax.Array, most: int, body: Callable[[jax.Array, T], T], state: T) -> T:
+    """`turns` turns of a body that masks what is not there; one at most is no loop on a GPU."""
+    if most == 1 and jax.default_backend() == "gpu":
+        return body(jnp.int32(0), state)
+    return jax.lax.fori_loop(0, turns, body, state)
+
+
+class Rows(NamedTuple):
+    """All rows that read one key-value head: R = H/K · S of them, query heads first."""
+
+    queries: jax.Array  # [B, K, R, D] float32, times the factor on the scores
+    position: jax.Array  # [B, R, 1] last position that each sees
+    shape: tuple[int, int, int, int]  # B, S, H, K
+
+    def by_token(self, x: jax.Array) -> jax.Array:
+        """[B, K, R, ...] → [B, S, H, ...]."""
+        b, s, h, k = self.shape
+        x = x.reshape(b, k, h // k, s, *x.shape[3:])
+        return jnp.moveaxis(x, 3, 1).reshape(b, s, h, *x.shape[4:])
+
+
+def _rows(q: jax.Array, start: jax.Array, k: int, sm_scale: float, strict: bool) -> Rows:
+    b, s, h, d = q.shape
+    grouped = q.astype(jnp.float32).reshape(b, s, k, h // k, d).transpose(0, 2, 3, 1, 4)
+    last = start[:, None] + jnp.arange(s)[None] - int(strict)
+    position = jnp.tile(last, (1, h // k))[..., None]
+    return Rows(grouped.reshape(b, k, h // k * s, d) * sm_scale, position, (b, s, h, k))
+
+
+class Walk(NamedTuple):
+    """What the tiles that were read so far make."""
+
+    state: Partial
+    page_log_sums: jax.Array | None  # [B, K, R, T/G]
+
+
+def _attend_tiles(
+    walk: Walk,
+    rows: Rows,
+    tiles: tuple[Planes, Planes],
+    index: jax.Array,
+    mask: jax.Array,
+    view: str,
+) -> Walk:
+    """Attend to n tiles of keys and values, of the numbers `index` [B or 1, K or 1, n], in `view`;
+    `mask`, of the same axes, says which of them."""
+    keys, values = tiles
+    g = values.scale.shape[-1]
+    scores = _key_scores(rows.queries, keys, view)
+    tokens = jnp.broadcast_to(jnp.repeat(mask, g, -1)[:, :, None], scores.shape)
+    state = _merge(walk.state, scores, tokens, lambda w: _weigh_values(w, values, view))
+    pages = walk.page_log_sums
+    if pages is not None:
+        by_tile = jnp.where(tokens, scores, -jnp.inf).reshape(*scores.shape[:3], -1, g)
+        sums = jax.nn.logsumexp(by_tile, -1)
+        b, k, r, n = sums.shape
+        at = jnp.broadcast_to(index, (b, k, n))[:, :, None]
+        batch, head, row = (x[..., None] for x in jnp.ogrid[:b, :k, :r])
+        pages = pages.at[batch, head, row, at].max(sums)
+    return Walk(state, pages)
+
+
+def _attend_planes(
+    walk: Walk,
+    rows: Rows,
+    planes: tuple[Planes, Planes],
+    quantized_length: jax.Array,
+    read: Read,
+    pages: Pages | None,
+) -> Walk:
+    """Attend to the tiles that are coded, of `pages` only those listed."""
+    n, g = planes[0].upper.shape[2:4]
+    coded = (quantized_length // g)[:, None, None]  # [B, 1, 1]
+    exact = min(read.exact_tiles, n)
+    if exact:
+        index = jnp.arange(exact)[None, None]
+        mask = index < coded
+        if pages is not None:
+            listed = jnp.arange(pages.tiles.shape[2])[None, None] < pages.count[:, None, None]
+            found = (pages.tiles[..., None] == index[:, :, None]) & listed[..., None]
+            mask &= found.any(2)
+        first = jax.tree.map(lambda x: x[:, :, :exact], planes)
+        walk = _attend_tiles(walk, rows, first, index, mask, "int8")
+
+    # Of a list the work follows its length.
+    places = n if pages is None else pages.tiles.shape[2]
+    fewest, most = TILES_AT_ONCE
+    step = min(max(n // 4, fewest), most, places)
+    if jax.default_backend() == "gpu":
+        step = -(-places // -(-places // GPU_TILES_AT_ONCE))
+
+    def some(i: jax.Array, walk: Walk) -> Walk:
+        # The last ones are moved back to end with the planes or list; what they repeat is masked.
+        begin = jnp.minimum(i * step, places - step)
+        place = begin + jnp.arange(step)[None, None]
+        new = place >= i * step
+
+        def cut(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, begin, step, 2)
+
+        if pages is None:
+            index, mask, tiles = place, new & (place < coded), jax.tree.map(cut, planes)
+        else:
+            mask = new & (place < pages.count[:, None, None])
+            index = jnp.where(mask, cut(pages.tiles), 0)
+            tiles = jax.tree.map(lambda x: _gather(x, index), planes)
+        return _attend_tiles(walk, rows, tiles, index, mask & (index >= exact), read.view)
+
+    reach = jnp.max(coded if pages is None else pages.count)
+    return _turns(-(-reach // step), -(-places // step), some, walk)
+
+
+def _gather(leaf: jax.Array, index: jax.Array) -> jax.Array:
+    """Tiles `index` [B, K, n] of [B, K, T/G, ...]."""
+    if leaf.dtype == jnp.bfloat16:  # as integers: XLA's CPU backend would convert the whole array
+        bits = _gather(jax.lax.bitcast_convert_type(leaf, jnp.uint16), index)
+        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+    b, k = (x[..., None] for x in jnp.ogrid[: leaf.shape[0], : leaf.shape[1]])
+    return leaf[b, k, index]
+
+
 def kv_attention(
     q: jax.Array,
     cache: LayerCache,
@@ -151,53 +275,34 @@ def kv_attention(
     *,
     read: Read,
     sm_scale: float,
-    pages: jax.Array | None = None,
+    pages: Pages | None = None,
+    page_log_sums: bool = False,
     strict: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.kv_attention.api.kv_attention`. Pages that are not read are masked."""
-    keys, values, view = cache.keys, cache.values, read.view
-    b, s, h, d = q.shape
+) -> Attended:
+    """See `pallas_kernels.kv_attention.api.kv_attention`."""
+    keys, values = cache.keys, cache.values
+    b, s, _, d = q.shape
     k, length = cache.key_buffer.shape[1:3]
-    rows = (h // k) * s
-    # [B, S, H, D] → [B, K, H/K · S, D]: all rows that read one key-value head.
-    grouped = q.astype(jnp.float32).reshape(b, s, k, h // k, d).transpose(0, 2, 3, 1, 4)
-    grouped = grouped.reshape(b, k, rows, d) * sm_scale
-    position = jnp.tile(start[:, None] + jnp.arange(s)[None], (1, h // k))[..., None]  # [B, R, 1]
-    if strict:
-        position = position - 1
+    rows = _rows(q, start, k, sm_scale, strict)
+    r = rows.queries.shape[2]
 
     state = Partial(
-        jnp.full((b, k, rows), -jnp.inf, jnp.float32),
-        jnp.zeros((b, k, rows), jnp.float32),
-        jnp.zeros((b, k, rows, d), jnp.float32),
+        jnp.full((b, k, r), -jnp.inf, jnp.float32),
+        jnp.zeros((b, k, r), jnp.float32),
+        jnp.zeros((b, k, r, d), jnp.float32),
     )
-
+    tiles = 0 if keys is None else keys.upper.shape[2]
+    log_sums = jnp.full((b, k, r, tiles), -jnp.inf, jnp.float32) if page_log_sums else None
     if keys is not None and values is not None:
-        n, g = keys.upper.shape[2:4]
-        fewest, most = TILES_AT_ONCE
-        step = min(max(n // 4, fewest), most, n)
-
-        def over_tiles(i: jax.Array, state: Partial) -> Partial:
-            # The last tiles are moved back to end with the planes; what they repeat is masked.
-            begin = jnp.minimum(i * step, n - step)
-
-            def cut(x: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_slice_in_dim(x, begin, step, 2)
-
-            token = begin * g + jnp.arange(step * g)[None, None, None]
-            mask = (token < quantized_length[:, None, None, None]) & (token >= i * step * g)
-            if pages is not None:
-                mask &= jnp.repeat(cut(pages), g, 2)[:, :, None]
-            mask = jnp.broadcast_to(mask, (b, k, rows, step * g))
-            scores = _key_scores(grouped, Planes(*map(cut, keys)), view)
-            tiles = Planes(*map(cut, values))
-            return _merge(state, scores, mask, lambda w: _weigh_values(w, tiles, view))
-
-        state = jax.lax.fori_loop(0, -(-jnp.max(quantized_length) // (step * g)), over_tiles, state)
+        walk = Walk(state, log_sums)
+        walk = _attend_planes(walk, rows, (keys, values), quantized_length, read, pages)
+        state, log_sums = walk
 
     # Beside planes two chunks at least: XLA's CPU backend would fuse the read of a whole buffer
     # with the append before it, and copy the buffer.
     width = min(length if keys is None else -(-length // 2), CHUNK_TOKENS)
+    if jax.default_backend() == "gpu":
+        width = min(length, GPU_CHUNK_TOKENS)
     first = quantized_length[:, None, None]
 
     def over_buffer(i: jax.Array, state: Partial) -> Partial:
@@ -209,22 +314,20 @@ def kv_attention(
 
         slot = begin + jnp.arange(width)[None, None]
         held = first + (slot - first) % length
-        mask = ((held <= position) & (slot >= i * width))[:, None]
-        scores = _einsum("bkrd,bktd->bkrt", grouped, cut(cache.key_buffer))
+        mask = ((held <= rows.position) & (slot >= i * width))[:, None]
+        scores = _einsum("bkrd,bktd->bkrt", rows.queries, cut(cache.key_buffer))
         value = cut(cache.value_buffer)
         return _merge(state, scores, mask, lambda w: _einsum("bkrt,bktd->bkrd", w, value))
 
     used = jnp.minimum(jnp.max(start) + s, length)
-    state = jax.lax.fori_loop(0, -(-used // width), over_buffer, state)
+    state = _turns(-(-used // width), -(-length // width), over_buffer, state)
 
     total = jnp.where(state.total > 0, state.total, 1.0)
-    log_sum_exp = state.maximum + jnp.log(total)
-
-    def by_token(x: jax.Array) -> jax.Array:  # [B, K, R, ...] → [B, S, H, ...]
-        x = x.reshape(b, k, h // k, s, *x.shape[3:])
-        return jnp.moveaxis(x, 3, 1).reshape(b, s, h, *x.shape[4:])
-
-    return by_token(state.output / total[..., None]), by_token(log_sum_exp)
+    return Attended(
+        rows.by_token(state.output / total[..., None]),
+        rows.by_token(state.maximum + jnp.log(total)),
+        None if log_sums is None else rows.by_token(log_sums),
+    )
 
 
 def ideal_bytes(view: str, tokens: int, num_kv_heads: int, head_dim: int, group_size: int) -> int:

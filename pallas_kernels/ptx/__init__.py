@@ -22,12 +22,20 @@ from pallas_kernels.ptx.clusters import (
     sync_cluster,
 )
 from pallas_kernels.ptx.copies import (
+    BulkCopies,
+    UnitCopies,
+    arrive_after_copies,
     barrier_arrive,
     barrier_expect,
     barrier_init,
+    barrier_poll,
     barrier_wait,
     bulk_copy,
+    commit_copies,
+    copies_of,
     fence_barrier_init,
+    unit_copy,
+    wait_copies,
 )
 from pallas_kernels.ptx.launch import (
     kernel,
@@ -81,20 +89,26 @@ from pallas_kernels.ptx.warps import (
 )
 
 __all__ = [
+    "BulkCopies",
+    "UnitCopies",
     "V",
     "any_lane",
     "any_thread",
+    "arrive_after_copies",
     "asm",
     "at_least",
     "barrier_arrive",
     "barrier_expect",
     "barrier_init",
+    "barrier_poll",
     "barrier_wait",
     "both",
     "bulk_copy",
     "ceil_div",
     "choose",
+    "commit_copies",
     "constant",
+    "copies_of",
     "exp2",
     "f32",
     "fence_barrier_init",
@@ -130,6 +144,8 @@ __all__ = [
     "sync_warp",
     "transpose_8x8",
     "uniform",
+    "unit_copy",
     "unpack_f16",
+    "wait_copies",
     "when",
 ]

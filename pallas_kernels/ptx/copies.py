@@ -2,11 +2,24 @@
 
 A barrier lies in shared memory and has a phase, which completes when as many threads have arrived
 as it was made for, and all bytes are there that were announced with `barrier_expect`.
+
+Some threads of a block fill a stage of shared memory together. Who does what depends on the device;
+what is waited for, and when, does not:
+
+               bulk, from compute capability 9.0 on     asynchronous, from 8.0 on
+    order      one of the threads orders whole pieces   each copies its 16-byte units of all pieces
+    barrier    its arrival, and the bytes               an arrival of each, once its units are there
 """
 
 from __future__ import annotations
 
-from pallas_kernels.ptx.values import V, asm
+import functools
+from collections.abc import Callable
+
+from pallas_kernels.ptx.values import V, asm, both, i32, when
+from pallas_kernels.ptx.warps import sync_warp
+
+UNIT = 16  # bytes that a thread copies at once
 
 
 def barrier_init(barrier: V, arrivals: int) -> None:
@@ -14,6 +27,7 @@ def barrier_init(barrier: V, arrivals: int) -> None:
 
 
 def fence_barrier_init() -> None:
+    """What the copy engine sees of barriers is what was made of them before."""
     asm("fence.mbarrier_init.release.cluster;", [], [], effects=True)
 
 
@@ -32,8 +46,20 @@ def barrier_expect(barrier: V, num_bytes: V) -> None:
 
 
 def barrier_wait(barrier: V, parity: V) -> None:
+    """Sleep until the phase of a parity is complete."""
     asm(
         "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1;"
+        " @!done bra again; }",
+        [],
+        [barrier, parity],
+        effects=True,
+    )
+
+
+def barrier_poll(barrier: V, parity: V) -> None:
+    """As `barrier_wait`, by asking again and again."""
+    asm(
+        "{ .reg .pred done; again: mbarrier.test_wait.parity.shared::cta.b64 done, [$0], $1;"
         " @!done bra again; }",
         [],
         [barrier, parity],
@@ -49,3 +75,123 @@ def bulk_copy(target: V, source: V, num_bytes: V, barrier: V) -> None:
         [target, source, num_bytes, barrier],
         effects=True,
     )
+
+
+def unit_copy(target: V, source: V) -> None:
+    """16 bytes from global to shared memory, past the L1 cache, while the thread goes on."""
+    asm("cp.async.cg.shared.global [$0], [$1], 16;", [], [target, source], effects=True)
+
+
+def commit_copies() -> None:
+    """What this thread has ordered by `unit_copy` since the last time is a group, maybe empty."""
+    asm("cp.async.commit_group;", [], [], effects=True)
+
+
+def wait_copies(pending: int) -> None:
+    """Until no more than the `pending` newest of this thread's groups are under way. Other threads
+    see what has come after a barrier that both meet."""
+    asm(f"cp.async.wait_group {pending};", [], [], effects=True)
+
+
+def arrive_after_copies(barrier: V) -> None:
+    """Arrive when all `unit_copy` that this thread has ordered are there."""
+    asm("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", [], [barrier], effects=True)
+
+
+class BulkCopies:
+    """Pieces that the copy engine brings: of the threads that fill a stage, the first orders them.
+
+    threads  that fill a stage together, and wait for it
+    thread   which of them this one is
+    """
+
+    def __init__(self, threads: int, thread: V):
+        self.threads, self.thread, self.leader = threads, thread, thread.equals(0)
+
+    @staticmethod
+    def arrivals(threads: int) -> int:
+        """Of a full barrier."""
+        return 1
+
+    @staticmethod
+    def publish_barriers() -> None:
+        """After `barrier_init`, by the thread that has called it."""
+        fence_barrier_init()
+
+    def start(self, prepare: Callable[[], None], order: Callable[[], None]) -> None:
+        """Make a warp's barriers, and order the first pieces."""
+
+        def both_of_them() -> None:
+            prepare()
+            order()
+
+        when(self.leader, both_of_them)
+        sync_warp()
+
+    def orders(self, condition: V) -> V:
+        """Whether this thread has something to do where the threads are to fill a stage."""
+        return both(self.leader, condition)
+
+    def expect(self, barrier: V, num_bytes: V) -> None:
+        """Before the pieces of a stage: their bytes together."""
+        barrier_expect(barrier, num_bytes)
+
+    def copy(self, target: V, source: V, num_bytes: V | int, barrier: V, most: int) -> None:
+        """One piece, of at most `most` bytes; addresses and bytes are multiples of 16."""
+        size = i32(num_bytes) if isinstance(num_bytes, int) else num_bytes
+        bulk_copy(target, source, size, barrier)
+
+    def arrive(self, barrier: V) -> None:
+        """After the pieces of a stage."""
+
+    def wait(self, barrier: V, parity: V) -> None:
+        """Until the barrier's phase of a parity is complete."""
+        barrier_wait(barrier, parity)
+
+
+class UnitCopies(BulkCopies):
+    """Pieces that the threads bring themselves: thread i the units i, i + threads, … of each."""
+
+    @staticmethod
+    def arrivals(threads: int) -> int:
+        return threads
+
+    @staticmethod
+    def publish_barriers() -> None:
+        pass  # the threads meet before they use them
+
+    def start(self, prepare: Callable[[], None], order: Callable[[], None]) -> None:
+        when(self.leader, prepare)
+        sync_warp()
+        order()
+
+    def orders(self, condition: V) -> V:
+        return condition
+
+    def expect(self, barrier: V, num_bytes: V) -> None:
+        pass
+
+    def copy(self, target: V, source: V, num_bytes: V | int, barrier: V, most: int) -> None:
+        offset, together = self.thread * UNIT, UNIT * self.threads
+        to, at = target + offset, source + offset.to_i64()
+        for first in range(0, most, together):
+            unit = functools.partial(_unit, to, at, first)
+            if isinstance(num_bytes, int) and first + together <= num_bytes:
+                unit()  # there is one for each of the threads
+            else:
+                when(offset + first < num_bytes, unit)
+
+    def arrive(self, barrier: V) -> None:
+        arrive_after_copies(barrier)
+
+    def wait(self, barrier: V, parity: V) -> None:
+        barrier_poll(barrier, parity)
+
+
+def _unit(target: V, source: V, offset: int) -> None:
+    unit_copy(target + offset, source + offset)
+
+
+def copies_of(bulk: bool) -> type[BulkCopies]:
+    """How threads fill stages: in bulk, or unit by unit."""
+    return BulkCopies if bulk else UnitCopies

@@ -250,8 +250,10 @@ def pack_bf16(low: V, high: V) -> V:
 
 
 def multiply_bf16(a: V, b: V) -> V:
-    """Products of the two bf16 of a word."""
-    return asm("mul.rn.bf16x2 $0, $1, $2;", ["i32"], [a, b])[0]
+    """Products of the two bf16 of a word. (`mul.rn.bf16x2` is for 9.0 and later; a product plus −0
+    is the product.)"""
+    minus_zero = i32(0x80008000)
+    return asm("fma.rn.bf16x2 $0, $1, $2, $3;", ["i32"], [a, b, minus_zero])[0]
 
 
 # Control ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Keys and values to the two 4-bit planes on Hopper and later (Pallas Mosaic GPU).
+"""Keys and values to the two 4-bit planes from Ampere on (Pallas Mosaic GPU).
 
 One pass: bfloat16 is read once, codes and numbers are written once, 2 bytes in and 1 + 4/G out a
 value; the floor is that over the copy rate. Both codes are the digits of round((x − m̂)/(ŝ/16)) + 8,

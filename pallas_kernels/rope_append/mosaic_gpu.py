@@ -1,4 +1,4 @@
-"""Bias, norm, RoPE and the write into the buffer on Hopper and later (Pallas Mosaic GPU).
+"""Bias, norm, RoPE and the write into the buffer from Ampere on (Pallas Mosaic GPU).
 
 XLA makes three to five kernels of it, which each cost a launch and nothing else; here it is one. A
 warp takes one vector of a token, H queries, K keys, K values, a lane two channels of its first half

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.layout import PackedWeight
 from pallas_kernels.timing import traced
@@ -40,6 +41,7 @@ from quantspec_jax.engine.adaptive import MOST_DRAFTED, PRIOR
 from quantspec_jax.engine.programs import DECODE
 from quantspec_jax.generate.config import BACKENDS, GenerateConfig
 from quantspec_jax.generate.couplings import REJECTION
+from quantspec_jax.generate.policies import POLICIES, Policy, policy
 from quantspec_jax.generate.requests import requests
 from quantspec_jax.generate.state import COUNTED, DecodeState, Program
 from quantspec_jax.loading import Model
@@ -64,7 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--mode", choices=MODES, nargs="+", default=list(MODES))
     parser.add_argument("--gamma", type=gamma, nargs="+", default=[4], help="numbers, or auto")
-    parser.add_argument("--simulate-acceptance", type=float, metavar="ALPHA")
+    parser.add_argument(
+        "--simulate-acceptance",
+        type=float,
+        nargs="+",
+        metavar="ALPHA",
+        help="of each place of a round where those before were accepted; the last of all beyond",
+    )
+    parser.add_argument("--draft-policy", choices=tuple(POLICIES), default="all")
+    parser.add_argument("--draft-share", type=float, metavar="F", help="the policy's own")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--draft-group", type=int, default=128)
     parser.add_argument("--draft-symmetric", action="store_true")
@@ -112,11 +122,16 @@ def random_state(
         """A number a sequence, in a buffer of its own: the state is donated."""
         return jnp.full((batch, *shape), value, dtype)
 
+    # Pages that a policy chooses lie scattered.
+    shape = (batch, program.model.num_kv_heads, program.cache.num_tiles)
+    keys = jax.random.split(jax.random.key(3), program.model.num_layers)
+    votes = [jax.random.uniform(key, shape) for key in keys]
+    coded = codec.quantized_length(each(context), g)
     wants = requests(GenerateConfig(ignore_eos=True), jax.random.key(2), (), batch)
     return DecodeState(
-        cache=KVCache(layers, each(context), codec.quantized_length(each(context), g), g, codec),
+        cache=KVCache(layers, each(context), coded, g, codec),
         requests=dataclasses.replace(wants, limit=each(limit)),
-        memory=program.policy.start(batch),
+        memory=program.policy.start(votes, coded // g),
         seen=each(False, program.model.vocab_size, dtype=bool),
         pending=each(1),
         tokens=each(0, capacity),
@@ -126,6 +141,7 @@ def random_state(
         rounds=each(0),
         proposed=each(0, COUNTED),
         accepted=each(0, COUNTED),
+        draft_pages=each(0, 2),
         drafted=each(False, capacity, dtype=bool),
     )
 
@@ -189,34 +205,52 @@ class Setting:
         """Bytes of a number in full precision."""
         return self.loaded.dtype.itemsize
 
+    @property
+    def policy(self) -> Policy:
+        """Which pages drafts read."""
+        return policy(self.args.draft_policy, self.args.draft_share)
+
+    @property
+    def alpha(self) -> float | None:
+        """The acceptance that is simulated, the mean of the places'."""
+        alphas = self.args.simulate_acceptance
+        return float(np.mean(alphas)) if alphas else None
+
     def program(self, case: Case, context: int) -> Program:
         """The case's program, with room for all rounds."""
-        args, alpha = self.args, self.args.simulate_acceptance
+        args, alphas = self.args, self.args.simulate_acceptance
         rounds = args.rounds * (args.repeat + 1) + TRACED_ROUNDS
         length = context + 2 * GROUP_SIZE + rounds * (case.gamma + 1)
         return Program(
             self.model,
             CacheConfig(length, GROUP_SIZE, case.view, case.width, self.loaded.dtype),
             case.gamma,
-            coupling=Simulated(alpha) if case.gamma and alpha is not None else REJECTION,
+            policy=self.policy,
+            coupling=Simulated(tuple(alphas)) if case.gamma and alphas else REJECTION,
             backend=args.backend,
         )
 
     def costs(self, context: int) -> Costs:
         """Bytes that the passes read."""
         return bytes_read(
-            self.model, self.loaded.draft, context, batch=self.args.batch, itemsize=self.itemsize
+            self.model,
+            self.loaded.draft,
+            context,
+            batch=self.args.batch,
+            itemsize=self.itemsize,
+            share=self.policy.share,
         )
 
     def fewest_bytes(self, case: Case, context: int, drafted: float) -> float:
         """Of a round that drafts so many tokens: weights and cache, each read once a pass."""
 
-        def one_pass(weights: Params, view: str) -> int:
-            cache = cache_read_bytes(self.model, view, context, self.itemsize)
+        def one_pass(weights: Params, view: str, share: float = 1.0) -> int:
+            cache = cache_read_bytes(self.model, view, context, self.itemsize, share=share)
             return weight_bytes(weights) + self.args.batch * cache
 
         target = one_pass(self.draft if case.drafts else self.params, case.view)
-        return target + (drafted * one_pass(self.draft, "int4") if case.gamma else 0)
+        draft = one_pass(self.draft, "int4", self.policy.share)
+        return target + (drafted * draft if case.gamma else 0)
 
     def require_memory(self, case: Case, context: int, more: dict[str, int]) -> None:
         """ValueError unless these parts fit beside the weights."""
@@ -384,8 +418,9 @@ def read_ceiling() -> float:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure every mode at every context."""
-    alpha = args.simulate_acceptance
-    require(alpha is None or 0 <= alpha <= 1, "--simulate-acceptance", alpha, "0 to 1")
+    for alpha in args.simulate_acceptance or ():
+        require(0 <= alpha <= 1, "--simulate-acceptance", alpha, "0 to 1")
+    policy(args.draft_policy, args.draft_share)
     require(args.batch >= 1, "--batch", args.batch, "an integer ≥ 1")
     numbers = [g for g in args.gamma if g != "auto"]
     require(min(numbers, default=1) >= 1, "--gamma", args.gamma, "integers ≥ 1, or auto")
@@ -415,14 +450,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "draft_bytes": _own_bytes(setting.draft),
         "dtype": args.dtype,
         "backend": backend,
-        "simulated_acceptance": alpha,
+        "simulated_acceptance": setting.alpha,
+        "draft_policy": setting.policy.name,
+        "draft_share": setting.policy.share,
         "read_ceiling_gb_per_second": ceiling / 1e9,
         "predictions": predictions,
     }
     for context in args.context:
         here = measure_context(setting, context, ceiling)
         rows += here
-        found = prediction(here, setting.costs(context), context, alpha)
+        found = prediction(here, setting.costs(context), context, setting.alpha)
         if found is not None:
             predictions.append(found)
             print(_prediction_line(found), file=sys.stderr, flush=True)
@@ -450,7 +487,7 @@ def measure_context(setting: Setting, context: int, ceiling: float) -> list[dict
     for case, program in zip(chosen, programs, strict=True):
         if program is None:
             costs = measured_costs(rows) or setting.costs(context)
-            alpha = setting.args.simulate_acceptance
+            alpha = setting.alpha
             gamma = costs.best_gamma(PRIOR[0] if alpha is None else alpha, MOST_DRAFTED)
             case = dataclasses.replace(case, gamma=gamma, width=gamma + 1)
             program = compile_case(case, setting, context)

@@ -20,18 +20,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch, timing, tuned
+from pallas_kernels.bf16_matmul import api as bf16
+from pallas_kernels.bf16_matmul import xla as bf16_reference
 from pallas_kernels.int4_matmul import api as matmul
 from pallas_kernels.int4_matmul import xla as matmul_reference
 from pallas_kernels.kv_attention import api as attention
 from pallas_kernels.kv_attention import xla as attention_reference
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import LayerCache, Planes, QuantizedWeight, tile, untile
+from pallas_kernels.products.around import NOTHING, Around, apart
 from pallas_kernels.quantize_pack import api as quantize
 from quantspec_jax.bench import record
+from quantspec_jax.checks import require
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.presets import PRESETS
 
-KERNELS = ("attention", "matmul", "quantize")
+KERNELS = ("attention", "matmul", "bf16", "quantize")
+TUNED_ROWS = (1, 8, 16)  # a configuration serves up to so many
 GROUP_SIZE = 128  # of the cache
 # GB/s that were measured before: a run in which less is measured is not judged by less.
 READ_CEILING = {"NVIDIA H200": 4390.0}
@@ -47,6 +52,7 @@ class Shapes:
                context
     matmul     name → input channels, outputs of each weight of the pass
     group      input channels that share a scale of a weight
+    tied       whether the lm_head is the embedding [N, Kin]
     """
 
     heads: int
@@ -54,6 +60,7 @@ class Shapes:
     group: int
     attention: tuple[tuple[str, int, int, int], ...]
     matmul: dict[str, tuple[int, tuple[int, ...]]]
+    tied: bool = False
 
 
 ATTENTION = (
@@ -63,6 +70,8 @@ ATTENTION = (
     ("int8", 131072, 32, 5),
     ("int8", 131072, 32, 8),
     ("int8", 131072, 8, 8),
+    ("int8", 131072, 32, 16),
+    ("int8", 131072, 8, 16),
     ("ragged", 32768, 32, 1),
     ("full", 131072, 32, 1),
 )
@@ -93,7 +102,9 @@ def shapes_of(name: str, model: ModelConfig, context: int, group: int) -> Shapes
             f"{name} o": (queries, (e,)),
             f"{name} gate, up": (e, (f, f)),
             f"{name} down": (f, (e,)),
+            f"{name} lm_head": (e, (model.vocab_size,)),
         },
+        model.tie_embeddings,
     )
 
 
@@ -109,10 +120,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group", type=int, default=64, metavar="N", help="of the preset's draft weights (64)"
     )
     parser.add_argument("--kernel", choices=KERNELS, nargs="+", default=list(KERNELS))
+    parser.add_argument(
+        "--view",
+        choices=("int4", "int8", "full", "ragged"),
+        nargs="+",
+        default=["int4", "int8", "full", "ragged"],
+        help="rows of attention that read these views (ragged: int4, a batch of 16 lengths)",
+    )
+    parser.add_argument(
+        "--share",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="X",
+        help="parts of the pages that attention reads, each head other ones, scattered (1: all)",
+    )
+    parser.add_argument(
+        "--exact-tiles",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tiles that a draft reads with both planes (0)",
+    )
+    parser.add_argument(
+        "--page-log-sums",
+        action="store_true",
+        help="let attention that reads all pages give their log-sums, too",
+    )
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[1, 8], metavar="N", help="of products (1 8)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help='products whose name holds it, such as "gate, up"'
+    )
+    parser.add_argument(
+        "--around",
+        action="store_true",
+        help="products with the norm, SiLU and sum that stand around them in a layer",
+    )
     parser.add_argument("--no-peers", action="store_true", help="leave out the other kernels")
     parser.add_argument(
         "--tune",
-        choices=("attention", "matmul"),
+        choices=("attention", "matmul", "bf16"),
         nargs="+",
         default=[],
         help="measure configurations of these first, and keep the best in the device's file",
@@ -122,16 +171,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, and return the rows of the recorded run."""
+    for share in args.share:
+        require(0 < share <= 1, "--share", share, "numbers in (0, 1]")
+    require(args.exact_tiles >= 0, "--exact-tiles", args.exact_tiles, "an integer ≥ 0")
     if dispatch.device() is None:
         raise NotImplementedError(
-            "bench kernels measures CUDA kernels: it needs a CUDA device of compute capability 9.0"
+            "bench kernels measures CUDA kernels: it needs a CUDA device of compute capability 8.0"
         )
     shapes = LISTED
     if args.preset:
         shapes = shapes_of(args.preset, PRESETS[args.preset], args.context, args.group)
+    if args.only:
+        named = [name for text in args.only for name in shapes.matmul if text in name]
+        require(bool(named), "only", args.only, f"parts of {', '.join(shapes.matmul)}")
+        products = {name: shapes.matmul[name] for name in named}
+        shapes = dataclasses.replace(shapes, matmul=products)
     ceilings = measured_ceilings()
     rows: list[dict[str, Any]] = []
-    measures = {"attention": _attention, "matmul": _matmul, "quantize": _quantize}
+    measures = {"attention": _attention, "matmul": _matmul, "bf16": _bf16}
+    measures["quantize"] = _quantize
     rates = {f"{name}_ceiling_gb_per_second": rate for name, rate in ceilings.items()}
     command = record.command("quantspec bench kernels", args)
     for name in args.kernel:
@@ -147,10 +205,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _line(row: dict[str, Any]) -> str:
     peers = ", ".join(f"{k} {v:.4f}" for k, v in row["peers"].items())
     return (
-        f"{row['kernel']} {row['context']} kv {row['kv_heads']} q {row['query_tokens']}: "
+        f"{row['kernel']} {row['context']} kv {row['kv_heads']} q {row['query_tokens']}"
+        f"{_asked(row)}: "
         f"{row['milliseconds']:.4f} ms {row['percent_of_ceiling']:.1f}% "
         f"error {row['error']:.1e} ({peers})"
     )
+
+
+def _asked(row: dict[str, Any]) -> str:
+    """What attention was asked for beside the usual."""
+    share, exact = row.get("share", 1), row.get("exact_tiles", 0)
+    words = [f"{share:g} of the pages"] * (share != 1) + [f"{exact} exact"] * bool(exact)
+    words += ["page log-sums"] * bool(row.get("page_log_sums"))
+    return "".join(f", {x}" for x in words)
 
 
 def _row(
@@ -218,6 +285,8 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -
 def _attention(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) -> Any:
     peers: dict[tuple[int, int], dict[str, float]] = {}
     for view, context, kv_heads, tokens in shapes.attention:
+        if view not in args.view:
+            continue
         lengths = [context]
         name = {"int4": "draft attention", "int8": "verify attention"}.get(view, "bf16 attention")
         if view == "ragged":
@@ -227,7 +296,11 @@ def _attention(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namesp
         if not args.no_peers and not here and len(lengths) == 1:
             here = peers[context, kv_heads] = _attention_peers(shapes, context, kv_heads)
         sizes = (shapes.heads, shapes.head_dim, kv_heads, tokens)
-        yield _attention_row(name, view, context, sizes, lengths, ceilings, here, args)
+        for share in args.share:
+            if share == 1 or view != "full":
+                yield _attention_row(
+                    name, view, context, sizes, lengths, share, ceilings, here, args
+                )
 
 
 def _attention_row(
@@ -236,18 +309,24 @@ def _attention_row(
     context: int,
     sizes: tuple[int, int, int, int],
     lengths: Sequence[int],
+    share: float,
     ceilings: dict[str, float],
     peers: dict[str, float],
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     heads, head_dim, kv_heads, tokens = sizes
     batch, full = len(lengths), view == "full"
+    read = Read(view, args.exact_tiles if view == "int4" else 0)
+    log_sums = args.page_log_sums and share == 1 and not full
+    counts = [math.ceil(share * n / GROUP_SIZE) for n in lengths]
     if full:
         num_bytes = 4.0 * sum(lengths) * kv_heads * head_dim
     else:
         num_bytes = attention_reference.ideal_bytes(
-            view, sum(lengths), kv_heads, head_dim, GROUP_SIZE
+            view, GROUP_SIZE * sum(counts), kv_heads, head_dim, GROUP_SIZE
         )
+        exact = sum(min(read.exact_tiles, n) for n in counts)
+        num_bytes += exact * GROUP_SIZE * head_dim * kv_heads  # half a byte of key and of value
     quantized = jnp.array([0] * batch if full else lengths, jnp.int32)
     start = jnp.array(lengths if full else [n + GROUP_SIZE + 9 for n in lengths], jnp.int32)
     slots = context + 16 if full else 2 * GROUP_SIZE
@@ -261,14 +340,16 @@ def _attention_row(
         ]
         buffers = [_normal(keys[2 + j], (batch, kv_heads, slots, head_dim)) for j in range(2)]
         q = _normal(keys[4], (batch, tokens, heads, head_dim))
-        calls.append((q, LayerCache(*planes, *buffers), quantized, start))
+        pages = None if share == 1 else scattered_pages(i, lengths, kv_heads, counts)
+        calls.append((q, LayerCache(*planes, *buffers), quantized, start, pages))
 
     if "attention" in args.tune:
-        _tune_attention(calls, view)
+        _tune_attention([call[:4] for call in calls], view)
 
-    def attend(*call: Any, backend: str = "mosaic_gpu") -> tuple[jax.Array, jax.Array]:
-        options: dict[str, Any] = {"read": Read(view), "sm_scale": head_dim**-0.5}
-        return attention.kv_attention(*call, **options, backend=backend)
+    def attend(*call: Any, backend: str = "mosaic_gpu") -> attention.Attended:
+        *operands, pages = call
+        options: dict[str, Any] = {"sm_scale": head_dim**-0.5, "page_log_sums": log_sums}
+        return attention.kv_attention(*operands, pages=pages, read=read, **options, backend=backend)
 
     seconds = timing.device_seconds(jax.jit(attend), calls)
     with jax.default_matmul_precision("highest"):
@@ -281,9 +362,24 @@ def _attention_row(
         context=context,
         kv_heads=kv_heads,
         query_tokens=tokens,
+        share=share,
+        exact_tiles=read.exact_tiles,
+        page_log_sums=log_sums,
         peers=peers,
         error=_error(jax.jit(attend)(*calls[0])[0], expected),
     )
+
+
+def scattered_pages(
+    seed: int, lengths: Sequence[int], kv_heads: int, counts: Sequence[int]
+) -> attention.Pages:
+    """The first page and others at random, `counts` of each sequence, other ones for each head."""
+    rng = np.random.default_rng(seed)
+    tiles = np.zeros((len(lengths), kv_heads, max(counts)), np.int32)
+    for b, k in np.ndindex(tiles.shape[:2]):
+        others = 1 + rng.permutation(lengths[b] // GROUP_SIZE - 1)[: counts[b] - 1]
+        tiles[b, k, 1 : counts[b]] = np.sort(others)
+    return attention.Pages(jnp.asarray(tiles), jnp.asarray(counts, jnp.int32))
 
 
 def _attention_peers(shapes: Shapes, context: int, kv_heads: int) -> dict[str, float]:
@@ -323,9 +419,14 @@ def _tune_attention(calls: Sequence[Any], view: str) -> None:
     shape = mosaic_gpu.shape_of(*calls[0][:2], **options)
 
     def measure(config: mosaic_gpu.Config) -> float:
+        device = dispatch.target()
         fn = jax.jit(
             lambda *call: mosaic_gpu.kv_attention(
-                *call, **options, config=config, blocks=dispatch.target().multiprocessors
+                *call,
+                **options,
+                config=config,
+                blocks=device.multiprocessors,
+                bulk=device.generation.bulk_copies,
             )
         )
         return timing.device_seconds(fn, calls)
@@ -344,7 +445,18 @@ def random_weight(key: jax.Array, inputs: int, outputs: int, group: int) -> Quan
     )
 
 
+def _around(name: str, inputs: int, outputs: Sequence[int], rows: int) -> Around:
+    """What stands around a product of this name in a layer."""
+    norm, residual = (_normal(jax.random.key(3), x) for x in ((inputs,), (rows, outputs[0])))
+    if name.endswith((" o", " down")):
+        return Around(residual=residual)
+    return Around(norm=norm, eps=1e-6, gated=name.endswith("gate, up"))
+
+
 def _matmul(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) -> Any:
+    """Products with 4-bit weights."""
+    from pallas_kernels.int4_matmul import configs, mosaic_gpu
+
     make = jax.jit(lambda *of: tile(random_weight(*of)), static_argnums=(1, 2, 3))
     for name, (inputs, outputs) in shapes.matmul.items():
         num_bytes = sum(outputs) * inputs * (0.5 + 4 / shapes.group)
@@ -355,54 +467,129 @@ def _matmul(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace
             ]
             for i in range(_sets(num_bytes))
         ]
-        for rows in (1, 8):
-            calls = [(_normal(jax.random.key(i), (rows, inputs)), w) for i, w in enumerate(weights)]
-            # A configuration serves up to 8 rows; decoding has one.
-            if rows == 1 and "matmul" in args.tune:
-                _tune_matmul(calls)
-            multiply = jax.jit(lambda x, w: matmul.int4_matmuls(x, w, backend="mosaic_gpu"))
-            peers = {} if args.no_peers else _matmul_peers(calls, rows)
-            x, first = calls[0]
-            with jax.default_matmul_precision("highest"):
-                expected = [
-                    jnp.matmul(
-                        x.astype(jnp.float32), matmul_reference.dequantize(untile(w))[:inputs]
-                    )
-                    for w in first
-                ]
-            yield _row(
-                f"int4 matmul, {name}",
-                timing.device_seconds(multiply, calls),
-                num_bytes,
-                ceilings["read"],
-                query_tokens=rows,
-                shape=[inputs, *outputs],
-                peers=peers,
-                error=_error(multiply(x, first), expected),
+
+        def dense(h: jax.Array, weights: Sequence[Any]) -> list[jax.Array]:
+            whole = (matmul_reference.dequantize(untile(w)) for w in weights)
+            return [jnp.matmul(h.astype(jnp.float32), w[: h.shape[-1]]) for w in whole]
+
+        def tune(calls: Sequence[Any]) -> None:
+            shape = mosaic_gpu.shape_of(*calls[0])
+            bulk = dispatch.target().generation.bulk_copies
+            run = functools.partial(mosaic_gpu.int4_matmuls, bulk=bulk)
+            _tune_products(configs, shape, run, calls)
+
+        run = functools.partial(matmul.int4_matmuls, backend="mosaic_gpu")
+        for rows in args.rows:
+            products = _Products(f"int4 matmul, {name}", weights, num_bytes, rows, run, dense)
+            peer = None if args.no_peers else functools.partial(_bf16_peer, transposed=False)
+            yield products.row(
+                name, inputs, outputs, ceilings, args, tune if "matmul" in args.tune else None, peer
             )
 
 
-def _matmul_peers(calls: Sequence[Any], rows: int) -> dict[str, float]:
-    """Milliseconds of the same product with bf16 weights."""
-    x, weights = calls[0]
-    shapes = [(x.shape[-1], w.outputs) for w in weights]
-    dense = [
-        (call[0], [_normal(jax.random.key(i), shape) for shape in shapes])
-        for i, call in enumerate(calls[:4])
-    ]
-    product = jax.jit(lambda x, ws: [jnp.dot(x, w) for w in ws])
-    return {f"bf16 product, {rows} rows": 1e3 * timing.device_seconds(product, dense)}
+def _bf16(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) -> Any:
+    """Products with bfloat16 weights, beside XLA's own (cuBLAS)."""
+    from pallas_kernels.bf16_matmul import configs, mosaic_gpu
+
+    for name, (inputs, outputs) in shapes.matmul.items():
+        tied = name.endswith("lm_head") and shapes.tied
+        num_bytes = 2.0 * sum(outputs) * inputs
+        weights = [
+            [
+                _normal(jax.random.key(10 * i + j), (n, inputs) if tied else (inputs, n))
+                for j, n in enumerate(outputs)
+            ]
+            for i in range(_sets(num_bytes))
+        ]
+
+        def dense(h: jax.Array, weights: Sequence[Any], tied: bool = tied) -> list[jax.Array]:
+            wide = h.astype(jnp.float32)
+            return [bf16_reference.bf16_matmul(wide, w, tied, jnp.float32) for w in weights]
+
+        def tune(calls: Sequence[Any], tied: bool = tied) -> None:
+            x, first, around = calls[0]
+            shape = mosaic_gpu.shape_of(x, first, around, tied)
+            run = functools.partial(
+                mosaic_gpu.bf16_matmuls,
+                transposed=tied,
+                multiprocessors=dispatch.target().multiprocessors,
+            )
+            _tune_products(configs, shape, run, calls)
+
+        run = functools.partial(bf16.bf16_matmuls, transposed=tied, backend="mosaic_gpu")
+        for rows in args.rows:
+            products = _Products(f"bf16 matmul, {name}", weights, num_bytes, rows, run, dense)
+            peer = None if args.no_peers else functools.partial(_bf16_peer, transposed=tied)
+            yield products.row(
+                name, inputs, outputs, ceilings, args, tune if "bf16" in args.tune else None, peer
+            )
 
 
-def _tune_matmul(calls: Sequence[Any]) -> None:
-    from pallas_kernels.int4_matmul import configs, mosaic_gpu
+@dataclasses.dataclass(frozen=True)
+class _Products:
+    """A row of products: run(x, weights, around) is measured, dense(h, weights) is exact."""
 
-    shape = mosaic_gpu.shape_of(*calls[0])
+    kernel: str
+    weights: Sequence[Any]
+    num_bytes: float
+    rows: int
+    run: Callable[..., list[jax.Array]]
+    dense: Callable[..., list[jax.Array]]
 
-    def measure(config: mosaic_gpu.Config) -> float:
-        return timing.device_seconds(
-            jax.jit(lambda x, w: mosaic_gpu.int4_matmuls(x, w, config=config)), calls
+    def row(
+        self,
+        name: str,
+        inputs: int,
+        outputs: Sequence[int],
+        ceilings: dict[str, float],
+        args: argparse.Namespace,
+        tune: Callable[[Sequence[Any]], None] | None,
+        peer: Callable[[Sequence[Any]], float] | None,
+    ) -> dict[str, Any]:
+        around = _around(name, inputs, outputs, self.rows) if args.around else NOTHING
+        calls = [
+            (_normal(jax.random.key(i), (self.rows, inputs)), w, around)
+            for i, w in enumerate(self.weights)
+        ]
+        if tune is not None and self.rows in TUNED_ROWS:
+            tune(calls)
+        multiply = jax.jit(self.run)
+        x, first, _ = calls[0]
+        with jax.default_matmul_precision("highest"):
+            expected = apart(x, around, functools.partial(self.dense, weights=first))
+        parts = [part for part, here in around.form._asdict().items() if here]
+        return _row(
+            self.kernel,
+            timing.device_seconds(multiply, calls),
+            self.num_bytes,
+            ceilings["read"],
+            query_tokens=self.rows,
+            shape=[inputs, *outputs],
+            around=parts,
+            peers={} if peer is None else {f"bf16 product, {self.rows} rows": peer(calls)},
+            error=_error(multiply(*calls[0]), expected),
         )
+
+
+def _bf16_peer(calls: Sequence[Any], transposed: bool) -> float:
+    """Milliseconds of the same products alone with bf16 weights, by XLA (cuBLAS)."""
+    dense = []
+    for i, (x, weights, _) in enumerate(calls[:4]):
+        if not isinstance(weights[0], jax.Array):
+            shapes = [(x.shape[-1], w.outputs) for w in weights]
+            weights = [_normal(jax.random.key(i), shape) for shape in shapes]
+        dense.append((x, weights))
+    product = jax.jit(
+        lambda x, ws: [bf16_reference.bf16_matmul(x, w, transposed, x.dtype) for w in ws]
+    )
+    return 1e3 * timing.device_seconds(product, dense)
+
+
+def _tune_products(configs: Any, shape: Any, run: Callable[..., Any], calls: Sequence[Any]) -> None:
+    """Measure a few configurations of a kernel's `configs` on a shape."""
+
+    def measure(config: Any) -> float:
+        return timing.device_seconds(jax.jit(functools.partial(run, config=config)), calls)
 
     _tune(configs.KERNEL, configs.key(shape), configs.diverse(shape), measure)
 

@@ -15,7 +15,7 @@ KINDS = {
     "int8 attention": r"kv_attention_int8",
     "full attention": r"kv_attention|fmha|flash|sdpa|cudnn",
     "int4 products": r"int4_matmul",
-    "full products": r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk",
+    "full products": r"bf16_matmul|gemm|gemv|nvjet|cutlass|xmma|cublas|splitk",
     "norms": r"rms_norm",
     "rope": r"rope_append",
     "quantization": r"quantize_(keys|values)",

@@ -38,6 +38,7 @@ from quantspec_jax.commands.options import (
     add_draft,
     add_dtype,
     add_model,
+    add_reading,
     add_rope,
     draft_config,
     gamma,
@@ -53,7 +54,6 @@ from quantspec_jax.files import check_output
 from quantspec_jax.generate.cache_pass import cache_pass
 from quantspec_jax.generate.config import BACKENDS, GenerateConfig
 from quantspec_jax.generate.couplings import COUPLINGS
-from quantspec_jax.generate.policies import POLICIES
 from quantspec_jax.generate.prefill import COMPILED, prefill
 from quantspec_jax.generate.sampling import Role, draw_keys, penalize
 from quantspec_jax.generate.state import Program
@@ -100,8 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens drafted a round, or auto (2 4 auto)",
     )
-    parser.add_argument("--draft-policy", choices=tuple(POLICIES), nargs="+", default=["all"])
-    parser.add_argument("--draft-share", type=float, metavar="F", help="of policies other than all")
+    add_reading(parser, several=True)
     parser.add_argument("--coupling", choices=COUPLINGS, nargs="+", default=["block"])
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
@@ -129,12 +128,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One way to decode; the last three are None where nothing is drafted."""
+    """One way to decode; all but the mode are None where nothing is drafted, and the share and the
+    view also where they are the policy's own and the codec's."""
 
     mode: str
     gamma: int | str | None = None
     policy: str | None = None
     coupling: str | None = None
+    share: float | None = None
+    view: str | None = None
 
     def config(self, temperature: float, args: argparse.Namespace) -> GenerateConfig:
         """What `generate` is called with."""
@@ -147,10 +149,9 @@ class Case:
         }
         if self.mode != QUANTSPEC:
             return GenerateConfig(mode="autoregressive", kv=self.mode, **common)
-        chosen: dict[str, Any] = {"gamma": self.gamma, "coupling": self.coupling}
-        if self.policy != "all":
-            chosen |= {"draft_policy": self.policy, "draft_share": args.draft_share}
-        return GenerateConfig(**chosen, **common)
+        reads = {"draft_policy": self.policy, "draft_share": self.share, "draft_view": self.view}
+        drafts: dict[str, Any] = {"gamma": self.gamma, "coupling": self.coupling, **reads}
+        return GenerateConfig(**drafts, **common)
 
     @property
     def width(self) -> int:
@@ -174,11 +175,17 @@ def cases(args: argparse.Namespace, temperature: float) -> list[Case]:
         return plain
     couplings = args.coupling if temperature > 0 else args.coupling[:1]  # greedy, all are the same
     return plain + [
-        Case(QUANTSPEC, gamma, policy, coupling)
+        Case(QUANTSPEC, gamma, policy, coupling, share, args.draft_view)
         for coupling in couplings
-        for policy in args.draft_policy
+        for policy in args.draft_policy or ["all"]
+        for share in shares(policy, args.draft_share)
         for gamma in args.gamma
     ]
+
+
+def shares(policy: str, asked: list[float] | None) -> Sequence[float | None]:
+    """Those to measure a policy at: of one that chooses none, its own."""
+    return [None] if asked is None or policy in ("all", "auto") else asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +268,7 @@ def given_pass(
 ) -> tuple[jax.Array, KVCache]:
     """Logits of a pass over given tokens [1, S], `count` of which stay in the cache."""
     start = cache.length
-    logits, cache = cache_pass(params, program, cache, tokens, start, program.cache.view)
+    logits, cache = cache_pass(params, program, cache, tokens, start, program.read)
     return logits, flush(rollback(cache, start + count), program.backend)
 
 
@@ -434,9 +441,7 @@ def _rows(
                 "tokens_as_int8": _total(together["tokens_as_int8"], len(group)),
                 "differences": _total(together["differences"]),
                 "ties": _total(together["ties"]),
-                "draft_read_share": runs[0].stats.get("draft_read_share", 1.0)
-                if head["mode"] == QUANTSPEC
-                else None,
+                "draft_read_share": _mean([runs[i].stats.get("draft_read_share") for i in group]),
                 "peak_bytes": peak_bytes(),
                 "device": record.device_name(),
             }
@@ -449,9 +454,17 @@ def _total(values: list[Any], of: int = 1) -> Any:
     return None if None in values else sum(values) / of if of > 1 else sum(values)
 
 
+def _mean(values: list[float | None]) -> float | None:
+    """Of those that there are."""
+    there = [value for value in values if value is not None]
+    return float(np.mean(there)) if there else None
+
+
 def line(row: dict[str, Any]) -> str:
     """A row for people."""
     name = row["mode"] if row["gamma"] is None else f"{row['mode']}, gamma {row['gamma']}"
+    if row["policy"] not in (None, "all"):
+        name += f", {row['policy']}" + ("" if row["share"] is None else f" {row['share']:g}")
     more = [f"{row['tokens_per_second']:.1f} tokens/s"]
     if row["speed_up"] is not None:
         more.append(f"{row['speed_up']:.2f} × {BASELINE}")

@@ -15,6 +15,7 @@ from quantspec_jax.commands.options import (
     refuse,
     rope,
 )
+from quantspec_jax.stored_kv import KV_BITS, KV_CODECS, StoredKV
 from quantspec_jax.weights.formats import DraftConfig
 
 
@@ -26,6 +27,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--dtype", metavar="D", help="default: the source's; GGUF: bfloat16")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if it exists")
     add_draft(parser, convert=True)
+    group = parser.add_argument_group("cache", "a codec of the cache to store, that learns first")
+    group.add_argument("--kv", choices=KV_CODECS, help="predictors across layers (AQUA-KV)")
+    group.add_argument("--kv-bits", type=int, choices=KV_BITS, help="of a value's code (2)")
+    group.add_argument(
+        "--kv-text", metavar="FILE", help="UTF-8 text to learn from (default: a text of Python's)"
+    )
     add_rope(parser)
 
 
@@ -34,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     from quantspec_jax.text.prompts import read_text
 
     draft = draft_to_store(args)
+    kv = kv_to_store(args)
+    kv_text = None if args.kv_text is None else read_text(args.kv_text, "--kv-text")
     text = None if args.draft_text is None else read_text(args.draft_text, "draft text")
     scaling = rope(args)
     import convert
@@ -46,10 +55,20 @@ def run(args: argparse.Namespace) -> None:
         draft=draft if isinstance(draft, DraftConfig) else None,
         draft_text=text,
         draft_from=draft if isinstance(draft, str) else None,
+        kv=kv,
+        kv_text=kv_text,
         progress=True,
         rope=scaling,
     )
     print(args.out_dir)
+
+
+def kv_to_store(args: argparse.Namespace) -> StoredKV | None:
+    """The codec of the cache to store."""
+    if args.kv is None:
+        refuse(given(args, "kv_bits", "kv_text"), "a conversion that stores none: name --kv")
+        return None
+    return StoredKV(args.kv, args.kv_bits or 2)
 
 
 def draft_to_store(args: argparse.Namespace) -> DraftConfig | str | None:

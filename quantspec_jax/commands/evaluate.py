@@ -13,6 +13,7 @@ from quantspec_jax.commands.options import (
     add_draft,
     add_dtype,
     add_model,
+    add_reading,
     add_rope,
     command,
     draft_config,
@@ -31,25 +32,39 @@ if TYPE_CHECKING:
     from quantspec_jax.models.config import RopeScaling
 
 
+READING = ("draft_policy", "draft_share", "draft_view")
+
+
 def add(commands: Any) -> None:
     """The parser."""
     parser = command(commands, "eval", run, "measure quality over a text, teacher-forced")
-    parser.add_argument("measure", choices=("perplexity", "acceptance", "codecs"))
+    parser.add_argument("measure", choices=("perplexity", "acceptance", "codecs", "quality"))
     add_model(parser)
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument("--context", required=True, type=int, metavar="N", help="tokens to read")
     parser.add_argument("--skip-characters", type=int, default=0, metavar="N", help="default: 0")
     add_dtype(parser)
     add_draft(parser)
+    add_reading(parser)
     add_rope(parser)
     parser.add_argument("--output", metavar="FILE", help="record the run as JSON")
     group = parser.add_argument_group(
         "codecs", "methods that compress a cache, as what is decoded from and as a draft's"
     )
-    group.add_argument("--codec", nargs="+", metavar="NAME", help="which methods (all)")
+    group.add_argument(
+        "--codec", nargs="+", metavar="NAME", help="which methods (all; of quality: full int8 int4)"
+    )
     group.add_argument(
         "--kv-text", metavar="FILE", help="what methods learn from (a text of Python's)"
     )
+    group = parser.add_argument_group(
+        "quality", "tasks about contexts of --context tokens, compressed before a question is seen"
+    )
+    group.add_argument("--task", nargs="+", metavar="NAME", help="which (all)")
+    group.add_argument("--samples", type=int, metavar="N", help="contexts of a task (10)")
+    turns = ("questions", "multi-turn")
+    group.add_argument("--turns", choices=turns, help="each alone (default), or in sequence")
+    group.add_argument("--seed", type=int, metavar="N", help="of the samples (0)")
     group = parser.add_argument_group(
         "sweep", "acceptance of several drafts, and the limit of the speed-up that each promises"
     )
@@ -63,7 +78,11 @@ def add(commands: Any) -> None:
         help="also the draft stored with this converted checkpoint of the model; may be repeated",
     )
     group.add_argument("--preset", metavar="NAME", help="predict for these shapes (the model's)")
-    group.add_argument("--plot", metavar="FILE", help="acceptance against bits: .png, .svg, .pdf")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="of codecs or a sweep, quality against bits: .png, .svg, .pdf",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -72,6 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     draft = draft_config(args)
     scaling = rope(args)
+    check_reading(args)
     check_codecs(args)
     check_sweep(args)
     check_output(args.output)
@@ -89,6 +109,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = load_model(args, draft)
     limit = model.config.max_context
     require(args.context <= limit, "--context", args.context, f"at most {limit}, the model's")
+    if args.measure == "quality":
+        return quality(args, model, text, learned)
     tokens = encode(text, model.tokenizer, "text")
     have = f"{len(tokens)} tokens after --skip-characters"
     require(len(tokens) >= args.context, args.text, have, f"{args.context} (--context) or more")
@@ -100,7 +122,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.measure == "perplexity":
         result = evaluate.perplexity(model, tokens, context=args.context, progress=True)
     else:
-        result = evaluate.acceptance(model, tokens, progress=True)
+        result = evaluate.acceptance(model, tokens, progress=True, **given(args, *READING))
     write_record(args, [result], **settings(args, model))
     if not args.json:
         terminal.show(result)
@@ -112,16 +134,64 @@ def codecs(
 ) -> dict[str, Any]:
     """A row a method."""
     from quantspec_jax import evaluate
+    from quantspec_jax.evaluate import compared
     from quantspec_jax.methods import METHODS
 
     chosen = args.codec or tuple(METHODS)
-    found = evaluate.codecs(model, tokens, chosen, text=text, progress=True)
+    stored = stored_kv(args, chosen)
+    described = settings(args, model) | ({"stored": list(stored)} if stored else {})
+
+    def keep(found: dict[str, Any]) -> None:  # an interruption leaves the rows that there are
+        more = {name: value for name, value in found.items() if name != "rows"}
+        write_record(args, found["rows"], **described, **more)
+
+    found = evaluate.codecs(
+        model, tokens, chosen, text=text, stored=stored, on_row=keep, progress=True
+    )
+    result = {**described, **found}
+    if args.plot is not None:
+        compared.plot(result, Path(args.plot))
+    if not args.json:
+        print(compared.table(result))
+    return result
+
+
+def quality(
+    args: argparse.Namespace, model: Model, haystack: str, text: str | None
+) -> dict[str, Any]:
+    """A row a task and method."""
+    from quantspec_jax import evaluate
+
+    options = given(args, "samples", "seed")
+    if args.task is not None:
+        options["tasks"] = args.task
+    if args.codec is not None:
+        options["methods"] = args.codec
+    if args.turns is not None:
+        options["mode"] = args.turns
+    found = evaluate.quality(
+        model, context=args.context, haystack=haystack, text=text, progress=True, **options
+    )
     result = {**settings(args, model), **found}
     described = {name: value for name, value in result.items() if name != "rows"}
     write_record(args, result["rows"], **described)
     if not args.json:
         terminal.show_rows(result)
     return result
+
+
+def stored_kv(args: argparse.Namespace, chosen: Sequence[str]) -> dict[str, Any]:
+    """What the codec that is stored with the checkpoint has learned, by its name, where it is one
+    of the chosen and no other text is named."""
+    if args.kv_text is not None:
+        return {}
+    import convert
+
+    found = convert.open_source(args.model).load_kv()
+    if found is None or found[0].name not in chosen:
+        return {}
+    terminal.notice(f"{found[0].name} is the one stored with the checkpoint (--kv-text: learn it)")
+    return {found[0].name: found[1]}
 
 
 def settings(args: argparse.Namespace, model: Model) -> dict[str, Any]:
@@ -146,31 +216,59 @@ def write_record(args: argparse.Namespace, rows: list[dict[str, Any]], **describ
         record.write(Path(args.output), command, rows, **described)
 
 
+def check_reading(args: argparse.Namespace) -> None:
+    """Raise for what a draft could not read, before anything is loaded."""
+    from quantspec_jax.generate.policies import policy
+
+    reads = given(args, *READING)
+    refuse(reads if args.measure != "acceptance" else {}, f"{args.measure}: it has no draft")
+    refuse(reads if args.sweep else {}, "--sweep, which chooses what drafts read")
+    refuse({"draft_policy": "auto"} if args.draft_policy == "auto" else {}, "eval: name one")
+    policy(args.draft_policy or "all", args.draft_share)
+
+
 def check_codecs(args: argparse.Namespace) -> None:
     """Raise for what `codecs` could not do, before anything is loaded."""
-    if args.measure != "codecs":
+    if args.measure != "quality":
+        asked = given(args, "task", "samples", "turns", "seed")
+        refuse(asked, f"{args.measure}: they need quality")
+    if args.measure not in ("codecs", "quality"):
         refuse(given(args, "codec", "kv_text"), f"{args.measure}: they need codecs")
         return
-    refuse({"sweep": True} if args.sweep else {}, "codecs: it compares methods, not drafts")
+    sweep = {"sweep": True} if args.sweep else {}
+    refuse(sweep, f"{args.measure}: it compares methods, not drafts")
     from quantspec_jax.methods import METHODS
 
     unknown = [name for name in args.codec or () if name not in METHODS]
     require(not unknown, "--codec", ", ".join(unknown), ", ".join(METHODS))
+    if args.measure == "codecs":
+        check_plot(args)
+        return
+    from quantspec_jax.evaluate.tasks import TASKS
+
+    unknown = [name for name in args.task or () if name not in TASKS]
+    require(not unknown, "--task", ", ".join(unknown), ", ".join(TASKS))
 
 
 def check_sweep(args: argparse.Namespace) -> None:
     """Raise for what a sweep could not do, before anything is loaded."""
     if not args.sweep:
-        options = given(args, "draft_of", "preset", "plot")
+        plot = () if args.measure == "codecs" else ("plot",)
+        options = given(args, "draft_of", "preset", *plot)
         refuse(options, "an evaluation of one draft: they need --sweep")
         return
     if args.measure == "perplexity":
         refuse({"sweep": True}, "perplexity: it evaluates the cache, not drafts")
     preset(args.preset)
-    if args.plot is not None:
-        from quantspec_jax.plotting import check_plot
+    check_plot(args)
 
-        check_plot(args.plot)
+
+def check_plot(args: argparse.Namespace) -> None:
+    """Raise for a plot that could not be made."""
+    if args.plot is not None:
+        from quantspec_jax import plotting
+
+        plotting.check_plot(args.plot)
 
 
 def sweep(

@@ -15,6 +15,7 @@ from quantspec_jax.commands.options import (
     add_draft,
     add_dtype,
     add_model,
+    add_reading,
     add_rope,
     command,
     draft_config,
@@ -29,11 +30,10 @@ from quantspec_jax.commands.options import (
 from quantspec_jax.files import check_output
 from quantspec_jax.generate.config import BACKENDS, MODES, PREFILLS, GenerateConfig
 from quantspec_jax.generate.couplings import COUPLINGS
-from quantspec_jax.generate.policies import POLICIES
 from quantspec_jax.weights.formats import DraftConfig
 
 # Options of the same name and meaning as a field of GenerateConfig, whose defaults count.
-DRAFTING = ("gamma", "coupling", "draft_policy", "draft_share")
+DRAFTING = ("gamma", "coupling", "draft_policy", "draft_share", "draft_view")
 FIELDS = (
     *(*DRAFTING, "kv", "pass_width", "logprobs", "prefill"),
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
@@ -107,14 +107,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         choices=COUPLINGS,
         help="how sampled proposals are accepted (the text's law is the same)",
     )
-    parser.add_argument(
-        "--draft-policy",
-        choices=tuple(POLICIES),
-        help="which part of the cache the draft reads (all)",
-    )
-    parser.add_argument(
-        "--draft-share", type=float, metavar="F", help="and how much of it, in (0, 1]"
-    )
+    add_reading(parser)
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to use (auto)")
 
 
@@ -169,6 +162,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     import quantspec_jax as qs
+    from pallas_kernels import dispatch
+    from quantspec_jax import kernels
     from quantspec_jax.api import backend_in_use
 
     model = load_model(args, draft if config.mode == "quantspec" else DraftConfig(bits=None))
@@ -181,6 +176,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"backend {backend_in_use(config.backend)} on {jax.devices()[0].device_kind}, "
         f"{model.dtype.name}{drafting}"
     )
+    if dispatch.cuda_device() is not None:
+        for line in kernels.lines(kernels.kernels_here(model.config, model.draft, model.dtype)):
+            terminal.notice(line)
     if args.cache is not None:
         return with_cache(args, model, prompts[0], config)
     streaming = len(prompts) == 1 and not args.json

@@ -175,6 +175,31 @@ def rope(args: argparse.Namespace) -> RopeScaling | None:
     return RopeScaling(kind, scale)
 
 
+# What the draft reads
+
+
+def add_reading(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """--draft-policy, --draft-share and --draft-view; of several each may have more values."""
+    from quantspec_jax.cache.codecs import CODECS
+    from quantspec_jax.generate.policies import POLICIES
+
+    many: dict[str, Any] = {"nargs": "+"} if several else {}
+    parser.add_argument(
+        "--draft-policy",
+        choices=(*POLICIES, "auto"),
+        help="which pages of the cache the draft reads; auto: what promises most there (all)",
+        **many,
+    )
+    parser.add_argument(
+        "--draft-share", type=float, metavar="F", help="how much of it, in (0, 1]", **many
+    )
+    parser.add_argument(
+        "--draft-view",
+        choices=CODECS["hierarchical"].views,
+        help="in 4 bits, or in 8 as the target does (int4)",
+    )
+
+
 # The draft's weights
 
 

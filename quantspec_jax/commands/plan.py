@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantspec_jax.checks import require
@@ -58,8 +59,11 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Put together what is known of model, device and acceptance, and plan."""
+    from quantspec_jax.cost import READINGS, Reading
     from quantspec_jax.planning import report
+    from quantspec_jax.planning.candidates import reading_less
     from quantspec_jax.planning.plan import plan
+    from quantspec_jax.planning.recorded import measured_readings
     from quantspec_jax.planning.setting import Setting
 
     name, model, stored = planned_model(args)
@@ -68,7 +72,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.acceptance, args.measured, stored, sampled=args.sampled
     )
     setting = Setting(model, args.context, device, args.batch, efficiency)
-    found = plan(setting, candidates)
+    readings: Sequence[Reading] = READINGS
+    if args.measured is not None:
+        readings = measured_readings(args.measured, args.sampled)
+    found = plan(setting, reading_less(candidates, readings))
     if not args.json:
         print(report.table(found, name, device_name, source))
     return {

@@ -7,10 +7,11 @@ with γ = 4 (a verification of more rows costs more than in proportion). γ is w
 that, chosen for a chunk of rounds: each γ is a compiled program of its own, as fast as if it had
 been asked for, and another one is taken only where it promises one per cent.
 
-sᵢ is counted, each round a little less than the next one. Of a place that was not tried, or not
-lately, it is what the place before it lets expect: sᵢ₋₁ α, α the acceptance of proposals that were
-reached. Plain decoding learns nothing, so a few rounds draft again now and then, after a wait that
-doubles each time they were in vain.
+sᵢ = sᵢ₋₁ aᵢ, aᵢ the share of the rounds that reached place i which accept it. It is counted, each
+round a little less than the next one, and leans on α, the acceptance of all proposals that were
+reached: rejections come in clusters, so a dozen rounds say little of a place, and what was seen of
+a place that is no longer drafted is soon forgotten. Plain decoding learns nothing, so a few rounds
+draft again now and then, after a wait that doubles each time they were in vain.
 
 All of this depends on counts of accepted tokens and on c, never on a clock: given c, a key gives
 one text.
@@ -24,12 +25,12 @@ import numpy as np
 
 from quantspec_jax.engine.draft_cost import TRIAL_GAMMA
 
-MOST_DRAFTED = 7  # a pass of 8 rows is one block of the kernels' products
-LADDER = (0, 1, 2, 4, MOST_DRAFTED)  # few programs; between them little is to be gained
+MOST_DRAFTED = 15  # passes of 16 rows: two blocks of the kernels' products
+LADDER = (0, 1, 2, 4, 7, MOST_DRAFTED)  # few programs; between them little is to be gained
 FADING = 0.993  # of evidence, a round
-STALE = 0.995  # of what is known of places beyond those that are drafted
+STALE = 0.96  # of what is known of places beyond those that are drafted
 PRIOR = (0.9, 4.0)  # acceptance assumed before anything was seen, and the tries it weighs
-EXPECTED = 2.0  # rounds that the expectation of a place weighs beside its own counts
+LEANING = 16.0  # rounds that α weighs beside the counts of a place
 GAIN = 1.01  # that another γ has to promise
 BEYOND = 1.08  # a round of γ = 7 over what c makes of it, Qwen2.5-Coder-1.5B on an H200
 SETTLED, FIRST_ROUNDS = 48.0, 12  # tries until which chunks are short
@@ -51,7 +52,7 @@ class AdaptiveGamma:
         most = min(most, group_size - 1)
         self.gammas = tuple(gamma for gamma in LADDER if gamma <= most)
         self._accepted, self._tried = PRIOR[0] * PRIOR[1], PRIOR[1]
-        self._by_place = np.zeros((2, most))  # rounds that proposed a place, and that accepted it
+        self._by_place = np.zeros((2, most))  # rounds that reached a place, and that accepted it
         self._counted = 1 - np.arange(1, most + 1) / group_size  # share of rounds that reach it
         self._wait, self._waited = FIRST_WAIT, 0
         self.gamma = self._best(self.gammas)
@@ -68,11 +69,10 @@ class AdaptiveGamma:
     def _yield(self, gamma: int) -> float:
         """Tokens for what a plain step costs."""
         share, tokens = 1.0, 1.0
-        for (proposed, accepted), counted in zip(
+        for (reached, accepted), counted in zip(
             self._by_place.T[:gamma], self._counted, strict=False
         ):
-            expected = share * self.acceptance
-            share = (accepted + EXPECTED * expected) / (proposed + EXPECTED)
+            share *= (accepted + LEANING * self.acceptance) / (reached + LEANING)
             tokens += share * counted
         cost = 1 + self.cost * gamma
         return tokens / (cost * BEYOND if gamma > TRIAL_GAMMA else cost)
@@ -81,14 +81,13 @@ class AdaptiveGamma:
         """What a chunk of rounds with the chosen γ did: [COUNTED] proposals that counted and
         accepted ones, by their place in the round, of all sequences."""
         before = np.concatenate([proposed[:1], accepted[:-1]])
-        tried = int(np.minimum(proposed, before).sum())
+        reached = np.minimum(proposed, before)
         fading = FADING**rounds
         self._accepted = fading * self._accepted + int(accepted.sum())
-        self._tried = fading * self._tried + tried
+        self._tried = fading * self._tried + int(reached.sum())
         places = self._by_place.shape[1]
-        seen = np.stack([proposed[:places], accepted[:places]])
-        self._by_place *= np.where(seen[0] > 0, fading, STALE**rounds)
-        self._by_place += seen
+        self._by_place *= np.where(proposed[:places] > 0, fading, STALE**rounds)
+        self._by_place += np.stack([reached[:places], accepted[:places]])
         self._waited = 0 if self.gamma else self._waited + rounds
 
     def next_chunk(self, rounds: int) -> tuple[int, int]:

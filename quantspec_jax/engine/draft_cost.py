@@ -31,7 +31,7 @@ VERSION = 1
 # What a round changes beside the cache's arrays.
 SMALL = (
     *("memory", "seen", "pending", "tokens", "count", "finished"),
-    *("broken", "rounds", "proposed", "accepted"),
+    *("broken", "rounds", "proposed", "accepted", "draft_pages"),
 )
 _known: dict[str, float] = {}
 
@@ -64,6 +64,8 @@ def by_bytes(model: Model, program: Program, batch: int) -> float:
         batch=batch,
         itemsize=model.dtype.itemsize,
         group_size=program.cache.group_size,
+        view=program.draft_read.view,
+        share=program.policy.share,
     )
     return costs.draft / costs.verify
 

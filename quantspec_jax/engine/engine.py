@@ -35,6 +35,7 @@ from quantspec_jax.engine.programs import Runner
 from quantspec_jax.engine.statistics import Clock, Counters
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.logprobs import Logprobs, nothing
+from quantspec_jax.generate.policies import policy
 from quantspec_jax.generate.prefill import COMPILED, begin, end, layer, prefill
 from quantspec_jax.generate.requests import Requests, requests
 from quantspec_jax.generate.state import COUNTED, DecodeState, Program, insert
@@ -52,7 +53,7 @@ from quantspec_jax.sharding import mesh_of, place_cache
 TRIAL_PAYS = 64  # new tokens; fewer are decoded sooner than the cost of a draft step is known
 ROUNDS_BESIDE_PROMPTS = 4  # between two tiles of a prompt
 INSERT = jax.jit(insert, donate_argnames="state")
-COUNTERS = ("rounds", "proposed", "accepted")
+COUNTERS = ("rounds", "proposed", "accepted", "draft_pages")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +133,10 @@ class Engine:
         prefixes: Prefixes | None = None,
     ):
         require(slots >= 1, "slots", slots, "an integer ≥ 1")
+        if config.prefill == "tiles":
+            looks = policy(config.draft_policy, config.draft_share).observes
+            allowed = "one that needs no look at the whole prompt, with prefill tiles"
+            require(not looks, "draft_policy", config.draft_policy, allowed)
         self.model, self.config, self.slots = model, config, slots
         self.program, self.padded = program_for(model, config, longest)
         self.capacity = bucket(config.max_new_tokens)
@@ -242,11 +247,13 @@ class Engine:
         if own is None or any(prompt.slot == slot for prompt in self._prompts):
             none = np.zeros(COUNTED, np.int32)
             kept = own.kept if own else 0
-            return Progress([], bool(self._ended[slot]), Counters(0, none, none), [], [], kept)
+            pages = np.zeros(2, np.int32)
+            counters = Counters(0, none, none, pages)
+            return Progress([], bool(self._ended[slot]), counters, [], [], kept)
         return Progress(
             own.tokens[start:],
             bool(seen["finished"][slot]) or bool(self._ended[slot]),
-            Counters(int(seen["rounds"][slot]), seen["proposed"][slot], seen["accepted"][slot]),
+            Counters(int(seen["rounds"][slot]), *(seen[x][slot] for x in COUNTERS[1:])),
             own.drafted[start:],
             own.scores[start:],
             own.kept,
@@ -324,7 +331,7 @@ class Engine:
         if adaptive and self.adaptive is not None:
             change = {name: self._seen[name] - before[name] for name in COUNTERS}
             self.adaptive.observe(
-                int(change["rounds"].max()), *(change[x].sum(0) for x in COUNTERS[1:])
+                int(change["rounds"].max()), *(change[x].sum(0) for x in COUNTERS[1:3])
             )
 
     # Prompts in tiles.
@@ -424,7 +431,11 @@ class Engine:
     def _insert(self, first: int, state: DecodeState) -> None:
         """Sequences into the slots from `first` on."""
         if self._state is None:
-            self._state = self._empty()
+
+            def room(x: jax.Array) -> jax.Array:
+                return jnp.zeros((self.slots, *x.shape[1:]), x.dtype)
+
+            self._state = self._empty(jax.tree.map(room, state.memory))
         call = (self._state, jnp.int32(first), state)
         self._state = self._runner.ready(INSERT, *call)(*call)
 
@@ -466,7 +477,7 @@ class Engine:
             bar.update()
         return out
 
-    def _empty(self) -> DecodeState:
+    def _empty(self, memory: Any = ()) -> DecodeState:
         """All slots without a sequence: finished before they began."""
         config, batch = self.model.config, self.slots
         self._runner.made("cache")
@@ -481,7 +492,7 @@ class Engine:
         return DecodeState(
             cache=cache,
             requests=requests(self.config, jax.random.key(0), (), batch),
-            memory=self.program.policy.start(batch),
+            memory=memory,
             seen=each(config.vocab_size, dtype=bool),
             pending=each(),
             tokens=each(self.capacity),
@@ -491,6 +502,7 @@ class Engine:
             rounds=each(),
             proposed=each(COUNTED),
             accepted=each(COUNTED),
+            draft_pages=each(2),
             drafted=each(self.capacity, dtype=bool),
             logprobs=None if number is None else nothing(batch, self.capacity, number),
         )

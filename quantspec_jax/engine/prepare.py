@@ -13,11 +13,12 @@ import numpy as np
 from pallas_kernels import dispatch
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.checks import require
-from quantspec_jax.engine.adaptive import MOST_DRAFTED
+from quantspec_jax.cost import best_reading
+from quantspec_jax.engine.adaptive import MOST_DRAFTED, PRIOR
 from quantspec_jax.engine.bucket import bucket
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.couplings import coupling
-from quantspec_jax.generate.policies import policy
+from quantspec_jax.generate.policies import Policy, policy
 from quantspec_jax.generate.requests import Requests, requests
 from quantspec_jax.generate.state import Program
 from quantspec_jax.loading import Model
@@ -103,9 +104,28 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         model.config,
         cache,
         gamma,
-        policy=policy(config.draft_policy, config.draft_share),
+        policy=draft_policy(model, config, length, gamma),
+        draft_view=config.draft_view,
+        exact_tiles=config.exact_tiles,
         coupling=coupling(config.coupling),
         sampled=known_sampled(config.temperature > 0),
         backend=config.backend,
     )
     return program, min(bucket(longest), length)
+
+
+def draft_policy(model: Model, config: GenerateConfig, length: int, most: int) -> Policy:
+    """What the configuration names; "auto" is chosen for a cache of `length` tokens and for `most`
+    proposals a round."""
+    if config.draft_policy != "auto":
+        return policy(config.draft_policy, config.draft_share)
+    reading = best_reading(
+        model.config,
+        model.draft,
+        length,
+        PRIOR[0],
+        most=max(most, 1),
+        itemsize=model.dtype.itemsize,
+        group_size=config.group_size,
+    )
+    return policy(reading.policy, reading.share)

@@ -50,6 +50,7 @@ class Programs:
                 return self._kept[key], 0.0
         started = time.perf_counter()
         executable = function.lower(*args, **static).compile()
+        function.clear_cache()  # JAX would keep it for as long as the function is there
         with self._lock:
             self._kept[key] = executable
             self.made += 1

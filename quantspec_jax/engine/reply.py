@@ -112,6 +112,7 @@ class Reply:
             "kv": config.target_view,
             "gamma": config.gamma if config.mode == "quantspec" else None,
             "coupling": config.coupling if config.mode == "quantspec" else None,
+            "draft_policy": engine.program.policy.name if config.mode == "quantspec" else None,
             "backend": backend_in_use(config.backend),
             "dtype": self.model.dtype.name,
             "prompt_tokens": self.prompt_tokens,

@@ -26,15 +26,19 @@ class Clock:
 
 @dataclasses.dataclass(frozen=True)
 class Counters:
-    """Of one sequence: rounds, and [COUNTED] proposals that counted and accepted ones by place."""
+    """Of one sequence: rounds, [COUNTED] proposals that counted and accepted ones by place, and [2]
+    pages that drafts read and that there were."""
 
     rounds: int
     proposed: np.ndarray
     accepted: np.ndarray
+    draft_pages: np.ndarray
 
     def statistics(self, new_tokens: int) -> dict[str, Any]:
-        """rounds, proposed, accepted, acceptance_rate, accepted_by_position, tokens_per_round."""
+        """rounds, proposed, accepted, acceptance_rate, accepted_by_position, tokens_per_round,
+        draft_read_share (of the planes' tokens; null where nothing was drafted, or coded)."""
         proposed, accepted = int(self.proposed.sum()), int(self.accepted.sum())
+        read, coded = self.draft_pages
         later = max(new_tokens - 1, 0)  # the first token is the prefill's
         places = int(np.count_nonzero(self.proposed))
         return {
@@ -45,6 +49,7 @@ class Counters:
             "accepted_by_position": (
                 (self.accepted[:places] / self.proposed[:places]).round(4).tolist()
             ),
+            "draft_read_share": float(read / coded) if coded else None,
             "tokens_per_round": later / self.rounds if self.rounds else None,
         }
 

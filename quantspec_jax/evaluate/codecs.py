@@ -6,12 +6,16 @@ buffer, q = G max(0, ⌊t/G⌋ − 1) of them, and those after as they are (`cac
     target   the model decodes over what the method reads of its own keys and values
     draft    full weights; the method is applied to the 8-bit view of the target's planes (views of
              the planes are of the same ones)
+
+Methods that work from a prompt take the first half of the text, in whole tiles, as theirs; they and
+those that choose tokens are counted from its end.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +26,11 @@ from tqdm import tqdm
 
 from pallas_kernels.rope_append.heads import Heads, rotate
 from quantspec_jax.cache import schedule
+from quantspec_jax.cache.codecs.codec import values_per_token
 from quantspec_jax.checks import require
+from quantspec_jax.cost import Costs, cache_read_bytes, operations, target_weight_bytes
+from quantspec_jax.evaluate.by_blocks import attend_by_blocks, padded
+from quantspec_jax.evaluate.learned import Learned, fitted, unrotated, whole_tables
 from quantspec_jax.evaluate.measures import read_tokens
 from quantspec_jax.evaluate.teacher_forced import (
     Stream,
@@ -32,27 +40,38 @@ from quantspec_jax.evaluate.teacher_forced import (
     lm_head_of,
 )
 from quantspec_jax.loading import Model
-from quantspec_jax.methods import METHODS, Layer, Method, Planes
+from quantspec_jax.methods import METHODS, Layer, Method, Planes, View
+from quantspec_jax.methods.method import OBSERVED
 from quantspec_jax.models.attention import Tokens, sequence_attention
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.decoder import block_params, run_block, unembed
 from quantspec_jax.models.linear import precision
 from quantspec_jax.models.parameters import Params
-from quantspec_jax.models.rope import rope_frequencies, rope_tables
+from quantspec_jax.planning.devices import DEVICES
 from quantspec_jax.weights.calibrate.text import calibration_tokens
 
 COUNTED_AT = 131072  # tokens at which what does not grow with them is spread
-Learned = list[Any]  # a pytree a layer
+CONTEXTS = (8192, 32768, 131072)  # that speed-ups are predicted at
+DEVICE = "h200"  # and for which device
+
+
+class Past(NamedTuple):
+    """Keys and values [1, T, K, D] of a pass, and the queries [1, w, H, D] at its prompt's end."""
+
+    keys: jax.Array
+    values: jax.Array
+    queries: jax.Array
 
 
 class Measured(NamedTuple):
     """Of each position, against a reference p: KL(p ‖ q), whether the top token is p's, Σ min(p,
-    q), and log q of the token that follows in the text."""
+    q), and log q and log p of the token that follows in the text."""
 
     divergence: Any
     same_top: Any
     overlap: Any
     log_prob: Any
+    reference_log_prob: Any
 
 
 def codecs(
@@ -63,6 +82,8 @@ def codecs(
     context: int | None = None,
     text: str | None = None,
     group_size: int = 128,
+    stored: Mapping[str, Learned] | None = None,
+    on_row: Callable[[dict[str, Any]], None] = lambda result: None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Quality of methods as the cache that is decoded from, and as a draft's.
@@ -70,16 +91,23 @@ def codecs(
     Args:
       tokens: a text or its token ids.
       methods: names in `quantspec_jax.methods.METHODS`.
-      context: how many of the tokens to read; None: all. Positions from context/4 on are counted.
+      context: how many of the tokens to read; None: all. Positions from context/4 on are counted,
+        of methods that select or work from a prompt those from context/2 on.
       text: what methods that learn read; None: prose that comes with Python.
       group_size: G of the schedule.
+      stored: what methods have learned already, by their names.
+      on_row: is given the result after each row, with those that there are.
       progress: show a bar on standard error.
 
     Returns:
-      tokens, how many were counted, and rows, one a method: codec; bits a value at 131,072 tokens,
-      everything counted; perplexity; kl, the mean divergence from the cache in full precision, in
-      nats; top1, how often the top token is the full cache's; greedy_acceptance and
-      sampled_acceptance by the 8-bit target.
+      tokens, how many were counted at most, and rows, one a method: codec; bits a value at 131,072
+      tokens, everything counted, and read_bits, of what a pass reads; perplexity, and over_full, by
+      which share it exceeds that of the cache in full precision on the same positions; kl, the mean
+      divergence from it, in nats; top1, how often the top token is the full cache's;
+      greedy_acceptance and sampled_acceptance by the 8-bit target; counted_from, the first
+      position; speed_up by context: the limit over plain decoding as a draft with the full weights
+      (bfloat16, batch 1) by bytes and operations of an H200. A method that reads two layers
+      together cannot be decoded from layer by layer: what it would be as a target is None.
 
     Raises:
       ValueError: an argument is wrong; says which.
@@ -87,129 +115,154 @@ def codecs(
     ids = read_tokens(model, tokens, context)
     unknown = [name for name in methods if name not in METHODS]
     require(not unknown, "methods", ", ".join(unknown), ", ".join(METHODS))
-    chosen = {name: _by_tiles(METHODS[name], group_size) for name in methods}
-    learning = {name: method for name, method in chosen.items() if method.learns}
-    learned = {}
-    if learning:
-        learned = fitted(model, learning, calibration_tokens(model.tokenizer, text))
-    first, last = len(ids) // 4, len(ids) - 1  # the last position predicts nothing of the text
-    following = jnp.asarray([*ids[1:], 0], jnp.int32)
+    chosen = {name: by_tiles(METHODS[name], group_size) for name in methods}
+    prompt = prompt_length(len(ids), group_size)
+    if any(method.selects for method in chosen.values()):
+        _check_prompt(chosen, prompt, len(ids), group_size)
+
+    @functools.cache
+    def chunks() -> np.ndarray:
+        return calibration_tokens(model.tokenizer, text)
+
+    ready = {name: known for name, known in (stored or {}).items() if name in chosen}
+    due = {name: method for name, method in chosen.items() if name not in ready}
+    learned = ready | fitted(model, due, chunks, len(ids), progress=progress)
+    bench = Bench(model, ids, prompt, group_size)
     with tqdm(total=2 * len(chosen) + 2, desc="codecs", disable=not progress) as bar:
-        full, _ = _through(model, ids, Planes("full"), group_size)
+        full, _ = bench.through(Planes("full"))
         bar.update()
-        target, pasts = _through(model, ids, _by_tiles(Planes("int8"), group_size), group_size)
+        target, pasts = bench.through(by_tiles(Planes("int8"), group_size))
         bar.update()
-
-        def mean(reference: jax.Array, hidden: jax.Array) -> dict[str, float]:
-            found = _measure(lm_head_of(model.params), (reference, hidden), following)
-            found = jax.device_get(found)
-            flat = {name: x.reshape(-1)[first : len(ids)] for name, x in found._asdict().items()}
-            flat["log_prob"] = flat["log_prob"][:-1]
-            return {name: float(np.mean(x, dtype=np.float64)) for name, x in flat.items()}
-
-        rows = []
+        result = {"tokens": len(ids) - 1 - len(ids) // 4, "predicted_on": DEVICE, "rows": []}
         for name, method in chosen.items():
-            hidden, _ = _through(model, ids, method, group_size, learned.get(name))
-            as_target = mean(full, hidden)
+            first = prompt if method.selects else len(ids) // 4
+            row: dict[str, Any] = {"codec": name, "bits": method.bits(model.config, COUNTED_AT)}
+            row |= {"read_bits": method.read_bits(model.config, COUNTED_AT)}
+            row |= bench.as_target(full, method, learned[name], first)
             bar.update()
-            hidden, _ = _through(model, ids, method, group_size, learned.get(name), pasts)
-            as_draft = mean(target, hidden)
+            row |= bench.as_draft(target, pasts, method, learned[name], first)
             bar.update()
-            rows.append(
-                {
-                    "codec": name,
-                    "bits": method.bits(model.config, COUNTED_AT),
-                    "perplexity": float(np.exp(-as_target["log_prob"])),
-                    "kl": as_target["divergence"],
-                    "top1": as_target["same_top"],
-                    "greedy_acceptance": as_draft["same_top"],
-                    "sampled_acceptance": as_draft["overlap"],
-                }
+            speed_up = speed_ups(model.config, method, row["greedy_acceptance"], group_size)
+            result["rows"].append(row | {"counted_from": first, "speed_up": speed_up})
+            on_row(result)
+    return result
+
+
+def prompt_length(length: int, group_size: int) -> int:
+    """Half of a text, in whole tiles."""
+    return length // 2 // group_size * group_size
+
+
+def _check_prompt(chosen: Mapping[str, Method], prompt: int, length: int, group_size: int) -> None:
+    names = ", ".join(name for name, method in chosen.items() if method.selects)
+    shortest = max(2 * OBSERVED, 2 * group_size)
+    allowed = f"{2 * shortest} tokens or more for {names}"
+    require(prompt >= shortest, "context", length, allowed)
+
+
+def speed_ups(
+    model: ModelConfig, method: Method, acceptance: float, group_size: int
+) -> dict[str, float]:
+    """By context, as a draft of the 8-bit target, at the best γ."""
+    device, weights, values = DEVICES[DEVICE], target_weight_bytes(model), values_per_token(model)
+    found = {}
+    for context in CONTEXTS:
+        read = values * context * method.read_bits(model, context) / 8
+        if not method.of_planes:  # whose count has the buffer
+            read += values * 1.5 * group_size * 2
+        more = method.operations(model) * context
+        costs = Costs(
+            *(
+                device.milliseconds(weights + cache, operations(model, context, 1) + extra)
+                for cache, extra in (
+                    (cache_read_bytes(model, "full", context, group_size=group_size), 0),
+                    (read, more),
+                    (cache_read_bytes(model, "int8", context, group_size=group_size), 0),
+                )
             )
-    return {"tokens": last - first, "rows": rows}
-
-
-def _by_tiles(method: Method, group_size: int) -> Method:
-    """The planes' groups are the schedule's tiles."""
-    if isinstance(method, Planes):
-        return dataclasses.replace(method, group_size=group_size)
-    return method
-
-
-def fitted(model: Model, methods: Mapping[str, Method], chunks: np.ndarray) -> dict[str, Learned]:
-    """What methods learn of each layer from [chunks, length] tokens, which go through the model in
-    full precision once for all of them."""
-    found: dict[str, Learned] = {name: [] for name in methods}
-    below: dict[str, Layer | None] = dict.fromkeys(methods)
-    for made in _activations(model, chunks):
-        for name, method in methods.items():
-            kept = Layer(*(x[:, method.sinks :].reshape(-1, *x.shape[2:]) for x in made))
-            learned, below[name] = _fit(kept, below[name], method=method)
-            found[name].append(learned)
+        )
+        found[str(context)] = costs.speed_up(acceptance, costs.best_gamma(acceptance))
     return found
 
 
-@partial(jax.jit, static_argnames="method")
-def _fit(text: Layer, below: Layer | None, *, method: Method) -> tuple[Any, Layer]:
-    return method.fit(text, below)
+def causal(method: Method, learned: Learned, layers: int) -> bool:
+    """Whether a layer reads nothing of those above it."""
+    return all(method.partner(known, i, layers) <= i for i, known in enumerate(learned))
 
 
-def _activations(model: Model, chunks: np.ndarray) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Of one layer after the other: keys before RoPE and values [chunks, length, K, D] float32."""
-    stream = embedded(model.params, jnp.asarray(chunks), model.config)
-    for i in range(model.config.num_layers):
-        block, norm = block_params(model.params, i)
-        stream, made = _plain_block(block, norm, stream, config=model.config)
-        yield made
+def by_tiles(method: Method, group_size: int) -> Method:
+    """The planes' groups are the schedule's tiles."""
+    if method.of_planes:
+        return dataclasses.replace(method, group_size=group_size)  # type: ignore[call-arg]
+    return method
 
 
-@partial(jax.jit, static_argnames="config")
-def _plain_block(
-    block: Params, norm: jax.Array, stream: Stream, *, config: ModelConfig
-) -> tuple[Stream, tuple[jax.Array, jax.Array]]:
-    def attend(_: None, heads: Heads) -> tuple[jax.Array, Any]:
-        q, k, v = heads.finished()
-        own, exact = Tokens(k, v), precision(q.dtype)
-        out = sequence_attention(q, own, own, sm_scale=config.head_dim**-0.5, exact=exact)
-        keys, values = (x.astype(jnp.float32) for x in own)
-        return out, (unrotated(keys, *heads.rope), values)
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A model and a text that methods are measured on."""
 
-    rope = _rope(config, stream.x.shape[1])
-    x, h, made = run_block(block, norm, config, *stream, rope, None, attend, backend="xla")
-    return Stream(x, h), made
+    model: Model
+    ids: Sequence[int]
+    prompt: int
+    group_size: int
 
+    def as_target(
+        self, full: jax.Array, method: Method, learned: Learned, first: int
+    ) -> dict[str, float | None]:
+        """Beside the cache in full precision, whose hidden states are `full`, from `first` on."""
+        if not causal(method, learned, self.model.config.num_layers):
+            return dict.fromkeys(("perplexity", "over_full", "kl", "top1"))
+        hidden, _ = self.through(method, learned)
+        found = self._mean(full, hidden, first)
+        perplexity = float(np.exp(-found["log_prob"]))
+        return {
+            "perplexity": perplexity,
+            "over_full": perplexity * float(np.exp(found["reference_log_prob"])) - 1,
+            "kl": found["divergence"],
+            "top1": found["same_top"],
+        }
 
-def unrotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """The inverse of `rotate`; tables may carry an attention factor f (YaRN), which is divided by:
-    (cos, −sin) alone would give f² x."""
-    return rotate(x, cos, -sin) / (cos * cos + sin * sin)
+    def as_draft(
+        self, target: jax.Array, pasts: list[Past], method: Method, learned: Learned, first: int
+    ) -> dict[str, float]:
+        """Of the 8-bit target, whose hidden states are `target`."""
+        hidden, _ = self.through(method, learned, pasts)
+        found = self._mean(target, hidden, first)
+        names = {"greedy_acceptance": "same_top", "sampled_acceptance": "overlap"}
+        return {name: found[measure] for name, measure in names.items()}
 
+    def _mean(self, reference: jax.Array, hidden: jax.Array, first: int) -> dict[str, float]:
+        following = jnp.asarray([*self.ids[1:], 0], jnp.int32)
+        found = jax.device_get(
+            _measure(lm_head_of(self.model.params), (reference, hidden), following)
+        )
+        flat = {name: x.reshape(-1)[first : len(self.ids)] for name, x in found._asdict().items()}
+        for name in ("log_prob", "reference_log_prob"):  # of what follows the last position nothing
+            flat[name] = flat[name][:-1]
+        return {name: float(np.mean(x, dtype=np.float64)) for name, x in flat.items()}
 
-def _rope(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:
-    frequencies = rope_frequencies(config.rope, config.head_dim, length)
-    return rope_tables(*frequencies, jnp.arange(length)[None])
-
-
-def _through(
-    model: Model,
-    ids: Sequence[int],
-    method: Method,
-    group_size: int,
-    learned: Learned | None = None,
-    pasts: Sequence[Tokens] | None = None,
-) -> tuple[jax.Array, list[Tokens]]:
-    """Hidden states [1, T, E] after the last norm, each position reading by `method`: its own keys
-    and values, or those of `pasts` as the 8-bit view has them. And the keys and values of each
-    layer."""
-    stream = embedded(model.params, jnp.asarray([ids], jnp.int32), model.config)
-    below, found = None, []
-    for i in range(model.config.num_layers):
-        block, norm = block_params(model.params, i)
-        given = (learned[i] if learned else (), below, pasts[i] if pasts else None)
-        reader = Reader(model.config, method, group_size)
-        stream, past, below = _block(block, norm, stream, *given, reader=reader)
-        found.append(past)
-    return stream.h, found
+    def through(
+        self, method: Method, learned: Learned | None = None, pasts: Sequence[Past] | None = None
+    ) -> tuple[jax.Array, list[Past]]:
+        """Hidden states [1, T, E] after the last norm, each position reading by `method`: its own
+        keys and values, or those of `pasts` as the 8-bit view has them. And the keys and values of
+        each layer."""
+        params, config = self.model.params, self.model.config
+        stream = embedded(params, jnp.asarray([self.ids], jnp.int32), config)
+        reader = Reader(config, method, self.group_size, self.prompt)
+        other: Layer | Past | None = None
+        found: list[Past] = []
+        for i in range(config.num_layers):
+            known = learned[i] if learned else ()
+            if method.paired:
+                source = method.partner(known, i, config.num_layers)
+                of = found if pasts is None else pasts
+                other = of[source] if source != i else None
+            past = pasts[i] if pasts else None
+            given = (known, other, past)
+            stream, past, other = _block(*block_params(params, i), stream, *given, reader=reader)
+            found.append(past)
+        return stream.h, found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,24 +272,48 @@ class Reader:
     model: ModelConfig
     method: Method
     group_size: int
+    prompt: int
 
-    def read(
-        self, past: Tokens, rope: Any, learned: Any, below: Layer | None, coded: bool
-    ) -> tuple[Tokens, Layer]:
-        """What is read of the keys and values [1, T, K, D] of a layer, and what the layer above is
-        given. `coded`: the method sees no more of them than the 8-bit view."""
-        text = Layer(*(x[0].astype(jnp.float32) for x in past))
-        if coded and not isinstance(self.method, Planes):  # these are the target's own codes
+    def held(self, own: Tokens, q: jax.Array) -> Past:
+        """What a pass of the target leaves to others."""
+        return Past(*own, q[:, max(0, self.prompt - OBSERVED) : self.prompt])
+
+    def text(self, past: Past, rope: Any, coded: bool) -> Layer:
+        """Keys and values [T, K, D] that the method is given. `coded`: no more of them than the
+        8-bit view has; of methods that read the planes, these are the same."""
+        text = Layer(past.keys[0].astype(jnp.float32), past.values[0].astype(jnp.float32))
+        if coded and not self.method.of_planes:
             text = Planes("int8", group_size=self.group_size).read((), text, None)
+        return self._keys(text, unrotated, rope)
 
-        def keys(x: jax.Array, turn: Any) -> jax.Array:
-            return turn(x[None], *rope)[0] if self.method.before_rope else x
-
-        made = self.method.read(learned, text._replace(keys=keys(text.keys, unrotated)), below)
-        read = made._replace(keys=keys(made.keys, rotate))
-        sink = (jnp.arange(len(text.keys)) < self.method.sinks)[:, None, None]
-        read = Layer(*(jnp.where(sink, *both) for both in zip(text, read, strict=True)))
+    def older(
+        self, past: Past, rope: Any, learned: Any, other: Any, coded: bool
+    ) -> tuple[Tokens, Layer]:
+        """What is read of a layer, and what the layer above is given. `other`: what the layer below
+        was given, or, where layers are read in pairs, the other's past."""
+        text = self.text(past, rope, coded)
+        if self.method.paired:
+            other = text if other is None else self.text(other, rope, coded)
+        made = self.method.read(learned, text, other)
+        read = self._with_sinks(text, self._keys(made, rotate, rope))
         return Tokens(*(x[None].astype(past.keys.dtype) for x in read)), made
+
+    def view(self, past: Past, rope: Any, learned: Any, coded: bool) -> View:
+        """What is read of whole tiles of a layer, where the method selects."""
+        text = Layer(*(padded(x, self.group_size) for x in self.text(past, rope, coded)))
+        queries = past.queries[0].astype(jnp.float32)
+        view = self.method.compress(learned, text, queries, self.prompt)
+        read = self._with_sinks(text, Layer(view.keys, view.values))
+        return View(*read, view.state)
+
+    def _keys(self, text: Layer, turn: Any, rope: Any) -> Layer:
+        if not self.method.before_rope:
+            return text
+        return text._replace(keys=turn(text.keys[None], *rope)[0])
+
+    def _with_sinks(self, text: Layer, read: Layer) -> Layer:
+        sink = (jnp.arange(len(text.keys)) < self.method.sinks)[:, None, None]
+        return Layer(*(jnp.where(sink, *both) for both in zip(text, read, strict=True)))
 
 
 @partial(jax.jit, static_argnames="reader")
@@ -245,27 +322,39 @@ def _block(
     norm: jax.Array,
     stream: Stream,
     learned: Any,
-    below: Layer | None,
-    past: Tokens | None,
+    other: Any,
+    past: Past | None,
     *,
     reader: Reader,
-) -> tuple[Stream, Tokens, Layer]:
+) -> tuple[Stream, Past, Layer | None]:
     config, length = reader.model, stream.x.shape[1]
     with jax.ensure_compile_time_eval():
         coded = schedule.quantized_length(jnp.arange(length), reader.group_size)
         older_length = np.asarray(coded)
 
-    def attend(past: Tokens | None, heads: Heads) -> tuple[jax.Array, tuple[Tokens, Layer]]:
+    def attend(past: Past | None, heads: Heads) -> tuple[jax.Array, tuple[Past, Layer | None]]:
         q, k, v = heads.finished()
-        own = Tokens(k, v)
-        held = own if past is None else past
-        older, made = reader.read(held, heads.rope, learned, below, coded=past is not None)
+        own, draft = Tokens(k, v), past is not None
+        held = reader.held(own, q) if past is None else past
         exact, scale = precision(q.dtype), config.head_dim**-0.5
-        out = sequence_attention(q, own, held, older, older_length, sm_scale=scale, exact=exact)
+        if reader.method.selects:
+            view = reader.view(held, heads.rope, learned, draft)
+            one, recent = (Tokens(x[0][0], x[1][0]) for x in (own, held))
+            out = attend_by_blocks(
+                *(q[0], one, recent, view, reader.method),
+                prompt=reader.prompt,
+                group_size=reader.group_size,
+                sm_scale=scale,
+                exact=exact,
+            )
+            return out[None], (held, None)
+        older, made = reader.older(held, heads.rope, learned, other, draft)
+        recent = Tokens(held.keys, held.values)
+        out = sequence_attention(q, own, recent, older, older_length, sm_scale=scale, exact=exact)
         return out, (held, made)
 
     x, h, (held, made) = run_block(
-        block, norm, config, *stream, _rope(config, length), past, attend, backend="xla"
+        block, norm, config, *stream, whole_tables(config, length), past, attend, backend="xla"
     )
     return Stream(x, h), held, made
 
@@ -279,6 +368,7 @@ def _measure(head: Params, hidden: tuple[jax.Array, jax.Array], following: jax.A
             (jnp.argmax(p, -1) == jnp.argmax(q, -1)).astype(jnp.float32),
             jnp.minimum(jnp.exp(p), jnp.exp(q)).sum(-1),
             at_tokens(q, following),
+            at_tokens(p, following),
         )
 
     return in_chunks(measure, hidden, following)

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels.kv_attention.read import Read
 from quantspec_jax.cache.codecs import CODECS
 from quantspec_jax.checks import require
 from quantspec_jax.evaluate.teacher_forced import Overlap, compare, score
 from quantspec_jax.generate.config import Backend
+from quantspec_jax.generate.policies import policy
 from quantspec_jax.loading import Model
 from quantspec_jax.text.prompts import read_prompts
 from quantspec_jax.weights.sizes import bits_per_weight
@@ -68,6 +70,9 @@ def acceptance(
     *,
     context: int | None = None,
     first: int | None = None,
+    draft_policy: str = "all",
+    draft_share: float | None = None,
+    draft_view: str | None = None,
     group_size: int = 128,
     progress: bool = False,
     backend: Backend = "auto",
@@ -78,6 +83,8 @@ def acceptance(
       tokens: a text or its token ids.
       context: how many of the tokens to read; None: all.
       first: the first position that counts; None: context/4.
+      draft_policy, draft_share, draft_view: what the draft reads of the cache, as in
+        `GenerateConfig`; each position as the first of its round (`evaluate.pages`).
       group_size: G of the cache.
       progress: show a bar on standard error.
 
@@ -85,8 +92,9 @@ def acceptance(
       greedy_acceptance: share of the positions where draft and target have the same top token.
       sampled_acceptance: mean of Σ min(p, q) at temperature 1, p the target's distribution and q
         the draft's.
-      positions: how many were counted; draft: what the draft is; draft_bits_per_weight: of the
-        linear layers of its blocks, scales and minima counted, layers left alone counted at 16.
+      positions: how many were counted; draft: what the draft is; draft_policy and draft_share: what
+        it reads; draft_bits_per_weight: of the linear layers of its blocks, scales and minima
+        counted, layers left alone counted at 16.
 
     Raises:
       ValueError: an argument is wrong, or the text is shorter or the model's context less.
@@ -94,13 +102,25 @@ def acceptance(
     ids = read_tokens(model, tokens, context)
     first = len(ids) // 4 if first is None else first
     require(0 <= first < len(ids), "first", first, f"a position from 0 to {len(ids) - 1}")
-    seen = compare(model, ids, group_size=group_size, backend=backend, progress=progress)
+    chosen, read = policy(draft_policy, draft_share), draft_read(draft_view)
+    options: dict[str, Any] = {"group_size": group_size, "backend": backend, "progress": progress}
+    seen = compare(model, ids, policy=chosen, draft_read=read, first=first, **options)
     return {
         **accepted(seen, first),
         "positions": len(ids) - first,
         "draft": model.draft.describe(),
+        "draft_policy": chosen.name,
+        "draft_share": chosen.share,
+        "draft_view": read.view,
         "draft_bits_per_weight": bits_per_weight(model.config, model.draft),
     }
+
+
+def draft_read(view: str | None) -> Read:
+    """What a draft reads of a page: as the codec says, or another view of it."""
+    codec = CODECS["hierarchical"]
+    require(view in (None, *codec.views), "draft_view", view, ", ".join(codec.views))
+    return codec.draft if view in (None, codec.draft.view) else Read(view)
 
 
 def accepted(seen: Overlap, first: int) -> dict[str, float]:

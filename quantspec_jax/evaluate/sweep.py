@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from quantspec_jax.checks import require
-from quantspec_jax.cost import bytes_read
+from quantspec_jax.cost import ALL_PAGES, READINGS, Reading, bytes_read
 from quantspec_jax.evaluate.measures import accepted, read_tokens
-from quantspec_jax.evaluate.teacher_forced import Overlap, compare_drafts
+from quantspec_jax.evaluate.teacher_forced import DRAFT, Overlap, compare_drafts
 from quantspec_jax.generate.config import Backend
+from quantspec_jax.generate.policies import policy
 from quantspec_jax.loading import Model
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import Params
@@ -50,7 +51,8 @@ def sweep(
     progress: bool = False,
     backend: Backend = "auto",
 ) -> dict[str, Any]:
-    """What `acceptance` measures, for each of several drafts.
+    """What `acceptance` measures, for each of several drafts; for the model's own also where it
+    reads less of the cache (`cost.READINGS`).
 
     Args:
       tokens: a text or its token ids.
@@ -62,9 +64,10 @@ def sweep(
 
     Returns:
       positions; target_perplexity over them; drafts, `DraftConfig.to_dict` of each; and rows, one a
-      draft: draft, greedy_acceptance, sampled_acceptance, perplexity (of its predictions, each from
-      the target's cache), draft_bits_per_weight, draft_bytes, and, by context, gamma and speed_up
-      (predicted, greedy, batch 1, bf16 weights; below 1 plain decoding is faster).
+      draft and what it reads: draft, draft_policy, draft_share, draft_view, greedy_acceptance,
+      sampled_acceptance, perplexity (of its predictions, each from the target's cache),
+      draft_bits_per_weight, draft_bytes, and, by context, gamma and speed_up (predicted, greedy,
+      batch 1, bf16 weights; below 1 plain decoding is faster).
 
     Raises:
       ValueError: an argument is wrong; says which.
@@ -73,16 +76,37 @@ def sweep(
     first = len(ids) // 4 if first is None else first
     require(0 <= first < len(ids) - 1, "first", first, f"a position from 0 to {len(ids) - 2}")
     configs, trees = _prepare(model, default_drafts(model) if drafts is None else drafts)
+    readings = [ALL_PAGES] * len(configs)
+    if model.draft in configs:
+        own = configs.index(model.draft)
+        less = [reading for reading in READINGS if reading != ALL_PAGES]
+        readings += less
+        configs += [configs[own]] * len(less)
+        trees += [trees[own]] * len(less)
     found = compare_drafts(
-        model, trees, ids, group_size=group_size, backend=backend, progress=progress
+        model,
+        trees,
+        ids,
+        policies=[policy(each.policy, each.share) for each in readings],
+        first=max(first, 1),
+        group_size=group_size,
+        backend=backend,
+        progress=progress,
     )
     counted = slice(first, len(ids) - 1)
-    rows = [_row(model.config, *both, first) for both in zip(configs, found, strict=True)]
+    rows = [_row(model.config, *each, first) for each in zip(configs, readings, found, strict=True)]
     return {
         "positions": len(ids) - first,
         "target_perplexity": _perplexity(found[0].log_prob[counted]),
         "rows": [
-            row | predictions(shapes or model.config, config, row["greedy_acceptance"], contexts)
+            row
+            | predictions(
+                shapes or model.config,
+                config,
+                row["greedy_acceptance"],
+                contexts,
+                share=row["draft_share"],
+            )
             for config, row in zip(configs, rows, strict=True)
         ],
         "drafts": [config.to_dict() for config in configs],
@@ -121,9 +145,14 @@ def _perplexity(log_prob: np.ndarray) -> float:
     return math.exp(-log_prob.mean(dtype=np.float64))
 
 
-def _row(model: ModelConfig, config: DraftConfig, seen: Overlap, first: int) -> dict[str, Any]:
+def _row(
+    model: ModelConfig, config: DraftConfig, reading: Reading, seen: Overlap, first: int
+) -> dict[str, Any]:
     return {
         "draft": config.describe(),
+        "draft_policy": reading.policy,
+        "draft_share": reading.share,
+        "draft_view": DRAFT.view,
         "draft_bits_per_weight": bits_per_weight(model, config),
         "draft_bytes": draft_bytes(model, config),
         **accepted(seen, first),
@@ -132,28 +161,38 @@ def _row(model: ModelConfig, config: DraftConfig, seen: Overlap, first: int) -> 
 
 
 def predictions(
-    shapes: ModelConfig, config: DraftConfig, acceptance: float, contexts: Sequence[int] = CONTEXTS
+    shapes: ModelConfig,
+    config: DraftConfig,
+    acceptance: float,
+    contexts: Sequence[int] = CONTEXTS,
+    share: float = 1.0,
 ) -> dict[str, Any]:
     """gamma and speed_up, each by context: the limit by bytes at batch 1, with bf16 weights."""
     gammas, speed_ups = {}, {}
     for context in contexts:
-        costs = bytes_read(shapes, config, context)
+        costs = bytes_read(shapes, config, context, share=share)
         gamma = costs.best_gamma(acceptance)
         gammas[str(context)] = gamma
         speed_ups[str(context)] = costs.speed_up(acceptance, gamma)
     return {"gamma": gammas, "speed_up": speed_ups}
 
 
+def _title(row: dict[str, Any]) -> str:
+    """The draft, and what it reads of the cache."""
+    reading = Reading(row["draft_policy"], row["draft_share"])
+    return row["draft"] if reading == ALL_PAGES else f"{row['draft']}, {reading}"
+
+
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
     contexts = list(result["rows"][0]["speed_up"])
-    width = max(len(row["draft"]) for row in result["rows"])
+    width = max(len(_title(row)) for row in result["rows"])
     head = [f"{'draft':<{width}}", f"{'bits':>6}{'greedy':>8}{'sampled':>9}{'perplexity':>12}"]
     head += [f"{'at ' + short(int(context)):>14}" for context in contexts]
     lines = ["".join(head)]
     for row in result["rows"]:
         cells = (
-            f"{row['draft']:<{width}}{row['draft_bits_per_weight']:6.2f}"
+            f"{_title(row):<{width}}{row['draft_bits_per_weight']:6.2f}"
             f"{row['greedy_acceptance']:8.3f}{row['sampled_acceptance']:9.3f}"
             f"{row['perplexity']:12.3f}"
         )
@@ -184,7 +223,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for i, row in enumerate(rows):
         promised = " · ".join(f"{v:.2f}× {short(int(c))}" for c, v in row["speed_up"].items())
         axes.annotate(
-            f"{row['draft']}\n{promised}",
+            f"{_title(row)}\n{promised}",
             (row["draft_bits_per_weight"], row["greedy_acceptance"]),
             (1.04, (i + 0.5) / len(rows)),
             textcoords="axes fraction",

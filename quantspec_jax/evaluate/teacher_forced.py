@@ -22,11 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import PackedWeight
+from pallas_kernels.rope_append.heads import Heads
 from quantspec_jax.cache.codecs import CODECS
 from quantspec_jax.cache.config import CacheConfig
-from quantspec_jax.cache.sequence import attend_text
+from quantspec_jax.cache.sequence import attend_coded
+from quantspec_jax.evaluate.pages import pages_at_positions
 from quantspec_jax.generate.config import Backend
+from quantspec_jax.generate.policies import ALL, Policy
 from quantspec_jax.loading import Model
 from quantspec_jax.models.attention import Tokens
 from quantspec_jax.models.config import ModelConfig
@@ -36,7 +40,7 @@ from quantspec_jax.models.parameters import LINEAR_LAYERS, Params
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
 ROWS = 128  # positions whose logits exist at a time
-TARGET, DRAFT = CODECS["hierarchical"].views
+TARGET, DRAFT = CODECS["hierarchical"].views[0], CODECS["hierarchical"].draft
 
 
 class Scores(NamedTuple):
@@ -70,11 +74,12 @@ class Reader:
 
     model: ModelConfig
     cache: CacheConfig
+    read: Read
     backend: Backend
 
-    def reading(self, view: str) -> Reader:
-        """The same pass over another view."""
-        return dataclasses.replace(self, cache=dataclasses.replace(self.cache, view=view))
+    def reading(self, read: Read) -> Reader:
+        """The same pass, reading something else."""
+        return dataclasses.replace(self, read=read)
 
 
 def score(
@@ -100,17 +105,29 @@ def compare(
     model: Model,
     ids: Sequence[int],
     *,
+    policy: Policy = ALL,
+    draft_read: Read = DRAFT,
+    first: int = 1,
     group_size: int = 128,
     backend: Backend = "auto",
     progress: bool = False,
 ) -> Overlap:
-    """What draft and target say after each position of a text, the target's cache before it.
+    """What draft and target say after each position of a text, the target's cache before it;
+    `policy`, `draft_read` and `first` as in `compare_drafts`.
 
     The last position predicts nothing of the text; its log-probabilities mean nothing.
     """
     drafts = [model.draft_params]
     return compare_drafts(
-        model, drafts, ids, group_size=group_size, backend=backend, progress=progress
+        model,
+        drafts,
+        ids,
+        policies=[policy],
+        draft_read=draft_read,
+        first=first,
+        group_size=group_size,
+        backend=backend,
+        progress=progress,
     )[0]
 
 
@@ -120,7 +137,9 @@ def compare_drafts(
     ids: Sequence[int],
     *,
     target_view: str = TARGET,
-    draft_view: str = DRAFT,
+    draft_read: Read = DRAFT,
+    policies: Sequence[Policy] | None = None,
+    first: int = 1,
     group_size: int = 128,
     backend: Backend = "auto",
     progress: bool = False,
@@ -129,19 +148,24 @@ def compare_drafts(
 
     Args:
       drafts: their whole trees, as `Model.draft_params`.
-      target_view, draft_view: what either reads of the cache.
+      target_view, draft_read: what either reads of the cache.
+      policies: which pages of it each draft reads (`evaluate.pages`); None: all of them.
+      first: where the prompt ends that policies look at.
     """
+    policies = [ALL] * len(drafts) if policies is None else policies
     reader = _reader(model, len(ids), target_view, group_size, backend)
     title = "draft and target" if len(drafts) == 1 else f"{len(drafts)} drafts and target"
     with _Bar(len(ids), model.config, title if progress else None) as bar:
-        target, streams = _through(model, drafts, ids, reader, reader.reading(draft_view), bar)
+        reading = reader.reading(draft_read)
+        both = list(zip(drafts, policies, strict=True))
+        target, streams = _through(model, both, ids, reader, reading, bar, first)
         heads = (lm_head_of(model.params), [lm_head_of(draft) for draft in drafts])
         return _by_position(_overlaps, heads, (target, streams), ids)
 
 
 def _reader(model: Model, length: int, view: str, group_size: int, backend: Backend) -> Reader:
     cache = CacheConfig(length, group_size, view, pass_width=1, dtype=model.dtype)
-    return Reader(model.config, cache, backend)
+    return Reader(model.config, cache, Read(view), backend)
 
 
 class _Bar:
@@ -168,21 +192,24 @@ class _Bar:
 
 def _through(
     model: Model,
-    drafts: Sequence[Params],
+    drafts: Sequence[tuple[Params, Policy]],
     ids: Sequence[int],
     target_reader: Reader,
     draft_reader: Reader,
     bar: _Bar,
+    first: int = 1,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """The hidden states [1, T, E] of target and drafts after the last norm."""
     target = embedded(model.params, jnp.asarray([ids], jnp.int32), model.config)
     streams = [target] * len(drafts)
     for i in range(model.config.num_layers):
         block, norm = block_params(model.params, i)
-        target, past = _block(block, norm, target, None, reader=target_reader)
-        for n, draft in enumerate(drafts):
+        target, (q, past) = _block(block, norm, target, None, None, reader=target_reader)
+        pages = {policy: _pages(policy, q, past, target_reader, first) for _, policy in drafts}
+        for n, (draft, policy) in enumerate(drafts):
             own = _unpacked_block(draft["layers"][str(i)], block)
-            streams[n], _ = _block(own, norm, streams[n], past, reader=draft_reader)
+            call = (own, norm, streams[n], past, pages[policy])
+            streams[n], _ = _block(*call, reader=draft_reader)
         bar.layer((target, streams))
     return target.h, [stream.h for stream in streams]
 
@@ -198,20 +225,56 @@ def _embed(params: Params, tokens: jax.Array, *, config: ModelConfig) -> Stream:
     return Stream(*embed(params, config, tokens))
 
 
+def _pages(
+    policy: Policy, q: jax.Array, past: Tokens, reader: Reader, first: int
+) -> jax.Array | None:
+    """[1, T, K, T/G] bool, what a policy reads of a layer, from the target's queries, keys and
+    values there; None: all."""
+    if policy == ALL:
+        return None
+    g, sm_scale = reader.cache.group_size, reader.model.head_dim**-0.5
+    coded = _coded(past, reader=reader)
+    sizes = {"first": first, "group_size": g, "sm_scale": sm_scale}
+    return pages_at_positions(q, past, coded, policy=policy, **sizes)
+
+
+@partial(jax.jit, static_argnames="reader")
+def _coded(past: Tokens, *, reader: Reader) -> Tokens:
+    """What is read of keys and values once they are coded."""
+    by_head = (past.keys.swapaxes(1, 2), past.values.swapaxes(1, 2))
+    decoded = reader.cache.codec.decoded(*by_head, reader.read, reader.cache.group_size)
+    return Tokens(*(x.swapaxes(1, 2) for x in decoded))
+
+
 @partial(jax.jit, static_argnames="reader")
 def _block(
-    block: Params, next_norm: jax.Array, stream: Stream, past: Tokens | None, *, reader: Reader
-) -> tuple[Stream, Tokens]:
+    block: Params,
+    next_norm: jax.Array,
+    stream: Stream,
+    past: Tokens | None,
+    pages: jax.Array | None,
+    *,
+    reader: Reader,
+) -> tuple[Stream, tuple[jax.Array, Tokens]]:
     """A stream through a block. `past`: keys and values that the cache has, None: the stream's own,
-    which are returned."""
+    which are returned after its queries. `pages`: of those that are coded, which each position
+    reads; None: all."""
     config, cache = reader.model, reader.cache
-    attend = attend_text(cache.view, cache.group_size, config.head_dim**-0.5)
+
+    def attend(past: Tokens | None, heads: Heads) -> tuple[jax.Array, tuple[jax.Array, Tokens]]:
+        q, k, v = heads.finished()
+        own = Tokens(k, v)
+        held = own if past is None else past
+        sizes = {"group_size": cache.group_size, "sm_scale": config.head_dim**-0.5}
+        out = attend_coded(q, own, held, read=reader.read, pages=pages, **sizes)
+        return out, (q, held)
+
     frequencies = rope_frequencies(config.rope, config.head_dim, cache.max_length)
     rope = rope_tables(*frequencies, jnp.arange(stream.x.shape[1])[None])
-    x, h, past = run_block(
+    x, h, held = run_block(
         block, next_norm, config, *stream, rope, past, attend, backend=reader.backend
     )
-    return Stream(x, h), past
+    return Stream(x, h), held
 
 
 def _unpacked_block(draft: Params, block: Params) -> Params:

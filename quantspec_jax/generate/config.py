@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from quantspec_jax.cache.codecs import CODECS, VIEWS
+from quantspec_jax.cache.codecs import CODECS, EXACT_TILES, VIEWS
 from quantspec_jax.checks import is_int, is_number, require
 from quantspec_jax.generate.couplings import COUPLINGS
 from quantspec_jax.generate.logprobs import MOST as MOST_LOGPROBS
@@ -30,18 +30,23 @@ class GenerateConfig:
     `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 mean off. `kv` None: `int8` in mode
     quantspec (where nothing else is allowed), `full` in mode autoregressive.
 
-    gamma: tokens drafted a round (mode quantspec alone). "auto": as many, 0 to 7, as pay off at the
-      acceptance of late and at what a draft step costs; where drafting does not pay, speculation
-      switches itself off and decoding is plain (`engine.adaptive`). What it chooses depends on
-      counts and on that cost alone, so a key gives one text on one machine. Sampled text changes
-      with a cost that is measured anew (another device or version, a cache folder that was emptied)
-      and with the company of a batch, unless the coupling is "invariant"; greedy text does not, up
-      to ties in bfloat16.
+    gamma: tokens drafted a round (mode quantspec alone). "auto": as many, 0 to 15, as pay off at
+      the acceptance of late and at what a draft step costs; where drafting does not pay,
+      speculation switches itself off and decoding is plain (`engine.adaptive`). What it chooses
+      depends on counts and on that cost alone, so a key gives one text on one machine. Sampled text
+      changes with a cost that is measured anew (another device or version, a cache folder that was
+      emptied) and with the company of a batch, unless the coupling is "invariant"; greedy text does
+      not, up to ties in bfloat16.
     draft_cost: what a draft step costs over a plain one, for "auto"; None: it is measured, once for
       a model, device and context bucket (`engine.draft_cost`).
     coupling: how sampled proposals are accepted (`generate.couplings`).
-    draft_policy, draft_share: which part of the cache a draft reads, and how large a share of its
-      coded tokens (`generate.policies`); None: the policy's own.
+    draft_policy, draft_share: which pages of the cache a draft reads, and how large a share of its
+      coded tokens (`generate.policies`); None: the policy's own. "auto": what promises most at the
+      cache's length, by bytes and by the acceptance that was measured (`cost.best_reading`); short
+      contexts are read whole.
+    draft_view: in which view a draft reads them, int4, or int8 as the target does.
+    exact_tiles: tiles of `group_size` tokens at the beginning, where attention sinks lie, that a
+      draft reads as finely as the target does.
     stop_ids: token ids that end a sequence, beside the model's own and where these are ignored.
     pass_width: rows an autoregressive pass is padded to.
     max_length: tokens the cache is allocated for; None: what the prompts and `max_new_tokens` need,
@@ -71,6 +76,8 @@ class GenerateConfig:
     coupling: str = "block"
     draft_policy: str = "all"
     draft_share: float | None = None
+    draft_view: str | None = None
+    exact_tiles: int = EXACT_TILES
     pass_width: int = 1
     group_size: int = 128
     max_length: int | None = None
@@ -107,7 +114,13 @@ class GenerateConfig:
         require(number, "logprobs", self.logprobs, f"an integer from 0 to {MOST_LOGPROBS}, or None")
         require(self.kv in (None, *VIEWS), "kv", self.kv, ", ".join(VIEWS))
         require(self.coupling in COUPLINGS, "coupling", self.coupling, ", ".join(COUPLINGS))
-        policy(self.draft_policy, self.draft_share)
+        self._check_policy()
+        require(
+            is_int(self.exact_tiles) and self.exact_tiles >= 0,
+            "exact_tiles",
+            self.exact_tiles,
+            "an integer ≥ 0",
+        )
         if self.mode == "quantspec":
             require(
                 self.kv in (None, TARGET_VIEW), "kv", self.kv, "int8 in mode quantspec (its target)"
@@ -139,6 +152,17 @@ class GenerateConfig:
         ids = tuple(self.stop_ids)
         require(all(is_int(i) and i >= 0 for i in ids), "stop_ids", ids, "integers ≥ 0")
         object.__setattr__(self, "stop_ids", ids)
+
+    def _check_policy(self) -> None:
+        views = CODECS["hierarchical"].views
+        require(self.draft_view in (None, *views), "draft_view", self.draft_view, ", ".join(views))
+        if self.draft_policy == "auto":
+            alone = "None with draft_policy auto, which chooses it"
+            require(self.draft_share is None, "draft_share", self.draft_share, alone)
+        else:
+            policy(self.draft_policy, self.draft_share)
+        drafts = self.mode == "quantspec" or self.draft_policy == "all"
+        require(drafts, "draft_policy", self.draft_policy, "all in mode autoregressive: no draft")
 
     def end_ids(self, eos_ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
         """The ids that end a sequence: the model's, unless they are ignored, and `stop_ids`."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.kv_attention.read import Pages
 from quantspec_jax.cache import KVCache, schedule
 from quantspec_jax.generate.cache_pass import cache_pass
 from quantspec_jax.generate.sampling import choose
@@ -22,8 +24,13 @@ class Proposals(NamedTuple):
     probabilities: jax.Array
 
 
-def draft(params: Params, state: DecodeState, program: Program) -> tuple[Proposals, KVCache]:
-    """Propose γ tokens after the pending one.
+def draft(
+    params: Params,
+    state: DecodeState,
+    program: Program,
+    pages: Sequence[Pages] | None = None,
+) -> tuple[Proposals, KVCache]:
+    """Propose γ tokens after the pending one, from these pages of each layer (None: all).
 
     Each step appends the draft's own keys and values to the buffers; the verification writes the
     same slots again. Steps past the next flush do not count (`cache.schedule`): they repeat the
@@ -39,7 +46,7 @@ def draft(params: Params, state: DecodeState, program: Program) -> tuple[Proposa
         cache, token, seen, found = carry
         position = jnp.minimum(start + i, last)
         logits, cache = cache_pass(
-            params, program, cache, token[:, None], position, program.draft_view, pages
+            params, program, cache, token[:, None], position, program.draft_read, pages
         )
         token, probabilities = choose(
             logits[:, 0], seen, sampling, keys, position + 1, coupling.draft_role, program.sampled
@@ -50,7 +57,6 @@ def draft(params: Params, state: DecodeState, program: Program) -> tuple[Proposa
         )
         return cache, token, seen.at[rows, token].set(True), found
 
-    pages = program.policy.pages(state.memory, state.cache)
     nothing = no_proposals(len(rows), program.gamma, program.model.vocab_size)
     carry = (state.cache, state.pending, state.seen, nothing)
     cache, _, _, found = jax.lax.fori_loop(0, program.gamma, step, carry)

@@ -17,10 +17,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from quantspec_jax.cache import flush, flush_due, rollback, schedule
+from pallas_kernels.kv_attention.read import Pages
+from quantspec_jax.cache import KVCache, flush, flush_due, rollback, schedule
 from quantspec_jax.generate.accept import Verdict, accept
 from quantspec_jax.generate.draft import draft, no_proposals
 from quantspec_jax.generate.logprobs import score
+from quantspec_jax.generate.policies import Sizes
 from quantspec_jax.generate.requests import is_end
 from quantspec_jax.generate.sampling import not_finite
 from quantspec_jax.generate.state import DecodeState, Program, counted
@@ -77,10 +79,11 @@ def one_round(
     """One draft-verify cycle of every sequence that has not finished."""
     start, active = state.cache.length, ~state.finished
     proposals = no_proposals(len(start), 0, program.model.vocab_size)
-    cache = state.cache
+    cache, pages = state.cache, None
     if program.gamma:
-        proposals, cache = draft(draft_params, state, program)
-    logits, cache = verify(
+        pages = pages_to_read(state, program)
+        proposals, cache = draft(draft_params, state, program, pages)
+    logits, cache, masses = verify(
         params, dataclasses.replace(state, cache=cache), proposals.tokens, program
     )
     proposed = jnp.minimum(program.gamma, schedule.room(start, program.cache.group_size))
@@ -91,6 +94,9 @@ def one_round(
     broken = active & jnp.any(not_finite(logits) & kept, -1)
     active &= ~broken
     accepted = jnp.where(active, verdict.accepted, 0)
+    memory = state.memory
+    if masses is not None:
+        memory = program.policy.update(memory, masses, verdict.accepted)
     state = dataclasses.replace(
         state,
         finished=state.finished | broken,
@@ -99,8 +105,25 @@ def one_round(
         rounds=state.rounds + active.astype(jnp.int32),
         proposed=state.proposed + counted(jnp.where(active, proposed, 0)),
         accepted=state.accepted + counted(accepted),
+        memory=memory,
+        draft_pages=state.draft_pages + _pages_read(state.cache, pages, active & (proposed > 0)),
     )
     return _emit(state, proposals.tokens, verdict, logits if program.logprobs else None)
+
+
+def pages_to_read(state: DecodeState, program: Program) -> tuple[Pages, ...] | None:
+    """Those of the planes that the draft reads in each layer; None: all."""
+    cache = program.cache
+    coded = state.cache.quantized_length // cache.group_size
+    sizes = Sizes(program.model.num_layers, program.model.num_kv_heads, cache.num_tiles)
+    return program.policy.pages(state.memory, coded, sizes)
+
+
+def _pages_read(cache: KVCache, pages: tuple[Pages, ...] | None, drafting: jax.Array) -> jax.Array:
+    """[B, 2] int32: pages that a draft of this round reads in a layer, and those that there are."""
+    coded = cache.quantized_length // cache.group_size
+    read = coded if pages is None else pages[0].count
+    return jnp.where(drafting[:, None], jnp.stack([read, coded], 1), 0)
 
 
 def _emit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,13 +56,16 @@ def prefill(
       logprobs: how many alternatives it has room for at each; None: it keeps no log-probabilities.
     """
     x, h = run(begin, params, prompts, program=program)
-    layers = []
+    layers, observed = [], []
     for i in range(program.model.num_layers):
-        x, h, made = run(layer, *block_params(params, i), x, h, lengths, program=program)
+        x, h, made, seen = run(layer, *block_params(params, i), x, h, lengths, program=program)
         layers.append(made)
+        observed.append(seen)
     room: dict[str, Any] = {"program": program, "capacity": capacity, "logprobs": logprobs}
     state = run(end, params, prompts, h, lengths, requests, **room)
-    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=tuple(layers)))
+    memory = () if observed[0] is None else run(remember, observed, lengths, program=program)
+    cache = dataclasses.replace(state.cache, layers=tuple(layers))
+    return dataclasses.replace(state, cache=cache, memory=memory)
 
 
 def begin(
@@ -80,24 +83,39 @@ def layer(
     lengths: jax.Array,
     *,
     program: PromptProgram,
-) -> tuple[jax.Array, jax.Array, LayerCache]:
-    """One block on whole prompts: the stream and its norm after it, and the layer's cache."""
-    config = program.model
+) -> tuple[jax.Array, jax.Array, LayerCache, jax.Array | None]:
+    """One block on whole prompts: the stream and its norm after it, the layer's cache, and what the
+    draft policy wants to know of it (`Policy.observe`)."""
+    config, cache = program.model, program.cache
+    sm_scale = config.head_dim**-0.5
 
-    def attend(_: None, heads: Heads) -> tuple[jax.Array, LayerCache]:
+    def attend(_: None, heads: Heads) -> tuple[jax.Array, tuple[LayerCache, jax.Array | None]]:
         q, k, v = heads.finished()
-        out = prompt_attention(q, k, v, config.head_dim**-0.5, program.backend)
+        out = prompt_attention(q, k, v, sm_scale, program.backend)
         made = from_prompt(
             k.swapaxes(1, 2), v.swapaxes(1, 2), lengths, program.cache, program.backend
         )
+        sizes = {"group_size": cache.group_size, "tiles": cache.num_tiles}
+        seen = program.policy.observe(q, k, lengths, sm_scale=sm_scale, **sizes)
         # The next block waits for this one's planes: else XLA, given all blocks at once, may keep
         # their keys and values in full precision (64 GiB of Llama-2-7B's at 131,072 tokens).
-        return jax.lax.optimization_barrier((out, made))
+        out, made, seen = jax.lax.optimization_barrier((out, made, seen))
+        return out, (made, seen)
 
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     frequencies = rope_frequencies(config.rope, config.head_dim, program.cache.max_length)
     rope = rope_tables(*frequencies, positions)
-    return run_block(block, next_norm, config, x, h, rope, None, attend, backend=program.backend)
+    x, h, (made, seen) = run_block(
+        block, next_norm, config, x, h, rope, None, attend, backend=program.backend
+    )
+    return x, h, made, seen
+
+
+def remember(observed: Sequence[jax.Array], lengths: jax.Array, *, program: PromptProgram) -> Any:
+    """What the draft policy remembers of prompts of these lengths, from what it found in each layer
+    (`Policy.start`)."""
+    g = program.cache.group_size
+    return program.policy.start(observed, program.cache.codec.quantized_length(lengths, g) // g)
 
 
 def end(
@@ -151,7 +169,7 @@ def first_state(
     return DecodeState(
         cache=KVCache((), lengths, codec.quantized_length(lengths, g), g, codec),
         requests=requests,
-        memory=program.policy.start(b),
+        memory=(),
         seen=seen.at[rows, token].set(True),
         pending=token,
         tokens=jnp.zeros((b, capacity), jnp.int32).at[:, 0].set(token),
@@ -161,6 +179,7 @@ def first_state(
         rounds=jnp.zeros(b, jnp.int32),
         proposed=none,
         accepted=jnp.zeros_like(none),
+        draft_pages=jnp.zeros((b, 2), jnp.int32),
         drafted=jnp.zeros((b, capacity), bool),
         logprobs=scores,
     )
@@ -170,5 +189,6 @@ def first_state(
 COMPILED: dict[Callable[..., Any], Any] = {
     begin: jax.jit(begin, static_argnames="program"),
     layer: jax.jit(layer, static_argnames="program", donate_argnames=("x", "h")),
+    remember: jax.jit(remember, static_argnames="program"),
     end: jax.jit(end, static_argnames=("program", "capacity", "logprobs")),
 }

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.kv_attention.read import Read
 from quantspec_jax.cache import KVCache
+from quantspec_jax.cache.codecs import EXACT_TILES
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.checks import require
 from quantspec_jax.generate.couplings import REJECTION, Coupling
@@ -39,7 +41,9 @@ class Program:
       model, cache: the model and the cache's shape. `cache.view` is what the target reads and
         `cache.pass_width` the rows of a target pass (γ + 1, or more as padding).
       gamma: tokens drafted a round; 0 is autoregressive decoding.
-      policy: which part of the cache a draft reads.
+      policy: which pages of the cache a draft reads.
+      draft_view: in which view.
+      exact_tiles: how many tiles at the beginning a draft reads as finely as the target does.
       coupling: how proposals are accepted.
       sampled: whether any sequence is sampled; None: the program finds out, in branches. A GPU's
         branch waits for the host.
@@ -51,6 +55,8 @@ class Program:
     cache: CacheConfig
     gamma: int
     policy: Policy = ALL
+    draft_view: str | None = None
+    exact_tiles: int = EXACT_TILES
     coupling: Coupling = REJECTION
     sampled: bool | None = None
     backend: str = "auto"
@@ -61,25 +67,35 @@ class Program:
         width = self.cache.pass_width
         require(width > self.gamma, "pass_width", width, allowed)
         finest = self.cache.codec.views[0]
-        drafts = self.cache.view == finest and finest != self.cache.codec.draft
+        drafts = self.cache.view == finest and finest != self.cache.codec.draft.view
         require(not self.gamma or drafts, "view (with gamma > 0)", self.cache.view, "int8")
+        views = self.cache.codec.views
+        possible = not self.gamma or self.draft_view in (None, *views)
+        require(possible, "draft_view", self.draft_view, ", ".join(views))
 
     @property
-    def draft_view(self) -> str:
+    def read(self) -> Read:
+        """What the target reads of the cache."""
+        return Read(self.cache.view)
+
+    @property
+    def draft_read(self) -> Read:
         """What a draft reads of the cache."""
-        return self.cache.codec.draft
+        view = self.draft_view or self.cache.codec.draft.view
+        return Read(view, self.exact_tiles if view == self.cache.codec.draft.view else 0)
 
     @property
     def prompt(self) -> PromptProgram:
         """What the prefill depends on."""
-        return PromptProgram(self.model, self.cache.arrays, self.policy, self.backend)
+        policy = self.policy if self.policy.observes else ALL
+        return PromptProgram(self.model, self.cache.arrays, policy, self.backend)
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=[
         *("cache", "requests", "memory", "seen", "pending", "tokens", "count", "finished"),
-        *("broken", "rounds", "proposed", "accepted", "drafted", "logprobs"),
+        *("broken", "rounds", "proposed", "accepted", "draft_pages", "drafted", "logprobs"),
     ],
     meta_fields=[],
 )
@@ -100,6 +116,8 @@ class DecodeState:
     rounds    [B] int32, rounds in which the sequence took part
     proposed, accepted  [B, COUNTED] int32, drafted tokens that counted, and those of them that were
               accepted, by their place in the round
+    draft_pages  [B, 2] int32, pages that drafts read in a layer, and those that there were, each
+              summed over the rounds
     drafted   [B, M] bool, which new tokens the draft proposed; None: nobody asks
     logprobs  of the new tokens; None: nobody asks
     """
@@ -116,6 +134,7 @@ class DecodeState:
     rounds: jax.Array
     proposed: jax.Array
     accepted: jax.Array
+    draft_pages: jax.Array
     drafted: jax.Array | None = None
     logprobs: Logprobs | None = None
 

@@ -75,7 +75,7 @@ def tile_layer(
         layer = _write(layer, keys[0], values[0], slot, start)
         row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 0), layer)
         coded = start if planes_of(layer) else jnp.zeros_like(start)
-        out, _ = kv_attention(
+        found = kv_attention(
             q,
             row,
             coded[None],
@@ -86,7 +86,7 @@ def tile_layer(
             backend="xla" if program.backend == "xla" else "auto",
         )
         # A tile that is not whole is coded, too, and not read: its last code comes later.
-        return out, cache.codec.encode_tile(layer, slot, start // g, g, program.backend)
+        return found.out, cache.codec.encode_tile(layer, slot, start // g, g, program.backend)
 
     frequencies = rope_frequencies(config.rope, config.head_dim, cache.max_length)
     rope = rope_tables(*frequencies, positions)

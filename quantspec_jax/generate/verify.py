@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.shapes import Ids, Judged, shaped
 from quantspec_jax.cache import KVCache
-from quantspec_jax.generate.cache_pass import cache_pass
+from quantspec_jax.generate.cache_pass import observed_pass
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.models.parameters import Params
 
@@ -14,18 +15,19 @@ from quantspec_jax.models.parameters import Params
 @shaped
 def verify(
     params: Params, state: DecodeState, proposals: Ids, program: Program
-) -> tuple[Judged, KVCache]:
+) -> tuple[Judged, KVCache, list[jax.Array] | None]:
     """Args:
       state: before the round, its cache after the draft; proposals: [B, γ] int32.
 
     Returns:
-      [B, γ + 1, N] float32 logits, row i for the position i + 1 after the pending token's, and the
-      cache with the rows' own keys and values.
+      [B, γ + 1, N] float32 logits, row i for the position i + 1 after the pending token's; the
+      cache with the rows' own keys and values; and, where the next draft's policy looks at it, the
+      rows' attention by page (`observed_pass`).
     """
     b, gamma = proposals.shape
     padding = jnp.zeros((b, program.cache.pass_width - gamma - 1), jnp.int32)
     tokens = jnp.concatenate([state.pending[:, None], proposals, padding], 1)
-    logits, cache = cache_pass(
-        params, program, state.cache, tokens, state.cache.length, program.cache.view
-    )
-    return logits[:, : gamma + 1], cache
+    masses = program.policy.votes and gamma > 0
+    call = (params, program, state.cache, tokens, state.cache.length, program.read)
+    logits, cache, seen = observed_pass(*call, masses=masses)
+    return logits[:, : gamma + 1], cache, seen

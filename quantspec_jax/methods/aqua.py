@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from quantspec_jax.methods import higgs
-from quantspec_jax.methods.method import Layer
+from quantspec_jax.methods.method import Layer, Method, channels, rows, shared_bits
 from quantspec_jax.models.config import ModelConfig
 
 RIDGE = 1e-3  # λ, over the mean of the diagonal
@@ -40,6 +40,11 @@ def regression(inputs: jax.Array, outputs: jax.Array) -> jax.Array:
     return jnp.linalg.solve(c, jnp.matmul(x.T, outputs, precision=HIGHEST))
 
 
+def _half(x: jax.Array) -> jax.Array:
+    """In the 16 bits that parameters are stored in."""
+    return x.astype(jnp.float16).astype(jnp.float32)
+
+
 def _with_one(x: jax.Array) -> jax.Array:
     return jnp.concatenate([x, jnp.ones_like(x[:, :1])], 1)
 
@@ -49,53 +54,53 @@ def _predicted(weights: jax.Array, inputs: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Aqua:
+class Aqua(Method):
     """width: of the codes of all layers but the first, which has `first_width`."""
 
     width: int
     first_width: int = 4
-    before_rope: bool = True
-    learns: bool = True
-    sinks: int = 4
+    before_rope: bool = dataclasses.field(default=True, kw_only=True)
+    learns: bool = dataclasses.field(default=True, kw_only=True)
+    sinks: int = dataclasses.field(default=4, kw_only=True)
 
     def bits(self, model: ModelConfig, tokens: int) -> float:
         """Codes, scales, and the predictors' parameters shared by all tokens."""
-        n, layers = model.num_kv_heads * model.head_dim, model.num_layers
+        n, layers = channels(model), model.num_layers
         codes = [higgs.code_bits(width, n) for width in (self.first_width, self.width)]
-        parameters = (layers - 1) * (3 * n * n + 2 * n)
-        values = 2 * n * layers * tokens
-        return (codes[0] + (layers - 1) * codes[1]) / layers + 16 * parameters / values
+        predictors = shared_bits(3 * n * n + 2 * n, model, tokens)
+        return (codes[0] + (layers - 1) * (codes[1] + predictors)) / layers
 
-    def fit(self, text: Layer, below: Layer | None) -> tuple[Any, Layer]:
+    def operations(self, model: ModelConfig) -> float:
+        """P and M, of every token, in every layer but the first."""
+        return 6 * channels(model) ** 2 * (model.num_layers - 1)
+
+    def fit(
+        self, text: Layer, below: Layer | None, gradient: Layer | None = None
+    ) -> tuple[Any, Layer]:
         """P and M of a layer; of the first nothing."""
         if below is None:
             return (), self.read((), text, None)
-        keys, values = map(_rows, text)
-        below_keys, below_values = map(_rows, below)
-        of_keys = regression(below_keys, keys)
+        keys, values = map(rows, text)
+        below_keys, below_values = map(rows, below)
+        of_keys = _half(regression(below_keys, keys))
         read = self._residual(keys, _predicted(of_keys, below_keys))
         inputs = jnp.concatenate([read, below_values], 1)
-        of_values = regression(inputs, values)
+        of_values = _half(regression(inputs, values))
         made = self._residual(values, _predicted(of_values, inputs))
         return Predictors(of_keys, of_values), _like(text, read, made)
 
-    def read(self, learned: Any, text: Layer, below: Layer | None) -> Layer:
+    def read(self, learned: Any, text: Layer, other: Layer | None) -> Layer:
         """What the codes of a layer's residuals and the layer below come to."""
-        keys, values = map(_rows, text)
-        if below is None:
+        keys, values = map(rows, text)
+        if other is None:
             return _like(text, *(higgs.rounded(x, self.first_width) for x in (keys, values)))
-        below_keys, below_values = map(_rows, below)
+        below_keys, below_values = map(rows, other)
         read = self._residual(keys, _predicted(learned.of_keys, below_keys))
         inputs = jnp.concatenate([read, below_values], 1)
         return _like(text, read, self._residual(values, _predicted(learned.of_values, inputs)))
 
     def _residual(self, x: jax.Array, predicted: jax.Array) -> jax.Array:
         return predicted + higgs.rounded(x - predicted, self.width)
-
-
-def _rows(x: jax.Array) -> jax.Array:
-    """[T, K, D] → [T, K·D]."""
-    return x.reshape(len(x), -1)
 
 
 def _like(text: Layer, keys: jax.Array, values: jax.Array) -> Layer:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantspec_jax.checks import require
-from quantspec_jax.methods.method import Layer
+from quantspec_jax.methods.method import Layer, Method, channels, rows
 from quantspec_jax.models.config import ModelConfig
 
 GRIDS = Path(__file__).with_name("grids.json")  # made by benchmarks/grids.py
@@ -87,22 +87,17 @@ def code_bits(width: int, channels: int) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Higgs:
+class Higgs(Method):
     """Of all heads of a token together, keys before RoPE."""
 
     width: int
-    before_rope: bool = True
-    learns: bool = False
-    sinks: int = 4
+    before_rope: bool = dataclasses.field(default=True, kw_only=True)
+    sinks: int = dataclasses.field(default=4, kw_only=True)
 
     def bits(self, model: ModelConfig, tokens: int) -> float:
         """Codes and scales."""
-        return code_bits(self.width, model.num_kv_heads * model.head_dim)
+        return code_bits(self.width, channels(model))
 
-    def fit(self, text: Layer, below: Layer | None) -> tuple[Any, Layer]:
-        """Nothing is learned."""
-        return (), self.read((), text, below)
-
-    def read(self, learned: Any, text: Layer, below: Layer | None) -> Layer:
+    def read(self, learned: Any, text: Layer, other: Layer | None) -> Layer:
         """A token's heads as one vector."""
-        return Layer(*(rounded(x.reshape(len(x), -1), self.width).reshape(x.shape) for x in text))
+        return Layer(*(rounded(rows(x), self.width).reshape(x.shape) for x in text))

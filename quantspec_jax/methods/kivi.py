@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quantspec_jax.methods.method import Layer
+from quantspec_jax.methods.method import Layer, Method
 from quantspec_jax.models.config import ModelConfig
 
 
@@ -30,24 +30,17 @@ def rounded(x: jax.Array, bits: int, group: int, axis: int) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kivi:
+class Kivi(Method):
     """Keys after RoPE. `group`: 32 in the authors' code."""
 
     width: int
     group: int = 32
-    before_rope: bool = False
-    learns: bool = False
-    sinks: int = 0
 
     def bits(self, model: ModelConfig, tokens: int) -> float:
         """With a least and a step in float16 a group."""
         return self.width + 32 / self.group
 
-    def fit(self, text: Layer, below: Layer | None) -> tuple[Any, Layer]:
-        """Nothing is learned."""
-        return (), self.read((), text, below)
-
-    def read(self, learned: Any, text: Layer, below: Layer | None) -> Layer:
+    def read(self, learned: Any, text: Layer, other: Layer | None) -> Layer:
         """Of [T, K, D] keys along T, values along D."""
         return Layer(
             rounded(text.keys, self.width, self.group, 0),

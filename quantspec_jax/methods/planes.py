@@ -5,45 +5,31 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-
+from pallas_kernels.kv_attention.read import Read
 from quantspec_jax.cache.codecs import codec_of
 from quantspec_jax.cache.codecs.codec import values_per_token
-from quantspec_jax.methods.method import Layer
+from quantspec_jax.methods.method import Layer, Method
 from quantspec_jax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Planes:
-    """A view of the cache that decoding uses. `first`: the view of the first tile, whose keys'
-    scale is the sinks'; None: as all."""
+class Planes(Method):
+    """A view of the cache that decoding uses, and how many tiles at the beginning it reads with
+    both planes: as a draft does (`cache.codecs.EXACT_TILES`)."""
 
     view: str
-    first: str | None = None
+    exact_tiles: int = 0
     group_size: int = 128
-    before_rope: bool = False
-    learns: bool = False
-    sinks: int = 0
+    of_planes: bool = dataclasses.field(default=True, kw_only=True)
 
     def bits(self, model: ModelConfig, tokens: int) -> float:
         """What a pass reads, as the codec counts it: the buffer, too."""
         read = codec_of(self.view).read_bytes(model, self.view, tokens, 2, self.group_size)
         return 8 * read / (values_per_token(model) * tokens)
 
-    def fit(self, text: Layer, below: Layer | None) -> tuple[Any, Layer]:
-        """Nothing is learned."""
-        return (), self.read((), text, below)
-
-    def read(self, learned: Any, text: Layer, below: Layer | None) -> Layer:
+    def read(self, learned: Any, text: Layer, other: Layer | None) -> Layer:
         """Coded and read again."""
-        read = self._decoded(text, self.view)
-        if self.first is None:
-            return read
-        first = self._decoded(text, self.first)
-        tile = (jnp.arange(len(text.keys)) < self.group_size)[:, None, None]
-        return Layer(*(jnp.where(tile, *both) for both in zip(first, read, strict=True)))
-
-    def _decoded(self, text: Layer, view: str) -> Layer:
         keys, values = (x.swapaxes(0, 1)[None] for x in text)
-        read = codec_of(view).decoded(keys, values, view, self.group_size)
-        return Layer(*(x[0].swapaxes(0, 1) for x in read))
+        read = Read(self.view, self.exact_tiles)
+        decoded = codec_of(self.view).decoded(keys, values, read, self.group_size)
+        return Layer(*(x[0].swapaxes(0, 1) for x in decoded))

@@ -74,6 +74,8 @@ def sequence_attention(
     recent: Tokens,
     older: Tokens | None = None,
     older_length: np.ndarray | None = None,
+    older_pages: jax.Array | None = None,
+    page_size: int = 1,
     *,
     sm_scale: float,
     exact: jax.lax.Precision | None,
@@ -91,6 +93,8 @@ def sequence_attention(
       q: [B, S, H, D].
       own, recent, older: [B, S, K, D] each.
       older_length: [S], grows with the position.
+      older_pages: [B, S, K, n] bool, which pages of `page_size` tokens a position reads of those;
+        None: all.
       exact: precision of products in float32.
 
     Returns:
@@ -123,6 +127,17 @@ def sequence_attention(
     at = jnp.tile(jnp.arange(tiles * block, dtype=jnp.int32).reshape(tiles, block), (1, rep))
     first_recent = jnp.tile(jnp.asarray(limits).reshape(tiles, block), (1, rep))
 
+    if older_pages is not None:  # [tiles, B, K, block, n]
+        n = older_pages.shape[-1]
+        padded = jnp.pad(older_pages, ((0, 0), (0, tiles * block - s), (0, 0), (0, 0)))
+        by_tile = padded.reshape(b, tiles, block, kv_heads, n).transpose(1, 0, 3, 2, 4)
+
+    def listed(i: jax.Array, j: jax.Array, token: jax.Array) -> jax.Array:
+        """[B, K, H/K · block, wide] bool: whether the block's queries read the tokens' pages."""
+        page = jnp.minimum(token[0] // page_size, n - 1)
+        read = jnp.take(jax.lax.dynamic_index_in_dim(by_tile, i, 0, False), page, -1)
+        return jnp.tile(read, (1, 1, rep, 1)) | (j < blocks)
+
     def visit(state: State, pair: jax.Array) -> tuple[State, None]:
         i, j = pair
         maximum, total, output = (jax.lax.dynamic_index_in_dim(x, i, 0, False) for x in state)
@@ -131,8 +146,10 @@ def sequence_attention(
         token = j % blocks * wide + jnp.arange(wide)[None]
         low = jnp.where(j < blocks, first_recent[i], 0)[:, None]
         high = jnp.where(j < blocks, at[i], first_recent[i])[:, None]
-        seen = (low <= token) & (token < high)
-        scores = jnp.where(seen[None, None], scores, -jnp.inf)
+        seen = ((low <= token) & (token < high))[None, None]
+        if older_pages is not None:
+            seen = seen & listed(i, j, token)
+        scores = jnp.where(seen, scores, -jnp.inf)
         higher = jnp.maximum(maximum, scores.max(-1))
         weights = jnp.exp(scores - higher[..., None])
         decay = jnp.exp(maximum - higher)

@@ -10,6 +10,11 @@ is split once, where a model is made, and everything after that is functions of 
 differ in it alone. Calibration, which makes a layer's weights when it has seen its inputs, takes a
 block in two parts, up to the inputs of o and up to those of down. Layers are unrolled, so that each
 weight is an argument of its own and is read where it lies.
+
+Of a pass of few rows a GPU runs a block in few launches (`models.linear`); the functions are the
+same ones:
+
+    norm, q k v │ RoPE, append │ attention │ its merge │ o, + │ norm, gate up, SiLU │ down, +
 """
 
 from __future__ import annotations
@@ -20,12 +25,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.add_rms_norm.api import add_rms_norm
 from pallas_kernels.add_rms_norm.xla import rms_norm
+from pallas_kernels.bf16_matmul import api as bf16
 from pallas_kernels.layout import PackedWeight
 from pallas_kernels.rope_append.heads import Heads
 from quantspec_jax.models.config import ModelConfig
-from quantspec_jax.models.linear import linear, linears, precision, products
+from quantspec_jax.models.linear import (
+    Activations,
+    Normed,
+    add_norm,
+    apart_from_norm,
+    computed,
+    gated,
+    precision,
+    products,
+)
 from quantspec_jax.models.parameters import Params
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
@@ -43,7 +57,7 @@ def forward(
     *,
     rope_length: int,
     backend: str = "auto",
-) -> tuple[jax.Array, tuple[Any, ...]]:
+) -> tuple[Activations, tuple[Any, ...]]:
     """Run the decoder's blocks.
 
     Args:
@@ -53,14 +67,16 @@ def forward(
       rope_length: tokens the generation is allocated for (`rope_frequencies`).
 
     Returns:
-      [B, S, E] hidden states after the final norm, and the L new states.
+      [B, S, E] hidden states after the final norm, which may be left to `unembed`, and the L new
+      states.
     """
     rope = rope_tables(*rope_frequencies(config.rope, config.head_dim, rope_length), positions)
-    x, h = embed(params, config, tokens)
+    x = params["embedding"][tokens]
+    h: Activations = Normed(x, params["layers"]["0"]["attention_norm"], config.rms_norm_eps)
     new_layers = []
     for i, state in enumerate(layers):
         block, norm = block_params(params, i)
-        x, h, state = run_block(block, norm, config, x, h, rope, state, attend, backend=backend)
+        x, h, state = _run_block(block, norm, config, x, h, rope, state, attend, backend=backend)
         new_layers.append(state)
     return h, tuple(new_layers)
 
@@ -92,22 +108,38 @@ def run_block(
     backend: str,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """One block: the residual stream x and its norm h, [B, S, E] → those after it, and the state
-    that `attend` left. Each sum of the stream is normed where it is made, in one kernel."""
+    that `attend` left."""
+    x, left, state = _run_block(
+        block, next_norm, config, x, h, rope, state, attend, backend=backend
+    )
+    return x, computed(left), state
 
-    def add(x: jax.Array, inputs: jax.Array, weights: Params, norm: jax.Array):
-        y = linear(inputs, weights, backend)
-        return add_rms_norm(x, y, norm, config.rms_norm_eps, backend=backend)
 
+def _run_block(
+    block: Params,
+    next_norm: jax.Array,
+    config: ModelConfig,
+    x: jax.Array,
+    h: Activations,
+    rope: tuple[jax.Array, jax.Array],
+    state: Any,
+    attend: Attend,
+    *,
+    backend: str,
+) -> tuple[jax.Array, Activations, Any]:
+    """As `run_block`; norms may be left to the products that read them."""
+    eps = config.rms_norm_eps
     mixed, state = attention_part(block, config, h, rope, state, attend, backend=backend)
-    x, h = add(x, mixed, block["o"], block["mlp_norm"])
-    x, h = add(x, mlp_part(block, h, backend=backend), block["down"], next_norm)
+    x, h = add_norm(x, mixed, block["o"], block["mlp_norm"], eps, backend)
+    hidden = mlp_part(block, h, backend=backend)
+    x, h = add_norm(x, hidden, block["down"], next_norm, eps, backend)
     return x, h, state
 
 
 def attention_part(
     block: Params,
     config: ModelConfig,
-    h: jax.Array,
+    h: Activations,
     rope: tuple[jax.Array, jax.Array],
     state: Any,
     attend: Attend,
@@ -125,24 +157,26 @@ def attention_part(
     return out.astype(h.dtype).reshape(b, s, -1), state
 
 
-def mlp_part(block: Params, h: jax.Array, *, backend: str) -> jax.Array:
+def mlp_part(block: Params, h: Activations, *, backend: str) -> jax.Array:
     """A block's normed stream after attention [B, S, E] → the inputs [B, S, F] of its down."""
-    gate, up = linears(h, [block["gate"], block["up"]], backend)
-    return jax.nn.silu(gate) * up
+    return gated(h, block["gate"], block["up"], backend)
 
 
-def unembed(params: Params, hidden: jax.Array, backend: str = "auto") -> jax.Array:
+def unembed(params: Params, hidden: Activations, backend: str = "auto") -> jax.Array:
     """[..., E] hidden states → [..., N] float32 logits."""
     if "lm_head" in params and isinstance(params["lm_head"]["kernel"], PackedWeight):
         return products(hidden, [params["lm_head"]], backend)[0]
     # A tied embedding is [N, E]: contract its second axis, so that nothing is transposed.
-    weight, axis = (
-        (params["lm_head"]["kernel"], 0) if "lm_head" in params else (params["embedding"], 1)
-    )
+    tied = "lm_head" not in params
+    weight = params["embedding"] if tied else params["lm_head"]["kernel"]
+    x, around = apart_from_norm(hidden)
+    if bf16.takes(x, [weight], around, tied, backend):
+        return bf16.bf16_matmuls(x, [weight], around, transposed=tied, backend=backend)[0]
+    hidden = computed(hidden)
     return jax.lax.dot_general(
         hidden,
         weight,
-        (((hidden.ndim - 1,), (axis,)), ((), ())),
+        (((hidden.ndim - 1,), (1 if tied else 0,)), ((), ())),
         precision=precision(hidden.dtype),
         preferred_element_type=jnp.float32,
     )

@@ -1,7 +1,14 @@
-"""Linear layers: of the target, and of a draft with packed weights."""
+"""Linear layers: of the target, and of a draft with packed weights; and what stands around them.
+
+A stream's norm may be left to the product that reads it (`Normed`). Where kernels take a call, the
+norm, the SiLU and the sum with the stream are part of the product's launch; else they are launches
+of their own, with the same meaning (`products.around`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +16,51 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.add_rms_norm.api import add_rms_norm
+from pallas_kernels.add_rms_norm.xla import rms_norm
+from pallas_kernels.bf16_matmul import api as bf16
+from pallas_kernels.int4_matmul import api as int4
 from pallas_kernels.int4_matmul.api import int4_matmuls
 from pallas_kernels.int4_matmul.xla import dequantize
 from pallas_kernels.layout import PackedWeight, TiledWeight, untile
+from pallas_kernels.products.around import NOTHING, Around
 from quantspec_jax.dtypes import FLOAT32
 from quantspec_jax.models.parameters import Params
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["x", "weight"], meta_fields=["eps"]
+)
+@dataclasses.dataclass(frozen=True)
+class Normed:
+    """The RMS norm of x [..., E] that nothing has computed yet."""
+
+    x: jax.Array
+    weight: jax.Array
+    eps: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.x.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.x.dtype
+
+
+Activations = jax.Array | Normed
+
+
+def computed(x: Activations) -> jax.Array:
+    """Activations as an array."""
+    return rms_norm(x.x, x.weight, x.eps) if isinstance(x, Normed) else x
+
+
+def apart_from_norm(x: Activations, around: Around = NOTHING) -> tuple[jax.Array, Around]:
+    """What a kernel reads, and what stands around its product: the norm, if it has been left."""
+    if isinstance(x, Normed):
+        return x.x, dataclasses.replace(around, norm=x.weight, eps=x.eps)
+    return x, around
 
 
 def precision(dtype: np.dtype) -> jax.lax.Precision | None:
@@ -26,7 +73,30 @@ def linear(x: jax.Array, weights: Params, backend: str) -> jax.Array:
     return _add_bias(products(x, [weights], backend, x.dtype)[0], weights)
 
 
-def linears(x: jax.Array, layers: Sequence[Params], backend: str) -> list[jax.Array]:
+def add_norm(
+    stream: jax.Array, x: jax.Array, weights: Params, norm: jax.Array, eps: float, backend: str
+) -> tuple[jax.Array, Activations]:
+    """The stream [..., E] with a layer's output added, and the norm of that.
+
+    The sum is part of the product's launch, and the norm is left to what reads it; where no kernel
+    does that, both are one launch after the product.
+    """
+    found = _one_launch(x, [weights], backend, x.dtype, residual=stream)
+    if found is not None:
+        return found[0], Normed(found[0], norm, eps)
+    return add_rms_norm(stream, linear(x, weights, backend), norm, eps, backend=backend)
+
+
+def gated(x: Activations, gate: Params, up: Params, backend: str) -> jax.Array:
+    """silu(x · gate) (x · up): [..., Kin] → [..., N] (arXiv 2002.05202, SwiGLU)."""
+    found = _one_launch(x, [gate, up], backend, x.dtype, gated=True)
+    if found is not None:
+        return found[0]
+    left, right = linears(x, [gate, up], backend)
+    return jax.nn.silu(left) * right
+
+
+def linears(x: Activations, layers: Sequence[Params], backend: str) -> list[jax.Array]:
     """Several linear layers of the same input: [..., Kin] → [..., N] each, in x's type.
 
     A layer's `kernel` is an array or a `PackedWeight`; beside the latter there may be
@@ -46,10 +116,14 @@ def _add_bias(y: jax.Array, weights: Params) -> jax.Array:
 
 
 def products(
-    x: jax.Array, layers: Sequence[Params], backend: str, out_dtype: Any = jnp.float32
+    x: Activations, layers: Sequence[Params], backend: str, out_dtype: Any = jnp.float32
 ) -> list[jax.Array]:
     """x times each layer's kernel; of packed ones float32, or `out_dtype` where nothing is to be
     added. All packed ones that read x in the same order are one call."""
+    found = _one_launch(x, layers, backend, out_dtype)
+    if found is not None:
+        return found
+    x = computed(x)
     results: list[jax.Array | None] = [None] * len(layers)
     for i, weights in enumerate(layers):
         if results[i] is not None:
@@ -67,6 +141,31 @@ def products(
         for j, y in zip(together, packed, strict=True):
             results[j] = y
     return results  # type: ignore[return-value]
+
+
+def _one_launch(
+    x: Activations,
+    layers: Sequence[Params],
+    backend: str,
+    out_dtype: Any,
+    **around: Any,
+) -> list[jax.Array] | None:
+    """Products of all layers, with what stands around them (`Around`), by one kernel; None where
+    none takes that. Biases are left to the caller: where something follows, there may be none."""
+    if any(name in weights for weights in layers for name in ("residual", "order")):
+        return None
+    biased = any("bias" in weights for weights in layers)
+    if biased and around:
+        return None
+    kernels = [weights["kernel"] for weights in layers]
+    packed = [isinstance(kernel, PackedWeight) for kernel in kernels]
+    inputs, parts = apart_from_norm(x, Around(**around))
+    if all(packed) and int4.takes(inputs, kernels, parts, backend):
+        dtype = jnp.float32 if biased else out_dtype
+        return int4_matmuls(inputs, kernels, parts, out_dtype=dtype, backend=backend)
+    if not any(packed) and bf16.takes(inputs, kernels, parts, backend=backend):
+        return bf16.bf16_matmuls(inputs, kernels, parts, out_dtype=x.dtype, backend=backend)
+    return None
 
 
 def _packed_products(

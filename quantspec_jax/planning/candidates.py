@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from quantspec_jax.checks import require
-from quantspec_jax.cost import BF16, draft_weight_bytes, linear_weights, target_weight_bytes
+from quantspec_jax.cost import (
+    ALL_PAGES,
+    BF16,
+    READINGS,
+    Reading,
+    draft_weight_bytes,
+    linear_weights,
+    target_weight_bytes,
+)
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.weights.formats import DraftConfig
 from quantspec_jax.weights.sizes import bits_per_weight, draft_bytes
@@ -21,17 +30,25 @@ class Candidate:
       config: how it is stored, if that is known.
       bits: a weight of the linear layers, of the model that it was measured on. They count where
         `config` is not known, or names layers of that model (mixed precision).
+      reading: what it reads of the cache.
     """
 
     name: str
     acceptance: float
     config: DraftConfig | None = None
     bits: float | None = None
+    reading: Reading = ALL_PAGES
 
     def __post_init__(self) -> None:
         require(0 <= self.acceptance <= 1, "acceptance", self.acceptance, "0 to 1")
         bits = 16 if self.bits is None else self.bits
         require(0 < bits <= 16, "draft_bits_per_weight", bits, "over 0, up to 16")
+
+    @property
+    def title(self) -> str:
+        """Its name, and what it reads of the cache."""
+        reads = "" if self.reading == ALL_PAGES else f", {self.reading}"
+        return self.name + reads
 
     def sizes(self, model: ModelConfig) -> DraftSizes:
         """Of this draft of `model`."""
@@ -51,6 +68,10 @@ class Candidate:
     def options(self) -> str:
         """What to give `quantspec generate` for this draft; nothing where it is stored with a
         checkpoint."""
+        return f"{self._weight_options} {self.reading.options}".strip()
+
+    @property
+    def _weight_options(self) -> str:
         config = self.config
         if config is None or config.method != "rtn" or config.formats:
             return ""
@@ -125,4 +146,15 @@ def scaled_candidates(
     return [
         dataclasses.replace(each, acceptance=max(0.0, 1 - ratio * (1 - each.acceptance)))
         for each in table
+    ]
+
+
+def reading_less(
+    candidates: Sequence[Candidate], readings: Sequence[Reading] = READINGS
+) -> list[Candidate]:
+    """Each of them with every reading."""
+    return [
+        dataclasses.replace(each, acceptance=each.acceptance * reading.kept, reading=reading)
+        for each in candidates
+        for reading in readings
     ]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from pallas_kernels.devices import GENERATIONS, Capability, generation
+from pallas_kernels.devices import Capability, generation
 from quantspec_jax.checks import require
 
 # What is read of the bandwidth in the data sheet: 4,390 of 4,800 GB/s, measured on an H200.
 READABLE = 0.915
-# The kernels need it; elsewhere XLA runs, far from the limit.
-LEAST_CAPABILITY = next(g.capability for g in GENERATIONS if g.unsupported is None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +34,9 @@ class Device:
             require(positive, name, value, "a positive number")
 
     @property
-    def runs_kernels(self) -> bool:
-        """Whether it may; False only where it is known not to."""
-        return self.capability is None or generation(self.capability).unsupported is None
+    def without_kernels(self) -> str | None:
+        """Why no kernel runs on it, under this version of JAX; None where they do, or may."""
+        return None if self.capability is None else generation(self.capability).unsupported
 
     def milliseconds(self, bytes_read: float, operations: float = 0) -> float:
         """The least time of a pass: what takes longer, reading or arithmetic."""

@@ -75,6 +75,15 @@ class Plan:
     drafted: tuple[Drafted, ...]
 
     @property
+    def formats(self) -> tuple[Drafted, ...]:
+        """Of each format the fastest, whatever it reads of the cache."""
+        best: dict[str, Drafted] = {}
+        for row in self.drafted:
+            name = row.candidate.name
+            best[name] = min(best.get(name, row), row, key=lambda each: each.milliseconds_a_token)
+        return tuple(best.values())
+
+    @property
     def chosen(self) -> Plain | Drafted | None:
         """The fastest of what fits."""
         rows: tuple[Plain | Drafted, ...] = (*self.drafted, *self.plain)
@@ -121,7 +130,7 @@ def _plain(setting: Setting, view: str, base: float) -> Plain:
 def _drafted(setting: Setting, candidate: Candidate, base: float) -> Drafted:
     """One draft. A round of γ proposals takes γ draft steps and a verification of γ + 1 rows."""
     sizes = candidate.sizes(setting.model)
-    read = setting.read_bytes(sizes.read, "int4")
+    read = setting.read_bytes(sizes.read, "int4", candidate.reading.share)
     both = setting.read_bytes(target_weight_bytes(setting.model), "int8")
     draft = setting.floor(read) / setting.efficiency.draft
     gammas = []
@@ -146,11 +155,13 @@ def recommendation(chosen: Plain | Drafted | None) -> dict[str, Any] | None:
     if isinstance(chosen, Plain):
         options = f"--mode autoregressive --kv {chosen.view}"
         mode, view, draft, gamma = "autoregressive", chosen.view, None, None
+        reads: dict[str, Any] = {"draft_policy": None, "draft_share": None}
     else:
         draft, gamma = chosen.candidate.name, chosen.best.gamma
         options = f"{chosen.candidate.options} --gamma {gamma}".strip()
-        mode, view = "quantspec", "int8"
-    what = {"mode": mode, "kv": view, "draft": draft, "gamma": gamma}
+        mode, view, reading = "quantspec", "int8", chosen.candidate.reading
+        reads = {"draft_policy": reading.policy, "draft_share": reading.share}
+    what = {"mode": mode, "kv": view, "draft": draft, **reads, "gamma": gamma}
     return {**what, "options": options, **promise}
 
 
@@ -159,6 +170,8 @@ def _candidate_dict(row: Drafted) -> dict[str, Any]:
     values = _without(dataclasses.asdict(row), "candidate")
     return {
         "draft": row.candidate.name,
+        "draft_policy": row.candidate.reading.policy,
+        "draft_share": row.candidate.reading.share,
         "acceptance": row.candidate.acceptance,
         **values,
         **dataclasses.asdict(row.best),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from quantspec_jax.checks import require
+from quantspec_jax.cost import ALL_PAGES, READINGS, Reading
 from quantspec_jax.files import read_json
 from quantspec_jax.planning.candidates import Candidate
 from quantspec_jax.planning.devices import Efficiency
@@ -13,7 +15,8 @@ PASSES = ("autoregressive full", "draft step", "verify step")  # the order of Ef
 
 
 def measured_candidates(path: str, sampled: bool = False) -> list[Candidate]:
-    """Candidates from what `quantspec eval acceptance` wrote, of one draft or of a sweep.
+    """Candidates from what `quantspec eval acceptance` wrote, of one draft or of a sweep: its
+    drafts that read all of the cache. Of the others `measured_readings` has what is to know.
 
     Raises:
       ValueError: the file is something else; says what it lacks.
@@ -27,10 +30,31 @@ def measured_candidates(path: str, sampled: bool = False) -> list[Candidate]:
         raise ValueError(f"{path} is not what `quantspec eval acceptance` writes: each of its rows "
                          f"has {', '.join(sorted(needed))}")  # fmt: skip
     configs: list[DraftConfig | None] = [DraftConfig.from_dict(x) for x in run.get("drafts", ())]
-    return [
+    found = [
         Candidate(row["draft"], row[kind], config, row["draft_bits_per_weight"])
         for row, config in zip(rows, configs or [None] * len(rows), strict=True)
+        if row.get("draft_share", 1) == 1
     ]
+    require(bool(found), "--measured", path, "a run with a draft that reads all of the cache")
+    return found
+
+
+def measured_readings(path: str, sampled: bool = False) -> tuple[Reading, ...]:
+    """What drafts may read, and what is kept of their acceptance, from a sweep whose rows
+    `measured_candidates` takes; where it has no draft that reads less, what was measured elsewhere.
+    """
+    rows = read_json(path).get("rows", [])
+    kind = "sampled_acceptance" if sampled else "greedy_acceptance"
+    whole = {row["draft"]: row[kind] for row in rows if row.get("draft_share", 1) == 1}
+    less = [row for row in rows if row.get("draft_share", 1) < 1 and whole.get(row["draft"])]
+    if not less:
+        return READINGS
+    found = [
+        Reading(row["draft_policy"], row["draft_share"], min(1.0, row[kind] / whole[row["draft"]]))
+        for row in less
+        if row[kind] > 0
+    ]
+    return (ALL_PAGES, *found)
 
 
 def measured_speed(path: str, context: int) -> tuple[float, Efficiency]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantspec_jax.planning.candidates import Candidate
-from quantspec_jax.planning.devices import AT_THE_LIMIT, LEAST_CAPABILITY
+from quantspec_jax.planning.devices import AT_THE_LIMIT
 from quantspec_jax.planning.plan import Drafted, Plain, Plan, recommendation
 from quantspec_jax.planning.setting import GIB, Setting
 from quantspec_jax.weights.formats import DraftConfig
@@ -32,17 +32,9 @@ def notes(setting: Setting) -> list[str]:
             "--draft-efficiency and --verify-efficiency, for what kernels reach (recorded runs: "
             "benchmarks/README.md)"
         )
-    if not setting.device.runs_kernels:
-        needed, there = map(_capability, (LEAST_CAPABILITY, setting.device.capability or (0, 0)))
-        lines.append(
-            f"the kernels need compute capability {needed}, and this device has {there}: there XLA "
-            "runs, far from these limits"
-        )
+    if (reason := setting.device.without_kernels) is not None:
+        lines.append(f"no kernel runs on this device: {reason}; XLA is far from these limits")
     return lines
-
-
-def _capability(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}.{pair[1]}"
 
 
 def reasons(plan: Plan) -> list[str]:
@@ -73,11 +65,11 @@ def _draft_reasons(plan: Plan, chosen: Drafted) -> list[str]:
         + ", ".join(f"at γ = {each.gamma} {_ms(each)}" for each in near)
         + "".join(f", {_plain_name(row, 'plain with')} {_ms(row)}" for row in plan.plain),
     ]
-    others = [row for row in plan.drafted if row is not chosen and row.fits is not False]
+    others = [row for row in plan.formats if row is not chosen and row.fits is not False]
     if others:
         after = min(others, key=lambda row: row.milliseconds_a_token)
         lines.append(
-            f"the next format, {after.candidate.name}: acceptance "
+            f"the next format, {after.candidate.title}: acceptance "
             f"{after.candidate.acceptance:.3f}, {_number(after.draft_milliseconds)} ms a draft "
             f"step, {_ms(after)} ms a token at its best γ = {after.best.gamma}"
         )
@@ -89,7 +81,7 @@ def _plain_reasons(plan: Plan, chosen: Plain) -> list[str]:
     fastest = min(plan.drafted, key=lambda row: row.milliseconds_a_token)
     if fastest.milliseconds_a_token >= chosen.milliseconds_a_token:
         lines.append(
-            f"no draft pays: the best, {fastest.candidate.name} at γ = {fastest.best.gamma}, "
+            f"no draft pays: the best, {fastest.candidate.title} at γ = {fastest.best.gamma}, "
             f"yields {_round(fastest)}, {_ms(fastest)} ms a token; plain decoding takes "
             f"{_ms(chosen)}"
         )
@@ -110,7 +102,7 @@ def _round(row: Drafted) -> str:
 
 def _misfits(plan: Plan) -> list[str]:
     """What does not fit, in bytes needed and there."""
-    named: list[tuple[str, Plain | Drafted]] = [(row.candidate.name, row) for row in plan.drafted]
+    named: list[tuple[str, Plain | Drafted]] = [(row.candidate.name, row) for row in plan.formats]
     named += [(_plain_name(row, "plain decoding with"), row) for row in plan.plain]
     there = int((plan.setting.device.memory or 0) * GIB)
     return [
@@ -130,7 +122,8 @@ def table(plan: Plan, model: str, device: str, acceptance_source: str) -> str:
     setting = plan.setting
     there = f", {setting.device.memory:.1f} GiB" if setting.device.memory else ""
     plain = {f"plain, {CACHES[row.view]} cache": row for row in plan.plain}
-    width = 1 + max(len(name) for name in [*plain, *(r.candidate.name for r in plan.drafted)])
+    drafts = {row.candidate.title: row for row in plan.formats}
+    width = 1 + max(map(len, [*plain, *drafts]))
     head = "  bits  accept   γ  draft ms  verify ms  tokens  ms a token  speed-up     GiB"
     lines = [
         f"{model}, {setting.context:,} tokens, batch {setting.batch}; "
@@ -138,7 +131,7 @@ def table(plan: Plan, model: str, device: str, acceptance_source: str) -> str:
         f"acceptance: {acceptance_source}",
         "",
         " " * width + head,
-        *(f"{row.candidate.name:<{width}}{_drafted_cells(row)}{_end(row)}" for row in plan.drafted),
+        *(f"{name:<{width}}{_drafted_cells(row)}{_end(row)}" for name, row in drafts.items()),
         *(f"{name:<{width}}{'':47}{_end(row)}" for name, row in plain.items()),
         "",
         _recommended(recommendation(plan.chosen)),
@@ -163,7 +156,9 @@ def _end(row: Plain | Drafted) -> str:
 def _recommended(advice: dict[str, Any] | None) -> str:
     if advice is None:
         return "recommended: nothing, for nothing fits"
-    return f"recommended: {advice['draft'] or 'plain decoding'}: {advice['options']}"
+    reads = "" if advice["draft_policy"] in (None, "all") else f", {advice['draft_policy']}"
+    what = f"{advice['draft']}{reads}" if advice["draft"] else "plain decoding"
+    return f"recommended: {what}: {advice['options']}"
 
 
 def _number(x: float) -> str:

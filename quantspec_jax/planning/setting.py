@@ -30,9 +30,10 @@ class Setting:
         limit = self.model.max_context
         require(1 <= self.context <= limit, "context", self.context, f"1 to {limit}, the model's")
 
-    def read_bytes(self, weights: int, view: str) -> int:
-        """Of a pass over these weights and a view of the cache."""
-        return weights + self.batch * cache_read_bytes(self.model, view, self.context)
+    def read_bytes(self, weights: int, view: str, share: float = 1.0) -> int:
+        """Of a pass over these weights and a view of the cache, or a share of what it codes."""
+        cache = cache_read_bytes(self.model, view, self.context, share=share)
+        return weights + self.batch * cache
 
     def floor(self, read: int, rows: int = 1) -> float:
         """Least milliseconds of a pass of `rows` tokens a sequence."""

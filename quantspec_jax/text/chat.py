@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantspec_jax.checks import require
+from quantspec_jax.text.child import LimitedError
 from quantspec_jax.text.prompts import encode
-from quantspec_jax.text.templates import TemplateFailedError, render
+from quantspec_jax.text.templates import render
 
 
 def chat_ids(prompt: str, tokenizer: Any, system: str | None = None) -> list[int]:
@@ -53,7 +54,7 @@ def conversation_text(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> 
     template = _template(tokenizer)
     try:
         text = render(template, [dict(m) for m in messages], dict(tokenizer.special_tokens_map))
-    except TemplateFailedError as error:
+    except LimitedError as error:
         if error.refused:
             roles = ", ".join(message["role"] for message in messages)
             refusal = f"the chat template refuses messages of the roles {roles}: {error}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from quantspec_jax.text import expressions
 from quantspec_jax.text.tokenizer import is_panic
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -63,6 +64,8 @@ def encode(text: str, tokenizer: Any, name: str = "prompt", *, special: bool = T
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} holds what is not UTF-8 (at character {error.start})") from None
+    if expressions.is_marked(tokenizer):
+        return expressions.encode(text, tokenizer, special)
     try:
         ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     except BaseException as error:

@@ -20,6 +20,8 @@ from typing import Any
 from quantspec_jax.checks import is_int
 from quantspec_jax.files import check_regular
 from quantspec_jax.settings import Settings
+from quantspec_jax.text import expressions
+from quantspec_jax.text.limited import load_tokenizer, try_out
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _SUFFIXES = (".json", ".jinja", ".txt", ".model")
@@ -36,18 +38,6 @@ _END_TEXTS = frozenset({
     "<end_of_utterance>", "<|end_of_turn|>", "<｜end▁of▁sentence｜>", "<|fim_pad|>",
     "<|repo_name|>", "<|file_sep|>",
 })  # fmt: skip
-
-_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,55 +56,45 @@ class BytePairs:
     bos: bool = False
 
 
-_LLAMA3 = BytePairs((_LLAMA3_SPLIT,), whole_words=True, bos=True)
-_QWEN2 = BytePairs((_QWEN2_SPLIT,), compose=True)
+_LLAMA3 = BytePairs((expressions.LLAMA3,), whole_words=True, bos=True)
+_QWEN2 = BytePairs((expressions.QWEN2,), compose=True)
 _DEFAULT = BytePairs((
-    r"[\p{P}\$\+<=>\^~\|]+",
-    _GPT2_SPLIT.removesuffix(r"|\s+"),
-    r"\p{N}+",
-    r"[0-9][0-9][0-9]",
+    *(expressions.PUNCTUATION, expressions.GPT2_OPEN),
+    *(expressions.DIGITS, expressions.THREE_DIGITS),
 ))  # fmt: skip
 
 # By tokenizer.ggml.pre.
 BYTE_PAIRS: dict[str, BytePairs] = {
     "default": _DEFAULT,
-    "gpt-2": BytePairs((_GPT2_SPLIT,)),
-    "smollm": BytePairs((r"\p{N}", _GPT2_SPLIT)),
+    "gpt-2": BytePairs((expressions.GPT2,)),
+    "smollm": BytePairs((expressions.DIGIT, expressions.GPT2)),
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "falcon3": _LLAMA3,
-    "smaug-bpe": BytePairs((_LLAMA3_SPLIT,), whole_words=True),
+    "smaug-bpe": BytePairs((expressions.LLAMA3,), whole_words=True),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "megrez": _QWEN2,
-    "tekken": BytePairs((_TEKKEN_SPLIT,), whole_words=True, bos=True),
+    "tekken": BytePairs((expressions.TEKKEN,), whole_words=True, bos=True),
 }
 
 
 def pretrained_tokenizer(directory: Path, config: Mapping[str, Any]) -> Any | None:
     """The tokenizer in a directory of Hugging Face files, in the class that transformers chooses
     for the model whose config.json holds `config`; None where there is none."""
-    from transformers import AutoConfig, AutoTokenizer
-
     named = config.get("tokenizer_class")
-    # The class depends on these alone; transformers would check every other value, too.
-    chosen = AutoConfig.for_model(
-        str(config.get("model_type")), tokenizer_class=named if isinstance(named, str) else None
-    )
-    return _from_files(AutoTokenizer, directory, config=chosen)
+    named = named if isinstance(named, str) else None
+    return _from_files(directory, family=str(config.get("model_type")), named=named)
 
 
 def saved_tokenizer(directory: Path) -> Any | None:
     """The tokenizer that `save_pretrained` wrote into a directory, exactly as it was: a class
     chosen by the model's type would put its own rules in place of tokenizer.json's."""
-    from transformers import PreTrainedTokenizerFast
-
-    return _from_files(PreTrainedTokenizerFast, directory)
+    return _from_files(directory, family=None, named=None)
 
 
-def _from_files(tokenizer_class: Any, directory: Path, **options: Any) -> Any | None:
-    """Python that a checkpoint brings along is never run, and nobody is asked whether to."""
+def _from_files(directory: Path, **chosen: str | None) -> Any | None:
     if not any((directory / name).exists() for name in _FILES):
         return None
     inside = [directory, *(path for path in directory.glob("*chat_templates") if path.is_dir())]
@@ -122,10 +102,10 @@ def _from_files(tokenizer_class: Any, directory: Path, **options: Any) -> Any | 
     check_regular(texts, _MOST_BYTES)
     with _panics_unheard():
         try:
-            tokenizer = tokenizer_class.from_pretrained(
-                str(directory), local_files_only=True, trust_remote_code=False, **options
-            )
-            _try_out(tokenizer)
+            if expressions.foreign_in_files(texts):
+                expressions.try_to_load({"directory": str(directory), **chosen}, texts)
+            tokenizer = load_tokenizer(str(directory), **chosen)
+            expressions.mark(tokenizer, str(directory))
         except BaseException as error:  # of many kinds, for damaged files
             if not (isinstance(error, Exception) or is_panic(error)):
                 raise
@@ -135,13 +115,6 @@ def _from_files(tokenizer_class: Any, directory: Path, **options: Any) -> Any | 
             raise ValueError(f"the tokenizer in {directory} cannot be read: {reason}") from error
     tokenizer.init_kwargs.pop("auto_map", None)  # nor by those who open what is saved of it
     return tokenizer
-
-
-def _try_out(tokenizer: Any) -> None:
-    """A damaged tokenizer that can be read may yet panic when it is used."""
-    ids = tokenizer("a b\n1", verbose=False)["input_ids"]
-    tokenizer.decode(ids)
-    _ = tokenizer.special_tokens_map, len(tokenizer)
 
 
 def is_panic(error: BaseException) -> bool:
@@ -209,7 +182,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str = "") -> Any | None:
                 clean_up_tokenization_spaces=False,
                 **named,
             )
-            _try_out(tokenizer)
+            try_out(tokenizer)
         except BaseException as error:
             if not is_panic(error):
                 raise

@@ -30,9 +30,10 @@ from quantspec_jax.checks import require
 from quantspec_jax.commands import terminal
 from quantspec_jax.files import open_file, read_json
 from quantspec_jax.models.config import ModelConfig, RopeConfig
-from quantspec_jax.text import templates
+from quantspec_jax.text import expressions, templates
 from quantspec_jax.text.chat import chat_text
-from quantspec_jax.text.tokenizer import gguf_tokenizer
+from quantspec_jax.text.prompts import encode
+from quantspec_jax.text.tokenizer import BYTE_PAIRS, gguf_tokenizer, saved_tokenizer
 
 NOT_NUMBERS = [math.nan, math.inf, -math.inf, -1.0, 0.0, True, "1", [1], 10**400, -(10**400)]
 
@@ -606,3 +607,94 @@ def test_a_template_has_bounded_time_and_size(template, words, monkeypatch):
     assert len(terminal.describe(caught.value).splitlines()) == 1
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert chat_text("x" * 10**6, tokenizer) == "x" * 10**6
+
+
+# Regular expressions of a tokenizer.
+
+SLOW = "(?:a|aa|aaa){1,11}c"  # a tenth of a second for each character
+
+
+def with_tokenizer(path: Path, **parts: Any) -> Path:
+    """A directory with a tokenizer, and some of its parts in place of its own."""
+    files = seeds.tokenizer_files()
+    values = json.loads(files["tokenizer.json"]) | parts
+    files["tokenizer.json"] = json.dumps(values).encode()
+    return seeds.write(files, path)
+
+
+def split(expression: str) -> dict[str, Any]:
+    return {
+        "type": "Split",
+        "pattern": {"Regex": expression},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+
+
+def replace(expression: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": expression}, "content": "b"}
+
+
+@pytest.fixture
+def little_time(monkeypatch):
+    monkeypatch.setattr(expressions, "SECONDS", 1.0)
+
+
+def test_an_expression_has_bounded_time_for_a_text(tmp_path, little_time):
+    path = with_tokenizer(tmp_path / "t", pre_tokenizer=split(SLOW))
+    tokenizer = saved_tokenizer(path)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"by regular expressions of its own.*seconds") as caught:
+        encode("a" * 3000, tokenizer)
+    assert time.monotonic() - start < 5
+    assert str(path) in terminal.describe(caught.value)
+    # The child that was ended is replaced, and whatever else the tokenizer is given is encoded.
+    assert encode("abc", tokenizer) == tokenizer("abc")["input_ids"]
+
+
+def test_an_expression_has_bounded_time_when_a_tokenizer_is_read(tmp_path, little_time):
+    """What the normalizer does to added tokens is done as they are read."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+    token = {"id": 3, "content": "a" * 9000, "normalized": True, **flags}
+    path = with_tokenizer(tmp_path / "t", normalizer=replace(SLOW), added_tokens=[token])
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"cannot be read: it takes over .* seconds") as caught:
+        saved_tokenizer(path)
+    assert time.process_time() - start < 1
+    assert str(path) in terminal.describe(caught.value)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_ids_are_the_same_whoever_finds_them(special, tmp_path):
+    texts = ["abab 123 a\n b", "", "  a", "</s>ab<s>", "x" * 1000]
+    expression = r"\p{L}+|\s"  # no model's
+    tokenizer = saved_tokenizer(with_tokenizer(tmp_path / "t", pre_tokenizer=split(expression)))
+    assert expressions.is_marked(tokenizer)
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+        assert encode(text, tokenizer, special=special) == ids
+
+
+@pytest.mark.parametrize("name", sorted(BYTE_PAIRS))
+def test_expressions_of_real_models_need_no_child(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(expressions, "_child", None)
+    splits = [split(expression) for expression in BYTE_PAIRS[name].splits]
+    parts = {"type": "Sequence", "pretokenizers": splits}
+    tokenizer = saved_tokenizer(with_tokenizer(tmp_path / "t", pre_tokenizer=parts))
+    assert encode("ab 12", tokenizer) == tokenizer("ab 12")["input_ids"]
+    assert not expressions.is_marked(tokenizer)
+
+
+def test_a_key_that_is_there_twice_hides_no_expression(tmp_path):
+    path = with_tokenizer(tmp_path / "t", pre_tokenizer=split(expressions.QWEN2))
+    file = path / "tokenizer.json"
+    assert not expressions.foreign_in_files([file])
+    for twice in ('{"\\u0052egex": "b+", "Regex": ', '{"Regex": "b+", "Regex": '):
+        file.write_text(file.read_text().replace('{"Regex": ', twice))
+        assert expressions.foreign_in_files([file])
+
+
+def test_a_decoder_replaces_texts_alone(tmp_path):
+    path = with_tokenizer(tmp_path / "t", decoder=replace("b+"))
+    with pytest.raises(ValueError, match=f"{path} cannot be read: its decoder replaces by"):
+        saved_tokenizer(path)

@@ -191,6 +191,7 @@ class Runner:
         )
         if model.tokenizer is not None and not is_draft:
             encode(seeds.TEXT, model.tokenizer)
+            encode("a" * 2000, model.tokenizer)
             if chat and getattr(model.tokenizer, "chat_template", None):
                 chat_text("ab", model.tokenizer)
         tokens = np.asarray([[0, 1, 2]]) % model.config.vocab_size

@@ -14,6 +14,7 @@ import collections
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -95,12 +96,18 @@ def _child(folder: Path, seed: int, first: int, last: int, formats: list[str] | 
                     raise RuntimeError("the fuzzer's child ended between two cases")
                 found = lines.next(MOST_WALL_SECONDS)
                 if found is None:
-                    why = "ended the process" if lines.ended else "took too long"
+                    why = _end_of(child) if lines.ended else "took too long"
                     yield begun["format"], {"outcome": "failed", "why": f"{why}: {_said(folder)}"}
                     return
                 yield begun["format"], found
         finally:
             child.kill()
+
+
+def _end_of(child: subprocess.Popen[bytes]) -> str:
+    status = child.wait()
+    how = signal.Signals(-status).name if status < 0 else f"status {status}"
+    return f"ended the process ({how})"
 
 
 def _said(folder: Path) -> str:

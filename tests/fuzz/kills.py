@@ -1,12 +1,14 @@
 """Kill conversions and calibrations at random moments, and look at what is left.
 
-    python tests/fuzz/kills.py --kills 200 [--seed 0] [--job plain|convert|overwrite|calibrate ...]
+    python tests/fuzz/kills.py --kills 200 [--seed 0] [--job plain convert overwrite calibrate ...]
 
 A command is killed with SIGKILL, SIGTERM or SIGINT at a moment of its run, then the same one runs
 to its end. Afterwards the checkpoint is, byte for byte but for two dates and a name that Orbax
 notes, that of a run which nobody killed; nothing is left beside it; and what others have there was
-not touched. After SIGTERM and SIGINT nothing but finished layers is left even before. Prints a line
-a job, and exits with 1 at the first thing that is otherwise.
+not touched. After SIGTERM and SIGINT nothing but finished layers is left even before. A tenth as
+often two are started, the second at a moment of the first's run: one wins, and the other says so;
+of half of these pairs the first is killed, and the same command then goes through. Prints a line a
+job, and exits with 1 at the first thing that is otherwise.
 
 Each run is a fork of this process, which has imported everything and started nothing of JAX's.
 """
@@ -50,6 +52,7 @@ JOBS = {
     "convert": ("--draft", "rtn"),
     "overwrite": ("--draft", "rtn", "--overwrite"),
     "calibrate": GPTQ,
+    "imported": ("--draft-from",),
 }
 
 
@@ -81,7 +84,22 @@ def make_model(directory: Path) -> int:
     from conftest import write_tiny_llama
 
     write_tiny_llama(directory, max_position_embeddings=64)
+    make_gptq(directory, directory.with_name("gptq"))
     return 0
+
+
+def make_gptq(model: Path, out: Path) -> None:
+    """A GPTQ checkpoint of the same model, of 4 bits in groups of 16."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import seeds
+    from safetensors.numpy import load_file
+
+    method = {"quant_method": "gptq", "bits": 4, "group_size": 16, "checkpoint_format": "gptq"}
+    values = json.loads((model / "config.json").read_text()) | {"quantization_config": method}
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(values))
+    tensors = seeds.packed_tensors("gptq", load_file(model / "model.safetensors"))
+    (out / "model.safetensors").write_bytes(seeds.safetensors(tensors))
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -106,8 +124,8 @@ class Job:
         self.out = self.place / "out"
         text = work / "text.txt"
         text.write_text(TEXT * 300)
-        more = ("--draft-text", str(text)) if name == "calibrate" else ()
-        self.command = ["convert", str(model), str(self.out), *JOBS[name], *more]
+        more = {"calibrate": ("--draft-text", str(text)), "imported": (str(work / "gptq"),)}
+        self.command = ["convert", str(model), str(self.out), *JOBS[name], *more.get(name, ())]
         self.before = work / f"{name}-before"
         if name == "overwrite":
             self._make_before(["convert", str(model), str(self.out), "--dtype", "float16"])
@@ -161,6 +179,32 @@ class Job:
         assert contents(self.out) == self.expected, f"{self.name}: other bytes"
         return status != 0
 
+    def race(self, moment: float, number: signal.Signals | None) -> bool:
+        """Two at once; with a signal, for the first. Whether the second was told who works."""
+        self._start_anew()
+        log = self.log.with_suffix(".second.log")
+        log.unlink(missing_ok=True)
+        first = forked(lambda: cli.main(self.command), self.log)
+        time.sleep(moment)
+        second = forked(lambda: cli.main(self.command), log)
+        late = ended(second)
+        if number is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(first, number)
+        early, said = ended(first), log.read_text()
+        told = late == 2 and "is writing" in said and (early == 0 or number is not None)
+        # One wins; where the first had ended by then, the second finds its checkpoint.
+        after = late == (0 if self.name == "overwrite" else 2) and early == 0
+        won = late == 0 and early == 2
+        assert told or after or won, (
+            f"{self._said()} exit status {early}, the second's {late}: {said}"
+        )
+        if late != 0 and early != 0:
+            self._run()
+        self._check_left()
+        assert contents(self.out) == self.expected, f"{self.name}: other bytes after two"
+        return told
+
     def _check_left(self, *allowed: str) -> None:
         """Others' things, untouched, `out` and what is allowed."""
         for name, data in FOREIGN.items():
@@ -190,8 +234,15 @@ def main() -> int:
                 job.kill(SIGNALS[k % len(SIGNALS)], rng.uniform(0, 1.05 * job.seconds))
                 for k in range(kills)
             )
+            races = max(2, kills // 10)
+            told = sum(
+                job.race(rng.uniform(0, job.seconds), SIGNALS[k // 2 % 3] if k % 2 else None)
+                for k in range(races)
+            )
             print(
-                f"{job_name}: {kills} kills, {early} in time; {job.seconds:.1f} s a run", flush=True
+                f"{job_name}: {kills} kills, {early} in time; {races} pairs, {told} at work at "
+                f"once; {job.seconds:.1f} s a run",
+                flush=True,
             )
     return 0
 

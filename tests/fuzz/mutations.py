@@ -25,6 +25,16 @@ _TEMPLATES = [
     "{% for %}",
     "{{ messages[0].content.x.y }}",
 ]
+_EXPRESSIONS = [
+    "(?:a|aa|aaa){1,11}c",
+    "(a+)+$",
+    "(?=(a*a*a*)*b)",
+    "b+",
+    "(",
+    "a{1000}{1000}",
+    "$",
+    "",
+]
 _VALUES: list[Any] = [
     *(None, True, False, 0, -1, 1, 2, 3, 5, 7, 31, 64, 2**31 - 1, 2**31, 2**32, 2**63, 2**64),
     *(10**400, -(10**400), 0.5, -1.0, 1e-50, 5e-324, 1e30, 1e38, 1e308, math.nan, math.inf),
@@ -38,8 +48,11 @@ _VALUES: list[Any] = [
 def change_json(text: bytes, rng: random.Random) -> bytes:
     """One to three values, keys or places of a JSON text."""
     values = json.loads(text)
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        values = _changed(values, rng)
+    if isinstance(values, dict) and "pre_tokenizer" in values and rng.random() < 0.04:
+        values |= _expression(rng)
+    else:
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            values = _changed(values, rng)
     changed = json.dumps(values)
     changed = changed.replace(f'"{_DIGITS}"', "1" + "0" * 5000)
     changed = changed.replace(f'"{_DEEP}"', "[" * 100_000 + "]" * 100_000)
@@ -47,6 +60,18 @@ def change_json(text: bytes, rng: random.Random) -> bytes:
         key = next(iter(values), "x") if isinstance(values, dict) else "x"
         changed = changed.replace("{", "{" + json.dumps(str(key)) + ": 0, ", 1)
     return changed.encode("utf-8", "surrogatepass")
+
+
+def _expression(rng: random.Random) -> dict[str, Any]:
+    """A part of a tokenizer, with a regular expression, and a token that the part is applied to."""
+    pattern = {"Regex": rng.choice(_EXPRESSIONS)}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    replace = {"type": "Replace", "pattern": pattern, "content": rng.choice(("x", "aa"))}
+    part = rng.choice(("pre_tokenizer", "normalizer", "decoder"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+    token = {"id": 3, "content": "a" * 2000, "normalized": True, **flags}
+    parts = {part: split if part == "pre_tokenizer" else replace}
+    return parts | ({"added_tokens": [token]} if rng.random() < 0.3 else {})
 
 
 def _changed(values: Any, rng: random.Random) -> Any:
@@ -62,7 +87,8 @@ def _changed(values: Any, rng: random.Random) -> Any:
     elif what < 0.8:
         del holder[key]
     elif what < 0.9 and isinstance(holder[key], int | float):
-        holder[key] = rng.choice((holder[key] * 2, holder[key] + 1, -holder[key], holder[key] / 3))
+        x = holder[key]
+        holder[key] = rng.choice((x * 2, x + 1, -x, x / 3 if abs(x) < 1e300 else x // 3))
     else:
         other, name = rng.choice(places)
         value = copy.deepcopy(other[name])
@@ -152,7 +178,7 @@ def _changed_tensor(tensor: tuple[str, tuple[int, ...], int, bytes], rng: random
             (name + "x", "token_embd.weight", "rope_freqs.weight", "", "\0", "é" * 99)
         )
     elif what < 0.5:
-        sizes = (0, 1, 8, 2**31, 2**63, 2**64 - 1, shape[0])
+        sizes = (0, 1, 8, 2**31, 2**63, 2**64 - 1, *shape[:1])
         shape = rng.choice((shape[::-1], (*shape, 1), (rng.choice(sizes), *shape[1:]), ()))
     elif what < 0.8:
         kind = rng.choice((0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 16, 30, 99, 2**32 - 1))

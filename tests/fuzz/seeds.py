@@ -295,8 +295,19 @@ def _encoded(kind: str, array: np.ndarray) -> tuple[int, bytes]:
 
 def packed(method: str) -> dict[str, bytes]:
     """The model of `hugging_face("llama")` in GPTQ's or AWQ's 4 bits, groups of 16 channels."""
+    quantization = {"quant_method": method, "bits": 4, "group_size": 16}
+    quantization |= {"gptq": {"checkpoint_format": "gptq"}, "awq": {"version": "gemm"}}[method]
+    values = config("llama", quantization_config=quantization)
+    return {
+        "config.json": json.dumps(values).encode(),
+        "model.safetensors": safetensors(packed_tensors(method, weights("llama"))),
+    }
+
+
+def packed_tensors(method: str, whole: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The linear layers of blocks as GPTQ or AWQ store them; the others as they are."""
     tensors: dict[str, np.ndarray] = {}
-    for name, weight in weights("llama").items():
+    for name, weight in whole.items():
         if weight.ndim == 1 or "layers" not in name:
             tensors[name] = weight
             continue
@@ -315,13 +326,7 @@ def packed(method: str) -> dict[str, bytes]:
             tensors[base + "qweight"] = _words([codes[:, i::8] for i in order])
             tensors[base + "qzeros"] = _words([zeros[:, i::8] for i in order])
         tensors[base + "scales"] = scale
-    quantization = {"quant_method": method, "bits": 4, "group_size": 16}
-    quantization |= {"gptq": {"checkpoint_format": "gptq"}, "awq": {"version": "gemm"}}[method]
-    values = config("llama", quantization_config=quantization)
-    return {
-        "config.json": json.dumps(values).encode(),
-        "model.safetensors": safetensors(tensors),
-    }
+    return tensors
 
 
 def _words(fields: Sequence[np.ndarray]) -> np.ndarray:

@@ -321,6 +321,31 @@ def bulk_copy(target, source, num_bytes, barrier):
     _update(barrier, 0, -count)
 
 
+def unit_copy(target, source):
+    """Noted, and done as late as may be: when the thread waits for its group, or arrives after its
+    copies."""
+    assert not ((target.array | source.array)[HERE.mask] % 16).any(), "units of 16 bytes"
+    HERE.__dict__.setdefault("ordered", []).append((target, source, HERE.mask))
+
+
+def commit_copies():
+    ordered = HERE.__dict__.pop("ordered", [])
+    HERE.__dict__.setdefault("groups", []).append(ordered)
+
+
+def wait_copies(pending):
+    groups = HERE.__dict__.setdefault("groups", [])
+    while len(groups) > pending:
+        for target, source, mask in groups.pop(0):
+            masked(mask, lambda: scatter(target, gather(source, 16)))  # noqa: B023
+
+
+def arrive_after_copies(barrier):
+    commit_copies()
+    wait_copies(0)
+    _update(barrier, len(active()), 0)
+
+
 def sync_threads(barrier, threads):
     HERE.block.named_barrier(one(barrier), threads).wait(PATIENCE_SECONDS)
 
@@ -396,7 +421,12 @@ REPLACEMENTS: dict[str, Any] = {
     "barrier_arrive": lambda barrier: _update(barrier, len(active()), 0),
     "barrier_expect": lambda barrier, n: _update(barrier, 1, one(n)),
     "barrier_wait": barrier_wait,
+    "barrier_poll": barrier_wait,
     "bulk_copy": bulk_copy,
+    "unit_copy": unit_copy,
+    "commit_copies": commit_copies,
+    "wait_copies": wait_copies,
+    "arrive_after_copies": arrive_after_copies,
     "peer_address": peer_address,
     "store_peer": store_peer,
     "sync_cluster": lambda: HERE.block.cluster_barrier.wait(PATIENCE_SECONDS),
@@ -462,12 +492,16 @@ def kernel(body, out_type, *, name, blocks, warpgroups, shared_bytes=0, cluster=
     return call
 
 
+def replace(monkeypatch: Any, name: str, replacement: Any) -> None:
+    """In whichever module has this name of `ptx`."""
+    original = getattr(ptx, name)
+    modules = [m for path, m in sys.modules.items() if path.startswith("pallas_kernels.")]
+    for module in modules:
+        if vars(module).get(name) is original:
+            monkeypatch.setattr(module, name, replacement)
+
+
 def install(monkeypatch: Any) -> None:
-    """Let the kernels that have been imported run here: whichever module has a name of `ptx` gets
-    what stands for it."""
-    modules = [m for name, m in sys.modules.items() if name.startswith("pallas_kernels.")]
+    """Let the kernels that have been imported run here."""
     for name, replacement in {**REPLACEMENTS, "kernel": kernel}.items():
-        original = getattr(ptx, name)
-        for module in modules:
-            if vars(module).get(name) is original:
-                monkeypatch.setattr(module, name, replacement)
+        replace(monkeypatch, name, replacement)

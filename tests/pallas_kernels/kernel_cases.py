@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.kv_attention.read import Attended, Pages, Read
+from pallas_kernels.kv_attention.xla import dequantize_keys, dequantize_values
 from pallas_kernels.layout import LayerCache, Planes, QuantizedWeight, pack
+from pallas_kernels.products.around import Around
 from pallas_kernels.quantize_pack import xla as quantize
 from pallas_kernels.rope_append.heads import Heads
 
@@ -70,11 +73,82 @@ def _over_tiles(past: np.ndarray, numbers: jax.Array) -> np.ndarray:
     return past.reshape(past.shape[0], 1, past.shape[1], *[1] * (numbers.ndim - 3))
 
 
+def random_pages(
+    coded: Sequence[int] | np.ndarray, kv_heads: int, count: Sequence[int], places: int, seed=0
+) -> Pages:
+    """`count` tiles of the first `coded` of each sequence, other ones for each head; the last head
+    has tile 0 wherever it has one. Places that are not used hold what is no tile."""
+    rng = np.random.default_rng(seed)
+    tiles = np.full((len(coded), kv_heads, places), 1 << 30, np.int32)
+    for b, k in np.ndindex(tiles.shape[:2]):
+        chosen = rng.permutation(coded[b])[: count[b]]
+        if count[b] and k == kv_heads - 1 and 0 not in chosen:
+            chosen[0] = 0
+        tiles[b, k, : count[b]] = np.sort(chosen)
+    return Pages(jnp.asarray(tiles), jnp.asarray(count, jnp.int32))
+
+
+def with_poison_but_in(call, pages: Pages):
+    """The same call with NaN scales in tiles that are not listed."""
+    q, cache, *lengths = call
+    tiles = np.arange(cache.keys.upper.shape[2])
+    used = np.arange(pages.tiles.shape[2])[None, None] < np.asarray(pages.count)[:, None, None]
+    listed = ((np.asarray(pages.tiles)[..., None] == tiles) & used[..., None]).any(2)
+
+    def poisoned(planes: Planes) -> Planes:
+        mask = listed.reshape(*listed.shape, *[1] * (planes.scale.ndim - 3))
+        return planes._replace(scale=jnp.where(mask, planes.scale, jnp.nan))
+
+    keys, values = poisoned(cache.keys), poisoned(cache.values)
+    return (q, dataclasses.replace(cache, keys=keys, values=values), *lengths)
+
+
 def without_poison(call):
     """The same call with zeros in place of NaN, for a reference that multiplies what it masks."""
     return jax.tree.map(
         lambda x: jnp.nan_to_num(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, call
     )
+
+
+def plain_attention(call, read: Read, sm_scale: float, strict: bool, pages=None) -> Attended:
+    """Softmax attention of one query at a time, over the keys and values that it may see: output,
+    log-sum-exp, and that of each tile."""
+    q, cache, quantized, start = call
+    batch, tokens, heads = q.shape[:3]
+    kv_heads, slots = cache.key_buffer.shape[1:3]
+    buffers = [np.asarray(x, np.float64) for x in (cache.key_buffer, cache.value_buffer)]
+    out, lse, tiles, g = np.zeros(q.shape), np.full(q.shape[:3], -np.inf), 0, 1
+    if cache.keys is not None:
+        tiles, g = cache.keys.upper.shape[2:4]
+        dense = {
+            view: [
+                np.asarray(f(x, view), np.float64).reshape(batch, kv_heads, tiles, g, -1)
+                for f, x in (
+                    (dequantize_keys, cache.keys),
+                    (dequantize_values, cache.values),
+                )
+            ]
+            for view in ("int8", read.view)
+        }
+    page_lse = np.full((*q.shape[:3], tiles), -np.inf)
+    for b, h, i in np.ndindex(batch, heads, tokens):
+        k, n, last = h // (heads // kv_heads), int(quantized[b]), int(start[b]) + i - strict
+        chosen = range(n // g)
+        if pages is not None:
+            chosen = np.asarray(pages.tiles)[b, k, : int(pages.count[b])]
+        parts = [(None, [x[b, k][[p % slots for p in range(n, last + 1)]] for x in buffers])]
+        for tile in chosen:
+            view = "int8" if tile < read.exact_tiles else read.view
+            parts.append((tile, [x[b, k, tile] for x in dense[view]]))
+        scores = [x[0] @ np.asarray(q[b, i, h], np.float64) * sm_scale for _, x in parts]
+        for (tile, _), found in zip(parts, scores, strict=True):
+            if tile is not None:
+                page_lse[b, i, h, tile] = np.logaddexp.reduce(found)
+        total = np.concatenate(scores)
+        if len(total):
+            lse[b, i, h] = np.logaddexp.reduce(total)
+            out[b, i, h] = np.exp(total - lse[b, i, h]) @ np.concatenate([x[1] for _, x in parts])
+    return Attended(out, lse, page_lse)  # type: ignore[arg-type]
 
 
 def with_other_lower_planes(cache: LayerCache) -> LayerCache:
@@ -141,3 +215,43 @@ def heads_call(
     some = Planes(*(jnp.zeros(1) for _ in range(4))) if planes else None
     buffers = (numbers(batch, k, slots, d) for _ in range(2))
     return heads, LayerCache(some, some, *buffers), jnp.array(start[:batch], jnp.int32)
+
+
+def random_around(
+    parts: str, rows: int, inputs: int, outputs: int, eps: float = 1e-3, seed: int = 9
+) -> Around:
+    """What is named of "norm", "residual" and "gated", with random numbers."""
+    keys = jax.random.split(jax.random.key(seed), 2)
+    norm, residual = (
+        jax.random.normal(k, shape).astype(jnp.bfloat16)
+        for k, shape in zip(keys, ((inputs,), (rows, outputs)), strict=True)
+    )
+    return Around(
+        norm if "norm" in parts else None,
+        eps if "norm" in parts else 0.0,
+        residual if "residual" in parts else None,
+        "gated" in parts,
+    )
+
+
+def dense_products(x, weights: Sequence[Any], around: Around) -> list[np.ndarray]:
+    """Products with dense [Kin, N] weights and what stands around them, written from the formulas
+    in float64; what is rounded to bfloat16 on the way is rounded here too."""
+
+    def wide(array: Any) -> np.ndarray:
+        return np.asarray(array, np.float64)
+
+    def rounded(array: np.ndarray) -> np.ndarray:
+        return wide(array.astype(jnp.bfloat16))
+
+    h = wide(x)
+    if around.norm is not None:
+        size = np.sqrt((h**2).mean(-1, keepdims=True) + around.eps)
+        h = rounded(h / size * wide(around.norm))
+    found = [h @ wide(w) for w in weights]
+    if around.gated:
+        gate, up = map(rounded, found)
+        found = [gate / (1 + np.exp(-gate)) * up]
+    if around.residual is not None:
+        found = [wide(around.residual) + rounded(found[0])]
+    return found

@@ -10,9 +10,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from kernel_cases import HEADS, attention_call, heads_call, random_weight
+from kernel_cases import (
+    HEADS,
+    attention_call,
+    heads_call,
+    random_around,
+    random_pages,
+    random_weight,
+)
 
 from pallas_kernels.add_rms_norm.api import add_rms_norm
+from pallas_kernels.bf16_matmul.api import bf16_matmuls
 from pallas_kernels.int4_matmul.api import int4_matmuls
 from pallas_kernels.kv_attention.api import kv_attention
 from pallas_kernels.kv_attention.read import Read
@@ -35,15 +43,31 @@ def calls():
             tiles=4, positions=[0, 127, 128, 700],
         )  # fmt: skip
         yield functools.partial(kv_attention, read=Read(view), sm_scale=0.1), call
-    for rows, inputs, outputs, group, symmetric in (
-        (1, 1024, (256, 128), 128, False),
-        (8, 300, (208,), 64, True),
-        (16, 160, (64, 32), 32, False),
+        if view == "full":
+            continue
+        exact = functools.partial(kv_attention, read=Read(view, int(view == "int4")), sm_scale=0.1)
+        yield functools.partial(exact, page_log_sums=True), call
+        pages = random_pages([0, 0, 0, 4], 2, [0, 0, 0, 2], 3)
+        yield functools.partial(_listed, exact), (pages, *call)
+    for rows, inputs, outputs, transposed, parts in (
+        (1, 1024, (256, 72), False, "norm"),
+        (8, 320, (208, 208), False, "norm gated"),
+        (16, 2048, (136,), True, "residual"),
+    ):
+        shapes = [(n, inputs) if transposed else (inputs, n) for n in outputs]
+        weights = [jax.random.normal(jax.random.key(4), s).astype(jnp.bfloat16) for s in shapes]
+        x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)
+        run = functools.partial(bf16_matmuls, transposed=transposed)
+        yield run, (x, weights, random_around(parts, rows, inputs, outputs[0]))
+    for rows, inputs, outputs, group, symmetric, parts in (
+        (1, 1024, (256, 128), 128, False, "norm"),
+        (8, 300, (208,), 64, True, "residual"),
+        (16, 160, (64, 64), 32, False, "norm gated"),
     ):
         plain = [random_weight(inputs, n, group, symmetric, i) for i, n in enumerate(outputs)]
         weights = [tile(weight) for weight in plain]
         x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)
-        yield int4_matmuls, (x, weights)
+        yield int4_matmuls, (x, weights, random_around(parts, rows, inputs, outputs[0]))
     for kernel in (quantize_keys, quantize_values):
         x = jax.random.normal(jax.random.key(2), (2, 3, 256, 128)).astype(jnp.bfloat16)
         yield functools.partial(kernel, group_size=128), (x,)
@@ -51,6 +75,10 @@ def calls():
     yield functools.partial(add_rms_norm, eps=1e-6), (x, x, x[0])
     for case in HEADS:
         yield rope_append, heads_call(case, True, (31, 62))
+
+
+def _listed(attend, pages, *call, backend):
+    return attend(*call, pages=pages, backend=backend)
 
 
 def main() -> None:

@@ -6,14 +6,17 @@ import functools
 import types
 import warnings
 
+import emulator
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.mosaic.gpu import core as mosaic_core
+from jax.experimental.mosaic.gpu import utils as mosaic_utils
 from jax.experimental.mosaic.gpu.core import artificial_shared_memory_limit
 from kernel_cases import attention_call, random_weight, without_poison
 
-from pallas_kernels import devices, dispatch
+from pallas_kernels import devices, dispatch, ptx
 from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
 from pallas_kernels.int4_matmul.api import int4_matmul
@@ -79,9 +82,22 @@ def test_kernels_run_from_hopper_on(on, capability):
     assert device.multiprocessors == MULTIPROCESSORS[capability]
 
 
+@pytest.mark.parametrize("capability", ["8.0", "8.6"])
+def test_ampere_takes_a_jax_that_compiles_for_it(on, monkeypatch, capability):
+    device = on(capability)
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    monkeypatch.setattr(jax, "__version__", "0.10.2")
+    with pytest.warns(UserWarning, match="it takes JAX 0.11 or later .* and this is 0.10.2"):
+        assert not dispatch.use_mosaic_gpu("auto", "kernel", None)
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    assert dispatch.use_mosaic_gpu("auto", "kernel", None)
+    assert dispatch.target() == device
+
+
 @pytest.mark.parametrize("capability", OLDER)
-def test_an_older_device_says_once_that_it_runs_none(on, capability):
+def test_an_older_device_says_once_that_it_runs_none(on, monkeypatch, capability):
     on(capability)
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     call = without_poison(
         attention_call(
             "int4", kv_heads=1, group=1, tokens=1, head_dim=32, group_size=32, tiles=1,
@@ -94,7 +110,8 @@ def test_an_older_device_says_once_that_it_runs_none(on, capability):
     (notice,) = [str(w.message) for w in seen]
     assert f"{OLDER[capability]} (compute capability {capability})" in notice
     assert all(name in notice for name in dispatch.KERNELS)
-    assert "compute capability 8.0 or later" in notice or "compute capability 9.0" in notice
+    why = "compute capability 8.0 or later" if capability == "7.5" else "it takes JAX 0.11 or later"
+    assert why in notice
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = attend()
@@ -193,3 +210,51 @@ def test_a_device_with_little_shared_memory(on, head_dim, kernels):
         weight = tile(random_weight(576, 576, 64, False))
         x = jnp.zeros((4, 576), jnp.bfloat16)
         assert lowered(int4_matmul, x, weight).count("custom_call @mosaic_gpu") == 1
+
+
+# What ptxas refuses for 8.x.
+HOPPERS = (
+    "cp.async.bulk",
+    "mbarrier.try_wait",
+    "mbarrier.arrive.expect_tx",
+    "fence.mbarrier_init",
+    "mul.rn.bf16x2",
+    "barrier.cluster",
+    "mapa.shared::cluster",
+    "st.shared::cluster",
+)
+
+
+@pytest.mark.parametrize("capability", ["8.6", "12.0"])
+def test_instructions_are_those_of_the_device(on, monkeypatch, capability):
+    """Lowered for it, with its shared memory; bulk copies where they are, else unit by unit."""
+    device = on(capability)
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    (module,) = [m for m in (mosaic_core, mosaic_utils) if hasattr(m, "_infer_arch")]
+    monkeypatch.setattr(module, "_infer_arch", lambda: device.capability)
+    emitted, asm = set(), ptx.asm
+
+    def noted(template, *args, **options):
+        emitted.add(template)
+        return asm(template, *args, **options)
+
+    emulator.replace(monkeypatch, "asm", noted)
+    call = attention_call(
+        "int8", kv_heads=2, group=4, tokens=8, head_dim=128, group_size=128, tiles=3,
+        positions=[384],
+    )  # fmt: skip
+    x, weight = jnp.zeros((4, 576), jnp.bfloat16), tile(random_weight(576, 576, 64, False))
+    jax.clear_caches()
+    with artificial_shared_memory_limit(device.shared_bytes):
+        for kernel, args in (
+            (functools.partial(kv_attention, read=Read("int8"), sm_scale=0.1), call),
+            (functools.partial(int4_matmul), (x, weight)),
+        ):
+            assert "custom_call @mosaic_gpu" in lowered(kernel, *args)
+    text = "\n".join(emitted)
+    if device.generation.bulk_copies:
+        assert "cp.async.bulk" in text
+        assert "cp.async.cg" not in text
+    else:
+        assert not [name for name in HOPPERS if name in text]
+        assert "cp.async.cg" in text

@@ -1,4 +1,5 @@
-"""The Pallas kernels on a CUDA device, against the XLA references. `pytest -m gpu`."""
+"""The Pallas kernels on a CUDA device, against the XLA references. `pytest -m gpu`, and as on an
+older device: `pretend`."""
 
 from __future__ import annotations
 
@@ -11,15 +12,22 @@ import pytest
 from kernel_cases import (
     HEADS,
     attention_call,
+    dense_products,
     heads_call,
+    random_around,
+    random_pages,
     random_weight,
     relative_error,
     with_other_lower_planes,
+    with_poison_but_in,
     without_poison,
 )
 
 from pallas_kernels import dispatch
 from pallas_kernels.add_rms_norm import api as norm
+from pallas_kernels.bf16_matmul import api as bf16
+from pallas_kernels.bf16_matmul import configs as bf16_configs
+from pallas_kernels.bf16_matmul import mosaic_gpu as bf16_kernel
 from pallas_kernels.int4_matmul import api as matmul
 from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul_kernel
@@ -39,30 +47,44 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def _cuda_and_exact_references():
     if dispatch.device() is None:
-        pytest.skip("no CUDA device of compute capability 9.0")
+        pytest.skip("no CUDA device that the kernels run on")
     with jax.default_matmul_precision("highest"):
         yield
 
 
-def reference(call, view: str, strict: bool = False):
-    options = {"read": Read(view), "sm_scale": 0.11, "strict": strict}
+def copies_in_bulk() -> bool:
+    return dispatch.target().generation.bulk_copies
+
+
+def reference(call, read: Read, strict: bool = False, pages=None, page_log_sums: bool = False):
+    options = {"read": read, "sm_scale": 0.11, "strict": strict, "page_log_sums": page_log_sums}
     run = functools.partial(attention.kv_attention, **options, backend="xla")
-    return jax.jit(run)(*without_poison(call))
+    return jax.jit(run)(*without_poison(call), pages=pages)
 
 
-def check_attention(call, view: str, expected, strict: bool = False, config=None) -> None:
-    options = {"read": Read(view), "sm_scale": 0.11, "strict": strict}
+def check_attention(
+    call, read: Read, expected, strict: bool = False, config=None, pages=None
+) -> None:
+    """Page log-sums are asked for where they are expected."""
+    asked = expected.page_log_sums is not None
+    options = {"read": read, "sm_scale": 0.11, "strict": strict, "page_log_sums": asked}
     if config is None:
         run = functools.partial(attention.kv_attention, **options, backend="mosaic_gpu")
     else:
-        run = functools.partial(mosaic_gpu.kv_attention, **options, config=config)
+        run = functools.partial(
+            mosaic_gpu.kv_attention, **options, config=config, bulk=copies_in_bulk()
+        )
     run = jax.jit(run)
-    found, again = run(*call), run(*call)
-    for a, b in zip(found, again, strict=True):
+    if pages is not None:
+        call = with_poison_but_in(call, pages)
+    found, again = run(*call, pages=pages), run(*call, pages=pages)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert relative_error(found[0], expected[0]) <= 2e-3
-    assert relative_error(found[0].astype(jnp.bfloat16), expected[0]) <= 3e-3
-    np.testing.assert_allclose(found[1], expected[1], atol=5e-3)
+    assert relative_error(found.out, expected.out) <= 2e-3
+    assert relative_error(found.out.astype(jnp.bfloat16), expected.out) <= 3e-3
+    np.testing.assert_allclose(found.log_sum_exp, expected.log_sum_exp, atol=5e-3)
+    if asked:
+        np.testing.assert_allclose(found.page_log_sums, expected.page_log_sums, atol=1e-2)
 
 
 @pytest.mark.parametrize("view", ["int4", "int8", "full"])
@@ -84,7 +106,7 @@ def test_attention_over_ragged_lengths(view, head_dim, group_size, group, tokens
         tiles=9,
         positions=positions,
     )
-    check_attention(call, view, reference(call, view))
+    check_attention(call, Read(view), reference(call, Read(view)))
 
 
 @pytest.mark.parametrize(("view", "tokens"), [("int4", 4), ("int8", 4), ("int8", 5), ("int8", 8)])
@@ -95,9 +117,52 @@ def test_attention_in_every_configuration(view, tokens):
     )  # fmt: skip
     options = {"read": Read(view), "sm_scale": 0.11, "strict": False}
     shape = mosaic_gpu.shape_of(*call[:2], **options)
-    expected = reference(call, view)
-    for config in configs.candidates(shape):
-        check_attention(call, view, expected, config=config)
+    expected = reference(call, Read(view))
+    pages = random_pages(np.asarray(call[2]) // 128, 2, [6, 1], 8)
+    exact = Read(view, int(view == "int4"))
+    # One of these in turn.
+    more = [{"pages": pages}, {"page_log_sums": True}]
+    wanted = [reference(call, exact, **asked) for asked in more]
+    for i, config in enumerate(configs.candidates(shape)):
+        check_attention(call, Read(view), expected, config=config)
+        which = more[i % 2].get("pages")
+        check_attention(call, exact, wanted[i % 2], config=config, pages=which)
+
+
+@pytest.mark.parametrize("kv_heads", [8, 32])
+@pytest.mark.parametrize(
+    ("read", "tokens"), [(DRAFT, 1), (Read("int4", 1), 1), (TARGET, 5), (Read("int4", 1), 16)]
+)
+def test_scattered_pages_of_a_long_context(read, tokens, kv_heads):
+    """A quarter of 131,072 tokens, other ones for each of the heads."""
+    call = attention_call(
+        read.view, kv_heads=kv_heads, group=32 // kv_heads, tokens=tokens, head_dim=128,
+        group_size=128, tiles=1024, positions=[131072 + 200],
+    )  # fmt: skip
+    coded = np.asarray(call[2]) // 128
+    pages = random_pages(coded, kv_heads, [256], 256)
+    check_attention(call, read, reference(call, read, pages=pages), pages=pages)
+
+
+@pytest.mark.parametrize(
+    ("read", "group", "tokens", "head_dim"),
+    [
+        (TARGET, 1, 16, 128),
+        (TARGET, 6, 16, 128),
+        (TARGET, 7, 16, 128),
+        (TARGET, 16, 16, 64),
+        (TARGET, 8, 16, 256),
+        (Read("int4", 1), 6, 16, 128),
+        (Read("int4", 2), 4, 1, 256),
+    ],
+)
+def test_passes_of_many_rows(read, group, tokens, head_dim):
+    """Up to the most that the kernel takes, with page log-sums, ragged."""
+    call = attention_call(
+        read.view, kv_heads=2, group=group, tokens=tokens, head_dim=head_dim, group_size=128,
+        tiles=9, positions=[1100, 5, 300],
+    )  # fmt: skip
+    check_attention(call, read, reference(call, read, page_log_sums=True))
 
 
 def test_attention_rounded_to_bfloat16():
@@ -127,7 +192,7 @@ def test_strict_attention_and_rows_that_see_nothing():
             backend="mosaic_gpu",
         )
     )
-    out, lse = check_attention_of_nothing(*call)
+    out, lse, _ = check_attention_of_nothing(*call)
     assert not np.any(out[0, 0])
     assert np.all(np.isneginf(lse[0, 0]))
     assert np.all(np.isfinite(lse[1:]))
@@ -142,7 +207,7 @@ def test_the_draft_never_reads_the_lower_plane():
         functools.partial(attention.kv_attention, read=DRAFT, sm_scale=0.1, backend="mosaic_gpu")
     )
     before, other = run(q, cache, *lengths), with_other_lower_planes(cache)
-    for a, b in zip(before, run(q, other, *lengths), strict=True):
+    for a, b in zip(before[:2], run(q, other, *lengths)[:2], strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -180,10 +245,83 @@ def test_int4_matmul_in_every_configuration(rows):
     expected = x.astype(jnp.float32) @ matmul_reference.dequantize(weight)
     tiled = [tile(weight)]
     for config in matmul_configs.diverse(matmul_kernel.shape_of(x, tiled)):
-        run = jax.jit(functools.partial(matmul_kernel.int4_matmuls, config=config))
+        run = functools.partial(matmul_kernel.int4_matmuls, config=config, bulk=copies_in_bulk())
+        run = jax.jit(run)
         (y,), (again,) = run(x, tiled), run(x, tiled)
         np.testing.assert_array_equal(y, again)
         assert relative_error(y, expected) <= 1e-4
+
+
+def bf16_operands(rows, inputs, outputs, transposed):
+    keys = jax.random.split(jax.random.key(2), len(outputs) + 1)
+    x = (3 * jax.random.normal(keys[0], (rows, inputs))).astype(jnp.bfloat16)
+    shapes = [(n, inputs) if transposed else (inputs, n) for n in outputs]
+    weights = [
+        (0.05 * jax.random.normal(k, shape)).astype(jnp.bfloat16)
+        for k, shape in zip(keys[1:], shapes, strict=True)
+    ]
+    return x, weights, [w.T if transposed else w for w in weights]
+
+
+def check_products(run, call, dense, around, bound: float) -> None:
+    """Against the formulas, and the same bits again."""
+    found, again = run(*call), run(*call)
+    exact = dense_products(call[0], dense, around)
+    for y, z, expected in zip(found, again, exact, strict=True):
+        np.testing.assert_array_equal(y, z)
+        assert relative_error(y, expected) <= (4e-3 if y.dtype == jnp.bfloat16 else bound)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "parts"),
+    [
+        (1536, (1536, 256, 256), ""),
+        (1536, (1536, 256, 256), "norm"),
+        (1536, (1536,), "residual"),
+        (1536, (4480, 4480), "norm gated"),
+        (4480, (1536,), "residual"),
+        (576, (192, 72, 8), "norm"),
+        (4096, (20008,), "norm"),
+    ],
+)
+def test_bf16_matmul(rows, inputs, outputs, parts, transposed):
+    x, weights, dense = bf16_operands(rows, inputs, outputs, transposed)
+    around = random_around(parts, rows, inputs, outputs[0])
+    run = jax.jit(functools.partial(bf16.bf16_matmuls, transposed=transposed, backend="mosaic_gpu"))
+    # One bfloat16 of the norm that is rounded otherwise is 2⁻⁸ of itself.
+    check_products(run, (x, weights, around), dense, around, 4e-4 if "norm" in parts else 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize(("outputs", "parts"), [((1040,), "residual"), ((520, 520), "norm gated")])
+def test_bf16_matmul_in_every_configuration(rows, outputs, parts):
+    x, weights, dense = bf16_operands(rows, 1024, outputs, False)
+    around = random_around(parts, rows, 1024, outputs[0])
+    for config in bf16_configs.diverse(bf16_kernel.shape_of(x, weights, around)):
+        run = jax.jit(functools.partial(bf16_kernel.bf16_matmuls, config=config, multiprocessors=4))
+        check_products(run, (x, weights, around), dense, around, 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "group", "symmetric", "parts"),
+    [
+        (1536, (1536, 256, 256), 64, False, "norm"),
+        (1000, (512,), 128, True, "residual"),
+        (1536, (4480, 4480), 64, False, "norm gated"),
+        (4480, (1536,), 64, False, "residual"),
+        (576, (1536, 1536), 32, True, "norm gated"),
+    ],
+)
+def test_what_stands_around_int4_matmul(rows, inputs, outputs, group, symmetric, parts):
+    weights = [random_weight(inputs, n, group, symmetric, i) for i, n in enumerate(outputs)]
+    x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)
+    around = random_around(parts, rows, inputs, outputs[0])
+    dense = [matmul_reference.dequantize(w)[:inputs] for w in weights]
+    run = jax.jit(functools.partial(matmul.int4_matmuls, backend="mosaic_gpu"))
+    check_products(run, (x, [tile(w) for w in weights], around), dense, around, 4e-4)
 
 
 @pytest.mark.parametrize("which", ["quantize_keys", "quantize_values"])

@@ -63,6 +63,19 @@ def test_results_are_rounded_once(monkeypatch):
     np.testing.assert_array_equal(wide.astype(jnp.bfloat16), narrow)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "group", "config"),
+    [(640, (64, 32), 128, Config(1, 1, 3)), (320, (48,), 32, Config(1, 2, 2))],
+)
+def test_copies_of_either_kind_bring_the_same(monkeypatch, inputs, outputs, group, config):
+    emulator.install(monkeypatch)
+    x, weights = operands(3, inputs, outputs, group, True)
+    tiled = [tile(w) for w in weights]
+    run = functools.partial(matmul.int4_matmuls, x, tiled, config=config)
+    for a, b in zip(run(bulk=True), run(bulk=False), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_tiled_weight_is_the_same_weight():
     x, (weight,) = operands(3, 100, (48,), 32, False)
     expected = api.int4_matmul(x, weight)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import emulator
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import attention_call, relative_error, without_poison
+from kernel_cases import (
+    attention_call,
+    plain_attention,
+    random_pages,
+    relative_error,
+    with_poison_but_in,
+    without_poison,
+)
 
 from pallas_kernels.kv_attention import mosaic_gpu as attention
-from pallas_kernels.kv_attention import xla as attention_reference
 from pallas_kernels.kv_attention.read import Read
 
 
@@ -20,13 +27,26 @@ def _emulated(monkeypatch):
     emulator.install(monkeypatch)
 
 
-def check(call, view: str, config: attention.Config, strict: bool = False, blocks: int = 2):
-    options = {"read": Read(view), "sm_scale": 0.11, "strict": strict}
-    found = attention.kv_attention(*call, **options, config=config, blocks=blocks)
-    assert found[0].dtype == jnp.float32
-    expected = attention_reference.kv_attention(*without_poison(call), **options)
-    assert relative_error(found[0], expected[0]) <= 2e-3
-    np.testing.assert_allclose(found[1], expected[1], atol=5e-3)
+def check(
+    call,
+    read: Read,
+    config: attention.Config,
+    strict: bool = False,
+    blocks: int = 2,
+    pages=None,
+    page_log_sums: bool = False,
+):
+    """Against plain attention; tiles that are not listed are poisoned."""
+    options = {"read": read, "sm_scale": 0.11, "strict": strict, "page_log_sums": page_log_sums}
+    expected = plain_attention(without_poison(call), read, 0.11, strict, pages)
+    if pages is not None:
+        call = with_poison_but_in(call, pages)
+    found = attention.kv_attention(*call, **options, pages=pages, config=config, blocks=blocks)
+    assert found.out.dtype == jnp.float32
+    assert relative_error(found.out, expected.out) <= 2e-3
+    np.testing.assert_allclose(found.log_sum_exp, expected.log_sum_exp, atol=5e-3)
+    if page_log_sums:
+        np.testing.assert_allclose(found.page_log_sums, expected.page_log_sums, atol=5e-3)
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 40])
@@ -36,7 +56,7 @@ def test_partial_results_are_merged(blocks):
         "int4", kv_heads=2, group=1, tokens=1, head_dim=64, group_size=32, tiles=9,
         positions=[20, 32 * 9, 130],
     )  # fmt: skip
-    check(call, "int4", attention.Config(1, 1, 1, 2), blocks=blocks)
+    check(call, Read("int4"), attention.Config(1, 1, 1, 2), blocks=blocks)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +76,88 @@ def test_queries_in_shared_memory(view, tokens, config, strict):
         view, kv_heads=2, group=4, tokens=tokens, head_dim=32, group_size=64, tiles=4,
         positions=[260],
     )  # fmt: skip
-    check(call, view, config, strict)
+    check(call, Read(view), config, strict)
+
+
+@pytest.mark.parametrize(
+    ("view", "exact_tiles", "group", "config"),
+    [
+        ("int4", 0, 1, attention.Config(1, 2, 1, 2)),
+        ("int4", 1, 2, attention.Config(1, 1, 1, 2)),
+        ("int8", 0, 4, attention.Config(1, 2, 2, 2, True, True)),
+    ],
+)
+def test_pages_of_a_list(view, exact_tiles, group, config):
+    """Other ones for each head, with tile 0 and without; none, one, all, and places to spare."""
+    call = attention_call(
+        view, kv_heads=2, group=group, tokens=4, head_dim=32, group_size=64, tiles=8,
+        positions=[130, 30, 64 * 7 + 5, 64 * 5],
+    )  # fmt: skip
+    coded = np.asarray(call[2]) // 64
+    assert coded.tolist() == [1, 0, 6, 4]
+    pages = random_pages(coded, 2, [1, 0, 3, 4], 5)
+    assert 0 not in np.asarray(pages.tiles)[2, 0, :3]
+    check(call, Read(view, exact_tiles), config, blocks=3, pages=pages)
+
+
+@pytest.mark.parametrize(
+    ("exact_tiles", "group", "head_dim", "config", "blocks"),
+    [
+        (1, 1, 64, attention.Config(1, 1, 1, 2), 2),
+        (1, 3, 32, attention.Config(1, 2, 1, 3), 5),
+        (2, 4, 32, attention.Config(1, 2, 2, 2, True), 1),
+        (1, 4, 32, attention.Config(1, 2, 2, 4, True, True), 2),
+    ],
+)
+def test_first_tiles_read_with_both_planes(exact_tiles, group, head_dim, config, blocks):
+    """Of sequences that have none, as many, and more; a team may end or begin with one."""
+    call = attention_call(
+        "int4", kv_heads=2, group=group, tokens=4, head_dim=head_dim, group_size=64, tiles=6,
+        positions=[0, 64 * 2 + 3, 64 * 6],
+    )  # fmt: skip
+    check(call, Read("int4", exact_tiles), config, strict=True, blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    ("read", "tokens", "config"),
+    [
+        (Read("int8"), 2, attention.Config(1, 2, 1, 2)),
+        (Read("int8"), 5, attention.Config(1, 2, 3, 2, True)),
+        (Read("int8"), 8, attention.Config(1, 2, 4, 2, True, True)),
+        (Read("int4", 1), 3, attention.Config(1, 1, 2, 2)),
+    ],
+)
+def test_page_log_sums(read, tokens, config):
+    """From one to four blocks of rows; a reference that moves in the middle of a tile."""
+    call = attention_call(
+        read.view, kv_heads=2, group=4, tokens=tokens, head_dim=32, group_size=64, tiles=4,
+        positions=[260, 10],
+    )  # fmt: skip
+    q, cache, *lengths = call
+    keys = cache.keys._replace(scale=cache.keys.scale.at[:, :, 1].multiply(3))
+    call = (q, dataclasses.replace(cache, keys=keys), *lengths)
+    check(call, read, config, page_log_sums=True)
+
+
+@pytest.mark.parametrize(
+    ("view", "tokens", "config"),
+    [
+        ("int8", 4, attention.Config(1, 2, 2, 3, True, True)),
+        ("full", 2, attention.Config(1, 1, 1, 2)),
+    ],
+)
+def test_copies_of_either_kind_bring_the_same(view, tokens, config):
+    """Teams of two warps and of one; a buffer whose last rows are fewer than a unit."""
+    call = attention_call(
+        view, kv_heads=1, group=4, tokens=tokens, head_dim=32, group_size=64, tiles=3,
+        positions=[200],
+    )  # fmt: skip
+    run = functools.partial(
+        attention.kv_attention, *call, read=Read(view), sm_scale=0.1, strict=False,
+        config=config, blocks=1,
+    )  # fmt: skip
+    for a, b in zip(run(bulk=True), run(bulk=False), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("head_dim", [32, 64])

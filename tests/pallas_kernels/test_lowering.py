@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from kernel_cases import HEADS, attention_call, heads_call, random_weight
+from kernel_cases import HEADS, attention_call, heads_call, random_pages, random_weight
 
 from pallas_kernels import dispatch
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
@@ -59,6 +59,33 @@ def test_attention(view, head_dim, group_size, group, tokens):
     text = lower(functools.partial(mosaic_gpu.kv_attention, **options, config=config), *call)
     # The pass over the cache, and the merge of its parts.
     assert text.count("custom_call @mosaic_gpu") == 2
+
+
+@pytest.mark.parametrize(
+    ("read", "group", "tokens", "asked"),
+    [
+        (Read("int4", 1), 4, 1, "pages"),
+        (Read("int8"), 6, 16, "pages"),
+        (Read("int8"), 4, 8, "page_log_sums"),
+    ],
+)
+def test_attention_to_pages(read, group, tokens, asked):
+    """In two launches, too; page log-sums and lists at once are refused."""
+    call = attention_call(
+        read.view, kv_heads=2, group=group, tokens=tokens, head_dim=128, group_size=128, tiles=3,
+        positions=[384],
+    )  # fmt: skip
+    pages = random_pages([2], 2, [1], 2) if asked == "pages" else None
+    options = {
+        "read": read, "sm_scale": 0.1, "strict": False, "page_log_sums": asked != "pages",
+    }  # fmt: skip
+    shape = mosaic_gpu.shape_of(*call[:2], **options, pages=pages)
+    assert mosaic_gpu.unsupported(shape, (call[0].dtype,)) is None
+    run = functools.partial(mosaic_gpu.kv_attention, **options, config=configs.choose(shape))
+    text = lower(lambda pages, *call: run(*call, pages=pages), pages, *call)
+    assert text.count("custom_call @mosaic_gpu") == 2
+    both = dataclasses.replace(shape, places=2, page_log_sums=True)
+    assert "page log-sums only" in (mosaic_gpu.unsupported(both, (call[0].dtype,)) or "")
 
 
 @pytest.mark.parametrize(("tokens", "exchange"), [(5, False), (8, True)])

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from kernel_cases import (
     attention_call,
+    plain_attention,
+    random_pages,
     random_weight,
     relative_error,
     with_other_lower_planes,
@@ -18,41 +20,20 @@ from kernel_cases import (
 
 from pallas_kernels.int4_matmul import api as matmul
 from pallas_kernels.int4_matmul import xla as matmul_reference
-from pallas_kernels.kv_attention import xla as reference
+from pallas_kernels.kv_attention import xla as attention_reference
 from pallas_kernels.kv_attention.api import kv_attention
-from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.kv_attention.read import Pages, Read
 
 
-def plain_attention(call, view: str, sm_scale: float, strict: bool):
-    """Softmax attention of one query at a time, over the keys and values that it may see."""
-    q, cache, quantized, start = call
-    keys, values = cache.keys, cache.values
-    key_buffer, value_buffer = cache.key_buffer, cache.value_buffer
-    batch, tokens, heads = q.shape[:3]
-    kv_heads, slots = key_buffer.shape[1:3]
-    out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
-    dense = None
-    if keys is not None:
-        parts = (reference.dequantize_keys(keys, view), reference.dequantize_values(values, view))
-        dense = [np.asarray(x, np.float64) for x in parts]
-    for b in range(batch):
-        n = int(quantized[b])
-        for h in range(heads):
-            k = h // (heads // kv_heads)
-            for i in range(tokens):
-                last = int(start[b]) + i - strict
-                held = [p % slots for p in range(n, last + 1)]
-                rows = [np.asarray(x[b, k], np.float64)[held] for x in (key_buffer, value_buffer)]
-                if dense is not None:
-                    pairs = zip(dense, rows, strict=True)
-                    rows = [np.concatenate([x[b, k, :n], r]) for x, r in pairs]
-                if not len(rows[0]):
-                    continue
-                scores = rows[0] @ np.asarray(q[b, i, h], np.float64) * sm_scale
-                weights = np.exp(scores - scores.max())
-                out[b, i, h] = weights @ rows[1] / weights.sum()
-                lse[b, i, h] = np.log(weights.sum()) + scores.max()
-    return out, lse
+def check(call, read: Read, strict: bool = False, pages=None):
+    """Against plain attention."""
+    call = without_poison(call)
+    options = {"read": read, "sm_scale": 0.2, "strict": strict, "page_log_sums": True}
+    found = jax.jit(functools.partial(kv_attention, **options, backend="xla"))(*call, pages=pages)
+    expected = plain_attention(call, read, 0.2, strict, pages)
+    assert relative_error(found.out, expected.out) <= 1e-5
+    np.testing.assert_allclose(found.log_sum_exp, expected.log_sum_exp, atol=1e-4)
+    np.testing.assert_allclose(found.page_log_sums, expected.page_log_sums, atol=1e-4)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -72,11 +53,73 @@ def test_attention(view, strict, head_dim, group_size, group, tokens):
         positions=[0, 1, group_size, 2 * group_size + 1, 7 * group_size - 3],
         dtype=jnp.float32,
     )
+    check(call, Read(view), strict)
+
+
+@pytest.mark.parametrize(
+    ("view", "exact_tiles", "listed"),
+    [("int4", 1, False), ("int4", 2, True), ("int8", 0, True)],
+)
+def test_attention_to_chosen_pages(view, listed, exact_tiles):
+    """Nothing, one page, and several of ragged sequences, other ones for each head, with the first
+    and without; more places than are used, and more than are read at a time."""
+    call = attention_call(
+        view, kv_heads=2, group=2, tokens=2, head_dim=32, group_size=8, tiles=16,
+        positions=[5, 30, 140, 90], dtype=jnp.float32,
+    )  # fmt: skip
+    coded = np.asarray(call[2]) // 8
+    assert coded.tolist() == [0, 2, 16, 10]
+    pages = random_pages(coded, 2, [0, 1, 11, 10], 12) if listed else None
+    if pages is not None:
+        assert {0, 1} & set(np.asarray(pages.tiles)[1, :, 0].tolist())
+    check(call, Read(view, exact_tiles), pages=pages)
+
+
+def test_of_a_list_nothing_but_the_listed_tiles_is_read():
+    """No copy of planes is made, but of their scales and minima, as whose type another is read."""
+    tiles, g, d = 4096, 32, 32
+    call = attention_call(
+        "int4", kv_heads=1, group=1, tokens=1, head_dim=d, group_size=g, tiles=tiles,
+        positions=[g * tiles], dtype=jnp.float32,
+    )  # fmt: skip
+    pages = random_pages(np.asarray([tiles - 1]), 1, [16], 16)
+    run = functools.partial(kv_attention, read=Read("int4", 1), sm_scale=0.2, backend="xla")
+    compiled = jax.jit(run).lower(*call, pages=pages).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < tiles * g * d / 2
+
+
+@pytest.mark.parametrize(
+    ("pages", "words"),
+    [
+        (Pages(np.zeros((2, 2, 3), np.int32), np.zeros(1, np.int32)), r"allowed: \[1, 2, P ≥ 1\]"),
+        (Pages(np.zeros((1, 3), np.int32), np.zeros(1, np.int32)), r"allowed: \[1, 2, P ≥ 1\]"),
+    ],
+)
+def test_lists_of_another_shape_are_refused(pages, words):
+    call = attention_call(
+        "int4", kv_heads=2, group=1, tokens=1, head_dim=32, group_size=8, tiles=2, positions=[20]
+    )
+    with pytest.raises(ValueError, match=words):
+        kv_attention(*call, read=Read("int4"), sm_scale=1.0, pages=pages)
+
+
+@pytest.mark.parametrize(("view", "tiles"), [("int4", 8), ("int8", 3)])
+def test_attention_as_on_a_gpu(monkeypatch, view, tiles):
+    """Turns of more tokens, and no loop where one turn reads everything there may be."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention_reference, "GPU_TILES_AT_ONCE", 3)
+    call = attention_call(
+        view, kv_heads=2, group=2, tokens=2, head_dim=16, group_size=8, tiles=tiles,
+        positions=[0, 5, 8 * tiles - 2], dtype=jnp.float32,
+    )  # fmt: skip
     call = without_poison(call)
-    out, lse = kv_attention(*call, read=Read(view), sm_scale=0.2, strict=strict, backend="xla")
-    expected = plain_attention(call, view, 0.2, strict)
-    assert relative_error(out, expected[0]) <= 1e-5
-    np.testing.assert_allclose(lse, expected[1], atol=1e-4)
+    attend = functools.partial(kv_attention, read=Read(view), sm_scale=0.2, backend="xla")
+    attend = jax.jit(attend)
+    found = attend(*call)
+    expected = plain_attention(call, Read(view), 0.2, False)
+    assert relative_error(found.out, expected[0]) <= 1e-5
+    np.testing.assert_allclose(found.log_sum_exp, expected[1], atol=1e-4)
+    assert ("while" in attend.lower(*call).as_text()) == (tiles == 8)
 
 
 def test_the_draft_view_does_not_depend_on_the_lower_plane():
@@ -97,6 +140,10 @@ def test_the_draft_view_does_not_depend_on_the_lower_plane():
 def test_a_view_that_is_none():
     with pytest.raises(ValueError, match="view is 'int2'; allowed: full, int8, int4"):
         Read("int2")
+    with pytest.raises(ValueError, match="exact_tiles is -1; allowed: an integer ≥ 0"):
+        Read("int4", -1)
+    with pytest.raises(ValueError, match="exact_tiles is 1; allowed: 0 in the view int8"):
+        Read("int8", 1)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -108,6 +155,18 @@ def test_int4_matmul(inputs, group, symmetric):
     dense = np.asarray(matmul_reference.dequantize(weight), np.float64)[:inputs]
     expected = np.asarray(x, np.float64) @ dense
     assert relative_error(matmul.int4_matmul(x, weight), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 17])
+def test_int4_matmul_as_on_a_gpu(monkeypatch, rows, symmetric):
+    """One row, more than one reduction has sums for, and more than are summed so; and no loop."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    weight = random_weight(100, 48, 32, symmetric)
+    x = jax.random.normal(jax.random.key(2), (rows, 100))
+    dense = np.asarray(matmul_reference.dequantize(weight), np.float64)[:100]
+    assert relative_error(matmul.int4_matmul(x, weight), np.asarray(x, np.float64) @ dense) <= 1e-5
+    assert "while" not in jax.jit(matmul.int4_matmul).lower(x, weight).as_text()
 
 
 def test_products_of_one_pass_are_those_of_one_weight():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from quantspec_jax import memory
@@ -46,8 +47,10 @@ def tiny_preset(monkeypatch):
 def test_shapes_of_a_model_are_those_of_its_layers():
     found = shapes_of("tiny", TINY, 1024, 32)
     layer = parameter_shapes(TINY)
+    *products, (inputs, outputs) = found.matmul.values()
+    assert (inputs, *outputs) == layer["lm_head.kernel"].shape
     for names, (inputs, outputs) in zip(
-        (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)), found.matmul.values(), strict=True
+        (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)), products, strict=True
     ):
         assert [(inputs, n) for n in outputs] == [
             layer[f"layers.0.{name}.kernel"].shape for name in names
@@ -56,16 +59,18 @@ def test_shapes_of_a_model_are_those_of_its_layers():
     assert (found.heads, found.head_dim, found.group) == (TINY.num_heads, TINY.head_dim, 32)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9, 1.0])
-def test_simulated_acceptance_is_a_run_of_successes(alpha):
+@pytest.mark.parametrize("alphas", [(0.0,), (0.3,), (1.0,), (0.95, 0.8, 0.6)])
+def test_simulated_acceptance_is_a_run_of_successes(alphas):
+    """Each with the probability of its place."""
     gamma, draws = 4, 20_000
     keys = jax.random.split(jax.random.key(0), draws)
     best = jnp.full((draws, gamma + 1), 7, jnp.int32)
     none_right = jnp.zeros((draws, gamma), jnp.int32)
     rest = (none_right, jnp.full(draws, gamma), keys, jnp.ones(draws, jnp.int32))
-    verdict = Simulated(alpha).greedy(best, *rest)
-    expected = sum(alpha ** (i + 1) for i in range(gamma))
-    assert float(verdict.accepted.mean()) == pytest.approx(expected, abs=0.04)
+    verdict = Simulated(alphas).greedy(best, *rest)
+    reached = np.cumprod([alphas[min(i, len(alphas) - 1)] for i in range(gamma)])
+    for i, share in enumerate(reached):
+        assert float((verdict.accepted > i).mean()) == pytest.approx(share, abs=0.015)
     assert int(verdict.accepted.max()) <= gamma
     assert (verdict.token == 7).all()
 

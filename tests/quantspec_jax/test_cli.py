@@ -33,15 +33,18 @@ STATISTICS = {
     "kv",
     "gamma",
     "coupling",
+    "draft_policy",
     "backend",
     "dtype",
-    "prompt_tokens", "cached_tokens",
+    "prompt_tokens",
+    "cached_tokens",
     "new_tokens",
     "rounds",
     "proposed",
     "accepted",
     "acceptance_rate",
     "accepted_by_position",
+    "draft_read_share",
     "tokens_per_round",
     "prefill_seconds",
     "decode_seconds",
@@ -441,6 +444,20 @@ class TestInfo:
         status, out, _ = run("info", tiny_llama_dir)
         assert status == 0
         assert f"{result['parameters']:,}" in out
+
+    @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is another device")
+    def test_the_device_and_its_kernels(self, run_json, run, tiny_llama_dir):
+        device = run_json("info", "--device")["device"]
+        assert {*device["kernels"].values()} == {
+            "it needs a CUDA device of compute capability 8.0 or later"
+        }
+        status, out, _ = run("info", tiny_llama_dir, "--device")
+        assert status == 0
+        assert "parameters" in out
+        assert "in XLA: add_rms_norm, int4_matmul, kv_attention, quantize_pack, rope_append" in out
+        status, _, err = run("info")
+        assert status == 2
+        assert "SOURCE is 'missing'" in err
 
     def test_the_cache_takes_what_is_said(self, run_json, tiny_llama_dir):
         (said,) = run_json("info", tiny_llama_dir)["cache"]

@@ -13,7 +13,12 @@ import pytest
 from quantspec_jax.cache import cache_bytes, create
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.cost import (
+    ALL_PAGES,
+    MOST_GAMMA,
+    READINGS,
     Costs,
+    Reading,
+    best_reading,
     bytes_read,
     cache_read_bytes,
     draft_weight_bytes,
@@ -98,6 +103,39 @@ def test_passes_read_weights_once_and_the_cache_of_every_sequence():
     assert one.draft - cache_read_bytes(TINY, "int4", 1024) == draft_weight_bytes(TINY, draft)
 
 
+def test_of_a_share_the_buffer_is_read_whole():
+    draft = DRAFTS[0]
+    whole, half, none = (
+        bytes_read(TINY, draft, 1024, share=share).draft for share in (1, 0.5, 1e-9)
+    )
+    assert half == pytest.approx((whole + none) / 2, abs=1)
+    buffer = 1.5 * 128 * 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim * 2
+    assert none - draft_weight_bytes(TINY, draft) == pytest.approx(buffer, abs=1)
+    assert bytes_read(TINY, draft, 1024, view="int8").draft > whole
+
+
+def test_less_is_read_where_it_pays_and_short_contexts_whole():
+    """By the cost model: what is chosen promises most of all, and less acceptance is not forgiven
+    where the cache is a small part of what a draft reads."""
+    model, draft, alpha = PRESETS["llama-2-7b"], DraftConfig(), 0.93
+    shares = []
+    for context in (512, 2048, 8192, 32768, 131072):
+        chosen = best_reading(model, draft, context, alpha)
+
+        def promised(reading, context=context):
+            costs = bytes_read(model, draft, context, share=reading.share)
+            expected = alpha * reading.kept
+            return costs.speed_up(expected, costs.best_gamma(expected))
+
+        assert promised(chosen) == max(map(promised, READINGS))
+        shares.append(chosen.share)
+    assert shares[0] == 1
+    assert shares[-1] < 1
+    assert shares == sorted(shares, reverse=True)
+    worthless = [ALL_PAGES, Reading("top-pages", 0.25, 0.3)]
+    assert best_reading(model, draft, 131072, alpha, readings=worthless) == ALL_PAGES
+
+
 def test_llama_2_7b_at_131072_tokens():
     """Floors in milliseconds at 4,390 GB/s, counted elsewhere."""
     costs = bytes_read(PRESETS["llama-2-7b"], DraftConfig(group_size=128, symmetric=True), 131072)
@@ -139,7 +177,8 @@ def test_tokens_a_round_is_what_simulated_rounds_yield(acceptance, gamma, group)
 def test_best_gamma_is_that_of_trying_all(acceptance, draft):
     costs = Costs(plain=1.6, draft=draft, verify=1.0)
     seconds_a_token = [
-        (gamma * draft + 1) / tokens_a_round(acceptance, gamma) for gamma in range(1, 17)
+        (gamma * draft + 1) / tokens_a_round(acceptance, gamma)
+        for gamma in range(1, MOST_GAMMA + 1)
     ]
     best = costs.best_gamma(acceptance)
     assert best == 1 + int(np.argmin(seconds_a_token))

@@ -15,8 +15,10 @@ from pallas_kernels.layout import QuantizedWeight, TiledWeight, can_tile, tile
 from quantspec_jax import DraftConfig, Model, ModelConfig, Program, evaluate
 from quantspec_jax.cache import create, flush
 from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.evaluate.pages import pages_at_positions
 from quantspec_jax.evaluate.teacher_forced import _block, compare, compare_drafts, score
 from quantspec_jax.generate.cache_pass import cache_pass
+from quantspec_jax.generate.policies import TopPages, Window
 from quantspec_jax.models.attention import Tokens, sequence_attention
 from quantspec_jax.models.module import init_params
 from quantspec_jax.weights.formats import WeightFormat
@@ -44,10 +46,10 @@ def ids():
     return np.random.default_rng(0).integers(0, VOCABULARY, LENGTH).tolist()
 
 
-@functools.partial(jax.jit, static_argnames=("program", "view"))
-def one_token(params, cache, token, program, view):
+@functools.partial(jax.jit, static_argnames=("program", "read"))
+def one_token(params, cache, token, program, read):
     """A pass of one row; logits [N] and the cache, as long as before."""
-    logits, cache = cache_pass(params, program, cache, token, cache.length, view)
+    logits, cache = cache_pass(params, program, cache, token, cache.length, read)
     return logits[0, 0], cache
 
 
@@ -65,9 +67,9 @@ def decode(model, ids, view, group_size=G, draft_params=None):
     for token in jnp.asarray(ids, jnp.int32).reshape(-1, 1, 1):
         if draft_params is not None:
             # As in a round: the draft writes its slot, and the target writes it again.
-            logits, cache = one_token(draft_params, cache, token, program, "int4")
+            logits, cache = one_token(draft_params, cache, token, program, program.draft_read)
             drafted.append(logits)
-        logits, cache = one_token(model.params, cache, token, program, view)
+        logits, cache = one_token(model.params, cache, token, program, program.read)
         target.append(logits)
         cache = advance(cache)
     return np.stack(target), np.stack(drafted) if drafted else None
@@ -206,6 +208,9 @@ def test_acceptance_counts_from_first_on(model, ids, first):
         "sampled_acceptance": pytest.approx(seen.overlap[begin:].mean()),
         "positions": LENGTH - begin,
         "draft": model.draft.describe(),
+        "draft_policy": "all",
+        "draft_share": 1,
+        "draft_view": "int4",
         "draft_bits_per_weight": bits_per_weight(model.config, model.draft),
     }
 
@@ -248,3 +253,46 @@ def test_wrong_arguments_are_named(model, tokens, options, words):
 def test_first_beyond_the_text_is_named(model, ids):
     with pytest.raises(ValueError, match=f"first is {LENGTH}; allowed: a position from 0"):
         evaluate.acceptance(model, ids, first=LENGTH)
+
+
+@pytest.mark.parametrize("chosen", [Window(0.4), TopPages(0.4)], ids=str)
+def test_a_position_reads_the_pages_of_the_rows_before_it(chosen):
+    """Against a softmax written out, over the view that the target reads."""
+    length, first, kv_heads = 9 * G + 3, 2 * G, 2
+    q, k = (jax.random.normal(jax.random.key(i), (1, length, n, 16)) for i, n in ((0, 4), (1, 2)))
+    target, coded = Tokens(2 * k, k), Tokens(2 * k + 0.1 * k**2, k)
+    found = pages_at_positions(
+        q, target, coded, policy=chosen, first=first, group_size=G, sm_scale=0.3
+    )
+    assert found.shape == (1, length, kv_heads, 10)
+
+    def masses(t, h):  # by page
+        bound = G * max(0, t // G - 1)
+        keys = np.concatenate(
+            [coded.keys[0, :bound, h // 2], target.keys[0, bound : t + 1, h // 2]]
+        )
+        weights = np.exp(0.3 * (keys.astype(np.float64) @ np.asarray(q[0, t, h])))
+        return (weights / weights.sum())[:bound].reshape(-1, G).sum(-1)
+
+    for t in (4 * G + 6, 6 * G + 1, 9 * G + 2):
+        n = t // G - 1
+        count = max(int(np.ceil(0.4 * n)), 2)
+        for head in range(kv_heads):
+            votes = np.zeros(n)
+            for row in range(t - 5, t):
+                for h in (2 * head, 2 * head + 1):
+                    seen = masses(row, h)
+                    votes[: len(seen)] += seen
+            best = np.argsort(-votes[1:-1])[: count - 2] + 1
+            if isinstance(chosen, Window):
+                best = np.arange(n - count + 1, n - 1)
+            expected = sorted({0, n - 1, *best.tolist()})
+            assert np.flatnonzero(found[0, t, head]).tolist() == expected
+
+
+def test_a_draft_that_reads_less_agrees_less_and_one_that_reads_all_as_before(model, ids):
+    whole = compare(model, ids, group_size=G)
+    listed = compare(model, ids, policy=TopPages(1.0), group_size=G)
+    np.testing.assert_allclose(listed.overlap, whole.overlap, atol=NOISE)
+    least = compare(model, ids, policy=TopPages(1e-6), group_size=G)
+    assert least.overlap[4 * G :].mean() < whole.overlap[4 * G :].mean() - NOISE

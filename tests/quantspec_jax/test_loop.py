@@ -22,10 +22,13 @@ from tiny import (
     total,
 )
 
+from pallas_kernels.kv_attention.read import Read
+from quantspec_jax.cache.codecs import EXACT_TILES
 from quantspec_jax.generate.cache_pass import cache_pass
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.couplings import COUPLINGS, coupling
 from quantspec_jax.generate.loop import generate_tokens, one_round
+from quantspec_jax.generate.policies import ALL, Policy, TopPages
 from quantspec_jax.generate.requests import sampling_arrays
 from quantspec_jax.weights.entries import merge, quantize_params
 from quantspec_jax.weights.formats import DraftConfig
@@ -196,31 +199,39 @@ def test_padding_of_prompts_changes_nothing():
 
 def test_the_lower_plane_is_the_targets_alone():
     """Random codes in the lower plane leave every draft logit as it is, bit for bit, and change the
-    target's: the draft reads the upper plane, the target both."""
+    target's: the draft reads the upper plane, the target both. Of the first tile the draft reads
+    both, unless it is told to read none so."""
     p = program(4)
     state = start(p, prompts(LENGTHS), LENGTHS, NEW)
     state = decode(p, state, max_rounds=6)
     assert (np.asarray(state.cache.quantized_length) >= 2 * G).all()
 
-    def scramble(planes):
+    def scramble(planes, tiles):
         bits = jax.random.bits(jax.random.key(1), planes.lower.shape, jnp.uint8)
-        return planes._replace(lower=bits)
+        return planes._replace(lower=planes.lower.at[:, :, tiles].set(bits[:, :, tiles]))
 
-    scrambled = tuple(
-        dataclasses.replace(x, keys=scramble(x.keys), values=scramble(x.values))
-        for x in state.cache.layers
-    )
+    def scrambled(tiles):
+        return tuple(
+            dataclasses.replace(x, keys=scramble(x.keys, tiles), values=scramble(x.values, tiles))
+            for x in state.cache.layers
+        )
+
     _, params, draft_params = tiny_model()
 
-    def run_pass(layers, view, weights):
+    def run_pass(layers, read, weights):
         cache = dataclasses.replace(state.cache, layers=layers)
         tokens, at = state.pending[:, None], state.cache.length
-        return jax.jit(lambda cache: cache_pass(weights, p, cache, tokens, at, view)[0])(cache)
+        return jax.jit(lambda cache: cache_pass(weights, p, cache, tokens, at, read)[0])(cache)
 
-    draft = [run_pass(x, "int4", draft_params) for x in (state.cache.layers, scrambled)]
-    target = [run_pass(x, "int8", params) for x in (state.cache.layers, scrambled)]
-    np.testing.assert_array_equal(*draft)
-    assert (np.abs(target[0] - target[1]).max(-1) > 1e-3).all()
+    def difference(tiles, read, weights):
+        before, after = (run_pass(x, read, weights) for x in (state.cache.layers, scrambled(tiles)))
+        return np.abs(before - after).max(-1)
+
+    later, whole = slice(EXACT_TILES, None), slice(None)
+    np.testing.assert_array_equal(difference(later, p.draft_read, draft_params), 0)
+    np.testing.assert_array_equal(difference(whole, Read("int4"), draft_params), 0)
+    assert (difference(slice(EXACT_TILES), p.draft_read, draft_params) > 1e-3).all()
+    assert (difference(later, p.read, params) > 1e-3).all()
 
 
 def test_planes_never_change_once_written():
@@ -273,9 +284,11 @@ def test_what_is_exact_depends_on_the_position_alone():
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
-def hlo_of_the_loop(gamma: int, view: str, batch: int) -> tuple[str, int, dict]:
+def hlo_of_the_loop(
+    gamma: int, view: str, batch: int, policy: Policy = ALL
+) -> tuple[str, int, dict]:
     """The compiled loop's text, its temporary bytes, and the shapes of the cache's arrays."""
-    p = program(gamma, view, max_length=2048)
+    p = program(gamma, view, max_length=2048, policy=policy)
     _, params, draft_params = tiny_model()
     lengths = [64] * batch
     state = jax.eval_shape(lambda: start(p, prompts(lengths), lengths, NEW))
@@ -291,10 +304,11 @@ def hlo_of_the_loop(gamma: int, view: str, batch: int) -> tuple[str, int, dict]:
 
 
 @pytest.mark.parametrize(
-    ("gamma", "view", "batch"), [(4, "int8", 1), (4, "int8", 3), (0, "full", 2)]
+    ("gamma", "view", "batch", "policy"),
+    [(4, "int8", 1, ALL), (4, "int8", 3, TopPages(0.25)), (0, "full", 2, ALL)],
 )
-def test_the_compiled_loop_copies_no_plane_and_no_buffer(gamma, view, batch):
-    text, memory, state = hlo_of_the_loop(gamma, view, batch)
+def test_the_compiled_loop_copies_no_plane_and_no_buffer(gamma, view, batch, policy):
+    text, memory, state = hlo_of_the_loop(gamma, view, batch, policy)
     names = {"uint8": "u8", "float32": "f32", "bfloat16": "bf16"}
     layer = state.cache.layers[0]
     big = [layer.key_buffer]
@@ -353,10 +367,13 @@ def test_a_draft_with_the_full_weights_is_rejected_only_for_its_cache():
     assert (total(full.accepted) > total(run(4).accepted)).all()
 
 
-@pytest.mark.parametrize(("gamma", "name"), [(2, "rejection"), *((4, name) for name in COUPLINGS)])
-def test_a_round_of_sampling_follows_the_target(gamma, name):
+@pytest.mark.parametrize(
+    ("gamma", "name", "policy"),
+    [(2, "rejection", TopPages(1e-6)), *((4, name, ALL) for name in COUPLINGS)],
+)
+def test_a_round_of_sampling_follows_the_target(gamma, name, policy):
     """Joint distribution of three new positions over many keys, against ancestral sampling from the
-    target's own logits at temperature 0.8 with top-k 4: chi-square."""
+    target's own logits at temperature 0.8 with top-k 4: chi-square. Whatever the draft reads."""
     config, params, _ = tiny_model()
     vocabulary, draws = 6, 20_000
     small = dataclasses.replace(config, vocab_size=vocabulary)
@@ -368,7 +385,9 @@ def test_a_round_of_sampling_follows_the_target(gamma, name):
         cut,
     )
     draft = merge(cut, quantize_params(noisy, DraftConfig(group_size=32)))
-    p = dataclasses.replace(program(gamma, coupling=coupling(name)), model=small)
+    # Every draw has a cache.
+    p = program(gamma, max_length=128, coupling=coupling(name), policy=policy)
+    p = dataclasses.replace(p, model=small)
     generate = GenerateConfig(temperature=0.8, top_k=4)
     length = 3 * G + 5
     rows = np.random.default_rng(2).integers(0, vocabulary, (1, 4 * G)).astype(np.int32)
@@ -378,10 +397,14 @@ def test_a_round_of_sampling_follows_the_target(gamma, name):
     def draw(key):
         # The pending token stays what it is: only the round's own draws differ.
         wants = dataclasses.replace(state.requests, keys=key[None])
-        first = one_round(cut, draft, dataclasses.replace(state, requests=wants), p)
-        second = one_round(cut, draft, first, p)
-        third = one_round(cut, draft, second, p)
-        return third.tokens[0, 1:4], first.accepted[0].sum(), first.proposed[0].sum()
+
+        def step(state, _):
+            state = one_round(cut, draft, state, p)
+            return state, (state.accepted[0].sum(), state.proposed[0].sum())
+
+        begun = dataclasses.replace(state, requests=wants)
+        third, counted = jax.lax.scan(step, begun, length=3)
+        return third.tokens[0, 1:4], *(each[0] for each in counted)
 
     keys = jax.random.split(jax.random.key(11), draws)
     tokens, accepted, proposed = jax.jit(lambda k: jax.lax.map(draw, k, batch_size=500))(keys)
@@ -390,7 +413,7 @@ def test_a_round_of_sampling_follows_the_target(gamma, name):
 
     def target_logits(state, fed):
         fed = jnp.asarray(fed, jnp.int32)[None]
-        return cache_pass(cut, p, state.cache, fed, state.cache.length, "int8")[0][0]
+        return cache_pass(cut, p, state.cache, fed, state.cache.length, p.read)[0][0]
 
     pending = int(state.pending[0])
     counts = np.zeros((vocabulary,) * 3)

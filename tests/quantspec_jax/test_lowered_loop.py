@@ -14,6 +14,7 @@ from pallas_kernels import dispatch
 from quantspec_jax.bench.decode import random_state
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.generate.loop import generate_tokens
+from quantspec_jax.generate.policies import ALL, Policy, TopPages
 from quantspec_jax.generate.state import Program
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.module import init_params
@@ -32,10 +33,12 @@ def h200(monkeypatch):
     monkeypatch.setattr(dispatch, "device", lambda: device)
 
 
-def lowered(model: ModelConfig, gamma: int, view: str, draft: DraftConfig) -> str:
+def lowered(
+    model: ModelConfig, gamma: int, view: str, draft: DraftConfig, policy: Policy = ALL
+) -> str:
     """The loop as text."""
     cache = CacheConfig(2048, 128, view, gamma + 1, "bfloat16")  # type: ignore[arg-type]
-    program = Program(model, cache, gamma)
+    program = Program(model, cache, gamma, policy)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.bfloat16))
     own = (
         jax.eval_shape(lambda p: draft_tree(p, quantize_params(p, draft)), params) if gamma else {}
@@ -55,28 +58,30 @@ def kernels(text: str) -> list[str]:
 def names(text: str) -> list[str]:
     """The kernels' functions, calls of one form sharing one."""
     found = re.findall(
-        r"func.func private @(add_rms_norm|int4_matmuls|kv_attention|quantize_\w+?|rope_append)"
-        r"(?:_\d+)?\(",
+        r"func.func private @(add_rms_norm|bf16_matmuls|int4_matmuls|kv_attention|quantize_\w+?"
+        r"|rope_append)(?:_\d+)?\(",
         text,
     )
     return sorted(found)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_each_kernel_is_in_the_program_once_however_many_layers_call_it(bits):
+@pytest.mark.parametrize(("bits", "policy"), [(4, ALL), (8, TopPages(0.25))])
+def test_each_kernel_is_in_the_program_once_however_many_layers_call_it(bits, policy):
+    """Whatever pages of each layer a draft reads."""
     draft = DraftConfig(bits=bits, group_size=64)
     one, three = (
-        lowered(dataclasses.replace(MODEL, num_layers=layers), 4, "int8", draft)
+        lowered(dataclasses.replace(MODEL, num_layers=layers), 4, "int8", draft, policy)
         for layers in (1, 3)
     )
-    # One launch for q, k, v, one for o, for gate and up, for down. The second planes of 8 bits have
-    # no minima: they are launches of their own.
-    matmuls = ["int4_matmuls"] * (4 if bits == 4 else 8)
-    norms = ["add_rms_norm"] * 2  # the draft's and the target's
+    # One launch for norm, q, k, v, one for o and the sum, for norm, gate and up, for down and the
+    # sum; the target's, and both lm_heads with the last norm. The second planes of 8 bits have no
+    # minima: they are launches of their own, and so is what stands around them.
+    products = ["bf16_matmuls"] * 6 + ["int4_matmuls"] * (4 if bits == 4 else 8)
+    norms = [] if bits == 4 else ["add_rms_norm"]
     attention, rope = ["kv_attention"] * 2, ["rope_append"] * 2
     quantize = ["quantize_keys", "quantize_values"]
     for text in (one, three):
-        assert names(text) == [*norms, *matmuls, *attention, *quantize, *rope]
+        assert names(text) == [*norms, *products, *attention, *quantize, *rope]
         # Attention is two kernels, the pass over the cache and the merge of its parts.
         assert len(kernels(text)) == len(names(text)) + 2
         assert len(set(kernels(text))) == len(kernels(text))
@@ -85,5 +90,5 @@ def test_each_kernel_is_in_the_program_once_however_many_layers_call_it(bits):
 
 def test_plain_decoding_has_no_kernel_of_a_draft():
     text = lowered(MODEL, 0, "full", DraftConfig())
-    assert names(text) == ["add_rms_norm", "kv_attention", "rope_append"]
-    assert len(kernels(text)) == 4
+    assert names(text) == ["bf16_matmuls"] * 5 + ["kv_attention", "rope_append"]
+    assert len(kernels(text)) == 8

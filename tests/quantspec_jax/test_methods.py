@@ -8,12 +8,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny_model
 
 import quantspec_jax as qs
 from pallas_kernels.rope_append.heads import rotate
 from quantspec_jax import cli, evaluate
 from quantspec_jax.evaluate.codecs import unrotated
-from quantspec_jax.methods import METHODS, Aqua, Higgs, Kivi, Layer, Planes, aqua, higgs, kivi
+from quantspec_jax.evaluate.gradients import loss_gradients
+from quantspec_jax.evaluate.learned import whole_tables
+from quantspec_jax.loading import Model
+from quantspec_jax.methods import (
+    METHODS,
+    Aqua,
+    Higgs,
+    Kivi,
+    Layer,
+    Planes,
+    Streaming,
+    aqua,
+    higgs,
+    kivi,
+)
+from quantspec_jax.models.attention import causal_attention
+from quantspec_jax.models.decoder import forward, unembed
 from quantspec_jax.models.presets import PRESETS
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 from quantspec_jax.weights.formats import DraftConfig
@@ -130,6 +147,34 @@ def test_rope_is_undone_with_an_attention_factor_too():
     np.testing.assert_allclose(unrotated(rotate(x, cos, sin), cos, sin), x, atol=1e-5)
 
 
+def test_gradients_come_down_a_block_at_a_time():
+    """As the gradient of the whole model's loss at shifts of its keys and values."""
+    config, params, _ = tiny_model()
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (1, 12)))
+    shape = (1, 12, config.num_kv_heads, config.head_dim)
+
+    def loss(shifts):
+        def attend(i, heads):
+            q, k, v = heads.finished()
+            keys, values = shifts[i]
+            return causal_attention(q, k + keys, v + values, config.head_dim**-0.5), i
+
+        layers, at = range(config.num_layers), jnp.arange(12)[None]
+        hidden, _ = forward(
+            params, config, tokens, at, layers, attend, rope_length=12, backend="xla"
+        )
+        log_probs = jax.nn.log_softmax(unembed(params, hidden[0, :-1], "xla"))
+        return -jnp.take_along_axis(log_probs, tokens[0, 1:, None], 1).sum()
+
+    expected = jax.grad(loss)([(jnp.zeros(shape), jnp.zeros(shape))] * config.num_layers)
+    found = loss_gradients(Model(config, params, draft=DraftConfig(bits=None)), np.asarray(tokens))
+    cos, sin = whole_tables(config, 12)
+    for layer, (keys, values) in zip(found, expected, strict=True):
+        for a, b in zip(layer, (rotate(keys, cos, -sin), values), strict=True):
+            scale = float(jnp.abs(b).max())
+            np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.01 * scale)
+
+
 @pytest.fixture(scope="module")
 def model(tiny_llama_dir):
     return qs.load(tiny_llama_dir, dtype="float32", draft=DraftConfig(bits=None))
@@ -169,10 +214,36 @@ def test_methods_are_ranked_by_their_bits(model, ids, monkeypatch):
         assert fine["sampled_acceptance"] > coarse["sampled_acceptance"]
 
 
+def test_every_kind_of_method_goes_through_the_harness(model, ids):
+    """Whoever reads all reads as the 8-bit view; what reads two layers together is a draft alone;
+    selections count from the half."""
+    names = ("streaming-25", "think-40", "calibquant-2", "lorc-75", "kvsharer-25", "minicache")
+    whole = {"all": Streaming(1.0)}
+    module = evaluate.codecs.__globals__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(module, "METHODS", {name: METHODS[name] for name in (*names, "int8")} | whole)
+        patch.setitem(
+            module,
+            "calibration_tokens",
+            lambda *_: np.random.default_rng(4).integers(0, 300, (4, 64)).astype(np.int32),
+        )
+        found = evaluate.codecs(model, ids, ("all", "int8", *names), group_size=G)["rows"]
+    rows = {row["codec"]: row for row in found}
+    assert rows["all"]["sampled_acceptance"] == pytest.approx(1, abs=1e-5)
+    assert rows["all"]["counted_from"] == len(ids) // 2
+    assert rows["int8"]["counted_from"] == len(ids) // 4
+    for name in names:
+        assert 0 < rows[name]["sampled_acceptance"] <= 1 + 1e-6
+        assert rows[name]["read_bits"] > 0
+        assert all(speed > 0 for speed in rows[name]["speed_up"].values())
+    assert rows["streaming-25"]["sampled_acceptance"] < rows["think-40"]["sampled_acceptance"] < 1
+    assert rows["streaming-25"]["read_bits"] == pytest.approx(rows["int8"]["bits"] / 4)
+
+
 def test_the_first_tile_alone_may_be_finer():
     x = jax.random.normal(jax.random.key(0), (3 * G, 2, 32))
     text = Layer(x, -x)
-    found = Planes("int4", first="int8", group_size=G).read((), text, None)
+    found = Planes("int4", exact_tiles=1, group_size=G).read((), text, None)
     for view, part in (("int8", slice(None, G)), ("int4", slice(G, None))):
         expected = Planes(view, group_size=G).read((), text, None)
         for a, b in zip(found, expected, strict=True):

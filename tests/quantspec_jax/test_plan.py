@@ -8,17 +8,30 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
 import pytest
 
 from quantspec_jax import cli
 from quantspec_jax.commands.options import draft_config
 from quantspec_jax.commands.plan import candidates_and_source as candidates
-from quantspec_jax.cost import bytes_read, linear_weights, tokens_a_round
+from quantspec_jax.cost import (
+    ALL_PAGES,
+    READINGS,
+    Reading,
+    bytes_read,
+    linear_weights,
+    tokens_a_round,
+)
 from quantspec_jax.models.presets import PRESETS
-from quantspec_jax.planning.candidates import DEFAULT_FORMATS, Candidate, default_candidates
+from quantspec_jax.planning.candidates import (
+    DEFAULT_FORMATS,
+    Candidate,
+    default_candidates,
+    reading_less,
+)
 from quantspec_jax.planning.devices import DEVICES, Device, Efficiency
 from quantspec_jax.planning.plan import plan, recommendation
-from quantspec_jax.planning.recorded import measured_speed
+from quantspec_jax.planning.recorded import measured_readings, measured_speed
 from quantspec_jax.planning.report import notes, reasons
 from quantspec_jax.planning.setting import GIB, Setting
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
@@ -203,6 +216,38 @@ def test_one_evaluation_is_a_candidate_too(tmp_path):
     assert candidates(measured=str(path))[0] == [Candidate("a draft", 0.8, None, 4.5)]
 
 
+def test_what_reading_less_costs_is_measured_with_the_drafts(tmp_path, measured):
+    """Kept for all formats in the proportion that the sweep found for one."""
+    run = json.loads(measured.read_text())
+    assert measured_readings(str(measured)) == READINGS  # it says nothing of it
+    less = {**run["rows"][0], "draft_policy": "top-pages", "draft_share": 0.25}
+    run["rows"].append(less | {"greedy_acceptance": 0.72})
+    run["drafts"].append(run["drafts"][0])
+    path = tmp_path / "less.json"
+    path.write_text(json.dumps(run))
+    assert len(candidates(measured=str(path))[0]) == 2
+    readings = measured_readings(str(path))
+    assert readings == (ALL_PAGES, Reading("top-pages", 0.25, 0.72 / 0.8))
+    found = reading_less(candidates(measured=str(path))[0], readings)
+    assert [each.acceptance for each in found] == pytest.approx([0.8, 0.72, 0.93, 0.837])
+    path.write_text(json.dumps(less))
+    with pytest.raises(ValueError, match="a run with a draft that reads all of the cache"):
+        candidates(measured=str(path))
+
+
+def test_a_long_context_is_read_in_part_and_a_short_one_whole():
+    """And what is recommended can be given to `generate`."""
+    for context, whole in ((1024, True), (131072, False)):
+        setting = Setting(PRESETS["llama-3.1-8b"], context, DEVICE)
+        found = plan(setting, reading_less([candidate(0.93)]))
+        advice = found.to_dict()["recommendation"]
+        assert (advice["draft_share"] == 1) == whole
+        assert ("--draft-policy" in advice["options"]) != whole
+        assert len(found.formats) == 1
+        best = min(found.drafted, key=lambda row: row.milliseconds_a_token)
+        assert found.formats[0] is best
+
+
 def write_speed(path):
     modes = {"autoregressive full": 100, "draft step": 75, "verify step, gamma 4": 80}
     rows = [
@@ -248,9 +293,15 @@ def test_speed_without_a_draft_step_is_refused(tmp_path):
         measured_speed(str(path), 1000)
 
 
-def test_devices_without_kernels_are_told(capsys):
-    assert any("compute capability" in n for n in notes(Setting(LLAMA, 1, DEVICES["a100"])))
-    assert not any("compute capability" in n for n in notes(Setting(LLAMA, 1, DEVICES["h200"])))
+def test_devices_without_kernels_are_told(monkeypatch):
+    def without(name: str, version: tuple[int, ...]) -> list[str]:
+        monkeypatch.setattr(jax, "__version_info__", version)
+        setting = Setting(LLAMA, 1, DEVICES[name])
+        return [note for note in notes(setting) if "no kernel runs on this device" in note]
+
+    assert "takes JAX 0.11 or later" in without("a100", (0, 10, 2))[0]
+    assert not without("a100", (0, 11, 0))
+    assert not without("h200", (0, 10, 2))
 
 
 KINDS = ("greedy", "sampled")
@@ -312,7 +363,7 @@ def test_the_table_shows_every_candidate_and_the_reasons(capsys):
     assert cli.main([*PLAN, "--device", "h200"]) == 0
     text = capsys.readouterr().out
     for row in result["candidates"]:
-        assert f"\n{row['draft']} " in text
+        assert re.search(rf"\n{re.escape(row['draft'])}[ ,]", text)  # and what it reads
     for line in (*result["reasons"], *result["notes"]):
         assert f"- {line}" in text
     assert f"recommended: {result['recommendation']['draft']}" in text

@@ -14,6 +14,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from pallas_kernels import dispatch
+from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.kv_attention.xla import dequantize_keys, dequantize_values
 from pallas_kernels.quantize_pack.xla import quantize_keys, quantize_values
 from quantspec_jax.cache.sequence import attend_coded
@@ -127,7 +128,7 @@ def as_read(past, view):
 )
 def test_each_position_of_a_text_reads_what_the_schedule_says(view, length, batch):
     q, own, past = text(length, batch=batch)
-    attend = jax.jit(functools.partial(attend_coded, view=view, group_size=G, sm_scale=0.25))
+    attend = jax.jit(functools.partial(attend_coded, read=Read(view), group_size=G, sm_scale=0.25))
     wanted = by_the_formula(q, own, past, as_read(past, view), 0.25)
     np.testing.assert_allclose(attend(q, own, past), wanted, atol=2e-5)
 
@@ -135,7 +136,7 @@ def test_each_position_of_a_text_reads_what_the_schedule_says(view, length, batc
 def test_a_text_of_bfloat16_is_multiplied_in_it_and_summed_in_float32():
     """So that tensor cores do it; and the result is no worse for it than its operands are."""
     q, own, past = text(5 * G, jnp.bfloat16)
-    attend = functools.partial(attend_coded, view="int4", group_size=G, sm_scale=0.25)
+    attend = functools.partial(attend_coded, read=Read("int4"), group_size=G, sm_scale=0.25)
     lowered = jax.jit(attend).lower(q, own, past).as_text()
     types = r"dot_general.*: \((tensor<.*?>), (tensor<.*?>)\) -> (tensor<.*>)"
     products = re.findall(types, lowered)
@@ -149,7 +150,7 @@ def test_a_text_of_bfloat16_is_multiplied_in_it_and_summed_in_float32():
 
 
 def test_a_text_s_attention_takes_memory_in_proportion_to_its_length():
-    attend = functools.partial(attend_coded, view="int4", group_size=G, sm_scale=0.25)
+    attend = functools.partial(attend_coded, read=Read("int4"), group_size=G, sm_scale=0.25)
 
     def needed(length: int) -> int:
         shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)

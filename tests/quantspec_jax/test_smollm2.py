@@ -18,13 +18,13 @@ def model(smollm2_gguf):
 @pytest.fixture(scope="module")
 def prompt(model):
     ids = model.tokenizer(prompt_text())["input_ids"]
-    assert len(ids) >= 900
-    return ids[:900]
+    assert len(ids) >= 600
+    return ids[:600]  # its planes have codes of hundreds of tokens
 
 
 def test_greedy_tokens_are_those_of_the_int8_target(model, prompt):
-    prompts = [prompt, prompt[:600]]
-    common = {"max_new_tokens": NEW, "ignore_eos": True, "max_length": 1152}
+    prompts = [prompt, prompt[:400]]
+    common = {"max_new_tokens": NEW, "ignore_eos": True, "max_length": 768}
     ours = qs.generate(model, prompts, qs.GenerateConfig(gamma=4, **common))
     target = qs.GenerateConfig(mode="autoregressive", kv="int8", pass_width=5, **common)
     theirs = qs.generate(model, prompts, target)

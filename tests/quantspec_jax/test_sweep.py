@@ -12,7 +12,7 @@ import pytest
 
 from quantspec_jax import DraftConfig, Model, ModelConfig, cli, evaluate
 from quantspec_jax.commands.evaluate import stored_draft
-from quantspec_jax.cost import bytes_read
+from quantspec_jax.cost import READINGS, Reading, bytes_read
 from quantspec_jax.evaluate.sweep import plot, predictions, table
 from quantspec_jax.evaluate.teacher_forced import compare_drafts
 from quantspec_jax.models.module import init_params
@@ -46,12 +46,16 @@ def result(model, ids):
 
 
 def test_each_row_is_the_acceptance_of_that_draft_alone(model, ids, result):
-    drafts = [*FORMATS, OWN]
+    """The model's own also where it reads less."""
+    less = [reading for reading in READINGS if reading.share < 1]
+    drafts = [*FORMATS, OWN, *[OWN] * len(less)]
+    reads = [*[Reading()] * 3, *less]
     assert [row["draft"] for row in result["rows"]] == [draft.describe() for draft in drafts]
     assert [DraftConfig.from_dict(d) for d in result["drafts"]] == drafts
-    for draft, row in zip(drafts, result["rows"], strict=True):
+    for draft, reading, row in zip(drafts, reads, result["rows"], strict=True):
         alone = Model(TINY, model.params, draft=draft)
-        wanted = evaluate.acceptance(alone, ids, first=FIRST, group_size=G)
+        chosen = {"draft_policy": reading.policy, "draft_share": reading.share}
+        wanted = evaluate.acceptance(alone, ids, first=FIRST, group_size=G, **chosen)
         assert result["positions"] == wanted.pop("positions")
         assert {name: row[name] for name in wanted} == pytest.approx(wanted)
         assert row["draft_bytes"] == draft_bytes(TINY, draft)
@@ -145,10 +149,11 @@ def test_command_records_and_plots(book, tiny_llama_dir, capsys, monkeypatch):
     assert {"what", "command", "versions", "device", "date", "rows"} <= set(recorded)
     assert recorded["rows"] == printed["rows"]
     stored = DraftConfig(group_size=32)
-    drafts = [*formats, stored]
+    less = sum(reading.share < 1 for reading in READINGS)
+    drafts = [*formats, stored, *formats * less]
     assert [row["draft"] for row in printed["rows"]] == [draft.describe() for draft in drafts]
     assert printed["predicted_for"] == "llama-2-7b"
-    row = printed["rows"][-1]
+    row = printed["rows"][1]
     assert predictions(PRESETS["llama-2-7b"], stored, row["greedy_acceptance"]) == {
         name: row[name] for name in ("gamma", "speed_up")
     }
@@ -160,6 +165,8 @@ def test_command_records_and_plots(book, tiny_llama_dir, capsys, monkeypatch):
     [
         (["acceptance", "--plot", "a.png"], "--plot cannot go with .* --sweep"),
         (["perplexity", "--sweep"], "--sweep cannot go with perplexity"),
+        (["perplexity", "--draft-share", "0.5"], "--draft-share cannot go with perplexity"),
+        (["acceptance", "--draft-policy", "window", "--draft-share", "2"], "draft_share is 2.0"),
         (["acceptance", "--sweep", "--plot", "a.gif"], "--plot is 'a.gif'"),
         (["acceptance", "--sweep", "--plot", "gone/a.png"], "--plot is 'gone/a.png'"),
         (["acceptance", "--sweep", "--output", "gone/a.json"], "--output is 'gone/a.json'"),

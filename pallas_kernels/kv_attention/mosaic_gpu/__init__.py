@@ -1,4 +1,4 @@
-"""Attention over the hierarchical cache on Hopper and later, as a Pallas Mosaic GPU kernel.
+"""Attention over the hierarchical cache from Ampere on, as a Pallas Mosaic GPU kernel.
 
 What is read, once for all query heads and tokens that share it: a tile of G = 128 tokens of one
 key-value head with D = 128 is 17 KB in the draft view and 33 KB in the target view,
@@ -23,6 +23,16 @@ for 8 codes (`Tile`). Key scales are folded into the queries, once a tile; key m
 scores' bias; value scales go into the probabilities; value minima are summed on the side. The
 running maximum moves only when a probability would leave float16, so that sums are rarely rescaled.
 A second kernel merges the partial results by log-sum-exp, and rounds to bfloat16 if asked to.
+
+Where a list says which pages are read, a head's tiles are those of its list, as many as its count
+on the device says: the address of a tile's parts is all that changes, and the entry that names it
+is loaded a unit before it is needed. Tiles that the draft view reads exactly take two stages, as
+the others and then their lower planes, and one computation, in a loop of its own before the others.
+Page log-sums (`pages`) come from the sums of probabilities that the softmax keeps anyway, set apart
+for a tile; each warp writes those of its tokens, and XLA joins them.
+
+Query rows (tokens × query heads of a key-value head) that it takes: up to 256, 16 tokens × 16
+heads, of head_dim up to 128; up to 128, 16 tokens × 8 heads, of 256.
 
 Up to 8 query rows a head: memory bounds it, and what a launch costs at any size. On an H200 that
 reads 4,587 GB/s, merge included, per cent of the time that the bytes alone would take:

@@ -9,6 +9,7 @@ from pallas_kernels import ptx
 from pallas_kernels.kv_attention.mosaic_gpu.exchange import Alone, Exchange
 from pallas_kernels.kv_attention.mosaic_gpu.full_precision import FullPrecision
 from pallas_kernels.kv_attention.mosaic_gpu.operands import Operands
+from pallas_kernels.kv_attention.mosaic_gpu.pages import write_sums
 from pallas_kernels.kv_attention.mosaic_gpu.plan import Plan
 from pallas_kernels.kv_attention.mosaic_gpu.queries import Queries, Rows, SharedQueries
 from pallas_kernels.kv_attention.mosaic_gpu.ring import Pipeline
@@ -17,8 +18,9 @@ from pallas_kernels.kv_attention.mosaic_gpu.tile import Tile
 from pallas_kernels.kv_attention.mosaic_gpu.units import Lengths, share
 from pallas_kernels.ptx import V, f32, i32
 
-# What is done with a unit: state, its place in shared memory, what was prepared while it came.
-Compute = Callable[[State, V, list[Rows]], None]
+# What is done with a unit: its number, the state, its stages in shared memory, what was prepared
+# while it came.
+Compute = Callable[[V, State, list[V], list[Rows]], None]
 
 
 def attention_body(plan: Plan) -> Callable[[Sequence[V], V], None]:
@@ -33,7 +35,12 @@ class _Warp:
         c = plan.config
         self.plan, self.shared = plan, shared
         self.operands = Operands(plan, addresses)
-        self.lengths = Lengths(plan, self.operands["quantized_length"], self.operands["start"])
+        self.lengths = Lengths(
+            plan,
+            self.operands["quantized_length"],
+            self.operands["start"],
+            self.operands.get("count"),
+        )
         self.thread = ptx.special("tid.x")
         self.lane = self.thread & 31
         warp = ptx.uniform(self.thread >> 5)
@@ -53,10 +60,11 @@ class _Warp:
         ptx.when(begin < end, lambda: self._work(begin, end, me))
 
     def _initialize(self) -> None:
+        copies = ptx.copies_of(self.plan.bulk)
         for i in range(self.plan.teams * self.plan.config.stages):
-            ptx.barrier_init(self.shared + 16 * i, 1)
+            ptx.barrier_init(self.shared + 16 * i, copies.arrivals(self.plan.team_threads))
             ptx.barrier_init(self.shared + 16 * i + 8, self.plan.team_warps)
-        ptx.fence_barrier_init()
+        copies.publish_barriers()
 
     def _work(self, begin: V, end: V, me: V) -> None:
         """The units begin … end − 1, of the team number `me`."""
@@ -66,7 +74,7 @@ class _Warp:
             plan,
             self.operands,
             self.lengths,
-            leader=(self.in_team * 32 + lane).equals(0),
+            thread=self.in_team * 32 + lane,
             shared=self.shared,
             team=self.team,
         )
@@ -130,30 +138,65 @@ class _Head:
 
     def attend(self, flow: list[V]) -> tuple[list[V], State]:
         """Over all units: what is carried on to the next head, and the state."""
-        flow = [*flow, *State(self.plan).flat()]
+        flow, skip = [*flow, *State(self.plan).flat()], self.skip
+        if self.plan.shape.exact_tiles:
+            exact = self._exact_units()
+            flow = ptx.loop(skip, ptx.minimum(self.stop, exact), flow, self._exact_tile)
+            skip = ptx.at_least(skip, exact)
         if self.plan.shape.planes:
-            flow = ptx.loop(self.skip, ptx.minimum(self.stop, self.tiles), flow, self._tile)
+            flow = ptx.loop(skip, ptx.minimum(self.stop, self.tiles), flow, self._tile)
         flow = ptx.loop(ptx.at_least(self.skip, self.tiles), self.stop, flow, self._full_precision)
-        carried = 2 + Pipeline.PRODUCER
+        carried = 2 + self.warp.pipeline.producer
         return flow[:carried], State(self.plan, flow[carried:])
 
+    def _exact_units(self) -> V:
+        """How many of the first units are tiles that are read exactly."""
+        s, operands = self.plan.shape, self.warp.operands
+        if not s.listed:
+            return ptx.minimum(self.tiles, s.exact_tiles)
+        number = i32(0)
+        for i in range(s.exact_tiles):
+            tile = operands.listed_tile(s, self.b, self.k, i32(i))
+            exact = ptx.both(self.tiles > i, tile < s.exact_tiles)
+            number = number + ptx.select(exact, i32(1), 0)
+        return number
+
     def _step(
-        self, carry: list[V], compute: Compute, prepare: Callable[[], list[Rows]] = list
+        self,
+        unit: V,
+        carry: list[V],
+        compute: Compute,
+        prepare: Callable[[], list[Rows]] = list,
+        stages: int = 1,
     ) -> list[V]:
-        """Order a unit ahead, wait for this one, compute, leave its stage."""
+        """Order a unit ahead, wait for this one, compute, leave its stages; as many are ordered as
+        are left."""
         pipeline, lane = self.warp.pipeline, self.warp.lane
         stage, phase, *rest = carry
-        producer = pipeline.produce(rest[: Pipeline.PRODUCER])
-        state = State(self.plan, rest[Pipeline.PRODUCER :])
+        producer = pipeline.produce(rest[: pipeline.producer])
+        state = State(self.plan, rest[pipeline.producer :])
         prepared = prepare()
-        ptx.barrier_wait(pipeline.full(stage), phase)
-        compute(state, pipeline.data(stage), prepared)
+        own = []
+        for _ in range(stages):
+            pipeline.copies.wait(pipeline.full(stage), phase)
+            own.append(stage)
+            stage, phase = pipeline.next(stage, phase)
+        compute(unit, state, [pipeline.data(x) for x in own], prepared)
         ptx.sync_warp()
-        ptx.when(lane.equals(0), lambda: ptx.barrier_arrive(pipeline.empty(stage)))
-        stage, phase = pipeline.next(stage, phase)
+
+        def leave() -> None:
+            for x in own:
+                ptx.barrier_arrive(pipeline.empty(x))
+
+        ptx.when(lane.equals(0), leave)
+        for _ in range(stages - 1):
+            producer = pipeline.produce(producer)
         return [stage, phase, *producer, *state.flat()]
 
-    def _tile(self, _: V, carry: list[V]) -> list[V]:
+    def _exact_tile(self, unit: V, carry: list[V]) -> list[V]:
+        return self._tile(unit, carry, stages=2)
+
+    def _tile(self, unit: V, carry: list[V], stages: int = 1) -> list[V]:
         plan, c, warp = self.plan, self.plan.config, self.warp
         # Blocks of rows that this warp scales: its own, or its part of the team's.
         mine = [warp.in_team + n for n in range(0, plan.query_blocks, plan.team_warps)]
@@ -161,16 +204,31 @@ class _Head:
         def rows() -> list[Rows]:
             return [self._rows_from(n * 8, 1) for n in mine] if c.shared else []
 
-        def compute(state: State, data: V, rows: list[Rows]) -> None:
-            tile = Tile(plan, warp.lane)
+        def compute(unit: V, state: State, own: list[V], rows: list[Rows]) -> None:
+            data, *lower = own
+            tile = Tile(plan, warp.lane, *[x - data for x in lower])
+            if plan.shape.page_log_sums:
+                state.begin_tile()
             if c.shared:
                 queries = self._shared_queries(tile, data, mine, rows)
             else:
                 queries = Queries(*tile.queries(data, self.kept or self._rows()))
             for turn in range(plan.shape.group_size // (32 * c.token_warps)):
                 tile.accumulate(state, data, warp.token_warp, turn, queries, warp.together)
+            if plan.shape.page_log_sums:
+                self._write_page(unit, state)
 
-        return self._step(carry, compute, rows)
+        return self._step(unit, carry, compute, rows, stages)
+
+    def _write_page(self, tile: V, state: State) -> None:
+        """What a tile, all of which are read, adds to each row's sum."""
+        warp, s = self.warp, self.plan.shape
+        number = (self.b * s.kv_heads + self.k) * s.tiles + tile
+        number = number * self.plan.config.token_warps + warp.token_warp
+        of_tile = state.end_tile()
+        write_sums(
+            self.plan, warp.operands, number, of_tile, state.origin, warp.first_row, warp.lane
+        )
 
     def _shared_queries(self, tile: Tile, data: V, mine: list[V], rows: list[Rows]) -> Queries:
         """Scale the blocks of rows `mine` for the team, and read all from shared memory."""
@@ -191,7 +249,8 @@ class _Head:
     def _full_precision(self, i: V, carry: list[V]) -> list[V]:
         plan, s, warp = self.plan, self.plan.shape, self.warp
 
-        def compute(state: State, data: V, _: list[Rows]) -> None:
+        def compute(i: V, state: State, own: list[V], _: list[Rows]) -> None:
+            (data,) = own
             active = warp.token_warp < plan.unit_rows // 16
             mine = ptx.select(active, warp.token_warp * 16, 0)
             keys = data + mine * (2 * s.head_dim)
@@ -203,7 +262,7 @@ class _Head:
                 state, keys, values, first, slot, self.used, self.visible, warp.together
             )
 
-        return self._step(carry, compute)
+        return self._step(i, carry, compute)
 
 
 def write_partial(

@@ -16,13 +16,21 @@ from pallas_kernels.kv_attention.mosaic_gpu.merge import (
     merge_body,
     merge_warpgroups,
 )
+from pallas_kernels.kv_attention.mosaic_gpu.pages import page_log_sums_of, shape_of_sums
 from pallas_kernels.kv_attention.mosaic_gpu.plan import Config, Plan, Shape
-from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.kv_attention.read import Attended, Pages, Read
 from pallas_kernels.layout import LayerCache
 
 
 def shape_of(
-    q: jax.Array, cache: LayerCache, *, read: Read, sm_scale: float, strict: bool
+    q: jax.Array,
+    cache: LayerCache,
+    *,
+    read: Read,
+    sm_scale: float,
+    strict: bool,
+    pages: Pages | None = None,
+    page_log_sums: bool = False,
 ) -> Shape:
     """The shape that a call specializes the kernel to."""
     b, tokens, h, d = q.shape
@@ -40,6 +48,9 @@ def shape_of(
         view="full" if cache.keys is None else read.view,
         strict=strict,
         sm_scale=float(sm_scale),
+        exact_tiles=0 if cache.keys is None else read.exact_tiles,
+        places=None if pages is None else pages.tiles.shape[2],
+        page_log_sums=page_log_sums and cache.keys is not None,
     )
 
 
@@ -53,6 +64,8 @@ def unsupported(shape: Shape, dtypes: Sequence[Any]) -> str | None:
         return f"group_size is {shape.group_size}; it takes multiples of 32"
     if shape.rows > 256:
         return f"a key-value head has {shape.rows} query rows; it takes up to 256"
+    if shape.listed and shape.page_log_sums:
+        return "it gives page log-sums only where it reads all pages"
     return None
 
 
@@ -65,24 +78,31 @@ def kv_attention(
     read: Read,
     sm_scale: float,
     strict: bool,
+    pages: Pages | None = None,
+    page_log_sums: bool = False,
     config: Config,
     out_dtype: Any = jnp.float32,
     blocks: int = devices.DEFAULT.multiprocessors,
-) -> tuple[jax.Array, jax.Array]:
+    bulk: bool = True,
+) -> Attended:
     """See `pallas_kernels.kv_attention.api.kv_attention`; bf16 queries and buffer."""
-    shape = shape_of(q, cache, read=read, sm_scale=sm_scale, strict=strict)
-    plan = Plan(shape, config, blocks)
+    asked: dict[str, Any] = {"pages": pages, "page_log_sums": page_log_sums}
+    shape = shape_of(q, cache, read=read, sm_scale=sm_scale, strict=strict, **asked)
+    plan = Plan(shape, config, blocks, bulk)
     operands = [quantized_length, start, q, cache.key_buffer, cache.value_buffer]
-    for part in (cache.keys, cache.values):
-        if part is not None:
-            operands += [part.upper, part.lower][: shape.planes]
-            operands += [part.scale, part.minimum]
-    partial, statistics = ptx.kernel(
+    planes = [part for part in (cache.keys, cache.values) if part is not None]
+    for part in planes:
+        operands += [part.upper, part.lower][: shape.planes]
+        operands += [part.scale, part.minimum]
+    operands += [part.lower for part in planes] if shape.exact_tiles else []
+    counts = [] if pages is None else [pages.count]
+    operands += [] if pages is None else [pages.tiles, pages.count]
+    results: list[tuple[int, ...]]
+    results = [(plan.partials, shape.rows, shape.head_dim), (plan.partials, shape.rows, 2)]
+    results += [shape_of_sums(plan)] if shape.page_log_sums else []
+    partial, statistics, *sums = ptx.kernel(
         attention_body(plan),
-        [
-            jax.ShapeDtypeStruct((plan.partials, shape.rows, shape.head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((plan.partials, shape.rows, 2), jnp.float32),
-        ],
+        [jax.ShapeDtypeStruct(x, jnp.float32) for x in results],
         name=f"kv_attention_{shape.view}",
         blocks=blocks,
         warpgroups=config.warpgroups,
@@ -99,5 +119,8 @@ def kv_attention(
         warpgroups=merge_warpgroups(plan),
         shared_bytes=4 * merge_warpgroups(plan) * WARP_BYTES,
     )
-    output, log_sum_exp = merge(quantized_length, start, partial, statistics)
-    return output, log_sum_exp
+    output, log_sum_exp = merge(quantized_length, start, *counts, partial, statistics)
+    found = page_log_sums_of(plan, sums[0], quantized_length) if sums else None
+    if page_log_sums and found is None:  # there are no tiles
+        found = jnp.zeros((*q.shape[:3], 0), jnp.float32)
+    return Attended(output, log_sum_exp, found)

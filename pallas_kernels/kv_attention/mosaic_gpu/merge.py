@@ -48,8 +48,11 @@ def merge_body(plan: Plan, out_dtype: Any):
     slices = s.head_dim // CHANNELS
 
     def body(addresses: Sequence[V], shared: V) -> None:
-        quantized, start, partial, statistics, output, log_sum_exp = addresses
-        lengths = Lengths(plan, quantized, start)
+        *lengths_at, partial, statistics, output, log_sum_exp = addresses
+        quantized, start, count = [*lengths_at, None][:3]
+        assert quantized is not None
+        assert start is not None
+        lengths = Lengths(plan, quantized, start, count)
         thread, block = ptx.special("tid.x"), ptx.special("ctaid.x")
         lane, warp = thread & 31, ptx.uniform(thread >> 5)
         beside, quad = lane >> 3, (lane & 7) * 4

@@ -42,6 +42,9 @@ class Shape:
     view: str
     strict: bool
     sm_scale: float
+    exact_tiles: int = 0
+    places: int | None = None  # of a list of pages for each head; None: there is none
+    page_log_sums: bool = False
 
     @property
     def rows(self) -> int:
@@ -60,6 +63,11 @@ class Shape:
         return {"full": 0, "int4": 1, "int8": 2}[self.view]
 
     @property
+    def listed(self) -> bool:
+        """Whether a list says which tiles are read."""
+        return self.places is not None
+
+    @property
     def unit(self) -> float:
         """What 1 is in the sums: a step of the upper plane in the bits of a float16 subnormal."""
         return {0: 1.0, 1: 2.0**-24, 2: 2.0**-20}[self.planes]
@@ -67,11 +75,15 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Byte offsets and counts that follow from a shape and a configuration."""
+    """Byte offsets and counts that follow from a shape and a configuration.
+
+    bulk  whether the device copies in bulk (`ptx.copies`)
+    """
 
     shape: Shape
     config: Config
     blocks: int
+    bulk: bool = True
 
     @property
     def column_groups(self) -> int:
@@ -83,6 +95,10 @@ class Plan:
     @property
     def team_warps(self) -> int:
         return self.config.token_warps * self.column_groups
+
+    @property
+    def team_threads(self) -> int:
+        return 32 * self.team_warps
 
     @property
     def teams(self) -> int:

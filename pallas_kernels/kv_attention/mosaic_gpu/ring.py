@@ -12,13 +12,13 @@ from pallas_kernels.ptx import V, i32
 
 
 class Pipeline:
-    """A team's ring of stages in shared memory, filled by the copy engine.
+    """A team's ring of stages in shared memory.
 
-    The team's first lane keeps `stages − 1` units ahead: before the team reads unit i, it waits
-    until all warps have left the stage of unit i − 1 and orders unit i + stages − 1 into it.
+    The team keeps `stages − 1` units ahead: before it reads unit i, those of it that order copies
+    (`ptx.copies`: its first thread, or all) wait until all warps have left the stage of unit i − 1
+    and order unit i + stages − 1 into it. A tile that is read exactly takes two stages, one after
+    the other: as the others, and lower planes.
     """
-
-    PRODUCER = 8  # values that say what to order next
 
     def __init__(
         self,
@@ -28,10 +28,14 @@ class Pipeline:
         *,
         shared: V,
         team: V,
-        leader: V,
+        thread: V,
     ):
-        self.plan, self.operands, self.lengths, self.leader = plan, operands, lengths, leader
+        self.plan, self.operands, self.lengths = plan, operands, lengths
+        self.copies = ptx.copies_of(plan.bulk)(plan.team_threads, thread)
         stages = plan.config.stages
+        # Values that say what to order next: eight; whether an exact tile's second stage is due; of
+        # a list the buffer's first slot and the next tile, which is loaded a unit ahead.
+        self.producer = 8 + bool(plan.shape.exact_tiles) + 2 * plan.shape.listed
         self.barriers = shared + team * (16 * stages)
         self.ring = shared + plan.barrier_bytes + team * (stages * plan.stage_bytes)
 
@@ -50,66 +54,97 @@ class Pipeline:
 
     def start(self, b: V, k: V, unit: V, end: V, first: V) -> list[V]:
         """State of the producer: next unit's place, units left, and the stage that it goes to."""
+        s, zero = self.plan.shape, i32(0)
         tiles, units, _ = self.lengths.units(b)
-        return [b, k, unit, tiles, units, end - first, i32(0), i32(0)]
+        state = [b, k, unit, tiles, units, end - first, zero, zero]
+        state += [zero] if s.exact_tiles else []
+        if s.listed:
+            state += [self.lengths.first_slot(b), self.operands.listed_tile(s, b, k, unit)]
+        return state
 
     def produce(self, state: list[V]) -> list[V]:
-        """Order the next unit, if one is left."""
-        b, k, unit, tiles, units, left, stage, phase = state
+        """Order the next unit, or the second stage of one, if one is left."""
+        b, k, unit, tiles, units, left, stage, phase, *more = state
         s = self.plan.shape
+        second = more.pop(0) if s.exact_tiles else None
+        slot, tile = more if s.listed else (tiles * s.group_size, unit)
 
         def issue() -> None:
-            ptx.barrier_wait(self.empty(stage), phase ^ 1)
+            self.copies.wait(self.empty(stage), phase ^ 1)
             target, barrier = self.data(stage), self.full(stage)
             if s.planes:
                 ptx.choose(
                     unit < tiles,
-                    lambda: self._copy_tile(target, barrier, b, k, unit),
-                    lambda: self._copy_rows(target, barrier, b, k, tiles, unit - tiles),
+                    lambda: self._copy_tile(target, barrier, b, k, tile, second),
+                    lambda: self._copy_rows(target, barrier, b, k, slot, unit - tiles),
                     [],
                 )
             else:
-                self._copy_rows(target, barrier, b, k, tiles, unit)
+                self._copy_rows(target, barrier, b, k, slot, unit)
+            self.copies.arrive(barrier)
 
-        ptx.when(ptx.both(self.leader, left > 0), issue)
+        ptx.when(self.copies.orders(left > 0), issue)
 
-        following = unit + 1
+        done = i32(1)
+        if second is not None:
+            exact = ptx.both(unit < ptx.minimum(tiles, s.exact_tiles), tile < s.exact_tiles)
+            second = ptx.select(ptx.both(exact, second.equals(0)), i32(1), 0)
+            done = i32(1) - second
+        following = unit + done
 
         def next_head() -> Sequence[V]:
             wrap = (k + 1).equals(s.kv_heads)
             new_b = ptx.minimum(ptx.select(wrap, b + 1, b), s.batch - 1)
             new_tiles, new_units, _ = self.lengths.units(new_b)
-            return [new_b, ptx.select(wrap, i32(0), k + 1), i32(0), new_tiles, new_units]
+            new_slot = [self.lengths.first_slot(new_b)] if s.listed else []
+            return [new_b, ptx.select(wrap, i32(0), k + 1), i32(0), new_tiles, new_units, *new_slot]
 
-        b, k, unit, tiles, units = ptx.choose(
-            following.equals(units),
-            next_head,
-            lambda: [b, k, following, tiles, units],
-            [b, k, unit, tiles, units],
+        here = [b, k, following, tiles, units] + ([slot] if s.listed else [])
+        b, k, unit, tiles, units, *more = ptx.choose(
+            following.equals(units), next_head, lambda: here, here
         )
+        if s.listed:
+            more = [*more, self.operands.listed_tile(s, b, k, unit)]
+        if second is not None:
+            more = [second, *more]
         stage, phase = self.next(stage, phase)
-        return [b, k, unit, tiles, units, left - 1, stage, phase]
+        return [b, k, unit, tiles, units, left - done, stage, phase, *more]
 
-    def _copy_tile(self, target: V, barrier: V, b: V, k: V, tile: V) -> list[V]:
-        s, sections = self.plan.shape, self.plan.sections
-        ptx.barrier_expect(barrier, i32(sum(sections)))
+    def _copy_tile(
+        self, target: V, barrier: V, b: V, k: V, tile: V, second: V | None = None
+    ) -> list[V]:
+        s, plan = self.plan.shape, self.plan
         index = ((b * s.kv_heads + k) * s.tiles + tile).to_i64()
-        offset = 0
-        for source, size in zip(self.operands.tile_parts, sections, strict=True):
-            ptx.bulk_copy(target + offset, source + index * size, i32(size), barrier)
-            offset += size
-        return []
 
-    def _copy_rows(self, target: V, barrier: V, b: V, k: V, tiles: V, unit: V) -> list[V]:
+        def copy(sources: Sequence[V], sections: Sequence[int]) -> list[V]:
+            self.copies.expect(barrier, i32(sum(sections)))
+            offset = 0
+            for source, size in zip(sources, sections, strict=True):
+                to, at = target + offset, source + index * size
+                self.copies.copy(to, at, size, barrier, most=size)
+                offset += size
+            return []
+
+        if second is None:
+            return copy(self.operands.tile_parts, plan.sections)
+        return ptx.choose(
+            second.equals(1),
+            lambda: copy(self.operands.lower_parts, [plan.code_bytes] * 2),
+            lambda: copy(self.operands.tile_parts, plan.sections),
+            [],
+        )
+
+    def _copy_rows(self, target: V, barrier: V, b: V, k: V, slot: V, unit: V) -> list[V]:
         s, rows = self.plan.shape, self.plan.unit_rows
         # The buffer is a ring: position p in slot p mod R. A unit does not wrap around, since its
         # rows divide R, or there are no tiles and R is beyond every position.
-        first = (tiles * s.group_size + unit * rows) % s.buffer_length
+        first = (slot + unit * rows) % s.buffer_length
         size = ptx.minimum(i32(s.buffer_length) - first, rows) * (2 * s.head_dim)
-        ptx.barrier_expect(barrier, size * 2)
+        self.copies.expect(barrier, size * 2)
         head = (b * s.kv_heads + k).to_i64() * (s.buffer_length * 2 * s.head_dim)
         source = head + first.to_i64() * (2 * s.head_dim)
-        values = target + rows * 2 * s.head_dim
-        ptx.bulk_copy(target, self.operands["key_buffer"] + source, size, barrier)
-        ptx.bulk_copy(values, self.operands["value_buffer"] + source, size, barrier)
+        most = rows * 2 * s.head_dim
+        parts = ((target, "key_buffer"), (target + most, "value_buffer"))
+        for to, name in parts:
+            self.copies.copy(to, self.operands[name] + source, size, barrier, most=most)
         return []

@@ -25,13 +25,15 @@ class State:
 
     In lane 4 g + q, for columns 2q and 2q+1 of block n: `origin` the running reference of the
     scores (negative, base 2), `total` Σ p and `offset` Σ p m̂ over the tokens of this lane, and
-    `sums`[n][m] the product's registers: channels 16 m + g and + 8, in units of 2^−unit.
+    `sums`[n][m] the product's registers: channels 16 m + g and + 8, in units of 2^−unit. Where each
+    tile's Σ p is asked for, `total` is that within a tile, and `earlier` that of the tiles before.
     """
 
     def __init__(self, plan: Plan, values: Sequence[V] | None = None):
         s, blocks = plan.shape, plan.config.column_blocks
         self.blocks, self.groups, self.channels = blocks, s.value_groups, plan.channel_blocks
-        count = blocks * (2 + 2 + 2 * self.groups + 4 * self.channels)
+        split = plan.shape.page_log_sums
+        count = blocks * (2 + 2 + 2 * split + 2 * self.groups + 4 * self.channels)
         if values is None:
             origin = [f32(-NOTHING)] * (2 * blocks)
             values = origin + [f32(0.0)] * (count - 2 * blocks)
@@ -42,12 +44,13 @@ class State:
 
         self.origin = [take(2) for _ in range(blocks)]
         self.total = [take(2) for _ in range(blocks)]
+        self.earlier = [take(2) for _ in range(blocks)] if split else []
         self.offset = [[take(2) for _ in range(self.groups)] for _ in range(blocks)]
         self.sums = [[take(4) for _ in range(self.channels)] for _ in range(blocks)]
 
     def flat(self) -> list[V]:
         out: list[V] = []
-        for pairs in (self.origin, self.total):
+        for pairs in (self.origin, self.total, self.earlier):
             out += [v for pair in pairs for v in pair]
         for groups in (self.offset, self.sums):
             out += [v for block in groups for pair in block for v in pair]
@@ -58,9 +61,26 @@ class State:
         for n in range(self.blocks):
             factor = [ptx.exp2(origin[n][i] - self.origin[n][i]) for i in range(2)]
             self.origin[n] = origin[n]
-            self.total[n] = [self.total[n][i] * factor[i] for i in range(2)]
+            for totals in (self.total, self.earlier):
+                if totals:
+                    totals[n] = [totals[n][i] * factor[i] for i in range(2)]
             self.offset[n] = [[v[i] * factor[i] for i in range(2)] for v in self.offset[n]]
             self.sums[n] = [[c[i] * factor[i % 2] for i in range(4)] for c in self.sums[n]]
+
+    def begin_tile(self) -> None:
+        """From here on `total` is the tile's."""
+        self.earlier = self.total
+        self.total = [[f32(0.0)] * 2 for _ in range(self.blocks)]
+
+    def end_tile(self) -> list[list[V]]:
+        """The tile's Σ p of this lane; from here on `total` is that of all tiles."""
+        of_tile = self.total
+        self.total = [
+            [a + b for a, b in zip(*pairs, strict=True)]
+            for pairs in zip(self.earlier, of_tile, strict=True)
+        ]
+        self.earlier = [[f32(0.0)] * 2 for _ in range(self.blocks)]
+        return of_tile
 
 
 def softmax(

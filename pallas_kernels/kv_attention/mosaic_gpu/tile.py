@@ -17,9 +17,12 @@ class Tile:
     half word, read as float16, are c·2⁻²⁴ or 16 c·2⁻²⁴, exactly, and matrix instructions take them
     at full speed. Products with the second kind carry a factor 1/16 on the other side; with both
     planes a byte 16 u + l + 8 takes their place, and none is needed.
+
+    `lower`: in the draft view, of a tile that is read exactly, how far behind it the lower planes
+    of keys and values lie.
     """
 
-    def __init__(self, plan: Plan, lane: V):
+    def __init__(self, plan: Plan, lane: V, lower: V | None = None):
         self.plan, self.lane = plan, lane
         self.g, self.q = lane >> 2, lane & 3
         s = plan.shape
@@ -27,9 +30,11 @@ class Tile:
         # target view `order` and order + 2: there neighbours g read neighbouring rows of keys, from
         # all banks, and the value codes are sorted as cheaply.
         self.order = (self.g >> 1) * 4 + (self.g & 1)
-        self.both = s.planes == 2
+        self.both = s.planes == 2 or lower is not None
+        # What 1 is in the scores, and what the sums' unit is short of it.
+        self.unit = 2.0**-20 if self.both else 2.0**-24
+        self.to_sums = s.unit / self.unit
         # What the codes are short of in the draft and target views, in steps.
-        self.unit = s.unit
         self.half = 0.5 if self.both else 1 / 32
         self.high_factor = 1.0 if self.both else 1 / 16
         self.words = s.head_dim // 32
@@ -37,6 +42,11 @@ class Tile:
         starts = [sum(sections[:i]) for i in range(len(sections))]
         parts = len(sections) // 2
         self.key_at, self.value_at = starts[:parts], starts[parts:]
+        self.key_codes: list[V | int] = [*self.key_at[: s.planes]]
+        self.value_codes: list[V | int] = [*self.value_at[: s.planes]]
+        if lower is not None:
+            self.key_codes.append(lower)
+            self.value_codes.append(lower + plan.code_bytes)
 
     def queries(self, tile: V, rows: Rows) -> tuple[list[list[list[V]]], list[list[V]]]:
         """Key scales folded into the queries: (operands[block][step], bias[block][column]).
@@ -145,7 +155,7 @@ class Tile:
             loaded.append(
                 [
                     [ptx.load_wide(tile + at + row + y * far, self.words) for y in range(2)]
-                    for at in self.key_at[: s.planes]
+                    for at in self.key_codes
                 ]
             )
         for i in range(self.words):
@@ -185,7 +195,7 @@ class Tile:
                 for part in (ptx.low_bf16, ptx.high_bf16):
                     exact = part(scale)
                     group_minimum.append(ptx.fma(exact, f32(-self.half), part(minimum)))
-                    factor = self.high_factor if half else 1.0
+                    factor = self.to_sums * (self.high_factor if half else 1.0)
                     group_scale.append(exact * factor if factor != 1.0 else exact)
             scales.append(group_scale)
             minima.append(group_minimum)
@@ -221,8 +231,5 @@ class Tile:
 
     def value_fragments(self, where: V) -> list[list[V]]:
         """Matrix operands of two steps: 32 tokens and the 16 channels at `where`."""
-        loaded = [
-            [ptx.load(where + at + 128 * y)[0] for y in range(2)]
-            for at in self.value_at[: self.plan.shape.planes]
-        ]
+        loaded = [[ptx.load(where + at + 128 * y)[0] for y in range(2)] for at in self.value_codes]
         return self.fragments(*loaded)

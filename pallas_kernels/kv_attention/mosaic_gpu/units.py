@@ -9,10 +9,10 @@ from pallas_kernels.kv_attention.mosaic_gpu.plan import Plan
 from pallas_kernels.ptx import V, i32
 
 
-def count_units(plan: Plan, quantized: V, start: V) -> tuple[V, V, V]:
-    """(tiles, units, buffer tokens) of a sequence: its tiles, then its full-precision units."""
+def count_units(plan: Plan, tiles: V, quantized: V, start: V) -> tuple[V, V, V]:
+    """(tiles, units, buffer tokens) of a sequence: the tiles that are read of it, then its
+    full-precision units."""
     s = plan.shape
-    tiles = quantized // s.group_size if s.planes else i32(0)
     used = ptx.minimum(start - quantized + s.tokens, s.buffer_length)
     used = ptx.at_least(used, 0)
     rows = ptx.at_least(ptx.ceil_div(used, plan.unit_rows), 1)
@@ -33,16 +33,25 @@ def part_of(total: V, parts: int, unit: V) -> V:
 
 
 class Lengths:
-    """The sequences' lengths in global memory."""
+    """The sequences' lengths in global memory; `count`, the tiles that are listed, where a list
+    says what is read."""
 
-    def __init__(self, plan: Plan, quantized: V, start: V):
-        self.plan, self.quantized, self.start = plan, quantized, start
+    def __init__(self, plan: Plan, quantized: V, start: V, count: V | None):
+        self.plan, self.quantized, self.start, self.count = plan, quantized, start, count
 
     def units(self, b: V) -> tuple[V, V, V]:
-        offset = b.to_i64() * 4
+        s, offset = self.plan.shape, b.to_i64() * 4
         (quantized,) = ptx.load(self.quantized + offset)
         (start,) = ptx.load(self.start + offset)
-        return count_units(self.plan, quantized, start)
+        tiles = quantized // s.group_size if s.planes else i32(0)
+        if self.count is not None:
+            (tiles,) = ptx.load(self.count + offset)
+        return count_units(self.plan, tiles, quantized, start)
+
+    def first_slot(self, b: V) -> V:
+        """The slot of the buffer that holds the first token that is not read from the planes."""
+        (quantized,) = ptx.load(self.quantized + b.to_i64() * 4)
+        return quantized % self.plan.shape.buffer_length
 
     def total(self) -> V:
         """Units of all sequences and key-value heads."""

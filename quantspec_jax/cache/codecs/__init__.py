@@ -5,7 +5,7 @@ from __future__ import annotations
 from quantspec_jax.cache.codecs.codec import Codec
 from quantspec_jax.cache.codecs.float8 import Float8
 from quantspec_jax.cache.codecs.full import Full
-from quantspec_jax.cache.codecs.hierarchical import Hierarchical
+from quantspec_jax.cache.codecs.hierarchical import EXACT_TILES, Hierarchical
 
 CODECS: dict[str, Codec] = {"full": Full(), "hierarchical": Hierarchical(), "float8": Float8()}
 VIEWS = tuple(view for codec in CODECS.values() for view in codec.views)
@@ -16,4 +16,4 @@ def codec_of(view: str) -> Codec:
     return next(codec for codec in CODECS.values() if view in codec.views)
 
 
-__all__ = ["CODECS", "VIEWS", "Codec", "codec_of"]
+__all__ = ["CODECS", "EXACT_TILES", "VIEWS", "Codec", "codec_of"]

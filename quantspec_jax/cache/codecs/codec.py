@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import jax
 
+from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import LayerCache, Planes
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.models.config import ModelConfig
@@ -15,14 +16,14 @@ class Codec(Protocol):
     """One way to store keys and values.
 
     views    what a pass may read of it, by name, the finest first
-    draft    the view that a draft reads (it may be the target's)
+    draft    what a draft reads (its view may be the target's)
     """
 
     @property
     def views(self) -> tuple[str, ...]: ...
 
     @property
-    def draft(self) -> str: ...
+    def draft(self) -> Read: ...
 
     def num_tiles(self, max_length: int, group_size: int) -> int:
         """Tiles of G tokens for `max_length` tokens."""
@@ -55,9 +56,9 @@ class Codec(Protocol):
         ...
 
     def decoded(
-        self, keys: jax.Array, values: jax.Array, view: str, group_size: int
+        self, keys: jax.Array, values: jax.Array, read: Read, group_size: int
     ) -> tuple[jax.Array, jax.Array]:
-        """Keys after RoPE and values [B, K, T, D] in full precision → what `view` reads of them
+        """Keys after RoPE and values [B, K, T, D] in full precision → what `read` reads of them
         once they are coded, in their type: for evaluation and calibration."""
         ...
 

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import LayerCache
 from pallas_kernels.rope_append.xla import narrowed
 from quantspec_jax.cache.codecs.codec import values_per_token
@@ -17,6 +18,7 @@ from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.models.config import ModelConfig
 
 E4M3 = jnp.float8_e4m3fn
+FLOAT8 = Read("float8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Float8(Full):
     """As `Full`, a byte a number; one view, `float8`. Values beyond ±448 become that."""
 
     views: tuple[str, ...] = ("float8",)
-    draft: str = "float8"
+    draft: Read = FLOAT8
 
     def from_prompt(
         self,
@@ -39,7 +41,7 @@ class Float8(Full):
         return super().from_prompt(keys, values, length, config, backend)
 
     def decoded(
-        self, keys: jax.Array, values: jax.Array, view: str, group_size: int
+        self, keys: jax.Array, values: jax.Array, read: Read, group_size: int
     ) -> tuple[jax.Array, jax.Array]:
         """Rounded and back."""
         return narrowed(keys, E4M3).astype(keys.dtype), narrowed(values, E4M3).astype(values.dtype)

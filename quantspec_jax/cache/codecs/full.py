@@ -7,10 +7,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import LayerCache
 from quantspec_jax.cache.codecs.codec import BUFFER_AXES, fit, values_per_token
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.models.config import ModelConfig
+
+FULL = Read("full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Full:
     """Keys and values as they are; one view, `full`."""
 
     views: tuple[str, ...] = ("full",)
-    draft: str = "full"
+    draft: Read = FULL
 
     def num_tiles(self, max_length: int, group_size: int) -> int:
         """None."""
@@ -51,7 +54,7 @@ class Full:
         return layer
 
     def decoded(
-        self, keys: jax.Array, values: jax.Array, view: str, group_size: int
+        self, keys: jax.Array, values: jax.Array, read: Read, group_size: int
     ) -> tuple[jax.Array, jax.Array]:
         """As they are."""
         return keys, values

@@ -10,7 +10,9 @@ The buffer is a ring of 2G slots. When F2 is full, F1 is quantized into the plan
 its slots are the new F2: planes are written once and never change, and nothing is moved. A
 rejection is a shorter `length`. Draft and verify write the same slots, verify last.
 
-View `int8` reads both planes, `int4` the upper one alone.
+View `int8` reads both planes, `int4` the upper one alone. A draft reads the upper plane, and of
+the first tile both: its tokens are the attention sinks, whose large keys make that tile's steps
+coarse, and half of what a 4-bit cache has rejected comes from them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.kv_attention.xla import dequantize_keys, dequantize_values
 from pallas_kernels.layout import LayerCache, Planes
 from pallas_kernels.quantize_pack import xla
@@ -30,13 +33,16 @@ from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.cache.schedule import quantized_length
 from quantspec_jax.models.config import ModelConfig
 
+EXACT_TILES = 1  # at the beginning, that a draft reads with both planes
+DRAFT = Read("int4", EXACT_TILES)
+
 
 @dataclasses.dataclass(frozen=True)
 class Hierarchical:
     """The upper plane is the draft's, both planes together are the target's."""
 
     views: tuple[str, ...] = ("int8", "int4")
-    draft: str = "int4"
+    draft: Read = DRAFT
 
     def num_tiles(self, max_length: int, group_size: int) -> int:
         """Enough for every token."""
@@ -113,17 +119,24 @@ class Hierarchical:
         )
 
     def decoded(
-        self, keys: jax.Array, values: jax.Array, view: str, group_size: int
+        self, keys: jax.Array, values: jax.Array, read: Read, group_size: int
     ) -> tuple[jax.Array, jax.Array]:
         """Coded and read again. Of a last tile that is not full the keys mean nothing."""
         t = keys.shape[2]
         whole = -(-t // group_size) * group_size
-        read = (
-            dequantize_keys(xla.quantize_keys(fit(keys, whole), group_size), view),
-            dequantize_values(xla.quantize_values(fit(values, whole), group_size), view),
+        exact = min(read.exact_tiles, whole // group_size)
+
+        def again(planes: Planes, dequantize: Any) -> jax.Array:
+            found = dequantize(planes, read.view)
+            if exact:
+                first = Planes(*(x[:, :, :exact] for x in planes))
+                found = found.at[:, :, : exact * group_size].set(dequantize(first, "int8"))
+            return found[:, :, :t].astype(keys.dtype)
+
+        return (
+            again(xla.quantize_keys(fit(keys, whole), group_size), dequantize_keys),
+            again(xla.quantize_values(fit(values, whole), group_size), dequantize_values),
         )
-        coded_keys, coded_values = (x[:, :, :t].astype(keys.dtype) for x in read)
-        return coded_keys, coded_values
 
     def read_bytes(
         self, model: ModelConfig, view: str, context: float, itemsize: int, group_size: int

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.add_rms_norm.xla import rms_norm
+from pallas_kernels.kv_attention.read import Read
 from quantspec_jax.cache.codecs import CODECS
 from quantspec_jax.cache.sequence import attend_text
 from quantspec_jax.models.config import ModelConfig
@@ -25,7 +26,7 @@ from quantspec_jax.models.rope import rope_frequencies, rope_tables
 from quantspec_jax.weights.calibrate.gptq import HIGHEST, Moments
 from quantspec_jax.weights.calibrate.programs import program
 
-VIEW, GROUP_SIZE = CODECS["hierarchical"].draft, 128  # what the draft reads of the cache
+READ, GROUP_SIZE = CODECS["hierarchical"].draft, 128  # what the draft reads of the cache
 Block = dict[str, Any]
 
 
@@ -108,14 +109,14 @@ def attend(config: ModelConfig, block: Block, own: Block, x: Pair) -> Pair:
     frequencies = rope_frequencies(config.rope, config.head_dim, config.max_context)
     rope = rope_tables(*frequencies, jnp.arange(x.draft.shape[1])[None])
 
-    def part(block: Block, h: jax.Array, past: Any, view: str) -> tuple[jax.Array, Any]:
-        reads = attend_text(view, GROUP_SIZE, config.head_dim**-0.5)
+    def part(block: Block, h: jax.Array, past: Any, read: Read) -> tuple[jax.Array, Any]:
+        reads = attend_text(read, GROUP_SIZE, config.head_dim**-0.5)
         return attention_part(block, config, h, rope, past, reads, backend="xla")
 
     def of_chunk(x: Pair) -> Pair:
         h = _norm(block["attention_norm"], x, config)
-        target, past = part(block, h.target, None, "full")
-        return Pair(target, part(own, h.draft, past, VIEW)[0])
+        target, past = part(block, h.target, None, Read("full"))
+        return Pair(target, part(own, h.draft, past, READ)[0])
 
     return _by_chunk(of_chunk, x)
 

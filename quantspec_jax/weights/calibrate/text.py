@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from quantspec_jax.checks import require
+from quantspec_jax.text.prompts import encode
 
 CHUNKS, LENGTH = 16, 1024
 
@@ -27,7 +28,7 @@ def calibration_tokens(
     """
     require(tokenizer is not None, "tokenizer", tokenizer, "one: calibration reads text")
     given = default_text() if text is None else text
-    ids = tokenizer(given, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = encode(given, tokenizer, "calibration text", special=False)
     needed = chunks * length
     enough = f"{needed} or more ({chunks} chunks of {length})"
     require(len(ids) >= needed, "calibration text", f"{len(ids)} tokens", enough)

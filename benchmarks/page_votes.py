@@ -1,0 +1,371 @@
+"""Which pages a draft should read: acceptance by who votes, how votes are pooled, and page size.
+
+    python benchmarks/page_votes.py --model M --text TEXT --context N --output FILE
+
+A verification of γ + 1 = 8 rows leaves the attention mass of every page; the drafts of the next
+round read the pages with most of it. Teacher-forced, with full weights: the target reads the text
+once (8-bit view); a draft at position t reads the target's keys and values below t, of the planes
+the chosen pages alone (4-bit view, tile 0 with both planes), and its own at t. The draft at place j
+of its round chose by the rows t − j − 1, ..., t − j − 8 of a round all of whose proposals were
+accepted. Positions are of the text's last quarter, as many as --positions.
+
+    voters     the rows that vote: last, first, first and last, all; `own` is the draft's own query,
+               which no selection in advance can beat
+    heads      mass is pooled over the query heads of a kv head (sum or max), or of the layer
+    decay      of the votes of earlier rounds, a round; 0: they are forgotten
+    page       tokens; a share of them is read: the first page, the one before the buffer, and those
+               with most votes
+    clusters   the tokens of a tile lie in the order of so many clusters of keys (k-means), so that
+               smaller pages hold what belongs together; 0: in the order of their positions
+
+Drafts of other policies read as many tokens: `window` the most recent ones, `snapkv` those that the
+32 last queries of the first three quarters attend to (max over 7 tokens, then summed by page).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import script
+
+import quantspec_jax as qs
+from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.rope_append.heads import Heads
+from quantspec_jax.bench import record
+from quantspec_jax.cache.codecs import CODECS, EXACT_TILES
+from quantspec_jax.cache.schedule import quantized_length
+from quantspec_jax.evaluate.teacher_forced import Stream, embedded
+from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.decoder import block_params, run_block, unembed
+from quantspec_jax.models.rope import rope_frequencies, rope_tables
+
+G, ROWS, FINEST = 128, 8, 16
+OBSERVED, POOLED = 32, 7  # SnapKV's window and kernel
+BLOCK = 128  # queries at a time
+CLUSTERS = (0, 8, 16)
+PRECISION = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Votes:
+    """A draft: what it reads of the planes."""
+
+    share: float = 0.25
+    place: int = 3
+    voters: str = "all"
+    heads: str = "kv sum"
+    decay: float = 0.0
+    page: int = 128
+    clusters: int = 0
+    whole_layers: int = 0  # the first layers read everything
+
+
+def drafts() -> list[Votes]:
+    """One thing changed at a time."""
+    found = [Votes(share=1, voters="own", place=0)]
+    for share in (0.25, 0.125):
+        base = Votes(share)
+        change = partial(dataclasses.replace, base)
+        found += [change(voters=x) for x in ("window", "snapkv", "own")]
+        found += [
+            change(voters=voters, place=place)
+            for voters in ("all", "last", "first and last")
+            for place in (0, 3, 6)
+        ]
+        found += [change(voters="first")]
+        found += [change(heads=x) for x in ("kv max", "layer")]
+        found += [change(decay=x) for x in (0.5, 0.9)]
+        found += [change(page=x) for x in (64, 32, 16)]
+        found += [change(page=16, clusters=x) for x in CLUSTERS[1:]]
+        found += [change(page=32, clusters=8), change(whole_layers=2)]
+    return found
+
+
+class Masses(NamedTuple):
+    """Attention mass [T, H, T/16] of the target's queries in runs of 16 tokens, by how tokens are
+    ordered; and of the prompt's last queries a token, [K, T]."""
+
+    by_order: tuple[jax.Array, ...]
+    observed: jax.Array
+
+
+class Held(NamedTuple):
+    """A layer's keys and values as they are read, [K, T, D]: in full, by both planes, by the upper
+    one (tile 0 by both); and the orders of tokens, [K, T] each."""
+
+    full: tuple[jax.Array, jax.Array]
+    target: tuple[jax.Array, jax.Array]
+    draft: tuple[jax.Array, jax.Array]
+    orders: tuple[jax.Array, ...]
+
+
+def clustered(keys: jax.Array, clusters: int) -> jax.Array:
+    """[K, T, D] → [K, T] int32: the tokens, those of each tile in the order of k-means clusters."""
+    k, t, d = keys.shape
+    tiles = keys.reshape(k, t // G, G, d)
+    centers = tiles[:, :, :: G // clusters]
+
+    def labels(centers: jax.Array) -> jax.Array:
+        score = jnp.einsum("ktgd,ktcd->ktgc", tiles, centers)
+        return jnp.argmax(score - (centers**2).sum(-1)[:, :, None] / 2, -1)
+
+    def step(_: int, centers: jax.Array) -> jax.Array:
+        member = jax.nn.one_hot(labels(centers), clusters)
+        total = jnp.einsum("ktgc,ktgd->ktcd", member, tiles)
+        count = member.sum(2)[..., None]
+        return jnp.where(count > 0, total / jnp.maximum(count, 1), centers)
+
+    order = jnp.argsort(labels(jax.lax.fori_loop(0, 10, step, centers)), -1)
+    return (order + G * jnp.arange(t // G)[None, :, None]).reshape(k, t)
+
+
+def held(keys: jax.Array, values: jax.Array) -> Held:
+    """[T, K, D] keys after RoPE and values."""
+    full, codec = tuple(x.swapaxes(0, 1)[None] for x in (keys, values)), CODECS["hierarchical"]
+    target, draft = (codec.decoded(*full, Read(*x), G) for x in (("int8",), ("int4", EXACT_TILES)))
+    plain = jnp.broadcast_to(jnp.arange(len(keys)), (keys.shape[1], len(keys)))
+    orders = [plain, *(clustered(target[0][0], c) for c in CLUSTERS[1:])]
+    return Held(*(tuple(x[0] for x in pair) for pair in (full, target, draft)), tuple(orders))
+
+
+def attend_target(q: jax.Array, layer: Held, prompt: int) -> tuple[jax.Array, Masses]:
+    """[T, H, D] queries over the target's view → output [T, H, D] and masses."""
+    t, h, d = q.shape
+    k = layer.full[0].shape[0]
+    blocks = q.reshape(t // BLOCK, BLOCK, k, h // k, d)
+
+    def one(block: tuple[jax.Array, jax.Array]) -> Any:
+        query, begin = block
+        position = begin + jnp.arange(BLOCK)
+        token = jnp.arange(t)[None]
+        coded = (token < quantized_length(position, G)[:, None])[None, None]
+        both = [jnp.einsum("skrd,ktd->krst", query, x[0], precision=PRECISION)
+                for x in (layer.target, layer.full)]  # fmt: skip
+        scores = jnp.where(coded, *both) * d**-0.5
+        p = jax.nn.softmax(jnp.where(token <= position[:, None], scores, -jnp.inf), -1)
+        out = sum(jnp.einsum("krst,ktd->skrd", jnp.where(mask, p, 0), x[1], precision=PRECISION)
+                  for mask, x in ((coded, layer.target), (~coded, layer.full)))  # fmt: skip
+        read = jnp.where(coded, p, 0)
+        masses = [
+            jnp.take_along_axis(read, order[:, None, None], -1)
+            .reshape(*p.shape[:-1], t // FINEST, FINEST)
+            .sum(-1)
+            for order in layer.orders
+        ]
+        seen = (position >= prompt - OBSERVED) & (position < prompt)
+        observed = jnp.where(seen[None, None, :, None], read, 0).sum((1, 2))
+        return out, masses, observed
+
+    begins = BLOCK * jnp.arange(t // BLOCK)
+    out, masses, observed = jax.lax.map(one, (blocks, begins))
+
+    def flat(x: jax.Array) -> jax.Array:  # [n, K, R, BLOCK, X] → [T, H, X]
+        return jnp.moveaxis(x, 3, 1).reshape(t, h, -1)
+
+    return out.reshape(t, h, d), Masses(tuple(map(flat, masses)), observed.sum(0))
+
+
+def votes(draft: Votes, masses: Masses, position: jax.Array, heads: int) -> jax.Array:
+    """[N] positions → [N, K, T/page] votes."""
+    mass = masses.by_order[CLUSTERS.index(draft.clusters)]
+    t, h, _ = mass.shape
+    if draft.voters == "snapkv":
+        pooled = jax.lax.reduce_window(
+            masses.observed, -jnp.inf, jax.lax.max, (1, POOLED), (1, 1), "SAME"
+        )
+        by_page = pooled.reshape(heads, t // draft.page, draft.page).sum(-1)
+        return jnp.broadcast_to(by_page, (len(position), *by_page.shape))
+    last = position - draft.place - 1
+    rounds = 8 if draft.decay else 1
+    rows = {"last": [0], "first": [ROWS - 1], "first and last": [0, ROWS - 1]}.get(
+        draft.voters, range(ROWS)
+    )
+    if draft.voters == "own":
+        found = mass[position]
+    else:
+        found = sum(
+            draft.decay**k * mass[jnp.maximum(last - k * ROWS - row, 0)]
+            for k in range(rounds)
+            for row in rows
+        )
+    pooled = found.reshape(len(position), heads, h // heads, -1, draft.page // FINEST).sum(-1)
+    by_head = pooled.max(2) if draft.heads == "kv max" else pooled.sum(2)
+    if draft.heads == "layer":
+        by_head = jnp.broadcast_to(by_head.sum(1, keepdims=True), by_head.shape)
+    return by_head
+
+
+@partial(jax.jit, static_argnames=("draft", "heads"))
+def chosen(masses: Masses, orders: Any, position: Any, *, draft: Votes, heads: int) -> jax.Array:
+    """[N, K, T] bool: the tokens of the planes that the draft at a position reads."""
+    t = masses.observed.shape[-1]
+    coded = quantized_length(position, G)[:, None] // draft.page  # [N, 1]
+    pages = t // draft.page
+    number = jnp.arange(pages)[None]
+    budget = jnp.ceil(draft.share * coded).astype(jnp.int32)
+    priority = (
+        jnp.broadcast_to(number[:, None].astype(jnp.float32), (len(position), heads, pages))
+        if draft.voters == "window"
+        else votes(draft, masses, position, heads)
+    )
+    always = (number == 0) | (number == coded - 1)
+    priority = jnp.where(always[:, None], jnp.inf, priority)
+    priority = jnp.where((number < coded)[:, None], priority, -jnp.inf)
+    rank = jnp.argsort(jnp.argsort(-priority, -1), -1)
+    by_token = jnp.repeat(rank < budget[:, :, None], draft.page, -1)
+    order = orders[CLUSTERS.index(draft.clusters)]
+    return jnp.take_along_axis(by_token, jnp.argsort(order, -1)[None], -1)
+
+
+class Recent(NamedTuple):
+    """The buffer of each position: keys and values [N, K, 2 G, D] and which come before it."""
+
+    keys: jax.Array
+    values: jax.Array
+    mask: jax.Array
+
+
+@jax.jit
+def recent(layer: Held, position: jax.Array) -> Recent:
+    token = quantized_length(position, G)[:, None] + jnp.arange(2 * G)
+    at = jnp.minimum(token, layer.full[0].shape[1] - 1)
+    return Recent(*(x[:, at].swapaxes(0, 1) for x in layer.full), token < position[:, None])
+
+
+def attend_draft(
+    q: Any, own: Any, layer: Held, buffer: Recent, read: jax.Array, position: jax.Array
+) -> jax.Array:
+    """[N, H, D] queries with their own keys and values [N, K, D] → [N, H, D]."""
+    n, h, d = q.shape
+    k, t = layer.full[0].shape[:2]
+    query = q.reshape(n, k, h // k, d) * d**-0.5
+    coded = jnp.arange(t)[None] < quantized_length(position, G)[:, None]
+
+    def scores(equation: str, keys: jax.Array, mask: jax.Array) -> jax.Array:
+        found = jnp.einsum(equation, query, keys, precision=PRECISION)
+        return jnp.where(mask, found, -jnp.inf)
+
+    parts = [
+        scores("nkrd,ktd->nkrt", layer.draft[0], (coded[:, None] & read)[:, :, None]),
+        scores("nkrd,nktd->nkrt", buffer.keys, buffer.mask[:, None, None]),
+        (query * own[0][:, :, None]).sum(-1)[..., None],
+    ]
+    p = jax.nn.softmax(jnp.concatenate(parts, -1), -1)
+    out = jnp.einsum("nkrt,ktd->nkrd", p[..., :t], layer.draft[1], precision=PRECISION)
+    out += jnp.einsum("nkrt,nktd->nkrd", p[..., t:-1], buffer.values, precision=PRECISION)
+    return (out + p[..., -1:] * own[1][:, :, None]).reshape(n, h, d)
+
+
+@partial(jax.jit, static_argnames=("config", "prompt"))
+def target_block(block: Any, norm: Any, stream: Stream, *, config: ModelConfig, prompt: int) -> Any:
+    def attend(_: None, heads: Heads) -> Any:
+        q, k, v = heads.finished()
+        layer = held(k[0], v[0])
+        out, masses = attend_target(q[0], layer, prompt)
+        return out[None], (layer, masses)
+
+    rope = tables(config, jnp.arange(stream.x.shape[1])[None])
+    x, h, made = run_block(block, norm, config, *stream, rope, None, attend, backend="xla")
+    return Stream(x, h), *made
+
+
+@partial(jax.jit, static_argnames="config")
+def draft_block(
+    block: Any,
+    norm: Any,
+    stream: Stream,
+    layer: Held,
+    buffer: Recent,
+    read: jax.Array,
+    position: jax.Array,
+    *,
+    config: ModelConfig,
+) -> Stream:
+    """A draft's stream [1, N, E] through a block."""
+
+    def attend(_: None, heads: Heads) -> Any:
+        q, k, v = heads.finished()
+        return attend_draft(q[0], (k[0], v[0]), layer, buffer, read, position)[None], None
+
+    rope = tables(config, position[None])
+    x, h, _ = run_block(block, norm, config, *stream, rope, None, attend, backend="xla")
+    return Stream(x, h)
+
+
+def tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return rope_tables(
+        *rope_frequencies(config.rope, config.head_dim, config.max_context), positions
+    )
+
+
+@jax.jit
+def compared(head: Any, target: jax.Array, draft: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[N, E] hidden states → whether the top tokens agree, and Σ min(p, q)."""
+    p, q = (jax.nn.softmax(unembed(head, x, "xla")) for x in (target, draft))
+    return jnp.argmax(p, -1) == jnp.argmax(q, -1), jnp.minimum(p, q).sum(-1)
+
+
+def measure(model: qs.Model, ids: list[int], positions: int) -> list[dict[str, Any]]:
+    """A row a draft."""
+    config, t = model.config, len(ids)
+    prompt = 3 * t // 4
+    position = jnp.asarray(np.linspace(prompt, t - 1, positions).astype(np.int32))
+    tokens = jnp.asarray([ids], jnp.int32)
+    target = embedded(model.params, tokens, config)
+    streams = {draft: Stream(*(x[:, position] for x in target)) for draft in drafts()}
+    shares = dict.fromkeys(streams, 0.0)
+    for i in range(config.num_layers):
+        block, norm = block_params(model.params, i)
+        target, layer, masses = target_block(block, norm, target, config=config, prompt=prompt)
+        buffer = recent(layer, position)
+        of_planes = (jnp.arange(t)[None] < quantized_length(position, G)[:, None])[:, None]
+        for draft, stream in streams.items():
+            read = chosen(masses, layer.orders, position, draft=draft, heads=config.num_kv_heads)
+            read = read | (i < draft.whole_layers)
+            call = (block, norm, stream, layer, buffer, read, position)
+            streams[draft] = draft_block(*call, config=config)
+            shares[draft] += float((read & of_planes).sum() / of_planes.sum()) / config.num_kv_heads
+        print(f"layer {i + 1} of {config.num_layers}", file=sys.stderr, flush=True)
+    rows = []
+    for draft, stream in streams.items():
+        same, overlap = compared(model.params, target.h[0, position], stream.h[0])
+        rows.append(
+            {
+                **dataclasses.asdict(draft),
+                "place": draft.place + 1,
+                "read_share": shares[draft] / config.num_layers,
+                "greedy_acceptance": float(same.mean()),
+                "sampled_acceptance": float(overlap.mean()),
+            }
+        )
+        script.show(rows[-1])
+    return rows
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = script.new_parser(__doc__)
+    script.add_model(parser)
+    script.add_text(parser)
+    parser.add_argument("--context", type=int, default=2048, help="a multiple of 512")
+    parser.add_argument("--positions", type=int, default=256)
+    return parser
+
+
+def main() -> int:
+    args = make_parser().parse_args()
+    model = qs.load(args.model, dtype="float32", draft=qs.DraftConfig(bits=None))
+    rows = measure(model, script.tokens(model, args.text, args.context), args.positions)
+    name = record.model_name(args.model)
+    script.write(__file__, args, rows, model=name, context=args.context, dtype="float32")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Configurations of the bfloat16 product: measured ones by device and shape, and a rule."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from pallas_kernels import devices, dispatch, tuned
+from pallas_kernels.bf16_matmul.mosaic_gpu import Config, Plan, Shape
+
+KERNEL = "bf16_matmul"
+RATE = 4.4e6  # bytes a microsecond that an H200 reads
+OWN_RATE = 55e3  # and one of its multiprocessors, at least
+ENOUGH = 72e3  # bytes under way to a multiprocessor: with fewer, if there are more, memory waits
+MOST_RESIDENT = 4
+
+
+def key(shape: Shape) -> str:
+    """What a measured configuration is filed under. What is added or normed does not count."""
+    outputs = "+".join(map(str, shape.outputs))
+    rows = shape.rows if shape.rows == 1 else 8 * shape.column_blocks
+    return (
+        f"rows={rows} inputs={shape.inputs} outputs={outputs} "
+        f"transposed={shape.transposed} gated={shape.form.gated}"
+    )
+
+
+def _registers(plan: Plan) -> int:
+    """A thread's, at most."""
+    return 84 + 16 * plan.units * plan.shape.column_blocks + 8 * plan.shape.column_blocks
+
+
+def _resident(plan: Plan) -> int:
+    """Blocks that a multiprocessor runs at once."""
+    device, threads = dispatch.target(), 32 * plan.warps
+    return min(
+        devices.REGISTERS // (threads * _registers(plan)),
+        device.usable_bytes // (plan.shared_bytes + 1024),
+        device.generation.threads // threads,
+    )
+
+
+def _microseconds(plan: Plan) -> float:
+    """What a configuration may take, launch left out."""
+    s, c, tiles = plan.shape, plan.config, sum(plan.tiles)
+    processors = plan.multiprocessors
+    share = -(-s.chunks // c.cluster)
+    tile_bytes = float(share * plan.stage_bytes)
+    even = sum(s.outputs) * s.inputs * 2 / RATE
+    each = -(-plan.blocks // processors)  # blocks of the busiest multiprocessor
+    of_a_block = 1 if c.cluster > 1 else -(-tiles // plan.blocks)
+    busiest = each * of_a_block * tile_bytes / OWN_RATE
+    # What is under way: a slot that is being read is not.
+    chunks = min(c.stages - 0.4, of_a_block * -(-share // plan.warps))
+    slots = processors * min(_resident(plan), MOST_RESIDENT)
+    if c.cluster > 2:  # of multiprocessors that are neighbours: some are left over
+        slots = slots * 3 // 4
+    ahead = chunks * plan.warps * plan.stage_bytes * min(plan.blocks, slots) / processors
+    enough = min(ENOUGH, sum(s.outputs) * s.inputs * 2 / processors)
+    starved = max(0.0, 1 - ahead / enough)
+    # Warps that have a chunk more than others, and ends of tiles that nothing else hides.
+    uneven = (-(-share // plan.warps) * plan.warps / share - 1) * (1 - 0.5 * (each > 1))
+    ends = 0.35 * of_a_block / each
+    clusters = (0.9 + 0.05 * c.cluster) * (c.cluster > 1)
+    staged = each * plan.staged.num_bytes / OWN_RATE / 2
+    waves = 1.2 * (-(-plan.blocks // slots) - 1)
+    idle = 0.15 * max(0.0, 1 - plan.blocks / processors)
+    return (
+        max(even * (1 + starved + 0.3 * uneven + idle), busiest) + ends + clusters + staged + waves
+    )
+
+
+def _all(shape: Shape) -> Iterator[Plan]:
+    device = dispatch.target()
+    clusters = (1, 2, 3, 4, 6, 8) if device.generation.clusters else (1,)
+    for warpgroups, stages, units, cluster in itertools.product(
+        (1, 2, 4), (1, 2, 3, 4, 6), (1, 2), clusters
+    ):
+        plan = Plan(shape, Config(warpgroups, stages, units, cluster), device.multiprocessors)
+        share = -(-shape.chunks // cluster)
+        wide = 64 * (units - 1) >= max(shape.outputs)
+        if plan.warps > max(4, share) or cluster > share or wide:
+            continue
+        if stages == 1 and share > plan.warps:  # nothing would be under way while a chunk is read
+            continue
+        resident = min(_resident(plan), MOST_RESIDENT)
+        if not resident:
+            continue
+        for n in range(1, resident + 1 if cluster == 1 else 2):
+            config = Config(warpgroups, stages, units, cluster, n)
+            yield Plan(shape, config, device.multiprocessors)
+
+
+@functools.cache
+def _sorted(shape: Shape, device: devices.Device) -> tuple[Config, ...]:
+    assert device == dispatch.target()
+    return tuple(plan.config for plan in sorted(_all(shape), key=_microseconds))
+
+
+def candidates(shape: Shape) -> tuple[Config, ...]:
+    """Configurations that the kernel can run on the shape, best guess first."""
+    return _sorted(shape, dispatch.target())
+
+
+def diverse(shape: Shape) -> list[Config]:
+    """A few configurations worth measuring: the best guesses of each kind."""
+    found: dict[tuple[int, int, int], Config] = {}
+    for config in candidates(shape):
+        found.setdefault((config.warpgroups, min(config.cluster, 3), config.units), config)
+    return [*found.values()][:12]
+
+
+def choose(shape: Shape) -> Config:
+    """The measured configuration, where the shape's form leaves room for it; else the rule's."""
+    known = candidates(shape)
+    found: Any = tuned.find(dispatch.target().name, KERNEL, key(shape))
+    if found is None or Config(**found) not in known:
+        return known[0]
+    return Config(**found)

@@ -1,0 +1,411 @@
+"""Products of a few rows with bfloat16 weights on Hopper and later (Pallas Mosaic GPU).
+
+Weights are read where they lie, as the prompt's products (cuBLAS) read them: [Kin, N], or, an
+embedding that is the lm_head too, [N, Kin]. What is read, once: 2 bytes a weight, for all rows and
+all weights of a pass.
+
+A block has a *tile*, 64 outputs of a weight, or more, or 64 of gate and 64 of up, and all input
+channels, or, with clusters, an even share of them. Its warps share the channels, 32 at a time, a
+*chunk*. Of a chunk and 64 outputs a lane copies 8 pieces of 16 bytes into shared memory, and reads
+just those again: so it waits for nobody else's, and no two warps wait for each other before a tile
+is multiplied. Lane 4 g + q has the outputs 8g … 8g + 7 and the channels 8q … 8q + 7:
+
+               [Kin, N]                            [N, Kin]
+    piece i    channel 8q + i, its 8 outputs       output 8g + i, its 8 channels
+    a warp's   4 channels, 128 bytes each          8 outputs, 64 bytes each; the other half of 128
+    reads                                          is read by the warp that has the next chunk
+
+Outputs are the rows of m16n8k16 products, activations their 8 columns. Which outputs and channels
+stand for which row and k is free as long as both operands agree: product j has in its rows g and
+g + 8 the outputs 8g + 2j and 8g + 2j + 1, and a lane's 4 words of activations are its 8 channels.
+So words of the second layout are operands as they are, and two of the first make two operands by a
+permutation of bytes each. A lane's sums are 8 neighbouring outputs of rows 2q and 2q + 1.
+
+Blocks are as many as the chip runs at once, and take a tile after the other: the first weights of
+the next tile are on their way while the last one's sums are added up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch, ptx
+from pallas_kernels.products import inputs as staging
+from pallas_kernels.products.around import NOTHING, PLAIN, Around, Form
+from pallas_kernels.products.inputs import Inputs, Staged
+from pallas_kernels.products.sums import Results, Sums
+from pallas_kernels.ptx import V, f32, i32
+
+MAX_ROWS = 16
+OUTPUTS, CHANNELS = 64, 32  # of a unit: what a lane's 8 pieces are of, in all lanes
+UNIT_BYTES = 2 * OUTPUTS * CHANNELS
+LOW_HALVES, HIGH_HALVES = 0x5410, 0x7632  # of two words
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a product is laid on the chip.
+
+    warpgroups  a block; its warps share the input channels
+    stages      chunks that a warp has in shared memory, read or in flight
+    units       of 64 outputs each, that a tile has of a weight
+    cluster     blocks, 1 to 8, that have the same tile and share the input channels
+    resident    blocks a multiprocessor, of those that take a tile after the other
+    """
+
+    warpgroups: int
+    stages: int
+    units: int = 1
+    cluster: int = 1
+    resident: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the kernel is specialized to: rows, input channels, outputs of each weight, whether
+    weights are [N, Kin], and what stands around the products."""
+
+    rows: int
+    inputs: int
+    outputs: tuple[int, ...]
+    transposed: bool
+    form: Form = PLAIN
+
+    @property
+    def column_blocks(self) -> int:
+        return -(-self.rows // 8)
+
+    @property
+    def chunks(self) -> int:
+        return self.inputs // CHANNELS
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Counts and bytes that follow from a shape and a configuration."""
+
+    shape: Shape
+    config: Config
+    multiprocessors: int
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return 4 * self.config.warpgroups
+
+    @property
+    def tile_outputs(self) -> int:
+        return OUTPUTS * self.config.units
+
+    @property
+    def tiles(self) -> list[int]:
+        """Of each weight; of gate and up together."""
+        outputs = self.shape.outputs[:1] if self.shape.form.gated else self.shape.outputs
+        return [-(-n // self.tile_outputs) for n in outputs]
+
+    @property
+    def blocks(self) -> int:
+        """With clusters each has one tile."""
+        tiles, c = sum(self.tiles), self.config
+        if c.cluster > 1:
+            return tiles * c.cluster
+        return min(tiles, self.multiprocessors * c.resident)
+
+    @property
+    def units(self) -> int:
+        """Of a tile, with all its parts."""
+        return self.config.units * self.shape.form.parts
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.units * UNIT_BYTES
+
+    @property
+    def sums(self) -> Sums:
+        s = self.shape
+        return Sums(s.rows, self.tile_outputs, s.form.parts, self.warps, self.config.cluster)
+
+    @property
+    def staged(self) -> Staged:
+        """The activations: of a share of the channels, of all where they are normed."""
+        s = self.shape
+        most = s.chunks if s.form.norm else -(-s.chunks // self.config.cluster)
+        return Staged(s.rows, s.inputs, most * CHANNELS, s.form.norm, self.warps)
+
+    @property
+    def inbox(self) -> int:
+        """Where the cluster's sums lie, after the ring and the warps' sums."""
+        return self.warps * (self.config.stages * self.stage_bytes + self.sums.warp_bytes)
+
+    @property
+    def inputs(self) -> int:
+        """Where the activations lie."""
+        return self.inbox + self.sums.inbox_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.inputs + self.staged.num_bytes
+
+
+class _Tile:
+    """A tile of the product: whose weights, and which of their outputs."""
+
+    def __init__(self, plan: Plan, weights: Sequence[V], results: Sequence[V], tile: V):
+        self.plan = plan
+        outputs = plan.shape.outputs
+        chosen, before = [weights[0], results[0], i32(outputs[0]), i32(0)], 0
+        for i in range(1, len(plan.tiles)):
+            before += plan.tiles[i - 1]
+            other = [weights[i], results[i], i32(outputs[i]), i32(before)]
+            mine = tile >= before
+            chosen = [ptx.select(mine, a, b) for a, b in zip(other, chosen, strict=True)]
+        weight, self.result, self.outputs, before_it = chosen
+        self.weights = list(weights) if plan.shape.form.gated else [weight]
+        self.first = (tile - before_it) * plan.tile_outputs
+
+    def units(self, g: V) -> list[tuple[V, V]]:
+        """Of each unit: its weight, and the first of a lane's 8 outputs, held inside the weight
+        (nobody reads the results beyond)."""
+        offsets = range(0, self.plan.tile_outputs, OUTPUTS)
+        columns = [ptx.minimum(self.first + g * 8 + x, self.outputs - 8) for x in offsets]
+        return [(weight, column) for weight in self.weights for column in columns]
+
+
+class _Ring:
+    """A lane's pieces of chunk after chunk, tile after tile.
+
+    The cursor, carried through the loops: the slot of the next chunk to be read, which the next one
+    to be ordered takes over; and the latter's tile and chunk.
+    """
+
+    def __init__(self, plan: Plan, tile_of: Callable[[V], _Tile], data: V, lane: V):
+        self.plan, self.tile_of = plan, tile_of
+        self.data, self.g, self.q = data + lane * 16, lane >> 2, lane & 3
+        self.step = plan.blocks // plan.config.cluster
+
+    def start(self, tile: V, first: V, end: V) -> list[V]:
+        """Order the first chunks of a warp whose chunks of each tile are first, first + warps, …
+        below `end`; a group of copies each. The cursor."""
+        self.first, self.end = first, end
+        # A warp without chunks orders nothing.
+        self.tiles = ptx.select(first < end, i32(sum(self.plan.tiles)), 0)
+        cursor = [i32(0), tile, first]
+        for _ in range(self.plan.config.stages):
+            cursor = self.order(cursor)
+        return cursor
+
+    def order(self, cursor: list[V]) -> list[V]:
+        """Order the chunk at the cursor, if there is one, into its slot."""
+        slot, tile, chunk = cursor
+        ptx.when(tile < self.tiles, lambda: self._copy(self._at(slot), tile, chunk))
+        ptx.commit_copies()
+        slot, following = slot + 1, chunk + self.plan.warps
+        done = following >= self.end
+        return [
+            ptx.select(slot < self.plan.config.stages, slot, i32(0)),
+            ptx.select(done, tile + self.step, tile),
+            ptx.select(done, self.first, following),
+        ]
+
+    def wait(self, cursor: list[V]) -> V:
+        """Where the chunk to be read is, once it is there."""
+        ptx.wait_copies(self.plan.config.stages - 1)
+        return self._at(cursor[0])
+
+    def _at(self, slot: V) -> V:
+        return self.data + slot * self.plan.stage_bytes
+
+    def _copy(self, target: V, tile: V, chunk: V) -> None:
+        s = self.plan.shape
+        channel = chunk * CHANNELS + self.q * 8
+        here = self.tile_of(tile)
+        for unit, (weight, output) in enumerate(here.units(self.g)):
+            if s.transposed:
+                row, column, step = output, channel, i32(2 * s.inputs).to_i64()
+            else:
+                row, column, step = channel, output, here.outputs.to_i64() * 2
+            source = weight + row.to_i64() * step + (column * 2).to_i64()
+            for i in range(8):
+                ptx.unit_copy(target + (unit * UNIT_BYTES + 512 * i), source)
+                source = source + step
+
+
+class _Warp:
+    """What one warp computes, from its lanes' pieces and the block's activations."""
+
+    def __init__(self, plan: Plan, inputs: Inputs, lane: V):
+        self.plan, self.inputs = plan, inputs
+        self.g, self.q = lane >> 2, lane & 3
+        self.sums = plan.units * 4 * plan.shape.column_blocks * 4
+
+    def activations(self, chunk: V) -> list[list[V]]:
+        """4 words of 2 channels each, for each 8 rows (those beyond the last repeat it)."""
+        s = self.plan.shape
+        rows = [ptx.minimum(self.g + 8 * n, s.rows - 1) for n in range(s.column_blocks)]
+        channel = chunk * CHANNELS + self.q * 8
+        return [ptx.load(self.inputs.at(row, channel), 4) for row in rows]
+
+    def add_chunk(self, where: V, x: list[list[V]], sums: list[V]) -> list[V]:
+        """sums [units][4 products][column blocks][4] += a chunk's products."""
+        out: list[V] = []
+        for unit in range(self.plan.units):
+            at = where + unit * UNIT_BYTES
+            pieces = [ptx.load(at + 512 * i, 4) for i in range(8)]
+            for j in range(4):
+                steps = [self._operand(pieces, j, step) for step in range(2)]
+                for words in x:
+                    four = sums[len(out) : len(out) + 4]
+                    for step, operand in enumerate(steps):
+                        four = ptx.mma("bf16", operand, words[2 * step : 2 * step + 2], four)
+                    out += four
+        return out
+
+    def _operand(self, pieces: list[list[V]], j: int, step: int) -> list[V]:
+        """Outputs 8g + 2j and 8g + 2j + 1 of a lane's channels 4 step … 4 step + 3."""
+        if self.plan.shape.transposed:
+            return [pieces[2 * j + i % 2][2 * step + i // 2] for i in range(4)]
+        pairs = [(pieces[k][j], pieces[k + 1][j]) for k in (4 * step, 4 * step + 2)]
+        halves = (LOW_HALVES, HIGH_HALVES)
+        return [ptx.permute_bytes(a, b, half) for a, b in pairs for half in halves]
+
+    def keep(self, where: V, sums: list[V]) -> None:
+        """Leave sums in shared memory, as `products.sums` takes them."""
+        s, layout = self.plan.shape, self.plan.sums
+        for n in range(s.column_blocks):
+            for i in range(min(2, s.rows - 8 * n)):
+                row = self.q * 2 + (8 * n + i)
+                at = where + row * layout.row_bytes + self.g * 32
+                put = functools.partial(self._put, at, sums, n, i)
+                ptx.when(row < s.rows, put)
+
+    def _put(self, at: V, sums: list[V], n: int, i: int) -> None:
+        """A row's 8 sums of each unit."""
+        blocks = self.plan.shape.column_blocks
+        for unit in range(self.plan.units):
+            fours = [sums[((unit * 4 + j) * blocks + n) * 4 :][:4] for j in range(4)]
+            eight = [x for four in fours for x in (four[i], four[2 + i])]
+            for half in range(2):
+                ptx.store(at + (4 * OUTPUTS * unit + 16 * half), eight[4 * half : 4 * half + 4])
+
+
+def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], None]:
+    s, c, form = plan.shape, plan.config, plan.shape.form
+
+    def body(addresses: Sequence[V], shared: V) -> None:
+        x, *rest = addresses
+        norm = rest.pop(0) if form.norm else None
+        residual = rest.pop(0) if form.residual else None
+        weights, results = rest[: len(s.outputs)], rest[len(s.outputs) :]
+        thread = ptx.special("tid.x")
+        lane, warp = thread & 31, ptx.uniform(thread >> 5)
+        rank, first_tile = ptx.special("ctaid.x") % c.cluster, ptx.special("ctaid.x") // c.cluster
+        begin, end = (i * s.chunks // c.cluster for i in (rank, rank + 1))
+        first = begin + warp
+
+        def tile_of(tile: V) -> _Tile:
+            return _Tile(plan, weights, results, tile)
+
+        staged_from = i32(0) if form.norm else begin * CHANNELS
+        inputs = Inputs(plan.staged, shared + plan.inputs, x, norm, staged_from, thread)
+        ring_bytes = c.stages * plan.stage_bytes
+        ring = _Ring(plan, tile_of, shared + warp * ring_bytes, lane)
+        work, sums = _Warp(plan, inputs, lane), plan.sums
+        kept = shared + plan.warps * ring_bytes
+
+        inputs.order()
+        cursor = ring.start(first_tile, first, end)
+        inputs.finish(c.stages, eps)
+        turns = ptx.ceil_div(ptx.at_least(end - first, 0), plan.warps)
+
+        def step(turn: V, carry: list[V]) -> list[V]:
+            cursor = carry[work.sums :]
+            words = work.activations(first + turn * plan.warps)
+            found = work.add_chunk(ring.wait(cursor), words, carry[: work.sums])
+            ptx.sync_warp()  # the slot has been read: it is for the next chunk
+            return [*found, *ring.order(cursor)]
+
+        def one_tile(tile: V, cursor: list[V]) -> list[V]:
+            here = tile_of(tile)
+            out = Results(sums, form, here.result, here.outputs, here.first, residual, out_bytes)
+            mine = sums.mine(thread, rank)
+            added = out.ahead(mine)
+            carry = ptx.loop(i32(0), turns, [f32(0.0)] * work.sums + cursor, step)
+            work.keep(kept + warp * sums.warp_bytes, carry[: work.sums])
+            ptx.sync_threads(i32(1), 32 * plan.warps)
+
+            def write(i: int, index: V, parts: list[list[V]]) -> None:
+                out.write(index, parts, added[i])
+
+            sums.add_up(kept, sums.warp_bytes, shared + plan.inbox, thread, rank, write)
+            ptx.sync_threads(i32(1), 32 * plan.warps)  # before others' sums come
+            return carry[work.sums :]
+
+        ptx.loop(first_tile, i32(sum(plan.tiles)), cursor, one_tile, step=ring.step)
+
+    return body
+
+
+def _rows(x: Any) -> int:
+    rows = 1
+    for size in x.shape[:-1]:
+        rows *= size
+    return rows
+
+
+def shape_of(
+    x: Any, weights: Sequence[Any], around: Around = NOTHING, transposed: bool = False
+) -> Shape:
+    """The shape that a call specializes the kernel to."""
+    outputs = tuple(w.shape[0 if transposed else 1] for w in weights)
+    return Shape(_rows(x), x.shape[-1], outputs, transposed, around.form)
+
+
+def unsupported(x: Any, weights: Sequence[Any], shape: Shape) -> str | None:
+    """Why the kernel cannot do a call, or None."""
+    if any(array.dtype != jnp.bfloat16 for array in (x, *weights)):
+        return "activations and weights have to be bfloat16"
+    if not 1 <= shape.rows <= MAX_ROWS:
+        return f"there are {shape.rows} rows; it takes up to {MAX_ROWS}"
+    if shape.inputs % CHANNELS:
+        return f"there are {shape.inputs} input channels; it takes multiples of {CHANNELS}"
+    if any(n % 8 for n in shape.outputs):
+        return f"the weights have {shape.outputs} outputs; it takes multiples of 8"
+    device = dispatch.target()
+    split = 8 if device.generation.clusters and not shape.form.norm else 1
+    plan = Plan(shape, Config(1, 1, cluster=split), device.multiprocessors)
+    return staging.unsupported(plan.staged, device.usable_bytes * 3 // 8)
+
+
+def bf16_matmuls(
+    x: jax.Array,
+    weights: Sequence[jax.Array],
+    around: Around = NOTHING,
+    *,
+    config: Config,
+    multiprocessors: int,
+    transposed: bool = False,
+    out_dtype: Any = jnp.float32,
+) -> list[jax.Array]:
+    """See `pallas_kernels.bf16_matmul.api.bf16_matmuls`."""
+    shape = shape_of(x, weights, around, transposed)
+    plan = Plan(shape, config, multiprocessors)
+    dtype = jnp.dtype(jnp.bfloat16 if shape.form.gated or shape.form.residual else out_dtype)
+    extra = [] if around.norm is None else [around.norm.astype(x.dtype)]
+    if around.residual is not None:
+        extra.append(around.residual.reshape(shape.rows, -1))
+    found = ptx.kernel(
+        _body(plan, dtype.itemsize, around.eps),
+        [jax.ShapeDtypeStruct((shape.rows, n), dtype) for n in shape.outputs[: len(plan.tiles)]],
+        name="bf16_matmul",
+        blocks=plan.blocks,
+        warpgroups=config.warpgroups,
+        shared_bytes=plan.shared_bytes,
+        cluster=config.cluster,
+    )(x.reshape(shape.rows, shape.inputs), *extra, *weights)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in found]

@@ -1,0 +1,73 @@
+"""What each tile adds to the softmax's sums, by row: the log-sum-exp of its scores."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import ptx
+from pallas_kernels.kv_attention.mosaic_gpu.operands import Operands
+from pallas_kernels.kv_attention.mosaic_gpu.plan import Plan
+from pallas_kernels.ptx import V, f32, i32
+
+
+def shape_of_sums(plan: Plan) -> tuple[int, ...]:
+    """[B, K, T/G, token warps, R]: each warp that shares a tile writes what its tokens add."""
+    s = plan.shape
+    return (s.batch, s.kv_heads, s.tiles, plan.config.token_warps, s.rows)
+
+
+def write_sums(
+    plan: Plan,
+    operands: Operands,
+    tile: V,
+    of_tile: list[list[V]],
+    origin: list[list[V]],
+    first_row: V,
+    lane: V,
+) -> None:
+    """Log-sum-exp of a warp's scores in tile number `tile` of all heads and token warps, from each
+    lane's Σ p and the reference of p, both [block][2 columns].
+
+    The eight lanes of a column pair deal its columns of all blocks among themselves while they add
+    them up: with four blocks each lane is left with one, after seven exchanges.
+    """
+    s = plan.shape
+    sums = [x for pair in of_tile for x in pair]
+    origins = [x for pair in origin for x in pair]
+    padding = (1 << (len(sums) - 1).bit_length()) - len(sums)
+    sums, origins = sums + [f32(0.0)] * padding, origins + [f32(0.0)] * padding
+    column, idle = i32(0), i32(0)
+    for distance in (4, 8, 16):
+        upper = (lane & distance) > 0
+        if len(sums) == 1:  # these have the same number
+            sums = [sums[0] + ptx.shuffle_xor(sums[0], distance)]
+            idle = idle | (lane & distance)
+            continue
+        half = len(sums) // 2
+        pairs = [*zip(sums[:half], sums[half:], strict=True)]
+        sums = [
+            ptx.select(upper, high, low) + ptx.shuffle_xor(ptx.select(upper, low, high), distance)
+            for low, high in pairs
+        ]
+        pairs = [*zip(origins[:half], origins[half:], strict=True)]
+        origins = [ptx.select(upper, high, low) for low, high in pairs]
+        column = column + ptx.select(upper, i32(half), 0)
+    row = first_row + (column >> 1) * 8 + (lane & 3) * 2 + (column & 1)
+    found = (ptx.log2(sums[0]) - origins[0]) * math.log(2)
+    at = operands["page_sums"] + (tile * s.rows + row).to_i64() * 4
+    ptx.when(ptx.both(idle.equals(0), row < s.rows), lambda: ptx.store(at, [found]))
+
+
+def page_log_sums_of(plan: Plan, sums: jax.Array, quantized_length: jax.Array) -> jax.Array:
+    """What `write_sums` wrote → [B, S, H, T/G], −∞ for tiles that were not read."""
+    s = plan.shape
+    read = jnp.arange(s.tiles)[None] < (quantized_length // s.group_size)[:, None]
+    # Of each pair of warps' numbers: all of it is one fusion, which reductions would not be.
+    joined = functools.reduce(jnp.logaddexp, jnp.moveaxis(sums, 3, 0))  # [B, K, T/G, R]
+    joined = jnp.where(read[:, None, :, None], joined, -jnp.inf)
+    by_row = joined.reshape(s.batch, s.kv_heads, s.tiles, s.group, s.tokens)
+    return by_row.transpose(0, 4, 1, 3, 2).reshape(s.batch, s.tokens, -1, s.tiles)

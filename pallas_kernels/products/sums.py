@@ -1,0 +1,189 @@
+"""What the warps of a block, and the blocks of a cluster, have summed: added up and written.
+
+Each warp leaves its sums in shared memory, [row][part][output]; results are taken four neighbouring
+outputs of a row at a time, a *quad*. Without a cluster a thread adds the warps' quads and writes
+the result; with one it leaves what the warps have summed to the block that the quad is of.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+from pallas_kernels import ptx
+from pallas_kernels.products.around import Form
+from pallas_kernels.ptx import V, f32
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Of a block, or the blocks of a cluster.
+
+    outputs  results of a row
+    parts    sums that make one result
+    """
+
+    rows: int
+    outputs: int
+    parts: int
+    warps: int
+    cluster: int
+
+    @property
+    def row_bytes(self) -> int:
+        """A row of a warp's sums, padded against bank conflicts."""
+        return 4 * self.parts * self.outputs + 32
+
+    @property
+    def warp_bytes(self) -> int:
+        return self.rows * self.row_bytes
+
+    @property
+    def quads(self) -> int:
+        return self.rows * self.outputs // 4
+
+    @property
+    def share(self) -> int:
+        """Quads that a block of a cluster adds up and writes."""
+        return -(-self.quads // self.cluster)
+
+    @property
+    def inbox_bytes(self) -> int:
+        """Where the blocks of a cluster leave what another one adds up."""
+        return 16 * self.parts * self.cluster * self.share if self.cluster > 1 else 0
+
+    def mine(self, thread: V, rank: V) -> list[tuple[V, V]]:
+        """Quads that a thread writes: which, and whether there is one."""
+        slots = [thread + i for i in range(0, self.share, 32 * self.warps)]
+        if self.cluster == 1:
+            return [(slot, slot < self.quads) for slot in slots]
+        found = [(slot, rank * self.share + slot) for slot in slots]
+        return [(x, ptx.both(slot < self.share, x < self.quads)) for slot, x in found]
+
+    def add_up(
+        self,
+        kept: V,
+        apart: int,
+        inbox: V,
+        thread: V,
+        rank: V,
+        write: Callable[[int, V, list[list[V]]], None],
+    ) -> None:
+        """Add what the warps have kept, `apart` bytes from each other: always in one order.
+
+        write(i, quad, its parts of four sums) is called for each `mine` that is one. Before, all
+        warps have met.
+        """
+        if self.cluster > 1:
+            self._exchange(kept, apart, inbox, thread, rank)
+
+        def finish(i: int, index: V) -> None:
+            if self.cluster == 1:
+                write(i, index, self._of_warps(kept, apart, index))
+            else:
+                at = inbox + (index - rank * self.share) * (16 * self.parts)
+                step = 16 * self.parts * self.share
+                write(
+                    i, index, [_added(at + 16 * p, step, self.cluster) for p in range(self.parts)]
+                )
+
+        for i, (index, inside) in enumerate(self.mine(thread, rank)):
+            ptx.when(inside, functools.partial(finish, i, index))
+
+    def _exchange(self, kept: V, apart: int, inbox: V, thread: V, rank: V) -> None:
+        def leave(index: V) -> None:
+            slot = rank * self.share + index % self.share
+            peer = ptx.peer_address(inbox + slot * (16 * self.parts), index // self.share)
+            for p, four in enumerate(self._of_warps(kept, apart, index)):
+                ptx.store_peer(peer + 16 * p, four)
+
+        for i in range(0, self.quads, 32 * self.warps):
+            index = thread + i
+            ptx.when(index < self.quads, functools.partial(leave, index))
+        ptx.sync_cluster()
+
+    def _of_warps(self, kept: V, apart: int, index: V) -> list[list[V]]:
+        row_quads = self.outputs // 4
+        at = kept + index // row_quads * self.row_bytes + index % row_quads * 16
+        return [_added(at + 4 * self.outputs * p, apart, self.warps) for p in range(self.parts)]
+
+
+def _added(at: V, step: int, count: int) -> list[V]:
+    """Fours of floats in shared memory, `step` bytes apart, added in order."""
+    fours = [ptx.load(at + i * step, 4, "f32") for i in range(count)]
+    out = fours[0]
+    for four in fours[1:]:
+        out = [a + b for a, b in zip(out, four, strict=True)]
+    return out
+
+
+class Results:
+    """Where the quads of a block, or a cluster, go: outputs `first` … of [rows, outputs].
+
+    out_bytes  of a result: 4, or 2 for bfloat16
+    residual   what is added, bfloat16 in the results' shape; or None
+    """
+
+    def __init__(
+        self,
+        sums: Sums,
+        form: Form,
+        result: V,
+        outputs: V,
+        first: V,
+        residual: V | None,
+        out_bytes: int,
+    ):
+        self.sums, self.form, self.result = sums, form, result
+        self.outputs, self.first, self.residual = outputs, first, residual
+        self.out_bytes = out_bytes
+
+    def ahead(self, mine: Sequence[tuple[V, V]]) -> list[list[V]]:
+        """Of each of the thread's quads: what it is added to, asked for before the products."""
+        if self.residual is None:
+            return [[] for _ in mine]
+        found = []
+        for index, _ in mine:
+            place = self._place(ptx.minimum(index, self.sums.quads - 1))[0]
+            found.append(ptx.load(self.residual + place * 2, 2))
+        return found
+
+    def _place(self, index: V) -> tuple[V, V]:
+        """A quad's first element in the results, held inside them; and whether it is there."""
+        row_quads = self.sums.outputs // 4
+        row, output = index // row_quads, self.first + index % row_quads * 4
+        held = ptx.minimum(output, self.outputs - 4)
+        return row.to_i64() * self.outputs.to_i64() + held.to_i64(), output < self.outputs
+
+    def write(self, index: V, parts: list[list[V]], added: list[V]) -> None:
+        """A quad's result from its sums; `added`: `ahead`'s of it."""
+        four = parts[0]
+        if self.form.gated:
+            gate, up = (_rounded(part) for part in parts)
+            four = [silu(a) * b for a, b in zip(gate, up, strict=True)]
+        if self.residual is not None:
+            four = [a + b for a, b in zip(_halves(added), _rounded(four), strict=True)]
+        place, inside = self._place(index)
+        words = _packed(four) if self.out_bytes == 2 else four
+        ptx.when(inside, lambda: ptx.store(self.result + place * self.out_bytes, words))
+
+
+def silu(x: V) -> V:
+    """x / (1 + e⁻ˣ)"""
+    return x / (ptx.exp2(x * (-LOG2_E)) + f32(1.0))
+
+
+def _packed(numbers: Sequence[V]) -> list[V]:
+    return [ptx.pack_bf16(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
+
+
+def _halves(words: Sequence[V]) -> list[V]:
+    return [half(word) for word in words for half in (ptx.low_bf16, ptx.high_bf16)]
+
+
+def _rounded(numbers: Sequence[V]) -> list[V]:
+    """To bfloat16."""
+    return _halves(_packed(numbers))

@@ -1,0 +1,35 @@
+"""Draft policies: which pages of the cache a draft pass reads. The target reads all, always.
+
+A page is a tile of the planes. Which view of it a draft reads, and with which weights, is none of a
+policy's business.
+
+    policy      the protocol, and what policies have in common
+    prompt      what the last queries of a prompt attend to
+    all         every page: QuantSpec
+    window      sinks and the most recent pages: StreamingLLM
+    snapkv      what the prompt's end attends to, chosen once: SnapKV
+    top_pages   what the last verification attends to
+
+A new one is a file here and an entry in `POLICIES`.
+"""
+
+from __future__ import annotations
+
+from quantspec_jax.checks import require
+from quantspec_jax.generate.policies.all import All
+from quantspec_jax.generate.policies.policy import Policy, Sizes
+from quantspec_jax.generate.policies.snapkv import SnapKV
+from quantspec_jax.generate.policies.top_pages import TopPages
+from quantspec_jax.generate.policies.window import Window
+
+ALL = All()
+POLICIES: dict[str, type[Policy]] = {each.name: each for each in (All, Window, SnapKV, TopPages)}
+
+
+def policy(name: str, share: float | None = None) -> Policy:
+    """A policy by its name and the share of the coded tokens that it reads; None: its own."""
+    require(name in POLICIES, "draft_policy", name, ", ".join(POLICIES))
+    return POLICIES[name]() if share is None else POLICIES[name](share)
+
+
+__all__ = ["ALL", "POLICIES", "All", "Policy", "Sizes", "SnapKV", "TopPages", "Window", "policy"]
