@@ -70,7 +70,7 @@ def test_a_conversation_goes_on_from_its_file_as_if_it_had_never_stopped(model, 
     assert len(tiles(again)) == turns[1].stats["prompt_tokens"] // G
     third, other = whole.chat("Why?", keys[2]), again.chat("Why?", keys[2])
     assert other.tokens == third.tokens
-    assert other.stats["cached_tokens"] == third.stats["cached_tokens"] > kept
+    assert other.stats["cached_tokens"] == third.stats["cached_tokens"] >= kept
     # A fresh run reads all of it.
     fresh = qs.Session(model, config)
     fresh.messages = whole.messages[:-2]
