@@ -4,6 +4,7 @@ from quantspec_jax.api import Generation, generate, stream
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.engine.prepare import prepare
+from quantspec_jax.engine.session import Session, Turn
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.prefill import prefill
@@ -26,6 +27,8 @@ __all__ = [
     "Program",
     "RopeConfig",
     "RopeScaling",
+    "Session",
+    "Turn",
     "generate",
     "generate_tokens",
     "load",

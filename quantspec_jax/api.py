@@ -12,14 +12,11 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.dispatch import use_mosaic_gpu
 from quantspec_jax.checks import require
-from quantspec_jax.engine import programs
-from quantspec_jax.engine.engine import Engine, Progress
-from quantspec_jax.engine.statistics import speed
+from quantspec_jax.engine.engine import Engine, TokenLogprob
+from quantspec_jax.engine.reply import Reply, backend_in_use
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.loading import Model
-from quantspec_jax.text.detokenize import TextStream
 from quantspec_jax.text.prompts import read_prompts
 
 OnText = Callable[[int, str], None]
@@ -29,18 +26,22 @@ OnText = Callable[[int, str], None]
 class Generation:
     """What `generate` returns, one entry a prompt in each list.
 
-    text    the new text, without special tokens, cut before a stop string
-    tokens  the new token ids, EOS included
-    stats   a mapping of statistics; its keys are those of `quantspec generate --json`
+    text      the new text, without special tokens, cut before a stop string
+    tokens    the new token ids, EOS included
+    stats     a mapping of statistics; its keys are those of `quantspec generate --json`
+    logprobs  one a new token, where the configuration asks for them (`GenerateConfig.logprobs`)
+    drafted   which of the new tokens the draft proposed; the others are the target's own
     """
 
     text: list[str]
     tokens: list[list[int]]
     stats: list[dict[str, Any]]
+    logprobs: list[list[TokenLogprob]]
+    drafted: list[list[bool]]
 
 
 class _Run:
-    """One call of `generate`: an engine with a slot a prompt, and their texts."""
+    """One call of `generate`: an engine with a slot a prompt, and their replies."""
 
     def __init__(
         self,
@@ -50,14 +51,11 @@ class _Run:
         key: jax.Array | None,
         progress: bool = False,
     ):
-        self.model, self.prompts, self.config = model, prompts, config
-        self.backend = backend_in_use(config.backend)
-        self._ends = config.end_ids(model.config.eos_ids, model.config.vocab_size)
-        self.streams = [TextStream(model.tokenizer, config.stop, prompt) for prompt in prompts]
+        self.prompts, self.config = prompts, config
+        backend_in_use(config.backend)
+        self.replies = [Reply(model, prompt, config) for prompt in prompts]
         self.engine = Engine(model, config, max(map(len, prompts)), len(prompts))
         self._key, self._progress = key, progress
-        self._taken = [0] * len(prompts)  # new tokens that the streams have
-        self._seen: list[Progress | None] = [None] * len(prompts)
 
     def chunks(self) -> Iterator[list[str]]:
         """Decode; yield the new text of each sequence after the prefill and after each chunk."""
@@ -68,75 +66,19 @@ class _Run:
             yield self._look()
 
     def _look(self) -> list[str]:
-        """Give new tokens to the streams; end sequences that have met a stop string."""
-        pieces = []
-        for slot, stream in enumerate(self.streams):
-            found = self._seen[slot] = self.engine.read(slot, self._taken[slot])
-            self._taken[slot] += len(found.tokens)
-            piece = stream.push(found.tokens)
-            if stream.stopped:
-                self.engine.finish(slot)
-            elif found.finished:
-                piece += stream.finish()
-            pieces.append(piece)
-        return pieces
+        return [reply.look(self.engine, slot) for slot, reply in enumerate(self.replies)]
 
     def result(self) -> Generation:
         """Texts, tokens and statistics of what was produced so far."""
-        for stream in self.streams:
-            stream.finish()
+        for reply in self.replies:
+            reply.interrupt()
         return Generation(
-            [stream.text for stream in self.streams],
-            [stream.tokens for stream in self.streams],
-            [self._stats(slot) for slot in range(len(self.prompts))],
+            [reply.text for reply in self.replies],
+            [reply.tokens for reply in self.replies],
+            [reply.statistics(self.engine, self.engine.clock) for reply in self.replies],
+            [reply.logprobs for reply in self.replies],
+            [reply.drafted for reply in self.replies],
         )
-
-    def _finish_reason(self, slot: int) -> str:
-        tokens, config = self.streams[slot].tokens, self.config
-        if self.streams[slot].stopped:
-            return "stop"
-        if tokens and tokens[-1] in self._ends:
-            return "eos"
-        if len(tokens) >= config.max_new_tokens:
-            return "length"
-        return "interrupted"
-
-    def _stats(self, slot: int) -> dict[str, Any]:
-        config, engine, batch = self.config, self.engine, len(self.prompts)
-        new = len(self.streams[slot].tokens)
-        seen = self._seen[slot]
-        counted = seen.counters.statistics(new) if seen else {}
-        adaptive: dict[str, Any] = {}
-        if engine.adaptive is not None:
-            rounds = counted["rounds"]
-            mean = counted["proposed"] / rounds if rounds else None
-            adaptive = {"mean_gamma": mean, "draft_cost": engine.adaptive.cost}
-        return {
-            "finish_reason": self._finish_reason(slot),
-            "mode": config.mode,
-            "kv": config.target_view,
-            "gamma": config.gamma if config.mode == "quantspec" else None,
-            "coupling": config.coupling if config.mode == "quantspec" else None,
-            "draft_policy": engine.program.policy.name if config.mode == "quantspec" else None,
-            "backend": self.backend,
-            "dtype": self.model.dtype.name,
-            "prompt_tokens": len(self.prompts[slot]),
-            "new_tokens": new,
-            **counted,
-            **speed(engine.clock, new),
-            "programs": programs.PROGRAMS.statistics(),
-            "cache_bytes": {name: n // batch for name, n in engine.cache_bytes.items()},
-            **adaptive,
-        }
-
-
-def backend_in_use(backend: str) -> str:
-    """Which kernels run under `backend`.
-
-    Raises:
-      NotImplementedError: `mosaic_gpu` without a device that can run it.
-    """
-    return "mosaic_gpu" if use_mosaic_gpu(backend, "generate", None) else "xla"
 
 
 def _start(

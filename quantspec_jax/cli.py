@@ -19,11 +19,21 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from quantspec_jax.commands import bench, convert, evaluate, generate, info, plan, terminal
+from quantspec_jax.commands import (
+    bench,
+    chat,
+    convert,
+    evaluate,
+    generate,
+    info,
+    plan,
+    serve,
+    terminal,
+)
 from quantspec_jax.commands.options import Parser
 from quantspec_jax.commands.version import Version
 
-COMMANDS = (convert, info, generate, evaluate, plan, bench)
+COMMANDS = (convert, info, generate, chat, serve, evaluate, plan, bench)
 
 
 class Terminated(KeyboardInterrupt):

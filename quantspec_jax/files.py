@@ -59,11 +59,11 @@ def check_regular(paths: Iterable[Path], most: int) -> None:
         require(size <= most, f"size of {path}", size, f"{most:,} bytes at most")
 
 
-def check_output(path: str | None) -> None:
-    """ValueError unless the file of --output can be made where it is to lie; None: none is."""
+def check_output(path: str | None, option: str = "--output") -> None:
+    """ValueError unless the file of an option can be made where it is to lie; None: none is."""
     if path is not None:
         folder = os.path.isdir(os.path.dirname(path) or ".")
-        require(folder, "--output", path, "a file in an existing directory")
+        require(folder, option, path, "a file in an existing directory")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

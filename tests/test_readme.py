@@ -24,6 +24,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [
     *("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "convert/README.md"),
     *("quantspec_jax/README.md", "quantspec_jax/weights/README.md"),
+    "quantspec_jax/engine/README.md",
 ]
 RECORDS = sorted(BENCHMARKS.glob("*.json"))
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # in the examples; here a tiny model stands for it
@@ -254,6 +255,27 @@ def test_a_jit_of_ones_own_is_short_and_decodes_what_generate_does(folder, tiny_
     assert [row[: len(e)].tolist() for row, e in zip(names["tokens"], expected, strict=True)] == (
         expected
     )
+
+
+def test_an_engine_stepped_by_hand_answers_all_and_sessions_keep_their_cache(
+    folder, tiny_llama_dir, capsys
+):
+    assert cli.main(["convert", str(tiny_llama_dir), "smollm2"]) == 0
+    text = read("quantspec_jax/engine/README.md")
+    by_hand, sessions = blocks("python", text)
+    (short,) = re.findall(r"by hand: at most 15 lines -->\n```python\n(.*?)```", text, re.S)
+    assert short == by_hand
+    lines = [line for line in by_hand.splitlines() if line and "import " not in line]
+    assert len(lines) <= 15
+    names: dict = {}
+    exec(by_hand, names)
+    said = capsys.readouterr().out
+    for prompt in ("Once upon a time", "The sea was", "In the city"):
+        alone = names["qs"].generate(names["model"], prompt, names["config"]).tokens[0]
+        assert f"{prompt} {names['model'].tokenizer.decode(alone)}\n" in said
+    exec(sessions, names)
+    assert [message["role"] for message in names["session"].messages[:2]] == ["system", "user"]
+    assert names["session"].tokens
 
 
 @pytest.fixture

@@ -142,6 +142,7 @@ def random_state(
         proposed=each(0, COUNTED),
         accepted=each(0, COUNTED),
         draft_pages=each(0, 2),
+        drafted=each(False, capacity, dtype=bool),
     )
 
 

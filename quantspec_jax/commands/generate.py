@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from quantspec_jax.cache.codecs import VIEWS
@@ -25,14 +27,15 @@ from quantspec_jax.commands.options import (
     rope,
     seed,
 )
-from quantspec_jax.generate.config import BACKENDS, MODES, GenerateConfig
+from quantspec_jax.files import check_output
+from quantspec_jax.generate.config import BACKENDS, MODES, PREFILLS, GenerateConfig
 from quantspec_jax.generate.couplings import COUPLINGS
 from quantspec_jax.weights.formats import DraftConfig
 
 # Options of the same name and meaning as a field of GenerateConfig, whose defaults count.
 DRAFTING = ("gamma", "coupling", "draft_policy", "draft_share", "draft_view")
 FIELDS = (
-    *(*DRAFTING, "kv", "pass_width"),
+    *(*DRAFTING, "kv", "pass_width", "logprobs", "prefill"),
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
 )
 
@@ -48,22 +51,29 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--chat", action="store_true", help="use the model's chat template")
     parser.add_argument("--system", metavar="S", help="system message (with --chat)")
-    parser.add_argument("--mode", choices=MODES, default="quantspec", help="default: quantspec")
-    parser.add_argument(
-        "--kv", choices=VIEWS, help="what the target reads of the cache; autoregressive: full"
-    )
     add_dtype(parser)
-    parser.add_argument(
-        "--gamma", type=gamma, metavar="N", help="tokens drafted a round, or auto (auto)"
-    )
-    parser.add_argument(
-        "--coupling",
-        choices=COUPLINGS,
-        help="how sampled proposals are accepted (the text's law is the same)",
-    )
-    add_reading(parser)
+    add_options(parser)
     add_draft(parser)
     add_rope(parser)
+    parser.add_argument(
+        "--prefill", choices=PREFILLS, help="read the prompt as a whole, or in tiles (whole)"
+    )
+    parser.add_argument(
+        "--cache",
+        metavar="FILE",
+        help="a saved cache: used as far as the prompt begins like it, written where it does not",
+    )
+    parser.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="report (with --json) each token's log-probability and the N likeliest tokens there",
+    )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """How to decode, and where to end."""
+    add_decoding(parser)
     parser.add_argument(
         "--pass-width", type=int, metavar="N", help="pad autoregressive passes to N rows (1)"
     )
@@ -81,6 +91,23 @@ def add(commands: Any) -> None:
     )
     add_sampling(parser)
     parser.add_argument("--ignore-eos", action="store_true", help="go on to --max-new-tokens")
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """What is the same for all sequences that decode together."""
+    parser.add_argument("--mode", choices=MODES, default="quantspec", help="default: quantspec")
+    parser.add_argument(
+        "--kv", choices=VIEWS, help="what the target reads of the cache; autoregressive: full"
+    )
+    parser.add_argument(
+        "--gamma", type=gamma, metavar="N", help="tokens drafted a round, or auto (auto)"
+    )
+    parser.add_argument(
+        "--coupling",
+        choices=COUPLINGS,
+        help="how sampled proposals are accepted (the text's law is the same)",
+    )
+    add_reading(parser)
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to use (auto)")
 
 
@@ -124,6 +151,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rope(args)  # wrong options are named before the model is loaded
     if args.system is not None and not args.chat:
         raise ValueError("--system needs --chat")
+    if args.cache is not None:
+        require(len(args.prompt or [0]) == 1, "--prompt", args.prompt, "one prompt, with --cache")
+        require(args.prefill != "whole", "--prefill", args.prefill, "tiles, with --cache")
+        check_output(args.cache, "--cache")
     prompts: list[Any] = args.prompt or [read_text(args.prompt_file)]
     for prompt in prompts:
         require(prompt != "", "prompt", prompt, "a text of one character or more")
@@ -148,6 +179,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if dispatch.cuda_device() is not None:
         for line in kernels.lines(kernels.kernels_here(model.config, model.draft, model.dtype)):
             terminal.notice(line)
+    if args.cache is not None:
+        return with_cache(args, model, prompts[0], config)
     streaming = len(prompts) == 1 and not args.json
     out = qs.generate(
         model,
@@ -161,11 +194,47 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         {"text": text, "tokens": tokens, **stats}
         for text, tokens, stats in zip(out.text, out.tokens, out.stats, strict=True)
     ]
+    if config.logprobs is not None:
+        for output, scores in zip(outputs, out.logprobs, strict=True):
+            output["logprobs"] = [dataclasses.asdict(score) for score in scores]
     if not args.json:
         show_texts(out.text, streaming)
         for number, stats in enumerate(out.stats):
             terminal.notice((f"[{number}] " if len(prompts) > 1 else "") + summary(stats))
     return outputs[0] if len(outputs) == 1 else {"outputs": outputs}
+
+
+def with_cache(
+    args: argparse.Namespace, model: Any, prompt: Any, config: GenerateConfig
+) -> dict[str, Any]:
+    """Generate over the cache in --cache."""
+    import jax
+
+    import quantspec_jax as qs
+    from quantspec_jax.engine.bucket import bucket
+    from quantspec_jax.files import exists
+    from quantspec_jax.text.prompts import read_prompts
+
+    (ids,) = read_prompts(prompt, model.tokenizer, model.config.vocab_size)
+    room = bucket(bucket(len(ids)) + config.max_new_tokens)
+    config = dataclasses.replace(config, max_length=min(room, model.config.max_context))
+    path = Path(args.cache)
+    there = exists(path)
+    session = qs.Session.load(path, model, config) if there else qs.Session(model, config)
+    kept = len(session.prefixes)
+    on_text = None if args.json else terminal.write
+    turn = session.generate(ids, jax.random.key(args.seed), on_text=on_text)
+    if not there or len(session.prefixes) > kept:
+        session.save(path)
+        terminal.notice(f"cache of {len(ids)} tokens written to {path}")
+    output = {"text": turn.text, "tokens": turn.tokens, **turn.stats}
+    if config.logprobs is not None:
+        output["logprobs"] = [dataclasses.asdict(score) for score in turn.logprobs]
+    if not args.json:
+        terminal.write("\n")
+        terminal.notice(f"{turn.stats['cached_tokens']} tokens of the prompt were kept")
+        terminal.notice(summary(turn.stats))
+    return output
 
 
 def show_texts(texts: Sequence[str], streamed: bool) -> None:

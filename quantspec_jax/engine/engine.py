@@ -1,16 +1,17 @@
 """The engine: a fixed number of slots, stepped by hand.
 
-    slots = engine.add(requests)         prompts run; free slots take the sequences
-    engine.step()                        a chunk of rounds for all slots
+    slots = engine.add(requests)         free slots take the sequences
+    engine.step()                        at most one tile of a prompt, then a chunk of rounds
     engine.read(slot)                    what the slot's sequence has made so far
     engine.remove(slot)                  the slot is free again
 
-`generate` and `stream` are callers of it. A sequence in a slot is not touched by what comes and
-goes in the others.
+`generate`, `stream`, sessions and the server are callers of it. A sequence in a slot is not touched
+by what comes and goes in the others.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import time
@@ -23,31 +24,89 @@ import numpy as np
 from tqdm import tqdm
 
 from quantspec_jax.cache import cache_bytes, create
+from quantspec_jax.cache.tiles import get_tile, put_tile
 from quantspec_jax.checks import require
 from quantspec_jax.engine import draft_cost
 from quantspec_jax.engine.adaptive import AdaptiveGamma
 from quantspec_jax.engine.bucket import bucket
+from quantspec_jax.engine.prefixes import Prefixes
 from quantspec_jax.engine.prepare import known_sampled, pad, program_for
 from quantspec_jax.engine.programs import Runner
 from quantspec_jax.engine.statistics import Clock, Counters
 from quantspec_jax.generate.config import GenerateConfig
+from quantspec_jax.generate.logprobs import Logprobs, nothing
+from quantspec_jax.generate.policies import policy
 from quantspec_jax.generate.prefill import COMPILED, begin, end, layer, prefill
 from quantspec_jax.generate.requests import Requests, requests
-from quantspec_jax.generate.state import DecodeState, Program, insert
+from quantspec_jax.generate.state import COUNTED, DecodeState, Program, insert
+from quantspec_jax.generate.tiles import (
+    TILE_STAGES,
+    stand_still,
+    tile_begin,
+    tile_end,
+    tile_layer,
+)
 from quantspec_jax.loading import Model
+from quantspec_jax.models.decoder import block_params
 from quantspec_jax.sharding import mesh_of, place_cache
 
 TRIAL_PAYS = 64  # new tokens; fewer are decoded sooner than the cost of a draft step is known
+ROUNDS_BESIDE_PROMPTS = 4  # between two tiles of a prompt
 INSERT = jax.jit(insert, donate_argnames="state")
+COUNTERS = ("rounds", "proposed", "accepted", "draft_pages")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """Of one new token: its log-probability under the target's raw distribution, and the likeliest
+    tokens there with theirs, the likeliest first."""
+
+    own: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a slot's sequence has made: its new token ids, whether it has finished, counters."""
+    """What a slot's sequence has made.
+
+    tokens    its new token ids
+    finished  whether there will be no more
+    counters  of its rounds
+    drafted   which tokens the draft proposed (the others are the target's own)
+    logprobs  one a token, where they were asked for
+    kept      tokens of the prompt that were not read again
+    broken    whether the model's logits were not finite, which ended it
+    """
 
     tokens: list[int]
     finished: bool
     counters: Counters
+    drafted: list[bool]
+    logprobs: list[TokenLogprob]
+    kept: int = 0
+    broken: bool = False
+
+
+@dataclasses.dataclass
+class _Slot:
+    """What the host has of a slot's sequence."""
+
+    sampled: bool
+    logprobs: int | None
+    kept: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    drafted: list[bool] = dataclasses.field(default_factory=list)
+    scores: list[TokenLogprob] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class _Prompt:
+    """A prompt that is being read, from `position` on."""
+
+    slot: int
+    tokens: list[int]
+    wants: Requests
+    position: int
 
 
 class Engine:
@@ -56,27 +115,40 @@ class Engine:
     Args:
       model: from `load`.
       config: the program's part of it counts for all slots (mode, kv, gamma, coupling, group_size,
-        backend), and is what requests want that say nothing else.
+        backend, prefill, the most logprobs), and is what requests want that say nothing else.
       longest: tokens of the longest prompt that will come.
       slots: how many sequences run at a time.
+      prefixes: where prompts that are read in tiles find and leave these; None: nowhere.
 
     Raises:
       ValueError: prompts and new tokens exceed the model's context, or the device's memory.
     """
 
-    def __init__(self, model: Model, config: GenerateConfig, longest: int, slots: int = 1):
+    def __init__(
+        self,
+        model: Model,
+        config: GenerateConfig,
+        longest: int,
+        slots: int = 1,
+        prefixes: Prefixes | None = None,
+    ):
         require(slots >= 1, "slots", slots, "an integer ≥ 1")
+        if config.prefill == "tiles":
+            looks = policy(config.draft_policy, config.draft_share).observes
+            allowed = "one that needs no look at the whole prompt, with prefill tiles"
+            require(not looks, "draft_policy", config.draft_policy, allowed)
         self.model, self.config, self.slots = model, config, slots
         self.program, self.padded = program_for(model, config, longest)
         self.capacity = bucket(config.max_new_tokens)
+        self.prefixes = prefixes
         self.clock = Clock()
         self.adaptive: AdaptiveGamma | None = None
         self.cache_bytes: dict[str, int] = {}
         self._runner = Runner(model, self.program, slots)
         self._state: DecodeState | None = None
-        self._used = np.zeros(slots, bool)
+        self._prompts: collections.deque[_Prompt] = collections.deque()
+        self._slots: list[_Slot | None] = [None] * slots
         self._ended = np.zeros(slots, bool)  # by the host, since the last step
-        self._sampled = np.zeros(slots, bool)
         self._seen: dict[str, np.ndarray] = {}
 
     # Slots.
@@ -89,13 +161,14 @@ class Engine:
         *,
         progress: bool = False,
     ) -> list[int]:
-        """Run prompts and put their sequences into free slots, side by side; returns these.
+        """Put sequences into free slots, side by side; returns these. Prompts that are read whole
+        are read now, those that are read in tiles by `step`.
 
         Args:
           prompts: token ids of each, as many as there are free slots at most.
           config: what the sequences want; None: the engine's own.
           keys: a typed key for all, or one a sequence.
-          progress: show on a terminal how far the prompts are.
+          progress: show on a terminal how far the prompts are, where they are read whole.
 
         Raises:
           ValueError: too many prompts, or too long ones, or the model's logits after one are not
@@ -104,24 +177,26 @@ class Engine:
         config = config or self.config
         number = len(prompts)
         first = self._free(number)
-        lengths = [len(prompt) for prompt in prompts]
-        allowed = f"1 to {self.padded}"
-        require(min(lengths) >= 1 and max(lengths) <= self.padded, "prompt", lengths, allowed)
-        most = min(self.capacity, self.program.cache.max_length - max(lengths))
-        new = config.max_new_tokens
-        require(new <= most, "max_new_tokens", new, f"at most {most} in this engine")
+        for prompt in prompts:
+            self.check(len(prompt), config)
         ends = config.end_ids(self.model.config.eos_ids, self.model.config.vocab_size)
         wants = requests(config, keys, ends, number)
+        taken = list(range(first, first + number))
+        tiles = self.config.prefill == "tiles"
+        if tiles:
+            for i, slot in enumerate(taken):
+                one = jax.tree.map(lambda x, i=i: x[i : i + 1], wants)
+                self._slots[slot] = _Slot(config.temperature > 0, config.logprobs)
+                self._begin_prompt(_Prompt(slot, list(map(int, prompts[i])), one, 0))
+            return taken
         state = self._prefill(prompts, wants, progress)
         if number == self.slots:
             self._state = state
         else:
-            running = self._empty(state) if self._state is None else self._state
-            call = (running, jnp.int32(first), state)
-            self._state = self._runner.ready(INSERT, *call)(*call)
-        taken = list(range(first, first + number))
-        self._used[taken], self._ended[taken] = True, False
-        self._sampled[taken] = config.temperature > 0
+            self._insert(first, state)
+        for slot in taken:
+            self._slots[slot] = _Slot(config.temperature > 0, config.logprobs)
+        self._ended[taken] = False
         self._look()
         try:
             self._check_finite(taken)
@@ -131,24 +206,119 @@ class Engine:
             raise
         return taken
 
+    def check(self, length: int, config: GenerateConfig) -> None:
+        """ValueError unless a prompt of `length` tokens, and what is wanted of it, fit."""
+        total = self.program.cache.max_length
+        longest = total - 1 if self.config.prefill == "tiles" else self.padded
+        require(1 <= length <= longest, "prompt", length, f"1 to {longest} tokens")
+        most = min(self.capacity, total - length)
+        new = config.max_new_tokens
+        require(new <= most, "max_new_tokens", new, f"at most {most} in this engine")
+        most = -1 if self.config.logprobs is None else self.config.logprobs
+        possible = config.logprobs is None or config.logprobs <= most
+        words = "none" if most < 0 else f"at most {most}"
+        require(possible, "logprobs", config.logprobs, f"{words} in this engine")
+
     def step(self, rounds: int | None = None) -> None:
-        """A chunk of rounds, `rounds` at most; the host waits for them.
+        """A tile of a prompt, if one waits, and a chunk of rounds, `rounds` at most, if a sequence
+        decodes; the host waits for them.
 
         Raises:
           ValueError: no sequence was ever added; or the model's logits were not finite, which ends
             a sequence and is said at each step until it is removed.
         """
+        self.advance(rounds)
+        self._check_finite([i for i, slot in enumerate(self._slots) if slot])
+
+    def advance(self, rounds: int | None = None, speculate: bool = True) -> None:
+        """As `step`, but of a sequence without finite logits `read` alone speaks. Without
+        speculation the rounds are plain, of a token each: the tokens are the same."""
         if self._state is None:
             raise ValueError("the engine has no sequence; allowed: `step` after `add`")
-        rounds = rounds or self.config.rounds_per_chunk
+        if self._prompts:
+            self._read_tile()
+        if self._decoding():
+            waiting = ROUNDS_BESIDE_PROMPTS if self._prompts else self.config.rounds_per_chunk
+            self._rounds(rounds or waiting, speculate)
+
+    def read(self, slot: int, start: int = 0) -> Progress:
+        """What the slot's sequence has made, its tokens from number `start` on."""
+        own, seen = self._slots[slot], self._seen
+        if own is None or any(prompt.slot == slot for prompt in self._prompts):
+            none = np.zeros(COUNTED, np.int32)
+            kept = own.kept if own else 0
+            pages = np.zeros(2, np.int32)
+            counters = Counters(0, none, none, pages)
+            return Progress([], bool(self._ended[slot]), counters, [], [], kept)
+        return Progress(
+            own.tokens[start:],
+            bool(seen["finished"][slot]) or bool(self._ended[slot]),
+            Counters(int(seen["rounds"][slot]), *(seen[x][slot] for x in COUNTERS[1:])),
+            own.drafted[start:],
+            own.scores[start:],
+            own.kept,
+            bool(seen["broken"][slot]),
+        )
+
+    def finish(self, slot: int) -> None:
+        """End a sequence where it is; it can still be read."""
+        self._ended[slot] = True
+        self._prompts = collections.deque(p for p in self._prompts if p.slot != slot)
+
+    def remove(self, slot: int) -> None:
+        """End a sequence and free its slot."""
+        self.finish(slot)
+        self._slots[slot] = None
+
+    @property
+    def running(self) -> bool:
+        """Whether a sequence has not finished."""
+        return bool(self._prompts) or self._decoding()
+
+    @property
+    def free_slots(self) -> int:
+        """How many slots have no sequence."""
+        return sum(slot is None for slot in self._slots)
+
+    # The rest is how.
+
+    def _decoding(self) -> bool:
+        """Whether a sequence is beyond its prompt and has not finished."""
+        reading = {prompt.slot for prompt in self._prompts}
+        return bool(self._seen) and any(
+            slot is not None
+            and i not in reading
+            and not self._ended[i]
+            and not self._seen["finished"][i]
+            for i, slot in enumerate(self._slots)
+        )
+
+    def _free(self, number: int) -> int:
+        """The first of `number` free slots side by side."""
+        require(number >= 1, "prompts", number, "one or more")
+        for first in range(self.slots - number + 1):
+            if not any(self._slots[first : first + number]):
+                return first
+        free = self.free_slots
+        raise ValueError(f"there are {number} prompts; free slots side by side: fewer, {free} free")
+
+    def _rounds(self, rounds: int, speculate: bool) -> None:
+        """A chunk of rounds."""
+        assert self._state is not None
         if self._ended.any():
             ended = self._state.finished | jnp.asarray(self._ended)
             self._state = dataclasses.replace(self._state, finished=ended)
             self._ended[:] = False
+        used = [slot for slot in self._slots if slot is not None]
         program = dataclasses.replace(
-            self.program, sampled=known_sampled(bool((self._sampled & self._used).any()))
+            self.program,
+            sampled=known_sampled(any(slot.sampled for slot in used)),
+            logprobs=any(slot.logprobs is not None for slot in used),
         )
-        if self.config.mode == "quantspec" and self.config.gamma == "auto":
+        adaptive = self.config.mode == "quantspec" and self.config.gamma == "auto" and speculate
+        if not speculate:
+            program = draft_cost.with_gamma(program, 0)
+        if adaptive:
             if self.adaptive is None:
                 self._begin_adaptive(program)
             assert self.adaptive is not None
@@ -157,49 +327,117 @@ class Engine:
         before = self._seen
         self._state, seconds = self._decode(self._state, rounds, program)
         self.clock.decode += seconds
-        self._look()
-        if self.adaptive is not None:
+        self._look(rounds * (program.gamma + 1))
+        if adaptive and self.adaptive is not None:
             change = {name: self._seen[name] - before[name] for name in COUNTERS}
             self.adaptive.observe(
                 int(change["rounds"].max()), *(change[x].sum(0) for x in COUNTERS[1:3])
             )
-        self._check_finite(np.flatnonzero(self._used).tolist())
 
-    def read(self, slot: int, start: int = 0) -> Progress:
-        """What the slot's sequence has made, its tokens from number `start` on."""
-        seen = self._seen
-        count = int(seen["count"][slot])
-        return Progress(
-            seen["tokens"][slot, start:count].tolist(),
-            bool(seen["finished"][slot]) or bool(self._ended[slot]),
-            Counters(int(seen["rounds"][slot]), *(seen[x][slot] for x in COUNTERS[1:])),
+    # Prompts in tiles.
+
+    def _begin_prompt(self, prompt: _Prompt) -> None:
+        """Its slot stands still, with what is kept of its beginning."""
+        if self._state is None:
+            self._state = self._empty()
+            self._look()
+        slot, g = jnp.int32(prompt.slot), self.program.cache.group_size
+        # What the next position reads in full precision has to be read again, and the last token.
+        length = len(prompt.tokens)
+        codec = self.program.cache.codec
+        coded = int(codec.quantized_length(jnp.int32(length), g)) // g
+        most = coded if self.program.cache.num_tiles else (length - 1) // g
+        kept = self.prefixes.find(prompt.tokens, g, most) if self.prefixes is not None else []
+        for i, tile in enumerate(kept):
+            call = (self._state.cache.layers, dict(tile), slot, jnp.int32(i))
+            layers = self._run(put_tile, *call, group_size=g)
+            self._state = _with_layers(self._state, layers)
+        prompt.position = g * len(kept)
+        own = self._slots[prompt.slot]
+        assert own is not None
+        own.kept = prompt.position
+        if self.prefixes is not None:
+            self.prefixes.count(prompt.position, length - prompt.position)
+        self._stand_still(prompt)
+        self._ended[prompt.slot] = False
+        self._prompts.append(prompt)
+
+    def _stand_still(self, prompt: _Prompt) -> None:
+        """The slot's length is what is read of the prompt."""
+        assert self._state is not None
+        layers, rest = self._state.cache.layers, _with_layers(self._state, ())
+        rest = self._run(stand_still, rest, jnp.int32(prompt.slot), jnp.int32(prompt.position))
+        self._state = _with_layers(rest, layers)
+
+    def _read_tile(self) -> None:
+        """A tile of the prompt that came first; after its last one the sequence decodes."""
+        assert self._state is not None
+        started, compiled = time.perf_counter(), self._runner.compile_seconds
+        prompt, g = self._prompts[0], self.program.cache.group_size
+        part = prompt.tokens[prompt.position : prompt.position + g]
+        numbers = (jnp.int32(n) for n in (prompt.slot, prompt.position, len(prompt.tokens)))
+        where = tuple(numbers)
+        program = self.program.prompt
+        x, h = self._run(tile_begin, self.model.params, pad([part], g)[0], program=program)
+        layers = list(self._state.cache.layers)
+        try:
+            for i, of_layer in enumerate(layers):
+                block = block_params(self.model.params, i)
+                x, h, layers[i] = self._run(
+                    tile_layer, *block, x, h, of_layer, *where, program=program
+                )
+        finally:  # interrupted, too: what was donated is gone
+            self._state = _with_layers(self._state, tuple(layers))
+        if self.prefixes is not None and len(part) == g:
+            at = (where[0], jnp.int32(prompt.position // g))
+            tile = self._run(get_tile, self._state.cache.layers, *at, group_size=g)
+            whole = prompt.tokens[: prompt.position + g]
+            self.prefixes.keep(whole, g, jax.device_get(tile))
+        prompt.position += len(part)
+        if prompt.position == len(prompt.tokens):
+            self._end_prompt(prompt, h, len(part) - 1)
+        else:
+            self._stand_still(prompt)
+        jax.block_until_ready(self._state)
+        spent = time.perf_counter() - started
+        self.clock.compile = self._runner.compile_seconds
+        self.clock.prefill += spent - (self._runner.compile_seconds - compiled)
+
+    def _end_prompt(self, prompt: _Prompt, hidden: jax.Array, row: int) -> None:
+        """Its first token; the slot decodes from now on."""
+        seen = np.zeros((1, self.model.config.vocab_size), bool)
+        seen[0, prompt.tokens] = True
+        one = self._run(
+            tile_end,
+            *(self.model.params, hidden, jnp.int32(row), jnp.asarray(seen)),
+            *(jnp.asarray([len(prompt.tokens)], jnp.int32), prompt.wants),
+            program=self.program.prompt,
+            capacity=self.capacity,
+            logprobs=self.config.logprobs,
         )
+        assert self._state is not None
+        layers = self._state.cache.layers
+        self._state = _with_layers(self._state, ())
+        self._insert(prompt.slot, one)
+        self._state = _with_layers(self._state, layers)
+        self._prompts.popleft()
+        self._look()
 
-    def finish(self, slot: int) -> None:
-        """End a sequence where it is; it can still be read."""
-        self._ended[slot] = True
+    def _run(self, stage: Any, *args: Any, **static: Any) -> Any:
+        return self._runner.ready(TILE_STAGES[stage], *args, **static)(*args)
 
-    def remove(self, slot: int) -> None:
-        """End a sequence and free its slot."""
-        self.finish(slot)
-        self._used[slot] = False
+    # Whole prompts.
 
-    @property
-    def running(self) -> bool:
-        """Whether a sequence has not finished."""
-        unfinished = self._used & ~self._ended
-        return bool((unfinished & ~self._seen["finished"]).any()) if self._seen else False
+    def _insert(self, first: int, state: DecodeState) -> None:
+        """Sequences into the slots from `first` on."""
+        if self._state is None:
 
-    # The rest is how.
+            def room(x: jax.Array) -> jax.Array:
+                return jnp.zeros((self.slots, *x.shape[1:]), x.dtype)
 
-    def _free(self, number: int) -> int:
-        """The first of `number` free slots side by side."""
-        require(number >= 1, "prompts", number, "one or more")
-        for first in range(self.slots - number + 1):
-            if not self._used[first : first + number].any():
-                return first
-        free = int((~self._used).sum())
-        raise ValueError(f"there are {number} prompts; free slots side by side: fewer, {free} free")
+            self._state = self._empty(jax.tree.map(room, state.memory))
+        call = (self._state, jnp.int32(first), state)
+        self._state = self._runner.ready(INSERT, *call)(*call)
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], wants: Requests, progress: bool
@@ -216,6 +454,7 @@ class Engine:
                 wants,
                 program=self.program.prompt,
                 capacity=self.capacity,
+                logprobs=self.config.logprobs,
                 run=functools.partial(self._stage, bar, tokens.size),
             )
             jax.block_until_ready(state)
@@ -238,21 +477,35 @@ class Engine:
             bar.update()
         return out
 
-    def _empty(self, like: DecodeState) -> DecodeState:
+    def _empty(self, memory: Any = ()) -> DecodeState:
         """All slots without a sequence: finished before they began."""
-        cache = create(self.model.config, self.program.cache.arrays, self.slots)
+        config, batch = self.model.config, self.slots
+        self._runner.made("cache")
+        cache = create(config, self.program.cache.arrays, batch)
         cache = place_cache(cache, mesh_of(self.model.params))
+        self.cache_bytes = cache_bytes(cache, self.program.cache.max_length)
 
-        def rows(x: jax.Array) -> jax.Array:
-            return jnp.broadcast_to(x[:1], (self.slots, *x.shape[1:])).copy()
+        def each(*shape: int, dtype: Any = jnp.int32) -> jax.Array:
+            return jnp.zeros((batch, *shape), dtype)
 
-        names = [field.name for field in dataclasses.fields(like) if field.name != "cache"]
-        small = jax.tree.map(rows, {name: getattr(like, name) for name in names})
-        small |= {
-            "finished": jnp.ones(self.slots, bool),
-            "count": jnp.zeros(self.slots, jnp.int32),
-        }
-        return DecodeState(cache=cache, **small)
+        number = self.config.logprobs
+        return DecodeState(
+            cache=cache,
+            requests=requests(self.config, jax.random.key(0), (), batch),
+            memory=memory,
+            seen=each(config.vocab_size, dtype=bool),
+            pending=each(),
+            tokens=each(self.capacity),
+            count=each(),
+            finished=~each(dtype=bool),
+            broken=each(dtype=bool),
+            rounds=each(),
+            proposed=each(COUNTED),
+            accepted=each(COUNTED),
+            draft_pages=each(2),
+            drafted=each(self.capacity, dtype=bool),
+            logprobs=None if number is None else nothing(batch, self.capacity, number),
+        )
 
     def _decode(
         self, state: DecodeState, rounds: int, program: Program
@@ -278,11 +531,29 @@ class Engine:
                 draft_cost.keep(key, cost)
         self.adaptive = AdaptiveGamma(cost, self.program.cache.group_size, self.program.gamma)
 
-    def _look(self) -> None:
-        """Bring what the host reads of the state to it."""
+    def _look(self, most: int = 1) -> None:
+        """Bring what the host reads of the state to it: counters, and at most `most` new tokens of
+        each sequence."""
         assert self._state is not None
-        names = ("tokens", "count", "finished", "broken", *COUNTERS)
+        names = ("count", "finished", "broken", *COUNTERS)
         self._seen = jax.device_get({name: getattr(self._state, name) for name in names})
+        reading = {prompt.slot for prompt in self._prompts}
+        known = np.array([len(slot.tokens) if slot else 0 for slot in self._slots], np.int32)
+        width = min(bucket(most), self.capacity)
+        start = np.minimum(known, self.capacity - width)
+        state = self._state
+        call = ((state.tokens, state.drafted, state.logprobs), jnp.asarray(start))
+        window = self._runner.ready(WINDOW, *call, width=width)(*call)
+        tokens, drafted, logprobs = jax.device_get(window)
+        for i, slot in enumerate(self._slots):
+            if slot is None or i in reading:
+                continue
+            new = slice(known[i] - start[i], int(self._seen["count"][i]) - start[i])
+            slot.tokens += tokens[i, new].tolist()
+            slot.drafted += drafted[i, new].tolist()
+            if slot.logprobs is not None:
+                each = Logprobs(*(x[i, new] for x in logprobs))
+                slot.scores += _scores(each, slot.logprobs)
 
     def _check_finite(self, slots: list[int]) -> None:
         """ValueError where the model made no number of what a slot holds."""
@@ -297,4 +568,27 @@ class Engine:
             )
 
 
-COUNTERS = ("rounds", "proposed", "accepted", "draft_pages")
+def _with_layers(state: DecodeState, layers: tuple[Any, ...]) -> DecodeState:
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=layers))
+
+
+def _window(rows: Any, start: jax.Array, width: int) -> Any:
+    """Of arrays [B, M, ...] the `width` entries from start [B] on."""
+    index = start[:, None] + jnp.arange(width)[None]
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), 1)
+
+    return jax.tree.map(cut, rows)
+
+
+WINDOW = jax.jit(_window, static_argnames="width")
+
+
+def _scores(scores: Logprobs, number: int) -> list[TokenLogprob]:
+    """Of the tokens of one sequence, with `number` alternatives each."""
+    own, ids, top = (x.tolist() for x in scores)
+    return [
+        TokenLogprob(p, tuple(zip(i[:number], t[:number], strict=True)))
+        for p, i, t in zip(own, ids, top, strict=True)
+    ]

@@ -78,7 +78,7 @@ class Runner:
         if free_bytes() is not None:
             cache = jax.eval_shape(lambda: create(model.config, program.cache, batch))
             self._parts["cache"] = tree_bytes(cache)
-        self._last: Any = None  # the function that was run last
+        self._checked: set[Any] = set()  # executables whose memory is known to be there
         # A runner's arguments keep their forms: to look these up again takes milliseconds a chunk.
         self._decoders: dict[Program, Any] = {}
         self._check()
@@ -98,8 +98,8 @@ class Runner:
         """The executable; `results` bytes of results stay on the device."""
         executable, seconds = PROGRAMS.compiled(function, *args, **static)
         self.compile_seconds += seconds
-        if function is not self._last:
-            self._last = function
+        if executable not in self._checked:  # to ask takes milliseconds
+            self._checked.add(executable)
             self._parts["temporaries"] = temporary_bytes(executable) + results
             self._check()
         return executable

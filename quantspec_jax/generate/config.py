@@ -8,13 +8,16 @@ from typing import Literal
 from quantspec_jax.cache.codecs import CODECS, EXACT_TILES, VIEWS
 from quantspec_jax.checks import is_int, is_number, require
 from quantspec_jax.generate.couplings import COUPLINGS
+from quantspec_jax.generate.logprobs import MOST as MOST_LOGPROBS
 from quantspec_jax.generate.policies import policy
 
 Mode = Literal["quantspec", "autoregressive"]
 Backend = Literal["auto", "mosaic_gpu", "xla"]
+Prefill = Literal["whole", "tiles"]
 
 MODES: tuple[Mode, ...] = ("quantspec", "autoregressive")
 BACKENDS: tuple[Backend, ...] = ("auto", "mosaic_gpu", "xla")
+PREFILLS: tuple[Prefill, ...] = ("whole", "tiles")
 TARGET_VIEW = CODECS["hierarchical"].views[0]  # of mode quantspec
 PLAIN_VIEW = CODECS["full"].views[0]  # of autoregressive decoding, unless `kv` says otherwise
 PENALTIES = (1e-30, 1e30)  # beyond, a logit leaves float32
@@ -50,6 +53,12 @@ class GenerateConfig:
       rounded up to a bucket.
     rounds_per_chunk: rounds decoded on the device between two looks of the host (streaming, stop
       strings, interruption).
+    logprobs: how many alternatives, 0 to 20, are reported at each new token beside its own
+      log-probability, by the target's raw distribution (`generate.logprobs`); None: none, not even
+      its own.
+    prefill: how prompts are read: `whole`, in full precision, or in `tiles` of G tokens, each of
+      which reads those before it as the target's view has them (`generate.tiles`). What is kept
+      for other prompts, saved, or read while other sequences decode, is read in tiles.
     """
 
     max_new_tokens: int = 256
@@ -75,6 +84,8 @@ class GenerateConfig:
     backend: Backend = "auto"
     rounds_per_chunk: int = 32
     draft_cost: float | None = None
+    logprobs: int | None = None
+    prefill: Prefill = "whole"
 
     def __post_init__(self) -> None:
         def positive(name: str) -> None:
@@ -96,6 +107,11 @@ class GenerateConfig:
             "a number > 0",
         )
         require(self.mode in MODES, "mode", self.mode, ", ".join(MODES))
+        require(self.prefill in PREFILLS, "prefill", self.prefill, ", ".join(PREFILLS))
+        number = self.logprobs is None or (
+            is_int(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS
+        )
+        require(number, "logprobs", self.logprobs, f"an integer from 0 to {MOST_LOGPROBS}, or None")
         require(self.kv in (None, *VIEWS), "kv", self.kv, ", ".join(VIEWS))
         require(self.coupling in COUPLINGS, "coupling", self.coupling, ", ".join(COUPLINGS))
         self._check_policy()

@@ -21,6 +21,7 @@ from pallas_kernels.kv_attention.read import Pages
 from quantspec_jax.cache import KVCache, flush, flush_due, rollback, schedule
 from quantspec_jax.generate.accept import Verdict, accept
 from quantspec_jax.generate.draft import draft, no_proposals
+from quantspec_jax.generate.logprobs import score
 from quantspec_jax.generate.policies import Sizes
 from quantspec_jax.generate.requests import is_end
 from quantspec_jax.generate.sampling import not_finite
@@ -107,7 +108,7 @@ def one_round(
         memory=memory,
         draft_pages=state.draft_pages + _pages_read(state.cache, pages, active & (proposed > 0)),
     )
-    return _emit(state, proposals.tokens, verdict)
+    return _emit(state, proposals.tokens, verdict, logits if program.logprobs else None)
 
 
 def pages_to_read(state: DecodeState, program: Program) -> tuple[Pages, ...] | None:
@@ -125,9 +126,11 @@ def _pages_read(cache: KVCache, pages: tuple[Pages, ...] | None, drafting: jax.A
     return jnp.where(drafting[:, None], jnp.stack([read, coded], 1), 0)
 
 
-def _emit(state: DecodeState, proposals: jax.Array, verdict: Verdict) -> DecodeState:
+def _emit(
+    state: DecodeState, proposals: jax.Array, verdict: Verdict, logits: jax.Array | None
+) -> DecodeState:
     """Write a round's tokens, the accepted proposals and the one after them, up to an end token or
-    the limit."""
+    the limit; with logits, what these say of them."""
     b, gamma = proposals.shape
     accepted, token = verdict.accepted[:, None], verdict.token[:, None]
     index = jnp.arange(gamma + 1)[None]
@@ -140,7 +143,19 @@ def _emit(state: DecodeState, proposals: jax.Array, verdict: Verdict) -> DecodeS
 
     offset = jnp.arange(state.tokens.shape[1])[None] - state.count[:, None]
     written = (offset >= 0) & (offset < number[:, None])
-    shifted = jnp.take_along_axis(new, jnp.clip(offset, 0, gamma), 1)
+    source = jnp.clip(offset, 0, gamma)
+
+    def write(rows: jax.Array, new: jax.Array) -> jax.Array:  # [B, M, ...] from [B, γ + 1, ...]
+        rest = (1,) * (rows.ndim - 2)
+        shifted = jnp.take_along_axis(new, source.reshape(*source.shape, *rest), 1)
+        return jnp.where(written.reshape(*written.shape, *rest), shifted, rows)
+
+    drafted, logprobs = state.drafted, state.logprobs
+    if drafted is not None:
+        drafted = write(drafted, index < accepted)
+    if logits is not None and logprobs is not None:
+        scores = score(logits, new, logprobs.ids.shape[-1])
+        logprobs = jax.tree.map(write, logprobs, scores)
     count = state.count + number
     kept = index < number[:, None]
     last = jnp.take_along_axis(new, jnp.maximum(number - 1, 0)[:, None], 1)[:, 0]
@@ -148,7 +163,9 @@ def _emit(state: DecodeState, proposals: jax.Array, verdict: Verdict) -> DecodeS
         state,
         seen=state.seen.at[jnp.arange(b)[:, None], new].max(kept),
         pending=jnp.where(state.finished, state.pending, last),
-        tokens=jnp.where(written, shifted, state.tokens),
+        tokens=write(state.tokens, new),
+        drafted=drafted,
+        logprobs=logprobs,
         count=count,
         finished=state.finished | (count >= limit) | ((ends & kept).any(-1)),
     )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.rope_append.heads import Heads
 from pallas_kernels.shapes import Each, Ids, shaped
 from quantspec_jax.cache import KVCache, LayerCache, from_prompt
+from quantspec_jax.generate.logprobs import nothing, score
 from quantspec_jax.generate.requests import Requests, is_end
 from quantspec_jax.generate.sampling import Role, choose, not_finite
 from quantspec_jax.generate.state import COUNTED, DecodeState, PromptProgram
@@ -38,6 +39,7 @@ def prefill(
     *,
     program: PromptProgram,
     capacity: int,
+    logprobs: int | None = None,
     run: Run = inline,
 ) -> DecodeState:
     """Run the prompts in full precision, fill the cache layer by layer and choose the first token.
@@ -51,6 +53,7 @@ def prefill(
       requests: what the sequences want.
       program: `Program.prompt`.
       capacity: M, how many new tokens the state has room for.
+      logprobs: how many alternatives it has room for at each; None: it keeps no log-probabilities.
     """
     x, h = run(begin, params, prompts, program=program)
     layers, observed = [], []
@@ -58,7 +61,8 @@ def prefill(
         x, h, made, seen = run(layer, *block_params(params, i), x, h, lengths, program=program)
         layers.append(made)
         observed.append(seen)
-    state = run(end, params, prompts, h, lengths, requests, program=program, capacity=capacity)
+    room: dict[str, Any] = {"program": program, "capacity": capacity, "logprobs": logprobs}
+    state = run(end, params, prompts, h, lengths, requests, **room)
     memory = () if observed[0] is None else run(remember, observed, lengths, program=program)
     cache = dataclasses.replace(state.cache, layers=tuple(layers))
     return dataclasses.replace(state, cache=cache, memory=memory)
@@ -123,20 +127,45 @@ def end(
     *,
     program: PromptProgram,
     capacity: int,
+    logprobs: int | None = None,
 ) -> DecodeState:
     """The first token, from [B, P, E] hidden states after the final norm, and the state before the
     first round, the cache's layers left out."""
     b, p = prompts.shape
-    config = program.model
     rows = jnp.arange(b)
     logits = unembed(params, hidden[rows, lengths - 1], program.backend)
     in_prompt = jnp.arange(p)[None] < lengths[:, None]
-    seen = jnp.zeros((b, config.vocab_size), bool).at[rows[:, None], prompts].max(in_prompt)
+    seen = jnp.zeros((b, program.model.vocab_size), bool)
+    seen = seen.at[rows[:, None], prompts].max(in_prompt)
+    return first_state(
+        logits, seen, lengths, requests, program=program, capacity=capacity, logprobs=logprobs
+    )
+
+
+def first_state(
+    logits: jax.Array,
+    seen: jax.Array,
+    lengths: jax.Array,
+    requests: Requests,
+    *,
+    program: PromptProgram,
+    capacity: int,
+    logprobs: int | None = None,
+) -> DecodeState:
+    """The state before the first round, the cache's layers left out, from the target's logits
+    [B, N] after the prompts, of which `seen` [B, N] are the tokens."""
+    b = len(lengths)
+    rows = jnp.arange(b)
     broken = not_finite(logits)
     token, _ = choose(logits, seen, requests.sampling, requests.keys, lengths, Role.TARGET)
+    scores = None
+    if logprobs is not None:
+        first = score(logits[:, None], token[:, None], logprobs)
+        room = nothing(b, capacity, logprobs)
+        scores = jax.tree.map(lambda rows, new: rows.at[:, :1].set(new), room, first)
 
     codec, g = program.cache.codec, program.cache.group_size
-    one, nothing = jnp.ones(b, jnp.int32), jnp.zeros((b, COUNTED), jnp.int32)
+    one, none = jnp.ones(b, jnp.int32), jnp.zeros((b, COUNTED), jnp.int32)
     return DecodeState(
         cache=KVCache((), lengths, codec.quantized_length(lengths, g), g, codec),
         requests=requests,
@@ -148,9 +177,11 @@ def end(
         finished=is_end(token[:, None], requests.eos_ids)[:, 0] | (one >= requests.limit) | broken,
         broken=broken,
         rounds=jnp.zeros(b, jnp.int32),
-        proposed=nothing,
-        accepted=jnp.zeros_like(nothing),
+        proposed=none,
+        accepted=jnp.zeros_like(none),
         draft_pages=jnp.zeros((b, 2), jnp.int32),
+        drafted=jnp.zeros((b, capacity), bool),
+        logprobs=scores,
     )
 
 
@@ -159,5 +190,5 @@ COMPILED: dict[Callable[..., Any], Any] = {
     begin: jax.jit(begin, static_argnames="program"),
     layer: jax.jit(layer, static_argnames="program", donate_argnames=("x", "h")),
     remember: jax.jit(remember, static_argnames="program"),
-    end: jax.jit(end, static_argnames=("program", "capacity")),
+    end: jax.jit(end, static_argnames=("program", "capacity", "logprobs")),
 }

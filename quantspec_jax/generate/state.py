@@ -15,6 +15,7 @@ from quantspec_jax.cache.codecs import EXACT_TILES
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.checks import require
 from quantspec_jax.generate.couplings import REJECTION, Coupling
+from quantspec_jax.generate.logprobs import Logprobs
 from quantspec_jax.generate.policies import ALL, Policy
 from quantspec_jax.generate.requests import Requests
 from quantspec_jax.models.config import ModelConfig
@@ -47,6 +48,7 @@ class Program:
       sampled: whether any sequence is sampled; None: the program finds out, in branches. A GPU's
         branch waits for the host.
       backend: which kernels run.
+      logprobs: whether the log-probabilities of new tokens are written down.
     """
 
     model: ModelConfig
@@ -58,6 +60,7 @@ class Program:
     coupling: Coupling = REJECTION
     sampled: bool | None = None
     backend: str = "auto"
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         allowed = f"at least gamma + 1 = {self.gamma + 1}"
@@ -92,7 +95,7 @@ class Program:
     jax.tree_util.register_dataclass,
     data_fields=[
         *("cache", "requests", "memory", "seen", "pending", "tokens", "count", "finished"),
-        *("broken", "rounds", "proposed", "accepted", "draft_pages"),
+        *("broken", "rounds", "proposed", "accepted", "draft_pages", "drafted", "logprobs"),
     ],
     meta_fields=[],
 )
@@ -115,6 +118,8 @@ class DecodeState:
               accepted, by their place in the round
     draft_pages  [B, 2] int32, pages that drafts read in a layer, and those that there were, each
               summed over the rounds
+    drafted   [B, M] bool, which new tokens the draft proposed; None: nobody asks
+    logprobs  of the new tokens; None: nobody asks
     """
 
     cache: KVCache
@@ -130,6 +135,8 @@ class DecodeState:
     proposed: jax.Array
     accepted: jax.Array
     draft_pages: jax.Array
+    drafted: jax.Array | None = None
+    logprobs: Logprobs | None = None
 
 
 def counted(number: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantspec_jax.checks import require
@@ -23,8 +24,13 @@ def chat_ids(prompt: str, tokenizer: Any, system: str | None = None) -> list[int
         no system message), fails, or renders nothing.
     """
     require(prompt != "", "prompt", prompt, "a text of one character or more")
+    return conversation_ids(_messages(prompt, system), tokenizer)
+
+
+def conversation_ids(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[int]:
+    """As `chat_ids`, of messages, mappings of `role` and `content`."""
     # The template writes the special tokens itself.
-    ids = encode(chat_text(prompt, tokenizer, system), tokenizer, special=False)
+    ids = encode(conversation_text(messages, tokenizer), tokenizer, special=False)
     if not ids:
         raise ValueError(_NOTHING)
     return ids
@@ -35,12 +41,19 @@ _NOTHING = "the chat template renders nothing for this conversation"
 
 def chat_text(prompt: str, tokenizer: Any, system: str | None = None) -> str:
     """The same conversation as text, special tokens written out."""
-    messages = [{"role": "user", "content": prompt}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
+    return conversation_text(_messages(prompt, system), tokenizer)
+
+
+def _messages(prompt: str, system: str | None) -> list[dict[str, str]]:
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": prompt}]
+
+
+def conversation_text(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> str:
+    """Messages by the tokenizer's template, with the beginning of an answer."""
     template = _template(tokenizer)
     try:
-        text = render(template, messages, dict(tokenizer.special_tokens_map))
+        text = render(template, [dict(m) for m in messages], dict(tokenizer.special_tokens_map))
     except LimitedError as error:
         if error.refused:
             roles = ", ".join(message["role"] for message in messages)

@@ -37,6 +37,7 @@ STATISTICS = {
     "backend",
     "dtype",
     "prompt_tokens",
+    "cached_tokens",
     "new_tokens",
     "rounds",
     "proposed",

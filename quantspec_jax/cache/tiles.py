@@ -1,0 +1,74 @@
+"""Whole tiles of a cache, taken out and put back: G tokens of one sequence, of all layers, as a
+mapping from the name of an array to the array, [L, K, ...]:
+
+    keys.upper, keys.lower, keys.scale, keys.minimum, values. ...   where the codec codes tokens
+    keys, values                                                    where it keeps them as they are
+
+A tile holds both views, the draft's and the target's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.layout import LayerCache, Planes
+
+Tile = dict[str, jax.Array]
+
+
+def _arrays(layer: LayerCache) -> Tile:
+    """What holds the tokens that stay, by name; axis 2 runs over tiles, or over tokens."""
+    if layer.keys is None or layer.values is None:
+        return {"keys": layer.key_buffer, "values": layer.value_buffer}
+    planes = {"keys": layer.keys, "values": layer.values}
+    return {f"{part}.{name}": x for part in planes for name, x in planes[part]._asdict().items()}
+
+
+def _with_arrays(layer: LayerCache, arrays: Tile) -> LayerCache:
+    if layer.keys is None:
+        return dataclasses.replace(layer, key_buffer=arrays["keys"], value_buffer=arrays["values"])
+    keys, values = (
+        Planes(*(arrays[f"{part}.{name}"] for name in Planes._fields))
+        for part in ("keys", "values")
+    )
+    return dataclasses.replace(layer, keys=keys, values=values)
+
+
+def get_tile(
+    layers: Sequence[LayerCache], sequence: jax.Array, tile: jax.Array, group_size: int
+) -> Tile:
+    """Tile number `tile` of one sequence. A tile of planes is one entry of axis 2."""
+    wide = 1 if layers[0].keys is not None else group_size
+
+    def cut(x: jax.Array) -> jax.Array:
+        at: Any = (sequence, 0, tile * wide, *[0] * (x.ndim - 3))
+        found = jax.lax.dynamic_slice(x, at, (1, x.shape[1], wide, *x.shape[3:]))
+        return found[0]
+
+    each = [{name: cut(x) for name, x in _arrays(layer).items()} for layer in layers]
+    return {name: jnp.stack([tile[name] for tile in each]) for name in each[0]}
+
+
+def put_tile(
+    layers: Sequence[LayerCache],
+    new: Tile,
+    sequence: jax.Array,
+    tile: jax.Array,
+    group_size: int,
+) -> tuple[LayerCache, ...]:
+    """The layers with a tile that `get_tile` gave in its place; donate them."""
+    wide = 1 if layers[0].keys is not None else group_size
+
+    def write(x: jax.Array, one: jax.Array) -> jax.Array:
+        at: Any = (sequence, 0, tile * wide, *[0] * (x.ndim - 3))
+        return jax.lax.dynamic_update_slice(x, one[None], at)
+
+    return tuple(
+        _with_arrays(layer, {name: write(x, new[name][i]) for name, x in _arrays(layer).items()})
+        for i, layer in enumerate(layers)
+    )

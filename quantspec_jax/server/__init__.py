@@ -1,0 +1,1 @@
+"""A server that speaks OpenAI's interface, and its page. Needs the extra `serve`."""
