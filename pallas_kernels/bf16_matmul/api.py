@@ -1,6 +1,7 @@
 """Products of a few activation rows with bfloat16 weights, and what stands around them.
 
-Weights are read where they lie. The Pallas kernel takes up to 16 rows; more are XLA's.
+Weights are read where they lie. The Pallas kernel takes up to 16 rows, of shapes for which it was
+measured to be faster than XLA (`quantspec bench kernels --tune bf16`); all else is XLA's.
 """
 
 from __future__ import annotations
@@ -50,13 +51,14 @@ def bf16_matmuls(
 def takes(
     x: Any, weights: Sequence[Any], around: Around, transposed: bool = False, backend: str = "auto"
 ) -> bool:
-    """Whether the Pallas kernel does a call where the backend may be chosen. XLA's own products are
-    no worse for what it does not take, so nothing is said of it."""
-    return (
-        backend != "xla"
-        and dispatch.device() is not None
-        and not _reason(x, weights, around, transposed)
-    )
+    """Whether the Pallas kernel does a call where the backend may be chosen: where the file of the
+    device says that it is faster. XLA's own products are no worse elsewhere (on an H200 they read
+    the projections of a 1.5B model twice as fast), so nothing is said of it."""
+    if backend == "xla" or dispatch.device() is None or _reason(x, weights, around, transposed):
+        return False
+    from pallas_kernels.bf16_matmul import configs, mosaic_gpu
+
+    return configs.measured(mosaic_gpu.shape_of(x, weights, around, transposed))
 
 
 def _reason(x: Any, weights: Sequence[Any], around: Around, transposed: bool) -> str | None:

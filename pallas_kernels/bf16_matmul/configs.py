@@ -112,6 +112,11 @@ def diverse(shape: Shape) -> list[Config]:
     return [*found.values()][:12]
 
 
+def measured(shape: Shape) -> bool:
+    """Whether the kernel was measured on this device and shape, and was faster than XLA."""
+    return tuned.find(dispatch.target().name, KERNEL, key(shape)) is not None
+
+
 def choose(shape: Shape) -> Config:
     """The measured configuration, where the shape's form leaves room for it; else the rule's."""
     known = candidates(shape)

@@ -23,6 +23,7 @@ from quantspec_jax.methods.method import Layer, Method
 from quantspec_jax.models.attention import causal_attention
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.decoder import forward
+from quantspec_jax.models.linear import computed
 from quantspec_jax.models.parameters import Params
 
 TEXTS, LENGTH = 16, 64
@@ -77,7 +78,7 @@ def run(
     hidden, _ = forward(
         params, config, tokens, at, range(config.num_layers), attend, rope_length=s, backend="xla"
     )
-    return hidden, kept[0], kept[1]
+    return computed(hidden), kept[0], kept[1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,7 +126,7 @@ def h200(monkeypatch):
     monkeypatch.setattr(dispatch, "device", lambda: device)
 
 
-def test_few_rows_are_the_kernels_and_more_are_left_to_xla(h200):
+def test_few_rows_are_the_kernels_and_more_are_left_to_xla(h200, monkeypatch):
     def kernels(rows, inputs=64, outputs=(64, 24), dtype=jnp.bfloat16, backend="auto") -> int:
         x, weights = operands(rows, inputs, outputs, False)
         run = jax.jit(lambda x, w: api.bf16_matmuls(x, w, backend=backend))
@@ -134,6 +134,8 @@ def test_few_rows_are_the_kernels_and_more_are_left_to_xla(h200):
         text = run.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
         return text.count("custom_call @mosaic_gpu")
 
+    assert kernels(16) == 0, "it was not measured to be faster"
+    monkeypatch.setattr(configs, "measured", lambda _: True)
     assert kernels(16) == 1
     assert kernels(1, backend="xla") == 0
     # Nothing is said of what XLA does as well.

@@ -290,6 +290,10 @@ def test_bf16_matmul(rows, inputs, outputs, parts, transposed):
     x, weights, dense = bf16_operands(rows, inputs, outputs, transposed)
     around = random_around(parts, rows, inputs, outputs[0])
     run = jax.jit(functools.partial(bf16.bf16_matmuls, transposed=transposed, backend="mosaic_gpu"))
+    if rows == 16 and inputs == 4096:  # with their norm
+        with pytest.raises(NotImplementedError, match="do not fit beside the weights"):
+            run(x, weights, around)
+        return
     # One bfloat16 of the norm that is rounded otherwise is 2⁻⁸ of itself.
     check_products(run, (x, weights, around), dense, around, 4e-4 if "norm" in parts else 1e-5)
 

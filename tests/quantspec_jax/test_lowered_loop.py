@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import dispatch
+from pallas_kernels.bf16_matmul import configs as bf16_configs
 from quantspec_jax.bench.decode import random_state
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.generate.loop import generate_tokens
@@ -65,6 +66,13 @@ def names(text: str) -> list[str]:
     return sorted(found)
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """As where the device's file has every product with bfloat16 weights."""
+    monkeypatch.setattr(bf16_configs, "measured", lambda _: True)
+
+
+@pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize(("bits", "policy"), [(4, ALL), (8, TopPages(0.25))])
 def test_each_kernel_is_in_the_program_once_however_many_layers_call_it(bits, policy):
     """Whatever pages of each layer a draft reads."""
@@ -88,6 +96,14 @@ def test_each_kernel_is_in_the_program_once_however_many_layers_call_it(bits, po
     assert len(three) < 1.5 * len(one)
 
 
+def test_products_that_were_not_measured_to_be_faster_are_left_to_xla():
+    text = lowered(dataclasses.replace(MODEL, num_layers=2), 4, "int8", DraftConfig(group_size=64))
+    assert "bf16_matmuls" not in names(text)
+    assert names(text).count("int4_matmuls") == 4
+    assert "dot_general" in text
+
+
+@pytest.mark.usefixtures("measured")
 def test_plain_decoding_has_no_kernel_of_a_draft():
     text = lowered(MODEL, 0, "full", DraftConfig())
     assert names(text) == ["bf16_matmuls"] * 5 + ["kv_attention", "rope_append"]

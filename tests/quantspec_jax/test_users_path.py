@@ -23,6 +23,7 @@ from programs import leaves_where, rewritten
 import convert
 import quantspec_jax as qs
 from pallas_kernels import dispatch
+from pallas_kernels.bf16_matmul import configs as bf16_configs
 from pallas_kernels.layout import Planes, QuantizedWeight, TiledWeight
 from quantspec_jax.engine import programs
 from quantspec_jax.models import attention
@@ -175,7 +176,8 @@ def decode_loop(lowered: list):
     return function.trace(*args, **static), args
 
 
-def test_every_weight_is_tiled_and_read_where_it_lies(loaded, lowered):
+def test_every_weight_is_tiled_and_read_where_it_lies(loaded, lowered, monkeypatch):
+    monkeypatch.setattr(bf16_configs, "measured", lambda _: True)
     own = weights(loaded.draft_params)
     assert own
     assert all(isinstance(weight, TiledWeight) for weight in own)
