@@ -14,6 +14,7 @@ import shutil
 import signal
 import struct
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -496,14 +497,16 @@ def test_only_regular_files_of_a_converted_directory_are_read(what, name, conver
 
 
 def test_what_the_tokenizers_package_prints_is_no_result(hf, capfd):
-    """An unknown key of an added token is noted on the process's standard output."""
+    """An unknown key of an added token is noted on the process's own streams: a warning says it."""
     values = json.loads(seeds.tokenizer_files()["tokenizer.json"])
     values["added_tokens"][0]["colour"] = 1
     source = hf(**{"tokenizer.json": json.dumps(values).encode()})
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         _ = convert.open_source(source).tokenizer
+        assert any(str(source) in str(x.message) for x in said)
     os.write(1, b"alive")
-    assert capfd.readouterr().out == "alive"
+    assert capfd.readouterr() == ("alive", "")
 
 
 def test_a_json_file_has_a_size(tmp_path, monkeypatch):

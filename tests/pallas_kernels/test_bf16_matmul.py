@@ -197,7 +197,9 @@ def test_lowering(h200, rows, outputs, parts, transposed):
     """One launch, whatever stands around the products."""
     x, weights = operands(rows, 576, outputs, transposed)
     around = random_around(parts, rows, 576, outputs[0])
-    run = jax.jit(lambda *call: api.bf16_matmuls(*call, transposed=transposed))
+    run = jax.jit(
+        lambda *call: api.bf16_matmuls(*call, transposed=transposed, backend="mosaic_gpu")
+    )
     text = run.trace(x, weights, around).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call") == text.count("custom_call @mosaic_gpu") == 1
     assert not [name for name in ("reduce", "dot_general", "transpose", "pad") if name in text]

@@ -171,8 +171,7 @@ def lowered(monkeypatch) -> list:
 
 def decode_loop(lowered: list):
     """The loop that was lowered last, traced, with its arguments and static arguments."""
-    function, args, static = lowered[-1]
-    assert function is programs.DECODE
+    function, args, static = next(x for x in reversed(lowered) if x[0] is programs.DECODE)
     return function.trace(*args, **static), args
 
 
