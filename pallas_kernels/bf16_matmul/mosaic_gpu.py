@@ -37,7 +37,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, ptx
 from pallas_kernels.products import inputs as staging
-from pallas_kernels.products.around import NOTHING, PLAIN, Around, Form
+from pallas_kernels.products.around import NOTHING, PLAIN, Around, Form, rows_of
 from pallas_kernels.products.inputs import Inputs, Staged
 from pallas_kernels.products.sums import Results, Sums
 from pallas_kernels.ptx import V, f32, i32
@@ -351,19 +351,12 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
     return body
 
 
-def _rows(x: Any) -> int:
-    rows = 1
-    for size in x.shape[:-1]:
-        rows *= size
-    return rows
-
-
 def shape_of(
     x: Any, weights: Sequence[Any], around: Around = NOTHING, transposed: bool = False
 ) -> Shape:
     """The shape that a call specializes the kernel to."""
     outputs = tuple(w.shape[0 if transposed else 1] for w in weights)
-    return Shape(_rows(x), x.shape[-1], outputs, transposed, around.form)
+    return Shape(rows_of(x), x.shape[-1], outputs, transposed, around.form)
 
 
 def unsupported(x: Any, weights: Sequence[Any], shape: Shape) -> str | None:

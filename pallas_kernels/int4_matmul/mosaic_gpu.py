@@ -67,7 +67,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch, ptx
 from pallas_kernels.layout import STRIP, PackedWeight, QuantizedWeight, TiledWeight
 from pallas_kernels.products import inputs as staging
-from pallas_kernels.products.around import NOTHING, PLAIN, Around, Form
+from pallas_kernels.products.around import NOTHING, PLAIN, Around, Form, rows_of
 from pallas_kernels.products.inputs import Inputs, Staged
 from pallas_kernels.products.sums import Results, Sums
 from pallas_kernels.ptx import V, f32, i32
@@ -413,19 +413,12 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
     return body
 
 
-def _rows(x: Any) -> int:
-    rows = 1
-    for size in x.shape[:-1]:
-        rows *= size
-    return rows
-
-
 def unsupported(x: Any, weights: Sequence[PackedWeight], around: Around = NOTHING) -> str | None:
     """Why the kernel cannot do a call, or None."""
     if x.dtype != jnp.bfloat16:
         return "activations have to be bfloat16"
-    if not 1 <= _rows(x) <= MAX_ROWS:
-        return f"there are {_rows(x)} rows; it takes up to {MAX_ROWS}"
+    if not 1 <= rows_of(x) <= MAX_ROWS:
+        return f"there are {rows_of(x)} rows; it takes up to {MAX_ROWS}"
     for weight in weights:
         if not isinstance(weight, TiledWeight):
             return _not_tiled(weight)
@@ -448,7 +441,7 @@ def shape_of(x: Any, weights: Sequence[PackedWeight], around: Around = NOTHING) 
     """The shape that a call specializes the kernel to."""
     first, form = weights[0], around.form
     outputs = tuple(w.outputs for w in weights)
-    sizes = (_rows(x), first.groups, first.group_size, outputs)
+    sizes = (rows_of(x), first.groups, first.group_size, outputs)
     return Shape(*sizes, first.symmetric, form, x.shape[-1] if form.norm else 0)
 
 

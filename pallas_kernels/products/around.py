@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -89,3 +90,8 @@ def check(around: Around, outputs: Sequence[int]) -> None:
         raise ValueError(f"gated takes two weights of as many outputs; given: {tuple(outputs)}")
     if around.residual is not None and (around.gated or len(outputs) != 1):
         raise ValueError(f"residual takes one product that is not gated; given: {len(outputs)}")
+
+
+def rows_of(x: Any) -> int:
+    """How many rows [..., Kin] activations have."""
+    return math.prod(x.shape[:-1])

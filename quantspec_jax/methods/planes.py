@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels.kv_attention.read import Read
-from quantspec_jax.cache.codecs import codec_of
+from quantspec_jax.cache.codecs import EXACT_TILES, codec_of
 from quantspec_jax.cache.codecs.codec import values_per_token
 from quantspec_jax.methods.method import Layer, Method
 from quantspec_jax.models.config import ModelConfig
@@ -33,3 +33,8 @@ class Planes(Method):
         read = Read(self.view, self.exact_tiles)
         decoded = codec_of(self.view).decoded(keys, values, read, self.group_size)
         return Layer(*(x[0].swapaxes(0, 1) for x in decoded))
+
+
+def as_read(view: str, group_size: int) -> Planes:
+    """A view as decoding reads it: a draft's, int4, with its first tiles in both planes."""
+    return Planes(view, EXACT_TILES if view == "int4" else 0, group_size)

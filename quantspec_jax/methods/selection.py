@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quantspec_jax.cache.codecs import EXACT_TILES
 from quantspec_jax.methods.method import Layer, Method, View
-from quantspec_jax.methods.planes import Planes
+from quantspec_jax.methods.planes import Planes, as_read
 from quantspec_jax.models.config import ModelConfig
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -130,8 +129,7 @@ class Selection(Method):
 
     @property
     def _planes(self) -> Planes:
-        exact = EXACT_TILES if self.codes == "int4" else 0
-        return Planes(self.codes, exact, self.group_size)
+        return as_read(self.codes, self.group_size)
 
     def within_budget(self, scores: jax.Array, bound: jax.Array) -> jax.Array:
         """The first tokens and those of highest score [K, S, T] before `bound`."""
