@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from typing import Any
 
@@ -38,7 +39,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read a message a line until the input ends."""
-    config = generate_config(args)
+    config = dataclasses.replace(generate_config(args), prefill="tiles")
     draft = draft_config(args)
     rope(args)
     if args.cache is not None:

@@ -1,0 +1,91 @@
+"""The application behind a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from quantspec_jax.checks import require
+
+HEAD_SECONDS = 10.0  # for all of a request before its body
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that is bound and does not listen yet, so that an address that is taken is said
+    before a model is loaded.
+
+    Raises:
+      ValueError: the address is taken, or none of this machine's.
+    """
+    require(0 <= port < 2**16, "port", port, "0 to 65535")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        raise ValueError(f"host and port are {host}:{port}: {error.strerror or error}") from error
+    return found
+
+
+def server(app: FastAPI, grace: float | None = None) -> uvicorn.Server:
+    """What serves it; `run(sockets=[...])` does until a signal comes.
+
+    Args:
+      grace: seconds that requests have to end after that; None: as long as they take.
+    """
+    settings = uvicorn.Config(
+        app,
+        http=Impatient,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=grace,  # type: ignore[arg-type]
+    )
+    return uvicorn.Server(settings)
+
+
+class Impatient(H11Protocol):
+    """Closes a connection where the head of a request does not come in time, which uvicorn would
+    wait for."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """As asyncio has it."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """As asyncio has it."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """As asyncio has it."""
+        self._calm()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._calm()
+        elif self._late is None:
+            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _calm(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+
+def run(app: FastAPI, listening: socket.socket, grace: float | None) -> None:
+    """Serve until a signal ends it."""
+    with contextlib.suppress(KeyboardInterrupt):  # the signal, which uvicorn raises again
+        server(app, grace).run(sockets=[listening])
