@@ -9,6 +9,7 @@ streams   all at once, of different lengths, greedy and sampled; each text again
           the other side)
 leaving   every fifth client hangs up midway; rounds until its slot is free
 soak      requests of all kinds for a time; memory after a tenth of it, and the most after that
+malformed wrong bodies, bytes that are no HTTP, clients that stop halfway (tests/fuzz/clients.py)
 signals   SIGTERM without and with a request that runs
 """
 
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from quantspec_jax.engine.scheduler import ROUNDS
 
 WAVES = 3
 MORE = {"ignore_eos": True}
+Note = Callable[[dict[str, Any]], None]  # writes a row that is not finished
 
 
 class Server:
@@ -177,7 +179,7 @@ def first_difference(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), -1)
 
 
-def streams(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
+def streams(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, Any]:
     """All at once, in waves."""
     every = wishes(model, args)
     resident, seconds, found = [], [], []
@@ -193,25 +195,11 @@ def streams(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
             seconds.append(time.perf_counter() - started)
             resident.append(server.resident_bytes())
             print(f"a wave: {seconds[-1]:.1f} s, {resident[-1]:,} bytes", file=sys.stderr)
-    engine = Engine(model, config_of(args, args.max_length), 1, args.slots)
-    same_engine, same_generate, other = 0, 0, []
-    for wish, (text, _) in zip(every, found, strict=True):
-        ours, margins = alone(engine, wish)
-        same_engine += text == ours
-        single = of_generate(model, args, wish).text[0]
-        same_generate += text == single
-        if text != single:
-            place = first_difference(text, single)
-            near = min(margins) if wish.temperature == 0 else None
-            other.append({"character": place, "greedy": near is not None, "least_margin": near})
     firsts = sorted(stats["seconds_to_first_token"] for _, stats in found)
     waits = sorted(stats["seconds_waited"] for _, stats in found)
-    return {
+    row = {
         "what": f"{len(every)} streams over {args.slots} slots",
         "answered": sum(bool(text) for text, _ in found),
-        "same_as_an_engine_of_as_many_slots_alone": same_engine,
-        "same_as_generate_alone": same_generate,
-        "differ_from_generate": other,
         "new_tokens": sum(wish.new for wish in every),
         "prompt_tokens": sum(len(wish.prompt) for wish in every),
         "seconds_of_waves": seconds,
@@ -222,6 +210,25 @@ def streams(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
         "resident_bytes_after_waves": resident,
         "resident_growth": resident[-1] / resident[0],
     }
+    engine = Engine(model, config_of(args, args.max_length), 1, args.slots)
+    same_engine, same_generate, other = 0, 0, []
+    for i, (wish, (text, _)) in enumerate(zip(every, found, strict=True)):
+        ours, margins = alone(engine, wish)
+        same_engine += text == ours
+        single = of_generate(model, args, wish).text[0]
+        same_generate += text == single
+        if text != single:
+            place = first_difference(text, single)
+            near = min(margins) if wish.temperature == 0 else None
+            other.append({"character": place, "greedy": near is not None, "least_margin": near})
+        row |= {
+            "compared": i + 1,
+            "same_as_an_engine_of_as_many_slots_alone": same_engine,
+            "same_as_generate_alone": same_generate,
+            "differ_from_generate": other,
+        }
+        note(row)
+    return row
 
 
 @contextlib.contextmanager
@@ -248,7 +255,7 @@ def served(model: qs.Model, args: argparse.Namespace) -> Iterator[tuple[Any, str
         thread.join(60)
 
 
-def leaving(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
+def leaving(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, Any]:
     """Every fifth client hangs up after its second piece of text."""
     every = wishes(model, args)
     rounds, cancelled, freed = 0, {}, {}
@@ -316,13 +323,26 @@ def leaving(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def soak(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
+def soak(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, Any]:
     """Requests of all kinds."""
     ids = script.tokens(model, args.text, 20_000)
     kinds: dict[str, int] = {}
     values: list[tuple[float, int]] = []
     started = 0.0
     numbers = iter(range(args.soak_requests))
+
+    def so_far() -> dict[str, Any]:
+        seconds = values[-1][0]
+        warm = [size for at, size in values if at >= 0.1 * seconds]
+        return {
+            "what": "soak",
+            "requests": sum(kinds.values()),
+            "seconds": seconds,
+            "kinds": dict(kinds),
+            "resident_bytes_warm": warm[0],
+            "resident_bytes_most": max(warm),
+            "resident_growth": max(warm) / warm[0],
+        }
 
     def count(kind: str) -> None:
         kinds[kind] = kinds.get(kind, 0) + 1
@@ -374,9 +394,8 @@ def soak(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
         while not done.is_set():
             values.append((time.perf_counter() - started, server.resident_bytes()))
             if len(values) % 10 == 0:
-                seconds, size = values[-1]
-                text = f"{seconds:.0f} s: {sum(kinds.values())} requests, {size:,} bytes"
-                print(text, file=sys.stderr, flush=True)
+                note(so_far())
+                print(json.dumps(so_far()), file=sys.stderr, flush=True)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(done.wait(), args.soak_seconds / 200)
 
@@ -391,22 +410,14 @@ def soak(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
     with Server(args) as server:
         started = time.perf_counter()
         asyncio.run(all_of_them(server))
-        seconds = time.perf_counter() - started
         metrics = server.metrics()
-    warm = [size for at, size in values if at > 0.1 * seconds]
     programs = {
         name: int(metrics[f"quantspec_{name}"])
         for name in ("programs_kept", "programs_made")
         if f"quantspec_{name}" in metrics
     }
     return {
-        "what": "soak",
-        "requests": sum(kinds.values()),
-        "seconds": seconds,
-        "kinds": kinds,
-        "resident_bytes_warm": warm[0],
-        "resident_bytes_most": max(warm),
-        "resident_growth": max(warm) / warm[0],
+        **so_far(),
         **programs,
         "new_tokens": int(metrics["quantspec_new_tokens_total"]),
         "first_token_seconds_mean": metrics["quantspec_time_to_first_token_seconds_sum"]
@@ -414,7 +425,28 @@ def soak(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def signals(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
+def malformed(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, Any]:
+    """Clients that are wrong, a good request after every tenth."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests" / "fuzz"))
+    from clients import Clients
+
+    with Server(args) as server:
+        wrong, started = Clients(server.url), time.perf_counter()
+        wrong.run(args.cases)
+        seconds = time.perf_counter() - started
+        files = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+    return {
+        "what": "malformed requests",
+        "cases": args.cases,
+        "failures": wrong.failures,
+        "seconds": seconds,
+        "answers": dict(sorted(wrong.seen.items())),
+        "good_request_seconds_longest": wrong.longest,
+        "open_files_of_the_server_after": files,
+    }
+
+
+def signals(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, Any]:
     """SIGTERM: seconds until the process is gone, its exit status, what a client sees."""
     grace = 3
 
@@ -455,7 +487,13 @@ def signals(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-STEPS = {"streams": streams, "leaving": leaving, "soak": soak, "signals": signals}
+STEPS = {
+    "streams": streams,
+    "leaving": leaving,
+    "soak": soak,
+    "malformed": malformed,
+    "signals": signals,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -470,6 +508,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--longest", type=int, default=600, help="tokens of a prompt")
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--cases", type=int, default=2000, help="malformed requests")
     parser.add_argument("--soak-requests", type=int, default=3000)
     parser.add_argument("--soak-seconds", type=float, default=3600)
     return parser
@@ -481,9 +520,15 @@ def main() -> None:
     model = qs.load(args.model)
     about = {"model": record.model_name(args.model), "dtype": model.dtype.name}
     rows: list[dict[str, Any]] = []
+
+    def note(row: dict[str, Any]) -> None:
+        cores = len(os.sched_getaffinity(0))
+        script.write(__file__, args, [*rows, row], **about, cores=cores)
+
     for name in args.what:
-        rows.append(script.show(STEPS[name](model, args)))
-        script.write(__file__, args, rows, **about, cores=len(os.sched_getaffinity(0)))
+        row = script.show(STEPS[name](model, args, note))
+        note(row)
+        rows.append(row)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from quantspec_jax.bench import record
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.engine.prefixes import Prefixes
 from quantspec_jax.engine.scheduler import Job, Scheduler
+from quantspec_jax.engine.statistics import Clock
 
 
 def settings(args: argparse.Namespace, length: int) -> qs.GenerateConfig:
@@ -61,6 +62,7 @@ def load(model: qs.Model, args: argparse.Namespace, slots: int) -> dict[str, Any
         job(i, int(rng.integers(args.longest // 8, args.longest)), args.new_tokens)
         for i in range(args.requests)
     ]
+    scheduler.engine.clock = Clock()
     started = time.perf_counter()
     scheduler.submit(*jobs)
     while scheduler.step():

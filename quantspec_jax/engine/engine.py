@@ -361,10 +361,17 @@ class Engine:
     # Prompts in tiles.
 
     def _begin_prompt(self, prompt: _Prompt) -> None:
-        """Its slot stands still, with what is kept of its beginning."""
+        """Its slot stands still until it is its turn."""
         if self._state is None:
             self._state = self._empty(memory_of_unseen(self.program.prompt, self.slots))
             self._look()
+        self._stand_still(prompt)
+        self._ended[prompt.slot] = False
+        self._prompts.append(prompt)
+
+    def _recall(self, prompt: _Prompt) -> None:
+        """What is kept of its beginning, now that prompts before it were read."""
+        assert self._state is not None
         slot, g = jnp.int32(prompt.slot), self.program.cache.group_size
         # What the next position reads in full precision has to be read again, and the last token.
         length = len(prompt.tokens)
@@ -382,9 +389,6 @@ class Engine:
         own.kept = prompt.position
         if self.prefixes is not None:
             self.prefixes.count(prompt.position, length - prompt.position)
-        self._stand_still(prompt)
-        self._ended[prompt.slot] = False
-        self._prompts.append(prompt)
 
     def _stand_still(self, prompt: _Prompt) -> None:
         """The slot's length is what is read of the prompt."""
@@ -398,6 +402,8 @@ class Engine:
         assert self._state is not None
         started, compiled = time.perf_counter(), self._runner.compile_seconds
         prompt, g = self._prompts[0], self.program.cache.group_size
+        if prompt.position == 0:
+            self._recall(prompt)
         part = prompt.tokens[prompt.position : prompt.position + g]
         numbers = (jnp.int32(n) for n in (prompt.slot, prompt.position, len(prompt.tokens)))
         where = tuple(numbers)

@@ -27,9 +27,11 @@ def bound(host: str, port: int) -> socket.socket:
     require(0 <= port < 2**16, "port", port, "0 to 65535")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
+        with contextlib.ExitStack() as stack:
+            found = stack.enter_context(socket.socket(family, kind))
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+            stack.pop_all()
     except OSError as error:
         raise ValueError(f"host and port are {host}:{port}: {error.strerror or error}") from error
     return found

@@ -1,21 +1,17 @@
 """Clients that are wrong: bodies, bytes and manners that `quantspec serve` has to survive.
 
-    python tests/fuzz/clients.py --model M --cases 2000
+    python benchmarks/server.py --what malformed --model M --text T.txt --output FILE
 
 Each case is answered below 500 or its connection closed; no file of the system is in any answer;
-and the next good request is answered. Prints what it saw; exit status 1 where one was not.
+and the next good request is answered.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -200,61 +196,3 @@ class Clients:
         status = answer.split()[1].decode()
         require(status < "500", answer[:300], parts[0][:300])
         return status
-
-
-def started(model: str) -> tuple[subprocess.Popen[bytes], str]:
-    """`quantspec serve`, and where it listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "quantspec_jax.cli", "serve", "--model", model]
-    command += ["--port", port, "--name", "m", "--max-length", "512", "--gamma", "4"]
-    process, url = subprocess.Popen(command), f"http://127.0.0.1:{port}"
-    while True:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health").status_code == 200:
-                return process, url
-        require(process.poll() is None, "the server has ended")
-        time.sleep(0.2)
-
-
-def main() -> int:
-    """Print what each kind of case got."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="what `qs.load` takes")
-    parser.add_argument("--cases", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", help="a JSON file")
-    args = parser.parse_args()
-
-    from pathlib import Path
-
-    from quantspec_jax.bench import record
-
-    process, url = started(args.model)
-    begun = time.perf_counter()
-    clients = Clients(url, seed=args.seed)
-    try:
-        clients.run(args.cases)
-    finally:
-        descriptors = len(os.listdir(f"/proc/{process.pid}/fd"))
-        process.terminate()
-        process.wait(60)
-    row = {
-        "what": "malformed requests",
-        "cases": args.cases,
-        "seconds": time.perf_counter() - begun,
-        "seen": dict(sorted(clients.seen.items())),
-        "good_request_seconds_longest": clients.longest,
-        "failures": clients.failures,
-        "open_files_of_the_server_after": descriptors,
-    }
-    print(json.dumps(row))
-    if args.output:
-        command = record.command("python tests/fuzz/clients.py", args)
-        record.write(Path(args.output), command, [row], model=record.model_name(args.model))
-    return bool(clients.failures)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
