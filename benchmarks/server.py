@@ -210,6 +210,7 @@ def streams(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, 
         "resident_bytes_after_waves": resident,
         "resident_growth": resident[-1] / resident[0],
     }
+    note(row)
     engine = Engine(model, config_of(args, args.max_length), 1, args.slots)
     same_engine, same_generate, other = 0, 0, []
     for i, (wish, (text, _)) in enumerate(zip(every, found, strict=True)):
@@ -234,22 +235,20 @@ def streams(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, 
 @contextlib.contextmanager
 def served(model: qs.Model, args: argparse.Namespace) -> Iterator[tuple[Any, str]]:
     """A server in this process, whose scheduler can be looked at."""
-    import uvicorn
-
+    from quantspec_jax.server import listen
     from quantspec_jax.server.app import make_app
     from quantspec_jax.server.service import ServerConfig, Service
 
     config = ServerConfig(slots=args.slots, max_length=args.max_length, queue=256, name="m")
     service = Service(model, config_of(args, args.max_length), config)
-    settings = uvicorn.Config(make_app(service), port=0, log_level="error", access_log=False)
-    server = uvicorn.Server(settings)
-    thread = threading.Thread(target=server.run)
+    server = listen.Server(make_app(service), 1, service.end)
+    bound = listen.bound("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([bound],))
     thread.start()
     while not server.started:
         time.sleep(0.05)
     try:
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield service, f"http://127.0.0.1:{port}"
+        yield service, f"http://127.0.0.1:{bound.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(60)

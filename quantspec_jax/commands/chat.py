@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from typing import Any
 
+from quantspec_jax.checks import require
 from quantspec_jax.commands import terminal
 from quantspec_jax.commands.generate import add_options, generate_config, summary
 from quantspec_jax.commands.options import (
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
     rope(args)
     if args.cache is not None:
         check_output(args.cache, "--cache")
+        began = exists(args.cache) and args.system is not None
+        require(not began, "--system", args.system, "none where --cache has a conversation already")
 
     import jax
 

@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
     hosts = LOOPBACK if args.host in LOOPBACK else None
     port = listening.getsockname()[1]
     terminal.notice(f"http://{args.host}:{port}  the page; OpenAI's base_url is /v1 there")
-    listen.run(make_app(service, hosts), listening, args.grace)
+    server = listen.Server(make_app(service, hosts), args.grace, service.end)
+    server.serve_until_signal(listening)
 
 
 def decoding_config(args: argparse.Namespace) -> GenerateConfig:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -269,19 +270,19 @@ class Engine:
 
     def compile_ahead(self) -> None:
         """Make the programs that a sequence of any kind needs, sampled or not, with log-
-        probabilities or without, drafted or not: no sequence waits for a compiler from now on.
-        Another γ's are made beside the rounds when they promise more, and used when they are there.
-        After a first sequence has decoded."""
+        probabilities or without: no sequence waits for a compiler from now on. Another γ's are made
+        beside the rounds where they promise more, and used when they are there. After a first
+        sequence has decoded."""
         state, gamma = self._state, self.program.gamma
         if self.adaptive is not None:
             gamma = self.adaptive.gamma
         sampled = {known_sampled(each) for each in (False, True)}
         scored = {False, self.config.logprobs is not None}
+        kinds = {*itertools.product({gamma}, scored), (0, False)}  # plain ones, to compare with
         every = [
             dataclasses.replace(draft_cost.with_gamma(self.program, g), sampled=s, logprobs=p)
-            for g in {gamma, 0}
+            for g, p in sorted(kinds)
             for s in sampled
-            for p in scored
         ]
         forms = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
         self._ahead = Ahead(functools.partial(self._runner.prepare, self.model, forms), gamma)

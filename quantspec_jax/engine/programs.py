@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -138,8 +139,9 @@ class Ahead:
         self._worker = ThreadPoolExecutor(1, "compiler")
 
     def make(self, programs: Sequence[Program]) -> None:
-        """These, side by side; waits for them."""
-        with ThreadPoolExecutor(len(programs), "compiler") as workers:
+        """These, some side by side: each takes a core, and a gigabyte. Waits for them."""
+        number = max(1, min(len(programs), (os.cpu_count() or 1) // 2))
+        with ThreadPoolExecutor(number, "compiler") as workers:
             self._futures |= {each: workers.submit(self._make_one, each) for each in programs}
         for program in programs:
             self._futures[program].result()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -15,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from quantspec_jax.checks import require
 
 HEAD_SECONDS = 10.0  # for all of a request before its body
+TELLING_SECONDS = 5
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -37,21 +39,36 @@ def bound(host: str, port: int) -> socket.socket:
     return found
 
 
-def server(app: FastAPI, grace: float | None = None) -> uvicorn.Server:
-    """What serves it; `run(sockets=[...])` does until a signal comes.
+class Server(uvicorn.Server):
+    """Serves until a signal comes.
 
     Args:
-      grace: seconds that requests have to end after that; None: as long as they take.
+      grace: seconds that requests have to end after that.
+      end: ends those that have not; their clients have a few more seconds to hear of it.
     """
-    settings = uvicorn.Config(
-        app,
-        http=Impatient,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=grace,  # type: ignore[arg-type]
-    )
-    return uvicorn.Server(settings)
+
+    def __init__(self, app: FastAPI, grace: int, end: Callable[[], None]):
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Impatient,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=grace + TELLING_SECONDS,
+            )
+        )
+        self._grace, self._end = grace, end
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn has it."""
+        asyncio.get_running_loop().call_later(self._grace, self._end)
+        await super().shutdown(sockets)
+
+    def serve_until_signal(self, listening: socket.socket) -> None:
+        """On a socket of `bound`."""
+        with contextlib.suppress(KeyboardInterrupt):  # the signal, which uvicorn raises again
+            self.run(sockets=[listening])
 
 
 class Impatient(H11Protocol):
@@ -85,9 +102,3 @@ class Impatient(H11Protocol):
         if self._late is not None:
             self._late.cancel()
             self._late = None
-
-
-def run(app: FastAPI, listening: socket.socket, grace: float | None) -> None:
-    """Serve until a signal ends it."""
-    with contextlib.suppress(KeyboardInterrupt):  # the signal, which uvicorn raises again
-        server(app, grace).run(sockets=[listening])

@@ -107,10 +107,14 @@ class Service:
         engine.clock = Clock()
         self._thread.start()
 
-    def stop(self) -> None:
-        """End what runs, and the thread."""
+    def end(self) -> None:
+        """End what runs and what waits, whose clients are told; no more is taken."""
         self._stopping.set()
         self.scheduler.cancel()
+
+    def stop(self) -> None:
+        """The same, and wait until it has."""
+        self.end()
         if self._thread.is_alive():
             self._thread.join()
         self.scheduler.engine.close()
