@@ -284,7 +284,12 @@ class Engine:
             for g, p in sorted(kinds)
             for s in sampled
         ]
-        forms = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        meshed = mesh_of(self.model.params) is not None
+
+        def form(x: jax.Array) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if meshed else None)
+
+        forms = jax.tree.map(form, state)
         self._ahead = Ahead(functools.partial(self._runner.prepare, self.model, forms), gamma)
         self._ahead.make(every)
 
