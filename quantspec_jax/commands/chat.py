@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 from quantspec_jax.checks import require
@@ -45,15 +46,16 @@ def run(args: argparse.Namespace) -> None:
     rope(args)
     if args.cache is not None:
         check_output(args.cache, "--cache")
-        began = exists(args.cache) and args.system is not None
-        require(not began, "--system", args.system, "none where --cache has a conversation already")
+    there = args.cache is not None and exists(Path(args.cache))
+    allowed = args.system is None or not there
+    require(allowed, "--system", args.system, "none where --cache has a conversation already")
 
     import jax
 
     import quantspec_jax as qs
 
     model = load_model(args, draft if config.mode == "quantspec" else DraftConfig(bits=None))
-    if args.cache is not None and exists(args.cache):
+    if there:
         session = qs.Session.load(args.cache, model, config)
         terminal.notice(f"{len(session.messages)} messages from {args.cache}")
     else:
