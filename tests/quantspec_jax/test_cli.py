@@ -444,7 +444,7 @@ class TestCaches:
         assert (again["text"], again["tokens"]) == (first["text"], first["tokens"])
         assert again["prompt_tokens"] - 2 * 128 < again["cached_tokens"]
         assert file.stat().st_mtime_ns == written
-        other = run_json(*argv, "--prompt", "Once. " * 60)
+        other = run_json(*argv, "--prompt", "Once again. " * 45)
         assert other["cached_tokens"] == 0
         assert file.stat().st_mtime_ns > written
         status, _, err = run(*argv, "--kv", "int8", "--prompt", text)
