@@ -26,6 +26,7 @@ ALL_RUNS = FOLDER / "README.md"
 BEGIN = "<!-- results: made by benchmarks/render.py from benchmarks/*.json -->"
 END = "<!-- end of results -->"
 MOST_ROWS = 24
+WIDE = 12  # columns; a single row of more is a list
 MOST_HEADLINES = 8
 KEYS = ("what", "title", "command", "note", "device", "versions", "date", "rows")
 
@@ -45,6 +46,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Pages that drafts read", ("policies-*", "page-votes-*")),
     ("Methods that compress a cache", ("codecs-*",)),
     ("Decoding with simulated acceptance", ("decode-*",)),
+    ("Serving", ("serving-*", "server-*", "saved-caches-*", "engine-*")),
     ("Prefill, calibration", ("prefill-*", "calibration-*")),
     ("Kernels", ("kernel*",)),
     ("Other runs", ("*",)),
@@ -295,7 +297,9 @@ def table(run: Run) -> str:
     if "floor_milliseconds" in columns:
         lines.append("Its rows are in the table above.")
         return "\n".join(lines) + "\n"
-    if columns:
+    if len(rows) == 1 and len(columns) > WIDE:
+        lines += markdown(["", ""], [[words(n), cell(n, rows[0][n])] for n in columns])
+    elif columns:
         shown = [[cell(name, row.get(name)) for name in columns] for row in rows[:MOST_ROWS]]
         lines += markdown(list(map(words, columns)), shown)
     if len(rows) > MOST_ROWS:

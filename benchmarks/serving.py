@@ -4,7 +4,7 @@ first token under load and in a second turn, and a cache that is saved and loade
     python benchmarks/serving.py --model M --text T.txt --output benchmarks/NAME.json
 
 All requests come at once. `one after the other` is the same requests in an engine of one slot. The
-prompts are parts of the text, of different lengths up to --context.
+prompts are parts of the text, of different lengths up to --longest.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from quantspec_jax.bench import record
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.engine.prefixes import Prefixes
 from quantspec_jax.engine.scheduler import Job, Scheduler
+from quantspec_jax.engine.statistics import Clock
 
 
 def settings(args: argparse.Namespace, length: int) -> qs.GenerateConfig:
@@ -38,9 +39,9 @@ def settings(args: argparse.Namespace, length: int) -> qs.GenerateConfig:
 
 def load(model: qs.Model, args: argparse.Namespace, slots: int) -> dict[str, Any]:
     """All requests at once over so many slots."""
-    ids = script.tokens(model, args.text, 20 * args.context)
+    ids = script.tokens(model, args.text, 20 * args.longest)
     rng = np.random.default_rng(0)
-    length = args.context + args.new_tokens
+    length = args.longest + args.new_tokens
     config = settings(args, length)
     scheduler = Scheduler(
         Engine(model, config, 1, slots, Prefixes(args.cache_bytes)), most_waiting=args.requests
@@ -58,9 +59,10 @@ def load(model: qs.Model, args: argparse.Namespace, slots: int) -> dict[str, Any
     while scheduler.step():
         pass
     jobs = [
-        job(i, int(rng.integers(args.context // 4, args.context)), args.new_tokens)
+        job(i, int(rng.integers(args.longest // 8, args.longest)), args.new_tokens)
         for i in range(args.requests)
     ]
+    scheduler.engine.clock = Clock()
     started = time.perf_counter()
     scheduler.submit(*jobs)
     while scheduler.step():
@@ -134,7 +136,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = script.new_parser(__doc__)
     script.add_model(parser)
     script.add_text(parser)
-    parser.add_argument("--context", type=int, default=4000)
+    parser.add_argument("--longest", type=int, default=512, help="prompt of what comes at once")
+    parser.add_argument("--context", type=int, default=4000, help="of the first turn")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--slots", type=int, default=4)

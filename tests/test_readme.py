@@ -262,7 +262,7 @@ def test_an_engine_stepped_by_hand_answers_all_and_sessions_keep_their_cache(
 ):
     assert cli.main(["convert", str(tiny_llama_dir), "smollm2"]) == 0
     text = read("quantspec_jax/engine/README.md")
-    by_hand, sessions = blocks("python", text)
+    by_hand, sessions, rollouts = blocks("python", text)
     (short,) = re.findall(r"by hand: at most 15 lines -->\n```python\n(.*?)```", text, re.S)
     assert short == by_hand
     lines = [line for line in by_hand.splitlines() if line and "import " not in line]
@@ -276,6 +276,8 @@ def test_an_engine_stepped_by_hand_answers_all_and_sessions_keep_their_cache(
     exec(sessions, names)
     assert [message["role"] for message in names["session"].messages[:2]] == ["system", "user"]
     assert names["session"].tokens
+    exec(rollouts, names)
+    assert 1 <= len(names["out"].tokens[0]) <= 64
 
 
 @pytest.fixture

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
+from quantspec_jax.checks import require
 from quantspec_jax.commands import terminal
 from quantspec_jax.commands.generate import add_options, generate_config, summary
 from quantspec_jax.commands.options import (
@@ -38,18 +41,21 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read a message a line until the input ends."""
-    config = generate_config(args)
+    config = dataclasses.replace(generate_config(args), prefill="tiles")
     draft = draft_config(args)
     rope(args)
     if args.cache is not None:
         check_output(args.cache, "--cache")
+    there = args.cache is not None and exists(Path(args.cache))
+    allowed = args.system is None or not there
+    require(allowed, "--system", args.system, "none where --cache has a conversation already")
 
     import jax
 
     import quantspec_jax as qs
 
     model = load_model(args, draft if config.mode == "quantspec" else DraftConfig(bits=None))
-    if args.cache is not None and exists(args.cache):
+    if there:
         session = qs.Session.load(args.cache, model, config)
         terminal.notice(f"{len(session.messages)} messages from {args.cache}")
     else:

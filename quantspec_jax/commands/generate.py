@@ -154,6 +154,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.cache is not None:
         require(len(args.prompt or [0]) == 1, "--prompt", args.prompt, "one prompt, with --cache")
         require(args.prefill != "whole", "--prefill", args.prefill, "tiles, with --cache")
+        config = dataclasses.replace(config, prefill="tiles")
         check_output(args.cache, "--cache")
     prompts: list[Any] = args.prompt or [read_text(args.prompt_file)]
     for prompt in prompts:

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from quantspec_jax.checks import require
 from quantspec_jax.commands import terminal
 from quantspec_jax.commands.generate import DRAFTING, add_decoding
 from quantspec_jax.commands.options import (
@@ -40,7 +39,7 @@ def add(commands: Any) -> None:
     parser = command(commands, "serve", run, "serve a model to OpenAI's clients", json=False)
     add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="default: 8000")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one (8000)")
     parser.add_argument("--name", metavar="S", help="the model's name (from --model)")
     parser.add_argument("--api-key", metavar="K", help="clients have to give it")
     for name, words in LIMITS.items():
@@ -66,10 +65,8 @@ def run(args: argparse.Namespace) -> None:
     decoding = decoding_config(args)
     draft = draft_config(args)
     rope(args)
-    require(0 <= args.port < 2**16, "--port", args.port, "0 to 65535")
     try:
-        import uvicorn
-
+        from quantspec_jax.server import listen
         from quantspec_jax.server.app import make_app
         from quantspec_jax.server.service import ServerConfig, Service
     except ImportError as error:
@@ -79,19 +76,14 @@ def run(args: argparse.Namespace) -> None:
     name = args.name or Path(args.model).name
     limits = given(args, *LIMITS, "seconds", "api_key")
     config = ServerConfig(name=name, **limits)
+    listening = listen.bound(args.host, args.port)
     model = load_model(args, draft if decoding.mode == "quantspec" else DraftConfig(bits=None))
     service = Service(model, decoding, config)
     hosts = LOOPBACK if args.host in LOOPBACK else None
-    terminal.notice(f"http://{args.host}:{args.port}  the page; OpenAI's base_url is /v1 there")
-    uvicorn.run(
-        make_app(service, hosts),
-        host=args.host,
-        port=args.port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=args.grace,
-    )
+    port = listening.getsockname()[1]
+    terminal.notice(f"http://{args.host}:{port}  the page; OpenAI's base_url is /v1 there")
+    server = listen.Server(make_app(service, hosts), args.grace, service.end)
+    server.serve_until_signal(listening)
 
 
 def decoding_config(args: argparse.Namespace) -> GenerateConfig:
@@ -100,4 +92,4 @@ def decoding_config(args: argparse.Namespace) -> GenerateConfig:
         drafting = given(args, *DRAFTING) | draft_options(args)
         refuse(drafting, "--mode autoregressive: nothing is drafted")
     options = given(args, *DRAFTING, "kv")
-    return GenerateConfig(mode=args.mode, backend=args.backend, **options)
+    return GenerateConfig(mode=args.mode, backend=args.backend, prefill="tiles", **options)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -31,16 +32,16 @@ from quantspec_jax.engine.adaptive import AdaptiveGamma
 from quantspec_jax.engine.bucket import bucket
 from quantspec_jax.engine.prefixes import Prefixes
 from quantspec_jax.engine.prepare import known_sampled, pad, program_for
-from quantspec_jax.engine.programs import Runner
+from quantspec_jax.engine.programs import Ahead, Runner
 from quantspec_jax.engine.statistics import Clock, Counters
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.logprobs import Logprobs, nothing
-from quantspec_jax.generate.policies import policy
 from quantspec_jax.generate.prefill import COMPILED, begin, end, layer, prefill
 from quantspec_jax.generate.requests import Requests, requests
 from quantspec_jax.generate.state import COUNTED, DecodeState, Program, insert
 from quantspec_jax.generate.tiles import (
     TILE_STAGES,
+    memory_of_unseen,
     stand_still,
     tile_begin,
     tile_end,
@@ -133,10 +134,6 @@ class Engine:
         prefixes: Prefixes | None = None,
     ):
         require(slots >= 1, "slots", slots, "an integer ≥ 1")
-        if config.prefill == "tiles":
-            looks = policy(config.draft_policy, config.draft_share).observes
-            allowed = "one that needs no look at the whole prompt, with prefill tiles"
-            require(not looks, "draft_policy", config.draft_policy, allowed)
         self.model, self.config, self.slots = model, config, slots
         self.program, self.padded = program_for(model, config, longest)
         self.capacity = bucket(config.max_new_tokens)
@@ -150,6 +147,7 @@ class Engine:
         self._slots: list[_Slot | None] = [None] * slots
         self._ended = np.zeros(slots, bool)  # by the host, since the last step
         self._seen: dict[str, np.ndarray] = {}
+        self._ahead: Ahead | None = None
 
     # Slots.
 
@@ -270,6 +268,36 @@ class Engine:
         self.finish(slot)
         self._slots[slot] = None
 
+    def compile_ahead(self) -> None:
+        """Make the programs that a sequence of any kind needs, sampled or not, with log-
+        probabilities or without: no sequence waits for a compiler from now on. Another γ's are made
+        beside the rounds where they promise more, and used when they are there. After a first
+        sequence has decoded."""
+        state, gamma = self._state, self.program.gamma
+        if self.adaptive is not None:
+            gamma = self.adaptive.gamma
+        sampled = {known_sampled(each) for each in (False, True)}
+        scored = {False, self.config.logprobs is not None}
+        kinds = {*itertools.product({gamma}, scored), (0, False)}  # plain ones, to compare with
+        every = [
+            dataclasses.replace(draft_cost.with_gamma(self.program, g), sampled=s, logprobs=p)
+            for g, p in sorted(kinds)
+            for s in sampled
+        ]
+        meshed = mesh_of(self.model.params) is not None
+
+        def form(x: jax.Array) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if meshed else None)
+
+        forms = jax.tree.map(form, state)
+        self._ahead = Ahead(functools.partial(self._runner.prepare, self.model, forms), gamma)
+        self._ahead.make(every)
+
+    def close(self) -> None:
+        """No more programs are made beside the rounds."""
+        if self._ahead is not None:
+            self._ahead.close()
+
     @property
     def running(self) -> bool:
         """Whether a sequence has not finished."""
@@ -324,6 +352,8 @@ class Engine:
             assert self.adaptive is not None
             gamma, rounds = self.adaptive.next_chunk(rounds)
             program = draft_cost.with_gamma(program, gamma)
+        if self._ahead is not None:
+            program = self._ahead.ready(program)
         before = self._seen
         self._state, seconds = self._decode(self._state, rounds, program)
         self.clock.decode += seconds
@@ -337,10 +367,17 @@ class Engine:
     # Prompts in tiles.
 
     def _begin_prompt(self, prompt: _Prompt) -> None:
-        """Its slot stands still, with what is kept of its beginning."""
+        """Its slot stands still until it is its turn."""
         if self._state is None:
-            self._state = self._empty()
+            self._state = self._empty(memory_of_unseen(self.program.prompt, self.slots))
             self._look()
+        self._stand_still(prompt)
+        self._ended[prompt.slot] = False
+        self._prompts.append(prompt)
+
+    def _recall(self, prompt: _Prompt) -> None:
+        """What is kept of its beginning, now that prompts before it were read."""
+        assert self._state is not None
         slot, g = jnp.int32(prompt.slot), self.program.cache.group_size
         # What the next position reads in full precision has to be read again, and the last token.
         length = len(prompt.tokens)
@@ -358,9 +395,6 @@ class Engine:
         own.kept = prompt.position
         if self.prefixes is not None:
             self.prefixes.count(prompt.position, length - prompt.position)
-        self._stand_still(prompt)
-        self._ended[prompt.slot] = False
-        self._prompts.append(prompt)
 
     def _stand_still(self, prompt: _Prompt) -> None:
         """The slot's length is what is read of the prompt."""
@@ -374,6 +408,8 @@ class Engine:
         assert self._state is not None
         started, compiled = time.perf_counter(), self._runner.compile_seconds
         prompt, g = self._prompts[0], self.program.cache.group_size
+        if prompt.position == 0:
+            self._recall(prompt)
         part = prompt.tokens[prompt.position : prompt.position + g]
         numbers = (jnp.int32(n) for n in (prompt.slot, prompt.position, len(prompt.tokens)))
         where = tuple(numbers)
@@ -477,7 +513,7 @@ class Engine:
             bar.update()
         return out
 
-    def _empty(self, memory: Any = ()) -> DecodeState:
+    def _empty(self, memory: Any) -> DecodeState:
         """All slots without a sequence: finished before they began."""
         config, batch = self.model.config, self.slots
         self._runner.made("cache")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import collections
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from quantspec_jax.cache import create
+from quantspec_jax.engine.draft_cost import with_gamma
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.state import Program
 from quantspec_jax.loading import Model
@@ -106,6 +109,11 @@ class Runner:
             self._check()
         return executable
 
+    def prepare(self, model: Model, state: Any, program: Program) -> None:
+        """Make the executable of `decode`, for a state of these forms; in any thread."""
+        drafts = model.draft_params if program.gamma else {}
+        PROGRAMS.compiled(DECODE, model.params, drafts, state, jnp.int32(0), program=program)
+
     def decode(self, model: Model, state: Any, rounds: int, program: Program) -> tuple[Any, float]:
         """`generate_tokens`, and the seconds it ran; `state` is donated."""
         drafts = model.draft_params if program.gamma else {}
@@ -119,3 +127,36 @@ class Runner:
         started = time.perf_counter()
         state = jax.block_until_ready(executable(*args))
         return state, time.perf_counter() - started
+
+
+class Ahead:
+    """Decode programs that are made before they are needed, in threads of their own.
+
+    Args:
+      make_one: makes one.
+      gamma: whose programs are there, whatever is asked for.
+    """
+
+    def __init__(self, make_one: Callable[[Program], None], gamma: int):
+        self.gamma, self._make_one = gamma, make_one
+        self._futures: dict[Program, Future[None]] = {}
+        self._worker = ThreadPoolExecutor(1, "compiler")
+
+    def make(self, programs: Sequence[Program]) -> None:
+        """These, some side by side: each takes a core, and a gigabyte. Waits for them."""
+        number = max(1, min(len(programs), (os.cpu_count() or 1) // 2))
+        with ThreadPoolExecutor(number, "compiler") as workers:
+            self._futures |= {each: workers.submit(self._make_one, each) for each in programs}
+        for program in programs:
+            self._futures[program].result()
+
+    def ready(self, program: Program) -> Program:
+        """The program; while it is not there, the same with a γ that is."""
+        if program not in self._futures:
+            self._futures[program] = self._worker.submit(self._make_one, program)
+        future = self._futures[program]
+        return program if future.done() else with_gamma(program, self.gamma)
+
+    def close(self) -> None:
+        """No more are made."""
+        self._worker.shutdown(wait=False, cancel_futures=True)

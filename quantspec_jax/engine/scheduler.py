@@ -99,6 +99,10 @@ class BusyError(Exception):
     """The queue is full."""
 
 
+class ClosedError(Exception):
+    """The engine does not go on."""
+
+
 @dataclasses.dataclass
 class Totals:
     """Since the start."""
@@ -127,6 +131,7 @@ class Scheduler:
         require(engine.config.prefill == "tiles", "prefill", engine.config.prefill, allowed)
         self.engine, self.most_waiting, self.on_end = engine, most_waiting, on_end
         self.totals = Totals()
+        self._closed = False
         self._waiting: collections.deque[Job] = collections.deque()
         self._running: dict[int, Job] = {}
         self._changed = threading.Condition()
@@ -146,11 +151,16 @@ class Scheduler:
 
         Raises:
           ValueError: one of them does not fit into a slot.
-          BusyError: the queue has no room for them.
+          BusyError: the queue has no room for them now.
+          ClosedError: nobody steps any more.
         """
         for job in jobs:
             self.engine.check(len(job.prompt), job.config)
+        most = self.most_waiting + self.engine.slots
+        require(len(jobs) <= most, "sequences of a request", len(jobs), f"at most {most}")
         with self._changed:
+            if self._closed:
+                raise ClosedError
             if len(self._waiting) + len(jobs) > self.most_waiting + self.engine.free_slots:
                 raise BusyError
             self._waiting.extend(jobs)
@@ -191,8 +201,9 @@ class Scheduler:
         return True
 
     def fail(self) -> None:
-        """End all requests: the engine cannot go on."""
+        """End all requests, and take no more: the engine does not go on."""
         with self._changed:
+            self._closed = True
             jobs = [*self._running.values(), *self._waiting]
             self._waiting.clear()
         for job in jobs:
@@ -238,7 +249,7 @@ class Scheduler:
 
 
 def statistics(job: Job) -> dict[str, Any]:
-    """Of a request that is over, for the page: rounds, acceptance, seconds."""
+    """Of a request so far: rounds, acceptance, seconds."""
     reply = job.reply
     assert reply is not None
     counted = reply.counters.statistics(len(reply.tokens)) if reply.counters else {}

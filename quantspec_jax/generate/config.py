@@ -9,7 +9,7 @@ from quantspec_jax.cache.codecs import CODECS, EXACT_TILES, VIEWS
 from quantspec_jax.checks import is_int, is_number, require
 from quantspec_jax.generate.couplings import COUPLINGS
 from quantspec_jax.generate.logprobs import MOST as MOST_LOGPROBS
-from quantspec_jax.generate.policies import policy
+from quantspec_jax.generate.policies import POLICIES, policy
 
 Mode = Literal["quantspec", "autoregressive"]
 Backend = Literal["auto", "mosaic_gpu", "xla"]
@@ -161,6 +161,10 @@ class GenerateConfig:
             require(self.draft_share is None, "draft_share", self.draft_share, alone)
         else:
             policy(self.draft_policy, self.draft_share)
+            chosen = POLICIES[self.draft_policy]
+            possible = self.prefill == "whole" or chosen.votes or not chosen.observes
+            words = "one that need not see the prompt as a whole, with prefill tiles"
+            require(possible, "draft_policy", self.draft_policy, words)
         drafts = self.mode == "quantspec" or self.draft_policy == "all"
         require(drafts, "draft_policy", self.draft_policy, "all in mode autoregressive: no draft")
 

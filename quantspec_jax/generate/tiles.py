@@ -132,9 +132,18 @@ def tile_end(
       seen: [1, N] bool, the prompt's tokens; length: [1] int32, how many.
     """
     logits = unembed(params, hidden[:, row], program.backend)
-    return first_state(
+    state = first_state(
         logits, seen, length, requests, program=program, capacity=capacity, logprobs=logprobs
     )
+    return dataclasses.replace(state, memory=memory_of_unseen(program, 1))
+
+
+def memory_of_unseen(program: PromptProgram, batch: int) -> Any:
+    """What a draft policy remembers of prompts that it did not look at: no page has a vote. One
+    that lets verifications vote knows the pages after the first of them."""
+    model, cache = program.model, program.cache
+    nothing = jnp.zeros((batch, model.num_kv_heads, cache.num_tiles))
+    return program.policy.start([nothing] * model.num_layers, jnp.zeros(batch, jnp.int32))
 
 
 def stand_still(state: DecodeState, slot: jax.Array, length: jax.Array) -> DecodeState:

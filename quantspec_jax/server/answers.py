@@ -1,5 +1,5 @@
 """What clients get, in OpenAI's objects. Beside them chunks have `quantspec`: their text in pieces,
-of each whether the token that completed it was drafted, and at the end what speculation did."""
+of each whether the token that completed it was drafted, and what speculation did so far."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class Form:
         choice = {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
         return self._chunk([choice])
 
-    def chunk(self, number: int, event: Event, extra: dict[str, Any] | None) -> dict[str, Any]:
-        """One event."""
+    def chunk(self, number: int, event: Event, extra: dict[str, Any]) -> dict[str, Any]:
+        """One event, and what speculation did so far."""
         text = "".join(text for text, _ in event.spans)
         content: dict[str, Any] = {"text": text}
         if self._chat:
@@ -76,7 +76,7 @@ class Form:
             "logprobs": self._scores(number, event.tokens, event.logprobs),
             "finish_reason": reason,
         }
-        own = {"spans": event.spans, "tokens": len(event.tokens), **(extra or {})}
+        own = {"spans": event.spans, "tokens": len(event.tokens), **extra}
         return {**self._chunk([choice]), "quantspec": own}
 
     def last(self, jobs: Sequence[Job]) -> dict[str, Any]:

@@ -225,9 +225,7 @@ async def _stream(made: Answers, form: answers.Form) -> AsyncIterator[str]:
             if (first := form.first(number)) is not None:
                 yield line(first)
         async for number, event in made.events():
-            job = made.jobs[number]
-            extra = statistics(job) if event.finish_reason else None
-            yield line(form.chunk(number, event, extra))
+            yield line(form.chunk(number, event, statistics(made.jobs[number])))
         if form.usage_wanted:
             yield line(form.last(made.jobs))
         yield "data: [DONE]\n\n"

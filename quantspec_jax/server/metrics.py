@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from quantspec_jax.engine.programs import PROGRAMS
 from quantspec_jax.engine.scheduler import Job, Scheduler
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -55,6 +56,8 @@ class Metrics:
         gauge("prefill_seconds", "spent in prompts", lambda: engine.clock.prefill)
         gauge("tokens_per_second", "new tokens, over seconds in rounds", lambda: _rate(scheduler))
         gauge("acceptance_rate", "accepted over proposed", lambda: _acceptance(scheduler))
+        gauge("programs_kept", "compiled programs", lambda: PROGRAMS.statistics()["kept"])
+        gauge("programs_made", "compilations so far", lambda: PROGRAMS.statistics()["made"])
 
     def ended(self, job: Job) -> None:
         """A sequence is over."""

@@ -18,7 +18,7 @@ import jax
 from quantspec_jax.checks import require
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.engine.prefixes import Prefixes
-from quantspec_jax.engine.scheduler import BusyError, Event, Job, Scheduler
+from quantspec_jax.engine.scheduler import BusyError, ClosedError, Event, Job, Scheduler
 from quantspec_jax.engine.statistics import Clock
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.logprobs import MOST as MOST_LOGPROBS
@@ -91,25 +91,33 @@ class Service:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Make the programs that every request needs, and the thread that steps."""
+        """Make the programs that requests need, and the thread that steps."""
         engine = self.scheduler.engine
         new = min(4, self.length - 1)
         wish = dataclasses.replace(
             self._base, max_new_tokens=new, ignore_eos=True, logprobs=None, temperature=0.0
         )
-        (slot,) = engine.add([[0]], wish)
-        while engine.running:
-            engine.advance(1)
-        engine.remove(slot)
+        prompt = [0] * max(1, min(2 * self._base.group_size + 1, self.length - new))
+        for _ in range(2):  # the second one keeps a tile of the first one
+            (slot,) = engine.add([prompt], wish)
+            while engine.running:
+                engine.advance(1)
+            engine.remove(slot)
+        engine.compile_ahead()
         engine.clock = Clock()
         self._thread.start()
 
-    def stop(self) -> None:
-        """End what runs, and the thread."""
+    def end(self) -> None:
+        """End what runs and what waits, whose clients are told; no more is taken."""
         self._stopping.set()
         self.scheduler.cancel()
+
+    def stop(self) -> None:
+        """The same, and wait until it has."""
+        self.end()
         if self._thread.is_alive():
             self._thread.join()
+        self.scheduler.engine.close()
 
     def _run(self) -> None:
         try:
@@ -171,12 +179,13 @@ class Service:
         answers = Answers(self)
         for prompt in prompts:
             wish = self.wish(request, len(prompt))
-            for i in range(request.n):
-                answers.add(prompt, wish, functools.partial(_key, seed, i), request.speculate)
-        if self.broken or self._stopping.is_set():
-            raise RefusedError(503, "the server cannot answer any more")
+            for _ in range(request.n):
+                key = functools.partial(_key, seed, len(answers.jobs))
+                answers.add(prompt, wish, key, request.speculate)
         try:
             self.scheduler.submit(*answers.jobs)
+        except ClosedError:
+            raise RefusedError(503, "the server cannot answer any more") from None
         except BusyError:
             words = f"{self.config.queue} requests are waiting already"
             raise RefusedError(

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -190,6 +191,10 @@ class TestErrors:
                 "--context is 0",
             ),
             (["bench"], "required: BENCH"),
+            (["serve", "--model", "m", "--draft-policy", "snapkv"], "draft_policy is 'snapkv'"),
+            (["serve", "--model", "m", "--port", "70000"], "port is 70000"),
+            (["chat", "--model", "m", "--draft-policy", "snapkv"], "draft_policy is 'snapkv'"),
+            (["chat", "--model", "m", "--system", "s", "--cache", "."], "--system is 's'"),
         ],
     )
     def test_what_the_caller_got_wrong(self, run, tmp_path, monkeypatch, argv, message):
@@ -422,6 +427,50 @@ class TestGenerate:
         assert text.endswith("\n")
         assert 0 < len(text) - 1 < len(full)
         assert full.startswith(text[:-1])
+
+
+class TestCaches:
+    PLAIN = ("--mode", "autoregressive", "--max-new-tokens", 6, "--ignore-eos")
+
+    def test_a_saved_cache_is_used_where_the_prompt_begins_like_it(
+        self, run, run_json, tiny_llama_dir, tmp_path
+    ):
+        file, text = tmp_path / "a.safetensors", "The sea was calm. " * 30
+        argv = ["generate", "--model", tiny_llama_dir, *self.PLAIN, "--cache", file]
+        first = run_json(*argv, "--prompt", text)
+        assert first["cached_tokens"] == 0
+        written = file.stat().st_mtime_ns
+        again = run_json(*argv, "--prompt", text)
+        assert (again["text"], again["tokens"]) == (first["text"], first["tokens"])
+        assert again["prompt_tokens"] - 2 * 128 < again["cached_tokens"]
+        assert file.stat().st_mtime_ns == written
+        other = run_json(*argv, "--prompt", "Once again. " * 45)
+        assert other["cached_tokens"] == 0
+        assert file.stat().st_mtime_ns > written
+        status, _, err = run(*argv, "--kv", "int8", "--prompt", text)
+        assert status == 2
+        assert "is a cache of codec 'full', not 'hierarchical'" in err
+
+    def test_a_conversation_goes_on_from_its_file(self, run, tiny_llama_dir, tmp_path, monkeypatch):
+        file = tmp_path / "talk.safetensors"
+        argv = ["chat", "--model", tiny_llama_dir, *self.PLAIN, "--cache", file]
+
+        def say(*lines):
+            text = "".join(f"{line}\n" for line in lines).encode()
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+            status, out, err = run(*argv)
+            assert status == 0
+            return out.splitlines(), err
+
+        first, err = say("The sea was calm. " * 30, "", "And then?")
+        assert err.count(" kept") == 2  # an empty line is no message
+        second, err = say("And why?")
+        assert f"4 messages from {file}" in err
+        kept, prompt = re.findall(r"(\d+) of (\d+) kept", err)[0]
+        assert 0 < int(prompt) - int(kept) < 2 * 128
+        file.unlink()
+        whole, _ = say("The sea was calm. " * 30, "And then?", "And why?")
+        assert whole == [*first, *second]
 
 
 class TestInfo:

@@ -5,30 +5,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 import browser
+import clients
 import httpx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
-import uvicorn
 
 import quantspec_jax as qs
 from quantspec_jax.cache.tiles import get_tile
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.engine.prefixes import Prefixes
+from quantspec_jax.engine.programs import PROGRAMS
 from quantspec_jax.engine.reply import Reply
 from quantspec_jax.models.module import init_params
+from quantspec_jax.server import listen
 from quantspec_jax.server.app import make_app
 from quantspec_jax.server.service import ServerConfig, Service
 
 G, LENGTH, KEY = 16, 192, "secret"
-DECODING = {"group_size": G, "gamma": 3, "coupling": "invariant"}
+# Drafts that read few pages, of which no verification has voted yet when a prompt is read.
+FEW = {"draft_policy": "top-pages", "draft_share": 0.4}
+DECODING = {"group_size": G, "gamma": 3, "coupling": "invariant", **FEW}
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +48,16 @@ def model(byte_level_tokenizer):
 
 @contextlib.contextmanager
 def serving(service: Service):
-    """A server of uvicorn's in a thread; its address."""
-    settings = uvicorn.Config(make_app(service), port=0, log_level="error", access_log=False)
-    server = uvicorn.Server(settings)
-    thread = threading.Thread(target=server.run)
+    """What `quantspec serve` runs, in a thread; its address."""
+    server = listen.Server(make_app(service), 1, service.end)
+    bound = listen.bound("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([bound],))
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(30)
@@ -110,7 +117,7 @@ def alone(
 
 PROMPT = "The cache is stored once, in two planes of four bits each."
 PROMPTS = [[5, 6, 7] * 20, [9, 8] * 35, [11] * 33, list(range(1, 120)), [3, 1, 4, 1, 5]]
-MODES = [{"gamma": 3, "coupling": "invariant"}, {"mode": "autoregressive", "kv": "full"}]
+MODES = [{"gamma": 3, "coupling": "invariant", **FEW}, {"mode": "autoregressive", "kv": "full"}]
 TILE = jax.jit(get_tile, static_argnums=3)
 
 
@@ -167,6 +174,8 @@ def test_requests_that_come_while_others_decode_get_what_they_get_alone(engine):
                 engine.remove(slot)
     for slot in busy:
         engine.remove(slot)
+    read, coded = found[3].counters.draft_pages  # of a long prompt
+    assert 0 < read < 0.6 * coded
     for i, one in enumerate(every):
         assert found[i].tokens == one.tokens
         own, same = ([s.own for s in x.logprobs] for x in (found[i], one))
@@ -201,6 +210,9 @@ def test_what_is_kept_is_what_a_fresh_prefill_makes_bit_for_bit(model, mode):
             tiles = [TILE(each, jnp.int32(0), jnp.int32(number), G) for each in layers]
             for name, x in tiles[0].items():
                 assert np.asarray(x).tobytes() == np.asarray(tiles[1][name]).tobytes()
+    first, second = alone(reusing, [9] * 120, 1, n=2)  # side by side: it is read once
+    assert first.kept == 0 < 120 - 2 * G < second.kept
+    assert first.tokens == second.tokens
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -240,7 +252,13 @@ def test_the_oldest_tiles_go_first_and_ends_before_beginnings():
     assert len(prefixes) == 6
 
 
-@pytest.mark.parametrize("bad", [{"logprobs": 21}, {"logprobs": -1}, {"prefill": "half"}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({"logprobs": 21}, {"logprobs": -1}, {"prefill": "half"}),
+        {"draft_policy": "snapkv", "prefill": "tiles"},
+    ],
+)
 def test_settings_that_are_none_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))} is .*; allowed: "):
         qs.GenerateConfig(**bad)
@@ -273,6 +291,16 @@ def test_completions_are_what_an_engine_makes_alone(model, client, engine):
     assert out.usage.prompt_tokens == len(ids)
     again = client.completions.create(model="tiny", prompt=ids, max_tokens=1, temperature=0)
     assert len(ids) - 2 * G < again.usage.prompt_tokens_details.cached_tokens < len(ids)
+
+
+def test_no_request_waits_for_a_compiler(client):
+    """What a request of any kind needs was made before the first came."""
+    made = PROGRAMS.made
+    wishes = ({}, {"temperature": 0.8}, {"logprobs": 2}, {"extra_body": {"speculate": False}})
+    for wish in wishes:
+        wants = {"temperature": 0, "max_tokens": 6, **wish}
+        client.completions.create(model="tiny", prompt=PROMPT, **wants)
+    assert PROGRAMS.made == made
 
 
 def test_chat_streams_what_it_says_whole(model, client):
@@ -408,91 +436,25 @@ def test_many_at_once_get_each_what_they_get_alone_and_slots_of_those_who_leave_
         assert text == reply.text
 
 
-def fuzzed(rng: np.random.Generator) -> bytes:
-    """A request's body that is wrong, or strange."""
-    good = {"model": "tiny", "prompt": "a", "max_tokens": 2}
-    values = [
-        *(None, True, -1, 0, 2**31, 2**63, 10**400, 1e308, "", "x" * 5000, "\ud800", "1", [], {}),
-        *([None], [[]], [[1e9]], {"a": {"b": []}}, [[-1]], [1.5], ["a"] * 40),
-    ]
-    keys = [
-        *("prompt", "max_tokens", "n", "temperature", "top_p", "top_k", "min_p", "stop", "stream"),
-        *("seed", "logprobs", "model", "repetition_penalty", "stream_options", "messages", "zzz"),
-        *("ignore_eos", "speculate", "echo", "best_of", "suffix", "presence_penalty"),
-    ]
-    match rng.integers(6):
-        case 0:
-            return b"[" * int(rng.integers(1, 30_000))
-        case 1:
-            return rng.bytes(int(rng.integers(0, 300)))
-        case 2:
-            return json.dumps(good).encode()[: int(rng.integers(0, 40))]
-        case 3:
-            return b'{"prompt": "a", "max_tokens": ' + b"9" * int(rng.integers(5, 6000)) + b"}"
-        case 4:
-            return b'{"a":' * int(rng.integers(1, 9000)) + b"1"
-        case _:
-            for _ in range(int(rng.integers(1, 3))):
-                good[keys[rng.integers(len(keys))]] = values[rng.integers(len(values))]
-            return json.dumps(good).encode()
+def test_clients_that_are_wrong_are_refused_and_the_next_good_one_is_answered(url):
+    """JSON that is none, wrong types, bytes that are no HTTP, clients that hang up halfway."""
+    wrong = clients.Clients(url, KEY)
+    wrong.run(120)
+    assert not wrong.failures
+    assert {kind.split()[0] for kind in wrong.seen} == {"wrong_body", "wrong_bytes", "slow"}
+    assert wrong.longest < 10
 
 
-PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/models/../../etc/passwd")
-
-
-def fuzz(url: str, number: int, seed: int = 0) -> None:
-    """Each request is answered, below 500, and the next good one at once."""
-    rng = np.random.default_rng(seed)
-    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    with httpx.Client(base_url=url, headers=headers, timeout=30) as http:
-        for i in range(number):
-            path = PATHS[rng.integers(len(PATHS))]
-            answer = http.post(path, content=fuzzed(rng))
-            assert answer.status_code == 200 or 400 <= answer.status_code < 500, answer.text
-            if answer.status_code != 200:
-                assert answer.json()["error"]["message"]
-            assert b"root:" not in answer.content
-            if i % 50 == 0:
-                assert http.get("/health").status_code == 200
-        good = {"prompt": "a", "max_tokens": 1}
-        assert http.post("/v1/completions", json=good).status_code == 200
-
-
-def test_requests_that_are_wrong_are_refused(url):
-    fuzz(url, 200)
-
-
-RAW = (
-    b"GET / HTTP/9.9\r\n\r\n",
-    b"\x00\xff" * 100,
-    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: abc\r\n\r\n",
-    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: " + b"a" * 100_000 + b"\r\n\r\n",
-    b"GET /../../../../etc/passwd HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
-    b"GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
-    b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" * 5,  # pipelined
-    b"POST /tokenize HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-    # Slow: a body that never comes.
-    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\n"
-    b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{",
-)
-
-
-def test_what_is_no_http_and_clients_that_hang_up_do_not_stop_the_server(url):
+def test_a_request_whose_head_or_body_does_not_come_is_ended(url, monkeypatch):
+    monkeypatch.setattr(listen, "HEAD_SECONDS", 0.3)
+    body = b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+    late = clients.POST + f"Authorization: Bearer {KEY}\r\n".encode() + body
     host, port = url.removeprefix("http://").split(":")
-    for raw in RAW:
-        for half_closed in (False, True):
-            with socket.create_connection((host, int(port)), timeout=5) as connection:
-                with contextlib.suppress(OSError):  # refused while it is sent
-                    connection.sendall(raw)
-                    if half_closed:
-                        connection.shutdown(socket.SHUT_WR)
-                answer = b""
-                with contextlib.suppress(OSError):
-                    answer = connection.recv(1 << 16)
-            assert b"root:" not in answer
-            assert not answer or answer.split()[1] < b"500"
-    assert httpx.get(f"{url}/health").status_code == 200
+    for sent, status in ((b"", None), (b"GET / HT", None), (late, b"408")):
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(sent)
+            found = connection.recv(1 << 16)
+        assert (found.split()[1] if found else None) == status
 
 
 def test_a_full_queue_says_when_to_come_again_and_slow_requests_end(model):
@@ -528,6 +490,44 @@ def test_a_full_queue_says_when_to_come_again_and_slow_requests_end(model):
             service.stop()
             lines = [line for line in last.iter_lines() if line]
         assert "error" in json.loads(lines[-1][6:])
+
+
+def test_an_address_that_is_taken_is_refused():
+    with listen.bound("127.0.0.1", 0) as taken:
+        taken.listen()
+        with pytest.raises(ValueError, match="host and port are"):
+            listen.bound("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(ValueError, match="port is 70000"):
+        listen.bound("127.0.0.1", 70_000)
+
+
+def test_sigterm_ends_the_command_and_what_runs(tiny_llama_dir):
+    """Within the time that is given: the client's stream ends, the exit status is 0."""
+    command = [sys.executable, "-m", "quantspec_jax.cli", "serve", "--model", tiny_llama_dir]
+    command += ["--port", "0", "--grace", "1", "--mode", "autoregressive", "--slots", "1"]
+    body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(server.kill)
+        url = server.stderr.readline().split()[1]
+        while True:
+            with contextlib.suppress(httpx.ConnectError):
+                assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+                break
+            assert server.poll() is None
+            time.sleep(0.1)
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert json.loads(next(lines)[6:])["choices"][0]["finish_reason"] is None
+            began = time.monotonic()
+            server.send_signal(signal.SIGTERM)
+            last = [line for line in lines if line][-1]  # it was told, or the text was at its end
+            assert last == "data: [DONE]" or "error" in json.loads(last[6:])
+        assert server.wait(30) == 0
+        assert time.monotonic() - began < 15
+        assert "Traceback" not in server.stderr.read()
 
 
 @pytest.mark.browser

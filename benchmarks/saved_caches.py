@@ -1,0 +1,214 @@
+"""Saved caches: going on from one, writers that are killed, bits that flip.
+
+    python benchmarks/saved_caches.py --model M --text T.txt --output benchmarks/NAME.json
+
+goes-on   a turn after a context, saved, loaded, and a second turn: its tokens and its tiles against
+          those of a session that never stopped, in both modes; seconds to save, to load and to read
+          the context, and the file's bytes
+kills     kill -9 in the middle of a save, again and again: what lies there is what was there before
+flips     a bit of the file, anywhere, again and again: each is noticed
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import script
+
+import quantspec_jax as qs
+from quantspec_jax.bench import record
+from quantspec_jax.engine import saved
+
+MODES: dict[str, dict[str, Any]] = {
+    "quantspec": {"gamma": 4, "coupling": "invariant", "temperature": 0.8},
+    "autoregressive": {"mode": "autoregressive", "kv": "full"},
+}
+SAVING = """
+import sys
+import quantspec_jax as qs
+sys.path.insert(0, sys.argv[1])
+import saved_caches
+model, base, path, context = qs.load(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5])
+config = saved_caches.config_of(saved_caches.MODES["quantspec"], context)
+session = qs.Session.load(base, model, config)
+session.save(path)
+print("ready", flush=True)
+while True:
+    session.save(path)
+"""
+
+
+def config_of(mode: dict[str, Any], context: int, new: int = 32) -> qs.GenerateConfig:
+    return qs.GenerateConfig(
+        max_length=context + 8 * new, max_new_tokens=new, ignore_eos=True, **mode
+    )
+
+
+def bits(session: qs.Session) -> dict[bytes, list[bytes]]:
+    """What is kept."""
+    return {
+        name: [np.asarray(x).tobytes() for x in tile.values()]
+        for name, tile in session.prefixes._kept.items()
+    }
+
+
+def goes_on(model: qs.Model, args: argparse.Namespace, mode: dict[str, Any]) -> dict[str, Any]:
+    """With a file between two turns, and without."""
+    ids = script.tokens(model, args.text, args.context)
+    config = config_of(mode, args.context, args.new_tokens)
+    qs.Session(model, config).generate(ids[:300])  # compiles
+    session = qs.Session(model, config)
+    first = session.generate(ids, jax.random.key(0))
+    question = [*ids, *first.tokens, *model.tokenizer("\nAnd then?\n")["input_ids"]]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        began = time.perf_counter()
+        session.save(path)
+        written = time.perf_counter()
+        again = qs.Session.load(path, model, config)
+        loaded = time.perf_counter()
+        size = path.stat().st_size
+    kept, found = bits(session), bits(again)
+    same_file = all(kept[name] == tile for name, tile in found.items())
+    started = time.perf_counter()
+    second = again.generate(question, jax.random.key(1))
+    resumed = time.perf_counter() - started
+    never = session.generate(question, jax.random.key(1))
+    fresh = qs.Session(model, config)
+    other = fresh.generate(question, jax.random.key(1))
+    planes = {name: bits(each) for name, each in (("a", again), ("b", session), ("c", fresh))}
+    return {
+        "what": "goes on",
+        "mode": mode.get("mode", "quantspec"),
+        "context": args.context,
+        "same_tokens_as_never_stopped": second.tokens == never.tokens,
+        "same_tokens_as_a_fresh_run": second.tokens == other.tokens,
+        "same_bits": same_file and planes["a"] == planes["b"] == planes["c"],
+        "tiles": len(found),
+        "cached_tokens": second.stats["cached_tokens"],
+        "prompt_tokens": second.stats["prompt_tokens"],
+        "save_seconds": written - began,
+        "load_seconds": loaded - written,
+        "bytes": size,
+        "first_turn_prefill_seconds": first.stats["prefill_seconds"],
+        "second_turn_prefill_seconds": second.stats["prefill_seconds"],
+        "second_turn_seconds": resumed,
+        "fresh_prefill_seconds": other.stats["prefill_seconds"],
+    }
+
+
+def saved_file(model: qs.Model, args: argparse.Namespace, path: Path) -> qs.Session:
+    config = config_of(MODES["quantspec"], args.context, args.new_tokens)
+    session = qs.Session(model, config)
+    session.generate(script.tokens(model, args.text, args.context))
+    session.save(path)
+    return session
+
+
+def kills(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
+    """Until so many writers were killed in the middle."""
+    rng, whole, midway, tries = random.Random(0), 0, 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        base, path = Path(folder) / "base.safetensors", Path(folder) / "a.safetensors"
+        wanted = bits(saved_file(model, args, base))
+        config = config_of(MODES["quantspec"], args.context, args.new_tokens)
+        command = [sys.executable, "-c", SAVING, str(Path(__file__).parent), str(args.model)]
+        command += [str(base), str(path), str(args.context)]
+        started = time.perf_counter()
+        base.with_name("b.safetensors").write_bytes(base.read_bytes())
+        while midway < args.kills and tries < 3 * args.kills:
+            tries += 1
+            child = subprocess.Popen(command, stdout=subprocess.PIPE)
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"ready\n"
+            time.sleep(rng.uniform(0, 0.5))
+            os.kill(child.pid, signal.SIGKILL)
+            child.wait()
+            child.stdout.close()
+            partial = list(Path(folder).glob(".*partial*"))
+            midway += bool(partial)
+            found = bits(qs.Session.load(path, model, config))
+            whole += found == {name: wanted[name] for name in found} and len(found) > 0
+            for each in partial:
+                each.unlink()
+            path.unlink()
+        seconds = time.perf_counter() - started
+    return {
+        "what": "kill -9 of writers",
+        "kills": tries,
+        "in_the_middle_of_a_save": midway,
+        "files_that_loaded_as_they_were": whole,
+        "seconds": seconds,
+    }
+
+
+def flips(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
+    """One bit at a time; half of them in the header."""
+    rng, noticed = random.Random(0), 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        session = saved_file(model, args, path)
+        cache = session._engine.program.cache
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            header = 8 + int.from_bytes(file.read(8), "little")
+            for i in range(args.flips):
+                place = rng.randrange(header) if i % 2 else rng.randrange(header, size)
+                file.seek(place)
+                before = file.read(1)
+                for content in (bytes([before[0] ^ 1 << rng.randrange(8)]), before):
+                    file.seek(place)
+                    file.write(content)
+                    file.flush()
+                    if content != before:
+                        try:
+                            saved.load(path, model, cache)
+                        except ValueError:
+                            noticed += 1
+        saved.load(path, model, cache)  # all are back
+    return {"what": "flipped bits", "flips": args.flips, "noticed": noticed, "bytes": size}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = script.new_parser(__doc__)
+    script.add_model(parser)
+    script.add_text(parser)
+    parser.add_argument("--what", nargs="+", default=["goes-on", "kills", "flips"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--context", type=int, default=4000)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--flips", type=int, default=100)
+    return parser
+
+
+def main() -> None:
+    """Run and record, what is done so far after each step."""
+    args = make_parser().parse_args()
+    model = qs.load(args.model)
+    about = {"model": record.model_name(args.model), "dtype": model.dtype.name}
+    rows: list[dict[str, Any]] = []
+    steps = {
+        "goes-on": [lambda mode=mode: goes_on(model, args, MODES[mode]) for mode in args.modes],
+        "kills": [lambda: kills(model, args)],
+        "flips": [lambda: flips(model, args)],
+    }
+    for name in args.what:
+        for step in steps[name]:
+            rows.append(script.show(step()))
+            script.write(__file__, args, rows, **about, cores=len(os.sched_getaffinity(0)))
+
+
+if __name__ == "__main__":
+    main()
