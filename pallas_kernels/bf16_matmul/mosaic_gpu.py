@@ -52,11 +52,12 @@ LOW_HALVES, HIGH_HALVES = 0x5410, 0x7632  # of two words
 class Config:
     """How a product is laid on the chip.
 
-    warpgroups  a block; its warps share the input channels
+    warpgroups  a block
     stages      chunks that a warp has in shared memory, read or in flight
-    units       of 64 outputs each, that a tile has of a weight
+    units       of 64 outputs each, that a warp has of a weight
     cluster     blocks, 1 to 8, that have the same tile and share the input channels
     resident    blocks a multiprocessor, of those that take a tile after the other
+    across      warps that lie side by side in a tile; such rows of warps share the input channels
     """
 
     warpgroups: int
@@ -64,6 +65,7 @@ class Config:
     units: int = 1
     cluster: int = 1
     resident: int = 1
+    across: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +102,17 @@ class Plan:
         return 4 * self.config.warpgroups
 
     @property
-    def tile_outputs(self) -> int:
+    def rows_of_warps(self) -> int:
+        """That share a block's channels."""
+        return self.warps // self.config.across
+
+    @property
+    def warp_outputs(self) -> int:
         return OUTPUTS * self.config.units
+
+    @property
+    def tile_outputs(self) -> int:
+        return self.warp_outputs * self.config.across
 
     @property
     def tiles(self) -> list[int]:
@@ -119,7 +130,7 @@ class Plan:
 
     @property
     def units(self) -> int:
-        """Of a tile, with all its parts."""
+        """Of a warp, with all parts."""
         return self.config.units * self.shape.form.parts
 
     @property
@@ -128,8 +139,9 @@ class Plan:
 
     @property
     def sums(self) -> Sums:
-        s = self.shape
-        return Sums(s.rows, self.tile_outputs, s.form.parts, self.warps, self.config.cluster)
+        s, threads = self.shape, 32 * self.warps
+        sizes = (s.rows, self.tile_outputs, s.form.parts, self.rows_of_warps, self.config.cluster)
+        return Sums(*sizes, threads)
 
     @property
     def staged(self) -> Staged:
@@ -139,9 +151,14 @@ class Plan:
         return Staged(s.rows, s.inputs, most * CHANNELS, s.form.norm, self.warps)
 
     @property
+    def kept(self) -> int:
+        """Where the warps leave their sums."""
+        return self.warps * self.config.stages * self.stage_bytes
+
+    @property
     def inbox(self) -> int:
-        """Where the cluster's sums lie, after the ring and the warps' sums."""
-        return self.warps * (self.config.stages * self.stage_bytes + self.sums.warp_bytes)
+        """Where the cluster's sums lie, after the rings and the warps' sums."""
+        return self.kept + self.rows_of_warps * self.sums.warp_bytes
 
     @property
     def inputs(self) -> int:
@@ -169,11 +186,12 @@ class _Tile:
         self.weights = list(weights) if plan.shape.form.gated else [weight]
         self.first = (tile - before_it) * plan.tile_outputs
 
-    def units(self, g: V) -> list[tuple[V, V]]:
-        """Of each unit: its weight, and the first of a lane's 8 outputs, held inside the weight
-        (nobody reads the results beyond)."""
-        offsets = range(0, self.plan.tile_outputs, OUTPUTS)
-        columns = [ptx.minimum(self.first + g * 8 + x, self.outputs - 8) for x in offsets]
+    def units(self, place: V, g: V) -> list[tuple[V, V]]:
+        """Of each unit of the warp at a place in its row: its weight, and the first of a lane's 8
+        outputs, held inside the weight (nobody reads the results beyond)."""
+        wide = self.plan.warp_outputs
+        first, offsets = self.first + place * wide + g * 8, range(0, wide, OUTPUTS)
+        columns = [ptx.minimum(first + x, self.outputs - 8) for x in offsets]
         return [(weight, column) for weight in self.weights for column in columns]
 
 
@@ -184,14 +202,14 @@ class _Ring:
     to be ordered takes over; and the latter's tile and chunk.
     """
 
-    def __init__(self, plan: Plan, tile_of: Callable[[V], _Tile], data: V, lane: V):
-        self.plan, self.tile_of = plan, tile_of
+    def __init__(self, plan: Plan, tile_of: Callable[[V], _Tile], data: V, place: V, lane: V):
+        self.plan, self.tile_of, self.place = plan, tile_of, place
         self.data, self.g, self.q = data + lane * 16, lane >> 2, lane & 3
         self.step = plan.blocks // plan.config.cluster
 
     def start(self, tile: V, first: V, end: V) -> list[V]:
-        """Order the first chunks of a warp whose chunks of each tile are first, first + warps, …
-        below `end`; a group of copies each. The cursor."""
+        """Order the first chunks of a warp whose chunks of each tile are first, first + rows of
+        warps, … below `end`; a group of copies each. The cursor."""
         self.first, self.end = first, end
         # A warp without chunks orders nothing.
         self.tiles = ptx.select(first < end, i32(sum(self.plan.tiles)), 0)
@@ -205,7 +223,7 @@ class _Ring:
         slot, tile, chunk = cursor
         ptx.when(tile < self.tiles, lambda: self._copy(self._at(slot), tile, chunk))
         ptx.commit_copies()
-        slot, following = slot + 1, chunk + self.plan.warps
+        slot, following = slot + 1, chunk + self.plan.rows_of_warps
         done = following >= self.end
         return [
             ptx.select(slot < self.plan.config.stages, slot, i32(0)),
@@ -225,7 +243,7 @@ class _Ring:
         s = self.plan.shape
         channel = chunk * CHANNELS + self.q * 8
         here = self.tile_of(tile)
-        for unit, (weight, output) in enumerate(here.units(self.g)):
+        for unit, (weight, output) in enumerate(here.units(self.place, self.g)):
             if s.transposed:
                 row, column, step = output, channel, i32(2 * s.inputs).to_i64()
             else:
@@ -239,8 +257,8 @@ class _Ring:
 class _Warp:
     """What one warp computes, from its lanes' pieces and the block's activations."""
 
-    def __init__(self, plan: Plan, inputs: Inputs, lane: V):
-        self.plan, self.inputs = plan, inputs
+    def __init__(self, plan: Plan, inputs: Inputs, place: V, lane: V):
+        self.plan, self.inputs, self.place = plan, inputs, place
         self.g, self.q = lane >> 2, lane & 3
         self.sums = plan.units * 4 * plan.shape.column_blocks * 4
 
@@ -280,18 +298,21 @@ class _Warp:
         for n in range(s.column_blocks):
             for i in range(min(2, s.rows - 8 * n)):
                 row = self.q * 2 + (8 * n + i)
-                at = where + row * layout.row_bytes + self.g * 32
+                column = self.place * self.plan.warp_outputs + self.g * 8
+                at = where + row * layout.row_bytes + column * 4
                 put = functools.partial(self._put, at, sums, n, i)
                 ptx.when(row < s.rows, put)
 
     def _put(self, at: V, sums: list[V], n: int, i: int) -> None:
         """A row's 8 sums of each unit."""
-        blocks = self.plan.shape.column_blocks
-        for unit in range(self.plan.units):
+        p, blocks = self.plan, self.plan.shape.column_blocks
+        for unit in range(p.units):
+            part, here = divmod(unit, p.config.units)
+            offset = 4 * (p.tile_outputs * part + OUTPUTS * here)
             fours = [sums[((unit * 4 + j) * blocks + n) * 4 :][:4] for j in range(4)]
             eight = [x for four in fours for x in (four[i], four[2 + i])]
             for half in range(2):
-                ptx.store(at + (4 * OUTPUTS * unit + 16 * half), eight[4 * half : 4 * half + 4])
+                ptx.store(at + (offset + 16 * half), eight[4 * half : 4 * half + 4])
 
 
 def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], None]:
@@ -306,7 +327,9 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         lane, warp = thread & 31, ptx.uniform(thread >> 5)
         rank, first_tile = ptx.special("ctaid.x") % c.cluster, ptx.special("ctaid.x") // c.cluster
         begin, end = (i * s.chunks // c.cluster for i in (rank, rank + 1))
-        first = begin + warp
+        place = warp % c.across
+        line = warp // c.across
+        first = begin + line
 
         def tile_of(tile: V) -> _Tile:
             return _Tile(plan, weights, results, tile)
@@ -314,18 +337,18 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         staged_from = i32(0) if form.norm else begin * CHANNELS
         inputs = Inputs(plan.staged, shared + plan.inputs, x, norm, staged_from, thread)
         ring_bytes = c.stages * plan.stage_bytes
-        ring = _Ring(plan, tile_of, shared + warp * ring_bytes, lane)
-        work, sums = _Warp(plan, inputs, lane), plan.sums
-        kept = shared + plan.warps * ring_bytes
+        ring = _Ring(plan, tile_of, shared + warp * ring_bytes, place, lane)
+        work, sums = _Warp(plan, inputs, place, lane), plan.sums
+        kept = shared + plan.kept
 
         inputs.order()
         cursor = ring.start(first_tile, first, end)
         inputs.finish(c.stages, eps)
-        turns = ptx.ceil_div(ptx.at_least(end - first, 0), plan.warps)
+        turns = ptx.ceil_div(ptx.at_least(end - first, 0), plan.rows_of_warps)
 
         def step(turn: V, carry: list[V]) -> list[V]:
             cursor = carry[work.sums :]
-            words = work.activations(first + turn * plan.warps)
+            words = work.activations(first + turn * plan.rows_of_warps)
             found = work.add_chunk(ring.wait(cursor), words, carry[: work.sums])
             ptx.sync_warp()  # the slot has been read: it is for the next chunk
             return [*found, *ring.order(cursor)]
@@ -336,7 +359,7 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
             mine = sums.mine(thread, rank)
             added = out.ahead(mine)
             carry = ptx.loop(i32(0), turns, [f32(0.0)] * work.sums + cursor, step)
-            work.keep(kept + warp * sums.warp_bytes, carry[: work.sums])
+            work.keep(kept + line * sums.warp_bytes, carry[: work.sums])
             ptx.sync_threads(i32(1), 32 * plan.warps)
 
             def write(i: int, index: V, parts: list[list[V]]) -> None:

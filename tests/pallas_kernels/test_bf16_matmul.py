@@ -46,6 +46,9 @@ CASES = [
     (2, 320, (72, 72), True, "norm gated", Config(1, 1, 1, 2), 8),
     (4, 512, (64,), False, "norm residual", Config(2, 2, 1, 2), 8),
     (8, 288, (64, 64), False, "gated", Config(2, 4, 1, 1), 8),
+    # Warps side by side: two rows of two, one row of four, of which one has nothing to do.
+    (3, 160, (200, 136), False, "norm", Config(1, 2, across=2), 2),
+    (9, 224, (264, 264), True, "gated", Config(1, 2, 2, 2, across=4), 8),
 ]
 
 
