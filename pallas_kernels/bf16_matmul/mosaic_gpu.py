@@ -58,6 +58,8 @@ class Config:
     cluster     blocks, 1 to 8, that have the same tile and share the input channels
     resident    blocks a multiprocessor, of those that take a tile after the other
     across      warps that lie side by side in a tile; such rows of warps share the input channels
+    line        bytes, 0 or 256, that L2 fetches around a copy
+    ahead       whether blocks first ask for their channels to be in L2, row by row
     """
 
     warpgroups: int
@@ -66,6 +68,8 @@ class Config:
     cluster: int = 1
     resident: int = 1
     across: int = 1
+    line: int = 0
+    ahead: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +199,27 @@ class _Tile:
         return [(weight, column) for weight in self.weights for column in columns]
 
 
+    def fetch(self, begin: V, end: V) -> None:
+        """Ask for a part of the chunks begin … end − 1 of all tiles of the weight, warp 0 does. Of
+        as many chunks as a block reads at a time, a *band*, the rows are one piece of memory, of
+        which each tile has its share."""
+        p, weights = self.plan, self.weights
+        band = CHANNELS * p.rows_of_warps
+
+        def piece(turn: V, carry: list[V]) -> list[V]:
+            channel = begin * CHANNELS + turn * band
+            rows = ptx.minimum(end * CHANNELS - channel, band)
+            first = channel * self.outputs + rows * self.first
+            outputs = ptx.minimum(self.outputs - self.first, p.tile_outputs)
+            for weight in weights:
+                ptx.fetch(weight + first.to_i64() * 2, rows * outputs * 2)
+            return carry
+
+        thread = ptx.special("tid.x")
+        bands = ptx.ceil_div(end - begin, p.rows_of_warps)
+        ptx.when(thread < 32, lambda: ptx.loop(thread, bands, [], piece, step=32))
+
+
 class _Ring:
     """A lane's pieces of chunk after chunk, tile after tile.
 
@@ -250,7 +275,7 @@ class _Ring:
                 row, column, step = channel, output, here.outputs.to_i64() * 2
             source = weight + row.to_i64() * step + (column * 2).to_i64()
             for i in range(8):
-                ptx.unit_copy(target + (unit * UNIT_BYTES + 512 * i), source)
+                ptx.unit_copy(target + (unit * UNIT_BYTES + 512 * i), source, self.plan.config.line)
                 source = source + step
 
 
@@ -342,6 +367,8 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         kept = shared + plan.kept
 
         inputs.order()
+        if c.ahead:
+            tile_of(first_tile).fetch(begin, end)
         cursor = ring.start(first_tile, first, end)
         inputs.finish(c.stages, eps)
         turns = ptx.ceil_div(ptx.at_least(end - first, 0), plan.rows_of_warps)

@@ -135,6 +135,7 @@ class Block:
         self.peers: list[Block] = [self]  # the blocks of its cluster
         self.cluster_barrier = threading.Barrier(1)
         self.shared = np.full(shared_bytes, 0xA5, np.uint8)
+        self.fetched: list[tuple[int, int]] = []  # addresses and bytes
         self.barriers: dict[int, Barrier] = {}
         self.changed = threading.Condition()
         self.named: dict[tuple[int, int], threading.Barrier] = {}
@@ -321,7 +322,14 @@ def bulk_copy(target, source, num_bytes, barrier):
     _update(barrier, 0, -count)
 
 
-def unit_copy(target, source):
+def fetch(source, num_bytes):
+    for at, count in zip(source.array[HERE.mask], num_bytes.array[HERE.mask], strict=True):
+        assert at % 16 == count % 16 == 0
+        assert at + count <= HERE.block.memory.size
+        HERE.block.fetched.append((int(at), int(count)))
+
+
+def unit_copy(target, source, line=0):
     """Noted, and done as late as may be: when the thread waits for its group, or arrives after its
     copies."""
     assert not ((target.array | source.array)[HERE.mask] % 16).any(), "units of 16 bytes"
@@ -424,6 +432,7 @@ REPLACEMENTS: dict[str, Any] = {
     "barrier_poll": barrier_wait,
     "bulk_copy": bulk_copy,
     "unit_copy": unit_copy,
+    "fetch": fetch,
     "commit_copies": commit_copies,
     "wait_copies": wait_copies,
     "arrive_after_copies": arrive_after_copies,

@@ -49,6 +49,9 @@ CASES = [
     # Warps side by side: two rows of two, one row of four, of which one has nothing to do.
     (3, 160, (200, 136), False, "norm", Config(1, 2, across=2), 2),
     (9, 224, (264, 264), True, "gated", Config(1, 2, 2, 2, across=4), 8),
+    # Weights that are asked for ahead, a band of 128 or 64 channels after the other.
+    (1, 352, (200, 72), False, "norm", Config(1, 2, line=256, ahead=True), 8),
+    (2, 480, (136, 136), False, "gated", Config(1, 1, 1, 2, across=2, ahead=True), 8),
 ]
 
 
