@@ -198,7 +198,6 @@ class _Tile:
         columns = [ptx.minimum(first + x, self.outputs - 8) for x in offsets]
         return [(weight, column) for weight in self.weights for column in columns]
 
-
     def fetch(self, begin: V, end: V) -> None:
         """Ask for a part of the chunks begin … end − 1 of all tiles of the weight, warp 0 does. Of
         as many chunks as a block reads at a time, a *band*, the rows are one piece of memory, of

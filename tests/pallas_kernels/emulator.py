@@ -135,7 +135,6 @@ class Block:
         self.peers: list[Block] = [self]  # the blocks of its cluster
         self.cluster_barrier = threading.Barrier(1)
         self.shared = np.full(shared_bytes, 0xA5, np.uint8)
-        self.fetched: list[tuple[int, int]] = []  # addresses and bytes
         self.barriers: dict[int, Barrier] = {}
         self.changed = threading.Condition()
         self.named: dict[tuple[int, int], threading.Barrier] = {}
@@ -150,6 +149,7 @@ class Block:
 
 
 HERE = threading.local()  # block, warp, mask of the active lanes
+FETCHED: list[tuple[int, int]] = []  # addresses and bytes that were asked for, of the last kernel
 
 
 def active() -> np.ndarray:
@@ -326,7 +326,7 @@ def fetch(source, num_bytes):
     for at, count in zip(source.array[HERE.mask], num_bytes.array[HERE.mask], strict=True):
         assert at % 16 == count % 16 == 0
         assert at + count <= HERE.block.memory.size
-        HERE.block.fetched.append((int(at), int(count)))
+        FETCHED.append((int(at), int(count)))
 
 
 def unit_copy(target, source, line=0):
@@ -481,6 +481,7 @@ def kernel(body, out_type, *, name, blocks, warpgroups, shared_bytes=0, cluster=
         for x in [*arrays, *empty]:
             starts.append(size)
             size += -(-x.nbytes // 256) * 256
+        FETCHED.clear()
         memory = np.full(size, 0xFF, np.uint8)  # every float of an unwritten result is NaN
         for at, x in zip(starts, arrays, strict=False):
             memory[at : at + x.nbytes] = np.frombuffer(x.tobytes(), np.uint8)
