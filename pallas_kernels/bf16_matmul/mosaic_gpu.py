@@ -216,7 +216,11 @@ class _Tile:
 
         thread = ptx.special("tid.x")
         bands = ptx.ceil_div(end - begin, p.rows_of_warps)
-        ptx.when(thread < 32, lambda: ptx.loop(thread, bands, [], piece, step=32))
+
+        def ask() -> None:
+            ptx.loop(thread, bands, [], piece, step=32)
+
+        ptx.when(thread < 32, ask)
 
 
 class _Ring:
