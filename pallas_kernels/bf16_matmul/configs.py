@@ -102,7 +102,8 @@ def _all(shape: Shape) -> Iterator[Plan]:
             continue
         resident = min(_resident(plan), MOST_RESIDENT)
         for n in range(1, resident + 1 if cluster == 1 else 2):
-            config = Config(warpgroups, stages, units, cluster, n)
+            line = 256 if shape.transposed else 0
+            config = Config(warpgroups, stages, units, cluster, n, line=line)
             yield Plan(shape, config, device.multiprocessors)
 
 
