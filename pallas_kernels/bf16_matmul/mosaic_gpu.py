@@ -15,10 +15,10 @@ outputs 8g … 8g + 7 and the channels 8q … 8q + 7:
     copied by  lane 8 q + g: 8 neighbouring lanes  lane 4 g + q: 4 neighbouring lanes read 64 bytes,
                read 128 bytes                      L2 fetches 256 at once (`Config.line`)
 
-What neighbouring lanes read counts. Measured on an H200 with lane 4 g + q copying of [Kin, N] what it
-multiplies, so that eight of them read four times 32 bytes: 1,536 → 2 × 8,960 took 30 µs, as long
-without its products, and 6 without its copies; reads alone, the same bytes in the same order but 128
-at once, 14.5.
+What neighbouring lanes read counts. Measured on an H200 while lane 4 g + q copied of [Kin, N] what
+it multiplies, so that eight of them read four times 32 bytes: 1,536 → 2 × 8,960 took 30 µs, as long
+without its products, and 6 without its copies; reads alone, in the same order but 128 bytes at a
+time, take 14.5. Asking for rows ahead (`Config.ahead`) took longer, 50.
 
 Outputs are the rows of m16n8k16 products, activations their 8 columns. Which outputs and channels
 stand for which row and k is free as long as both operands agree: product j has in its rows g and
