@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pallas_kernels import devices, dispatch, tuned
-from pallas_kernels.bf16_matmul.mosaic_gpu import Config, Plan, Shape
+from pallas_kernels.bf16_matmul.mosaic_gpu import OUTPUTS, Config, Plan, Shape
 
 KERNEL = "bf16_matmul"
 RATE = 4.4e6  # bytes a microsecond that an H200 reads
@@ -72,6 +72,25 @@ def _microseconds(plan: Plan) -> float:
     )
 
 
+def possible(plan: Plan) -> bool:
+    """Whether the device can run it, and all of its warps have something to do."""
+    s, c, generation = plan.shape, plan.config, dispatch.target().generation
+    share = -(-s.chunks // c.cluster)
+    if c.across > plan.warps or plan.rows_of_warps > max(4, share) or c.cluster > s.chunks:
+        return False
+    if plan.tile_outputs - OUTPUTS >= max(s.outputs):
+        return False
+    if c.stages == 1 and share > plan.rows_of_warps:  # nothing is under way while one is read
+        return False
+    if c.cluster > 1 and not generation.clusters:
+        return False
+    # What is asked for ahead is asked for by all tiles together.
+    together = plan.blocks == sum(plan.tiles) * c.cluster and not s.transposed
+    if c.ahead and not (together and generation.bulk_copies):
+        return False
+    return _resident(plan) > 0
+
+
 def _all(shape: Shape) -> Iterator[Plan]:
     device = dispatch.target()
     clusters = (1, 2, 3, 4, 6, 8) if device.generation.clusters else (1,)
@@ -79,17 +98,12 @@ def _all(shape: Shape) -> Iterator[Plan]:
         (1, 2, 4), (1, 2, 3, 4, 6), (1, 2), clusters
     ):
         plan = Plan(shape, Config(warpgroups, stages, units, cluster), device.multiprocessors)
-        share = -(-shape.chunks // cluster)
-        wide = 64 * (units - 1) >= max(shape.outputs)
-        if plan.warps > max(4, share) or cluster > share or wide:
-            continue
-        if stages == 1 and share > plan.warps:  # nothing would be under way while a chunk is read
+        if cluster > -(-shape.chunks // cluster) or not possible(plan):
             continue
         resident = min(_resident(plan), MOST_RESIDENT)
-        if not resident:
-            continue
         for n in range(1, resident + 1 if cluster == 1 else 2):
-            config = Config(warpgroups, stages, units, cluster, n)
+            line = 256 if shape.transposed else 0
+            config = Config(warpgroups, stages, units, cluster, n, line=line)
             yield Plan(shape, config, device.multiprocessors)
 
 
@@ -119,8 +133,10 @@ def measured(shape: Shape) -> bool:
 
 def choose(shape: Shape) -> Config:
     """The measured configuration, where the shape's form leaves room for it; else the rule's."""
-    known = candidates(shape)
-    found: Any = tuned.find(dispatch.target().name, KERNEL, key(shape))
-    if found is None or Config(**found) not in known:
-        return known[0]
-    return Config(**found)
+    device = dispatch.target()
+    found: Any = tuned.find(device.name, KERNEL, key(shape))
+    if found is not None:
+        config = Config(**found)
+        if possible(Plan(shape, config, device.multiprocessors)):
+            return config
+    return candidates(shape)[0]

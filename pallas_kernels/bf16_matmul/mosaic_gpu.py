@@ -6,14 +6,19 @@ all weights of a pass.
 
 A block has a *tile*, 64 outputs of a weight, or more, or 64 of gate and 64 of up, and all input
 channels, or, with clusters, an even share of them. Its warps share the channels, 32 at a time, a
-*chunk*. Of a chunk and 64 outputs a lane copies 8 pieces of 16 bytes into shared memory, and reads
-just those again: so it waits for nobody else's, and no two warps wait for each other before a tile
-is multiplied. Lane 4 g + q has the outputs 8g … 8g + 7 and the channels 8q … 8q + 7:
+*chunk*. Of a chunk and 64 outputs the lanes of a warp copy 8 pieces of 16 bytes each into shared
+memory; no two warps wait for each other before a tile is multiplied. Lane 4 g + q multiplies the
+outputs 8g … 8g + 7 and the channels 8q … 8q + 7:
 
                [Kin, N]                            [N, Kin]
     piece i    channel 8q + i, its 8 outputs       output 8g + i, its 8 channels
-    a warp's   4 channels, 128 bytes each          8 outputs, 64 bytes each; the other half of 128
-    reads                                          is read by the warp that has the next chunk
+    copied by  lane 8 q + g: 8 neighbouring lanes  lane 4 g + q: 4 neighbouring lanes read 64 bytes,
+               read 128 bytes                      L2 fetches 256 at once (`Config.line`)
+
+What neighbouring lanes read counts. Measured on an H200 while lane 4 g + q copied of [Kin, N] what
+it multiplies, so that eight of them read four times 32 bytes: 1,536 → 2 × 8,960 took 30 µs, as long
+without its products, and 6 without its copies; reads alone, in the same order but 128 bytes at a
+time, take 14.5. Asking for rows ahead (`Config.ahead`) took longer, 50.
 
 Outputs are the rows of m16n8k16 products, activations their 8 columns. Which outputs and channels
 stand for which row and k is free as long as both operands agree: product j has in its rows g and
@@ -52,11 +57,14 @@ LOW_HALVES, HIGH_HALVES = 0x5410, 0x7632  # of two words
 class Config:
     """How a product is laid on the chip.
 
-    warpgroups  a block; its warps share the input channels
+    warpgroups  a block
     stages      chunks that a warp has in shared memory, read or in flight
-    units       of 64 outputs each, that a tile has of a weight
+    units       of 64 outputs each, that a warp has of a weight
     cluster     blocks, 1 to 8, that have the same tile and share the input channels
     resident    blocks a multiprocessor, of those that take a tile after the other
+    across      warps that lie side by side in a tile; such rows of warps share the input channels
+    line        bytes, 0 or 256, that L2 fetches around a copy
+    ahead       whether blocks first ask for their channels to be in L2, row by row
     """
 
     warpgroups: int
@@ -64,6 +72,9 @@ class Config:
     units: int = 1
     cluster: int = 1
     resident: int = 1
+    across: int = 1
+    line: int = 0
+    ahead: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +111,17 @@ class Plan:
         return 4 * self.config.warpgroups
 
     @property
-    def tile_outputs(self) -> int:
+    def rows_of_warps(self) -> int:
+        """That share a block's channels."""
+        return self.warps // self.config.across
+
+    @property
+    def warp_outputs(self) -> int:
         return OUTPUTS * self.config.units
+
+    @property
+    def tile_outputs(self) -> int:
+        return self.warp_outputs * self.config.across
 
     @property
     def tiles(self) -> list[int]:
@@ -119,7 +139,7 @@ class Plan:
 
     @property
     def units(self) -> int:
-        """Of a tile, with all its parts."""
+        """Of a warp, with all parts."""
         return self.config.units * self.shape.form.parts
 
     @property
@@ -128,8 +148,9 @@ class Plan:
 
     @property
     def sums(self) -> Sums:
-        s = self.shape
-        return Sums(s.rows, self.tile_outputs, s.form.parts, self.warps, self.config.cluster)
+        s, threads = self.shape, 32 * self.warps
+        sizes = (s.rows, self.tile_outputs, s.form.parts, self.rows_of_warps, self.config.cluster)
+        return Sums(*sizes, threads)
 
     @property
     def staged(self) -> Staged:
@@ -139,9 +160,14 @@ class Plan:
         return Staged(s.rows, s.inputs, most * CHANNELS, s.form.norm, self.warps)
 
     @property
+    def kept(self) -> int:
+        """Where the warps leave their sums."""
+        return self.warps * self.config.stages * self.stage_bytes
+
+    @property
     def inbox(self) -> int:
-        """Where the cluster's sums lie, after the ring and the warps' sums."""
-        return self.warps * (self.config.stages * self.stage_bytes + self.sums.warp_bytes)
+        """Where the cluster's sums lie, after the rings and the warps' sums."""
+        return self.kept + self.rows_of_warps * self.sums.warp_bytes
 
     @property
     def inputs(self) -> int:
@@ -169,12 +195,37 @@ class _Tile:
         self.weights = list(weights) if plan.shape.form.gated else [weight]
         self.first = (tile - before_it) * plan.tile_outputs
 
-    def units(self, g: V) -> list[tuple[V, V]]:
-        """Of each unit: its weight, and the first of a lane's 8 outputs, held inside the weight
-        (nobody reads the results beyond)."""
-        offsets = range(0, self.plan.tile_outputs, OUTPUTS)
-        columns = [ptx.minimum(self.first + g * 8 + x, self.outputs - 8) for x in offsets]
+    def units(self, place: V, g: V) -> list[tuple[V, V]]:
+        """Of each unit of the warp at a place in its row: its weight, and the first of a lane's 8
+        outputs, held inside the weight (nobody reads the results beyond)."""
+        wide = self.plan.warp_outputs
+        first, offsets = self.first + place * wide + g * 8, range(0, wide, OUTPUTS)
+        columns = [ptx.minimum(first + x, self.outputs - 8) for x in offsets]
         return [(weight, column) for weight in self.weights for column in columns]
+
+    def fetch(self, begin: V, end: V) -> None:
+        """Ask for a part of the chunks begin … end − 1 of all tiles of the weight, warp 0 does. Of
+        as many chunks as a block reads at a time, a *band*, the rows are one piece of memory, of
+        which each tile has its share."""
+        p, weights = self.plan, self.weights
+        band = CHANNELS * p.rows_of_warps
+
+        def piece(turn: V, carry: list[V]) -> list[V]:
+            channel = begin * CHANNELS + turn * band
+            rows = ptx.minimum(end * CHANNELS - channel, band)
+            first = channel * self.outputs + rows * self.first
+            outputs = ptx.minimum(self.outputs - self.first, p.tile_outputs)
+            for weight in weights:
+                ptx.fetch(weight + first.to_i64() * 2, rows * outputs * 2)
+            return carry
+
+        thread = ptx.special("tid.x")
+        bands = ptx.ceil_div(end - begin, p.rows_of_warps)
+
+        def ask() -> None:
+            ptx.loop(thread, bands, [], piece, step=32)
+
+        ptx.when(thread < 32, ask)
 
 
 class _Ring:
@@ -184,14 +235,16 @@ class _Ring:
     to be ordered takes over; and the latter's tile and chunk.
     """
 
-    def __init__(self, plan: Plan, tile_of: Callable[[V], _Tile], data: V, lane: V):
-        self.plan, self.tile_of = plan, tile_of
-        self.data, self.g, self.q = data + lane * 16, lane >> 2, lane & 3
+    def __init__(self, plan: Plan, tile_of: Callable[[V], _Tile], data: V, place: V, lane: V):
+        self.plan, self.tile_of, self.place = plan, tile_of, place
+        # Eight neighbouring lanes copy what lies together: 128 bytes, or twice 64.
+        split = (lane >> 2, lane & 3) if plan.shape.transposed else (lane & 7, lane >> 3)
+        self.data, self.lane, (self.g, self.q) = data, lane, split
         self.step = plan.blocks // plan.config.cluster
 
     def start(self, tile: V, first: V, end: V) -> list[V]:
-        """Order the first chunks of a warp whose chunks of each tile are first, first + warps, …
-        below `end`; a group of copies each. The cursor."""
+        """Order the first chunks of a warp whose chunks of each tile are first, first + rows of
+        warps, … below `end`; a group of copies each. The cursor."""
         self.first, self.end = first, end
         # A warp without chunks orders nothing.
         self.tiles = ptx.select(first < end, i32(sum(self.plan.tiles)), 0)
@@ -203,9 +256,10 @@ class _Ring:
     def order(self, cursor: list[V]) -> list[V]:
         """Order the chunk at the cursor, if there is one, into its slot."""
         slot, tile, chunk = cursor
-        ptx.when(tile < self.tiles, lambda: self._copy(self._at(slot), tile, chunk))
+        target = self._at(slot) + _place(self.g, self.q)
+        ptx.when(tile < self.tiles, lambda: self._copy(target, tile, chunk))
         ptx.commit_copies()
-        slot, following = slot + 1, chunk + self.plan.warps
+        slot, following = slot + 1, chunk + self.plan.rows_of_warps
         done = following >= self.end
         return [
             ptx.select(slot < self.plan.config.stages, slot, i32(0)),
@@ -214,9 +268,10 @@ class _Ring:
         ]
 
     def wait(self, cursor: list[V]) -> V:
-        """Where the chunk to be read is, once it is there."""
+        """Where this lane's pieces of the chunk to be read are, once all lanes' are there."""
         ptx.wait_copies(self.plan.config.stages - 1)
-        return self._at(cursor[0])
+        ptx.sync_warp()
+        return self._at(cursor[0]) + _place(self.lane >> 2, self.lane & 3)
 
     def _at(self, slot: V) -> V:
         return self.data + slot * self.plan.stage_bytes
@@ -225,22 +280,28 @@ class _Ring:
         s = self.plan.shape
         channel = chunk * CHANNELS + self.q * 8
         here = self.tile_of(tile)
-        for unit, (weight, output) in enumerate(here.units(self.g)):
+        for unit, (weight, output) in enumerate(here.units(self.place, self.g)):
             if s.transposed:
                 row, column, step = output, channel, i32(2 * s.inputs).to_i64()
             else:
                 row, column, step = channel, output, here.outputs.to_i64() * 2
             source = weight + row.to_i64() * step + (column * 2).to_i64()
             for i in range(8):
-                ptx.unit_copy(target + (unit * UNIT_BYTES + 512 * i), source)
+                ptx.unit_copy(target + (unit * UNIT_BYTES + 512 * i), source, self.plan.config.line)
                 source = source + step
+
+
+def _place(g: V, q: V) -> V:
+    """Where the pieces of 8 outputs and 8 channels lie among the warp's. Eight lanes that copy have
+    one q, eight that read two g: both reach all banks."""
+    return q * 128 + ((g + q * 2) & 7) * 16
 
 
 class _Warp:
     """What one warp computes, from its lanes' pieces and the block's activations."""
 
-    def __init__(self, plan: Plan, inputs: Inputs, lane: V):
-        self.plan, self.inputs = plan, inputs
+    def __init__(self, plan: Plan, inputs: Inputs, place: V, lane: V):
+        self.plan, self.inputs, self.place = plan, inputs, place
         self.g, self.q = lane >> 2, lane & 3
         self.sums = plan.units * 4 * plan.shape.column_blocks * 4
 
@@ -280,18 +341,21 @@ class _Warp:
         for n in range(s.column_blocks):
             for i in range(min(2, s.rows - 8 * n)):
                 row = self.q * 2 + (8 * n + i)
-                at = where + row * layout.row_bytes + self.g * 32
+                column = self.place * self.plan.warp_outputs + self.g * 8
+                at = where + row * layout.row_bytes + column * 4
                 put = functools.partial(self._put, at, sums, n, i)
                 ptx.when(row < s.rows, put)
 
     def _put(self, at: V, sums: list[V], n: int, i: int) -> None:
         """A row's 8 sums of each unit."""
-        blocks = self.plan.shape.column_blocks
-        for unit in range(self.plan.units):
+        p, blocks = self.plan, self.plan.shape.column_blocks
+        for unit in range(p.units):
+            part, here = divmod(unit, p.config.units)
+            offset = 4 * (p.tile_outputs * part + OUTPUTS * here)
             fours = [sums[((unit * 4 + j) * blocks + n) * 4 :][:4] for j in range(4)]
             eight = [x for four in fours for x in (four[i], four[2 + i])]
             for half in range(2):
-                ptx.store(at + (4 * OUTPUTS * unit + 16 * half), eight[4 * half : 4 * half + 4])
+                ptx.store(at + (offset + 16 * half), eight[4 * half : 4 * half + 4])
 
 
 def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], None]:
@@ -306,7 +370,9 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         lane, warp = thread & 31, ptx.uniform(thread >> 5)
         rank, first_tile = ptx.special("ctaid.x") % c.cluster, ptx.special("ctaid.x") // c.cluster
         begin, end = (i * s.chunks // c.cluster for i in (rank, rank + 1))
-        first = begin + warp
+        place = warp % c.across
+        line = warp // c.across
+        first = begin + line
 
         def tile_of(tile: V) -> _Tile:
             return _Tile(plan, weights, results, tile)
@@ -314,18 +380,20 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         staged_from = i32(0) if form.norm else begin * CHANNELS
         inputs = Inputs(plan.staged, shared + plan.inputs, x, norm, staged_from, thread)
         ring_bytes = c.stages * plan.stage_bytes
-        ring = _Ring(plan, tile_of, shared + warp * ring_bytes, lane)
-        work, sums = _Warp(plan, inputs, lane), plan.sums
-        kept = shared + plan.warps * ring_bytes
+        ring = _Ring(plan, tile_of, shared + warp * ring_bytes, place, lane)
+        work, sums = _Warp(plan, inputs, place, lane), plan.sums
+        kept = shared + plan.kept
 
         inputs.order()
+        if c.ahead:
+            tile_of(first_tile).fetch(begin, end)
         cursor = ring.start(first_tile, first, end)
         inputs.finish(c.stages, eps)
-        turns = ptx.ceil_div(ptx.at_least(end - first, 0), plan.warps)
+        turns = ptx.ceil_div(ptx.at_least(end - first, 0), plan.rows_of_warps)
 
         def step(turn: V, carry: list[V]) -> list[V]:
             cursor = carry[work.sums :]
-            words = work.activations(first + turn * plan.warps)
+            words = work.activations(first + turn * plan.rows_of_warps)
             found = work.add_chunk(ring.wait(cursor), words, carry[: work.sums])
             ptx.sync_warp()  # the slot has been read: it is for the next chunk
             return [*found, *ring.order(cursor)]
@@ -336,7 +404,7 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
             mine = sums.mine(thread, rank)
             added = out.ahead(mine)
             carry = ptx.loop(i32(0), turns, [f32(0.0)] * work.sums + cursor, step)
-            work.keep(kept + warp * sums.warp_bytes, carry[: work.sums])
+            work.keep(kept + line * sums.warp_bytes, carry[: work.sums])
             ptx.sync_threads(i32(1), 32 * plan.warps)
 
             def write(i: int, index: V, parts: list[list[V]]) -> None:

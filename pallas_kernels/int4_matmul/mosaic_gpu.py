@@ -154,8 +154,9 @@ class Plan:
 
     @property
     def sums(self) -> Sums:
-        rows, c = self.shape.rows, self.config
-        return Sums(rows, STRIP * c.strips, self.shape.form.parts, self.warps, c.cluster)
+        s, c = self.shape, self.config
+        sizes = (s.rows, STRIP * c.strips, s.form.parts, self.warps, c.cluster)
+        return Sums(*sizes, 32 * self.warps)
 
     @property
     def warp_bytes(self) -> int:

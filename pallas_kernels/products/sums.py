@@ -24,6 +24,8 @@ class Sums:
 
     outputs  results of a row
     parts    sums that make one result
+    warps    that have summed the same results, of other channels
+    threads  of a block
     """
 
     rows: int
@@ -31,6 +33,7 @@ class Sums:
     parts: int
     warps: int
     cluster: int
+    threads: int
 
     @property
     def row_bytes(self) -> int:
@@ -57,7 +60,7 @@ class Sums:
 
     def mine(self, thread: V, rank: V) -> list[tuple[V, V]]:
         """Quads that a thread writes: which, and whether there is one."""
-        slots = [thread + i for i in range(0, self.share, 32 * self.warps)]
+        slots = [thread + i for i in range(0, self.share, self.threads)]
         if self.cluster == 1:
             return [(slot, slot < self.quads) for slot in slots]
         found = [(slot, rank * self.share + slot) for slot in slots]
@@ -100,7 +103,7 @@ class Sums:
             for p, four in enumerate(self._of_warps(kept, apart, index)):
                 ptx.store_peer(peer + 16 * p, four)
 
-        for i in range(0, self.quads, 32 * self.warps):
+        for i in range(0, self.quads, self.threads):
             index = thread + i
             ptx.when(index < self.quads, functools.partial(leave, index))
         ptx.sync_cluster()

@@ -34,6 +34,7 @@ from pallas_kernels.ptx.copies import (
     commit_copies,
     copies_of,
     fence_barrier_init,
+    fetch,
     unit_copy,
     wait_copies,
 )
@@ -112,6 +113,7 @@ __all__ = [
     "exp2",
     "f32",
     "fence_barrier_init",
+    "fetch",
     "fma",
     "high_bf16",
     "i32",

@@ -77,9 +77,17 @@ def bulk_copy(target: V, source: V, num_bytes: V, barrier: V) -> None:
     )
 
 
-def unit_copy(target: V, source: V) -> None:
-    """16 bytes from global to shared memory, past the L1 cache, while the thread goes on."""
-    asm("cp.async.cg.shared.global [$0], [$1], 16;", [], [target, source], effects=True)
+def unit_copy(target: V, source: V, line: int = 0) -> None:
+    """16 bytes from global to shared memory, past the L1 cache, while the thread goes on. `line`:
+    bytes around them, 64, 128 or 256, that L2 may fetch at once."""
+    ahead = f".L2::{line}B" if line else ""
+    template = f"cp.async.cg.shared.global{ahead} [$0], [$1], 16;"
+    asm(template, [], [target, source], effects=True)
+
+
+def fetch(source: V, num_bytes: V) -> None:
+    """Ask for memory to be in L2, 16-byte units (9.0 and later)."""
+    asm("cp.async.bulk.prefetch.L2.global [$0], $1;", [], [source, num_bytes], effects=True)
 
 
 def commit_copies() -> None:
