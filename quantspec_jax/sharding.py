@@ -57,6 +57,12 @@ def mesh_of(params: Params) -> Mesh:
     return mesh if isinstance(mesh, Mesh) else one_device(*embedding.devices())
 
 
+def axis_of(name: str, mesh: Mesh) -> str | None:
+    """The mesh's axis over which a logical one is split; None: over none."""
+    axis = RULES.get(name)
+    return axis if axis in mesh.shape else None
+
+
 def shardings(tree: Any, axes: Any, mesh: Mesh) -> Any:
     """The tree with a sharding in place of each array, or shape.
 
@@ -74,7 +80,7 @@ def shardings(tree: Any, axes: Any, mesh: Mesh) -> Any:
     def one(path: Any, x: Any, names: tuple[str, ...]) -> Sharding:
         if mesh.size == 1:
             return SingleDeviceSharding(mesh.devices.item())
-        over = [RULES.get(name) if RULES.get(name) in mesh.shape else None for name in names]
+        over = [axis_of(name, mesh) for name in names]
         for name, axis, size in zip(names, over, x.shape, strict=True):
             where = jax.tree_util.keystr(path, simple=True, separator=".")
             _require_divided(f"{where} ({name})", size, mesh, axis)
@@ -124,13 +130,23 @@ def cache_shardings(cache: KVCache, mesh: Mesh) -> KVCache:
 
 
 def state_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
-    """Of the state between rounds: beside the cache, every array has the batch first."""
+    """Of the state between rounds."""
+    return shardings(state, state_axes(state), mesh)
+
+
+def state_axes(state: DecodeState) -> DecodeState:
+    """The logical axes of every array of a state: the batch first."""
     names = [field.name for field in dataclasses.fields(state) if field.name != "cache"]
     rest = {name: getattr(state, name) for name in names}
     axes = jax.tree.map(lambda x: ("batch", *["whole"] * (x.ndim - 1)), rest)
-    return dataclasses.replace(
-        state, cache=cache_shardings(state.cache, mesh), **shardings(rest, axes, mesh)
-    )
+    axes["memory"] = jax.tree.map(memory_axes, state.memory)
+    return dataclasses.replace(state, cache=logical_axes(state.cache), **axes)
+
+
+def memory_axes(x: jax.Array) -> tuple[str, ...]:
+    """Of what a draft policy remembers: votes [B, L, K, T/G], or numbers of a sequence."""
+    votes = ("batch", "layers", "kv_heads", "tiles")
+    return votes if x.ndim == 4 else ("batch", *["whole"] * (x.ndim - 1))
 
 
 def place(tree: Any, where: Any) -> Any:

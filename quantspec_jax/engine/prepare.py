@@ -22,6 +22,7 @@ from quantspec_jax.generate.policies import Policy, policy
 from quantspec_jax.generate.requests import Requests, requests
 from quantspec_jax.generate.state import Program
 from quantspec_jax.loading import Model
+from quantspec_jax.sharding import mesh_of
 from quantspec_jax.text.prompts import read_prompts
 
 
@@ -93,6 +94,8 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
     if config.mode == "quantspec":
         most = min(MOST_DRAFTED, config.group_size - 1)
         gamma = most if config.gamma == "auto" else int(config.gamma)
+    mesh = mesh_of(model.params)
+    mesh = None if mesh.size == 1 else mesh
     cache = CacheConfig(
         max_length=length,
         group_size=config.group_size,
@@ -110,6 +113,7 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         coupling=coupling(config.coupling),
         sampled=known_sampled(config.temperature > 0),
         backend=config.backend,
+        mesh=mesh,
     )
     return program, min(bucket(longest), length)
 

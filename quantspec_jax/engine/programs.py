@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from quantspec_jax.cache import create
 from quantspec_jax.generate.loop import generate_tokens
@@ -42,7 +43,7 @@ class Programs:
         """The executable for arguments of these forms (arrays or their shapes), and the seconds it
         took to make: 0 where it existed."""
         leaves, tree = jax.tree.flatten(args)
-        forms = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        forms = tuple((jnp.shape(x), jnp.result_type(x), _mesh(x)) for x in leaves)
         key = (id(function), tree, forms, tuple(sorted(static.items())))
         with self._lock:
             if key in self._kept:
@@ -57,6 +58,12 @@ class Programs:
             while len(self._kept) > self.most:
                 self._kept.popitem(last=False)
         return executable, time.perf_counter() - started
+
+
+def _mesh(x: Any) -> Any:
+    """How an array is split over devices; None: it is not."""
+    where = getattr(x, "sharding", None)
+    return where if isinstance(where, NamedSharding) else None
 
 
 PROGRAMS = Programs()
