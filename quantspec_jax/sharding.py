@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import (
     AxisType,
@@ -43,8 +45,10 @@ RULES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def one_device(device: jax.Device | None = None) -> Mesh:
-    """The mesh of one device, the default one where none is named."""
+def one_device(device: jax.Device | Mesh | None = None) -> Mesh:
+    """The mesh of one device, the default one where none is named; a mesh as it is."""
+    if isinstance(device, Mesh):
+        return device
     return Mesh(np.array([device or jax.devices()[0]]), ("tp",))
 
 
@@ -72,10 +76,7 @@ def shardings(tree: Any, axes: Any, mesh: Mesh) -> Any:
     Raises:
       ValueError: the mesh has another axis than the rules, or does not divide a dimension.
     """
-    names = sorted(set(RULES.values()))
-    require(set(mesh.axis_names) <= set(names), "mesh axes", mesh.axis_names, ", ".join(names))
-    automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
-    require(automatic, "mesh axis_types", mesh.axis_types, "AxisType.Auto")
+    _check_axes(mesh)
 
     def one(path: Any, x: Any, names: tuple[str, ...]) -> Sharding:
         if mesh.size == 1:
@@ -87,6 +88,35 @@ def shardings(tree: Any, axes: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*over))
 
     return jax.tree_util.tree_map_with_path(one, tree, axes)
+
+
+def _check_axes(mesh: Mesh) -> None:
+    names = sorted(set(RULES.values()))
+    require(set(mesh.axis_names) <= set(names), "mesh axes", mesh.axis_names, ", ".join(names))
+    automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
+    require(automatic, "mesh axis_types", mesh.axis_types, "AxisType.Auto")
+
+
+def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+    """ValueError unless the model can be split over the mesh, before anything of it is read."""
+    _check_axes(mesh)
+    config = heads_over(config, mesh)
+    for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
+        _require_divided(name, getattr(config, name), mesh, "tp")
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """A mesh of the first devices that there are, {"tp": 2, "cp": 2}.
+
+    Raises:
+      ValueError: an axis that there is not, or more devices than there are.
+    """
+    number, there = math.prod(sizes.values()), len(jax.devices())
+    require(min(sizes.values()) >= 1, "mesh", dict(sizes), "axes of 1 and more devices")
+    require(number <= there, "mesh", dict(sizes), f"at most {there} devices, as many as there are")
+    mesh = Mesh(np.array(jax.devices()[:number]).reshape(tuple(sizes.values())), tuple(sizes))
+    _check_axes(mesh)
+    return mesh
 
 
 def _require_divided(what: str, size: int, mesh: Mesh, axis: str | None) -> None:
@@ -115,6 +145,37 @@ def parameter_axes(config: ModelConfig, params: Params) -> Params:
         return inputs, outputs
 
     return nest({path: axes(path, leaf) for path, leaf in flatten(params).items()})
+
+
+def heads_over(config: ModelConfig, mesh: Mesh) -> ModelConfig:
+    """The model with as many key-value heads as devices, where it has fewer: each is there several
+    times (`with_heads`)."""
+    devices, heads = mesh.shape.get(RULES["kv_heads"], 1), config.num_kv_heads
+    if heads >= devices or devices % heads:
+        return config
+    return dataclasses.replace(config, num_kv_heads=devices)
+
+
+def with_heads(config: ModelConfig, params: Params, heads: int) -> Params:
+    """Parameters with `heads` key-value heads, a multiple of the model's, each of which is there
+    several times side by side: what attention makes of them is the same."""
+    times = heads // config.num_kv_heads
+    if times == 1:
+        return params
+
+    def repeated(x: jax.Array, axis: int) -> jax.Array:
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        by_head = x.reshape(*before, config.num_kv_heads, -1, *after)
+        return jnp.repeat(by_head, times, axis).reshape(*before, -1, *after)
+
+    def one(path: str, leaf: Any) -> Any:
+        name = path.split(".")[-2:]
+        if name[0] not in ("k", "v") or name[1] == "order":
+            return leaf
+        strips = isinstance(leaf, TiledWeight)  # the outputs are their second axis, else the last
+        return jax.tree.map(lambda x: repeated(x, 1 if strips else x.ndim - 1), leaf)
+
+    return nest({path: one(path, leaf) for path, leaf in flatten(params).items()})
 
 
 def param_shardings(config: ModelConfig, params: Params, mesh: Mesh) -> Params:
@@ -176,13 +237,17 @@ def place_state(state: DecodeState, mesh: Mesh) -> DecodeState:
 
 def place_model(model: Model, mesh: Mesh) -> Model:
     """The model on a mesh, its draft too, which shares the arrays it has of the target."""
-    params = place_params(model.config, model.params, mesh)
+    config = heads_over(model.config, mesh)
+    params = with_heads(model.config, model.params, config.num_kv_heads)
+    params = place_params(config, params, mesh)
     target, placed = flatten(model.params), flatten(params)
+    own = with_heads(model.config, model.draft_params, config.num_kv_heads)
+    shared = flatten(model.draft_params)
     draft = {
-        path: placed[path] if leaf is target.get(path) else leaf
-        for path, leaf in flatten(model.draft_params).items()
+        path: placed[path] if shared[path] is target.get(path) else leaf
+        for path, leaf in flatten(own).items()
     }
     moved = copy.copy(model)
-    moved.params = params
-    moved.draft_params = place_params(model.config, nest(draft), mesh)
+    moved.config, moved.params = config, params
+    moved.draft_params = place_params(config, nest(draft), mesh)
     return moved

@@ -79,12 +79,12 @@ class Runner:
         self._parts = {"weights": tree_bytes(model.params)}
         self._made = {"weights"}
         if program.gamma:
-            self._parts["draft"] = draft_bytes(model.config, model.draft)
+            self._parts["draft"] = draft_bytes(model.config, model.draft) // program.axes.tp
             if model.has_draft_arrays:
                 self._made.add("draft")
         if free_bytes() is not None:
             cache = jax.eval_shape(lambda: create(model.config, program.cache, batch))
-            self._parts["cache"] = tree_bytes(cache)
+            self._parts["cache"] = tree_bytes(cache) // program.axes.size
         self._checked: set[Any] = set()  # executables whose memory is known to be there
         # A runner's arguments keep their forms: to look these up again takes milliseconds a chunk.
         self._decoders: dict[Program, Any] = {}
