@@ -139,6 +139,8 @@ class Engine:
             require(not looks, "draft_policy", config.draft_policy, allowed)
         self.model, self.config, self.slots = model, config, slots
         self.program, self.padded = program_for(model, config, longest)
+        parts = self.program.axes.dp
+        require(slots % parts == 0, "prompts", slots, f"multiples of {parts}, the mesh's dp")
         self.capacity = bucket(config.max_new_tokens)
         self.prefixes = prefixes
         self.clock = Clock()
