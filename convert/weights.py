@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
+from jax.sharding import Mesh
 import numpy as np
 from tqdm import tqdm
 
@@ -201,7 +202,7 @@ def load_parameters(
     parameters: Iterable[Parameter],
     dtype: np.dtype,
     *,
-    device: jax.Device | None = None,
+    device: jax.Device | Mesh | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Streams each tensor to the device: the nested tree of `parameter_shapes`, in `dtype`.

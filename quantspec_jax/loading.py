@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from pallas_kernels.rope_append.heads import Heads
@@ -19,7 +20,7 @@ from quantspec_jax.models.attention import causal_attention
 from quantspec_jax.models.config import ModelConfig, RopeScaling
 from quantspec_jax.models.decoder import forward, unembed
 from quantspec_jax.models.parameters import Params, check_params
-from quantspec_jax.sharding import mesh_of, place_params
+from quantspec_jax.sharding import check_mesh, mesh_of, place_model, place_params
 from quantspec_jax.weights.entries import draft_tree, quantize_params
 from quantspec_jax.weights.formats import DraftConfig
 from quantspec_jax.weights.sizes import layer_formats
@@ -134,6 +135,7 @@ def load(
     draft: DraftConfig | str | Path | None = None,
     *,
     rope: RopeScaling | None = None,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Load a model.
 
@@ -146,6 +148,8 @@ def load(
         4-bit checkpoint of the same model (GGUF, GPTQ, AWQ) whose codes become the draft's.
       rope: a RoPE scaling that stretches the model's context, in place of the checkpoint's own
         (`ModelConfig.scaled`); None: the checkpoint's. No draft's weights depend on it.
+      mesh: of devices that hold the model together, with axes `tp`, `cp` and `dp`
+        (`quantspec_jax.sharding`); each reads its part. None: the default device.
 
     Turns JAX's persistent compilation cache on (`quantspec_jax.compilation_cache`).
 
@@ -158,14 +162,16 @@ def load(
 
     checkpoint = convert.open_source(str(source), rope)
     config = checkpoint.config
+    if mesh is not None:
+        check_mesh(config, mesh)
     if isinstance(draft, str | Path):
         quantized = convert.open_draft(draft, config)
-        params = checkpoint.load(dtype)
-        return Model(config, params, checkpoint.tokenizer, *quantized.load(params))
-    if draft is not None:
-        _check_made_at_load(config, draft)
-    stored = checkpoint.load_draft() if draft is None else None
-    params = checkpoint.load(dtype)
-    if stored is not None:
-        return Model(config, params, checkpoint.tokenizer, *stored)
-    return Model(config, params, checkpoint.tokenizer, draft)
+        params = checkpoint.load(dtype, device=mesh)
+        model = Model(config, params, checkpoint.tokenizer, *quantized.load(params))
+    else:
+        if draft is not None:
+            _check_made_at_load(config, draft)
+        stored = checkpoint.load_draft() if draft is None else None
+        params = checkpoint.load(dtype, device=mesh)
+        model = Model(config, params, checkpoint.tokenizer, *(stored or (draft,)))
+    return model if mesh is None else place_model(model, mesh)

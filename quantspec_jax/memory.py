@@ -10,8 +10,14 @@ import jax
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays (or shapes) of a tree."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Bytes of all arrays (or shapes) of a tree, on one device."""
+    return sum(math.prod(_own_shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _own_shape(x: Any) -> tuple[int, ...]:
+    """Of a device's part."""
+    where = getattr(x, "sharding", None)
+    return x.shape if where is None else where.shard_shape(x.shape)
 
 
 def temporary_bytes(executable: Any) -> int:

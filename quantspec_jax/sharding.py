@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import (
     AxisType,
@@ -43,8 +45,10 @@ RULES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def one_device(device: jax.Device | None = None) -> Mesh:
-    """The mesh of one device, the default one where none is named."""
+def one_device(device: jax.Device | Mesh | None = None) -> Mesh:
+    """The mesh of one device, the default one where none is named; a mesh as it is."""
+    if isinstance(device, Mesh):
+        return device
     return Mesh(np.array([device or jax.devices()[0]]), ("tp",))
 
 
@@ -57,6 +61,12 @@ def mesh_of(params: Params) -> Mesh:
     return mesh if isinstance(mesh, Mesh) else one_device(*embedding.devices())
 
 
+def axis_of(name: str, mesh: Mesh) -> str | None:
+    """The mesh's axis over which a logical one is split; None: over none."""
+    axis = RULES.get(name)
+    return axis if axis in mesh.shape else None
+
+
 def shardings(tree: Any, axes: Any, mesh: Mesh) -> Any:
     """The tree with a sharding in place of each array, or shape.
 
@@ -66,21 +76,47 @@ def shardings(tree: Any, axes: Any, mesh: Mesh) -> Any:
     Raises:
       ValueError: the mesh has another axis than the rules, or does not divide a dimension.
     """
-    names = sorted(set(RULES.values()))
-    require(set(mesh.axis_names) <= set(names), "mesh axes", mesh.axis_names, ", ".join(names))
-    automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
-    require(automatic, "mesh axis_types", mesh.axis_types, "AxisType.Auto")
+    _check_axes(mesh)
 
     def one(path: Any, x: Any, names: tuple[str, ...]) -> Sharding:
         if mesh.size == 1:
             return SingleDeviceSharding(mesh.devices.item())
-        over = [RULES.get(name) if RULES.get(name) in mesh.shape else None for name in names]
+        over = [axis_of(name, mesh) for name in names]
         for name, axis, size in zip(names, over, x.shape, strict=True):
             where = jax.tree_util.keystr(path, simple=True, separator=".")
             _require_divided(f"{where} ({name})", size, mesh, axis)
         return NamedSharding(mesh, PartitionSpec(*over))
 
     return jax.tree_util.tree_map_with_path(one, tree, axes)
+
+
+def _check_axes(mesh: Mesh) -> None:
+    names = sorted(set(RULES.values()))
+    require(set(mesh.axis_names) <= set(names), "mesh axes", mesh.axis_names, ", ".join(names))
+    automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
+    require(automatic, "mesh axis_types", mesh.axis_types, "AxisType.Auto")
+
+
+def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+    """ValueError unless the model can be split over the mesh, before anything of it is read."""
+    _check_axes(mesh)
+    config = heads_over(config, mesh)
+    for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
+        _require_divided(name, getattr(config, name), mesh, "tp")
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """A mesh of the first devices that there are, {"tp": 2, "cp": 2}.
+
+    Raises:
+      ValueError: an axis that there is not, or more devices than there are.
+    """
+    number, there = math.prod(sizes.values()), len(jax.devices())
+    require(min(sizes.values()) >= 1, "mesh", dict(sizes), "axes of 1 and more devices")
+    require(number <= there, "mesh", dict(sizes), f"at most {there} devices, as many as there are")
+    mesh = Mesh(np.array(jax.devices()[:number]).reshape(tuple(sizes.values())), tuple(sizes))
+    _check_axes(mesh)
+    return mesh
 
 
 def _require_divided(what: str, size: int, mesh: Mesh, axis: str | None) -> None:
@@ -111,6 +147,37 @@ def parameter_axes(config: ModelConfig, params: Params) -> Params:
     return nest({path: axes(path, leaf) for path, leaf in flatten(params).items()})
 
 
+def heads_over(config: ModelConfig, mesh: Mesh) -> ModelConfig:
+    """The model with as many key-value heads as devices, where it has fewer: each is there several
+    times (`with_heads`)."""
+    devices, heads = mesh.shape.get(RULES["kv_heads"], 1), config.num_kv_heads
+    if heads >= devices or devices % heads:
+        return config
+    return dataclasses.replace(config, num_kv_heads=devices)
+
+
+def with_heads(config: ModelConfig, params: Params, heads: int) -> Params:
+    """Parameters with `heads` key-value heads, a multiple of the model's, each of which is there
+    several times side by side: what attention makes of them is the same."""
+    times = heads // config.num_kv_heads
+    if times == 1:
+        return params
+
+    def repeated(x: jax.Array, axis: int) -> jax.Array:
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        by_head = x.reshape(*before, config.num_kv_heads, -1, *after)
+        return jnp.repeat(by_head, times, axis).reshape(*before, -1, *after)
+
+    def one(path: str, leaf: Any) -> Any:
+        name = path.split(".")[-2:]
+        if name[0] not in ("k", "v") or name[1] == "order":
+            return leaf
+        strips = isinstance(leaf, TiledWeight)  # the outputs are their second axis, else the last
+        return jax.tree.map(lambda x: repeated(x, 1 if strips else x.ndim - 1), leaf)
+
+    return nest({path: one(path, leaf) for path, leaf in flatten(params).items()})
+
+
 def param_shardings(config: ModelConfig, params: Params, mesh: Mesh) -> Params:
     """Of the target's parameters, or a draft's: no head is split."""
     _require_divided("num_heads", config.num_heads, mesh, RULES["heads"])
@@ -124,13 +191,23 @@ def cache_shardings(cache: KVCache, mesh: Mesh) -> KVCache:
 
 
 def state_shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
-    """Of the state between rounds: beside the cache, every array has the batch first."""
+    """Of the state between rounds."""
+    return shardings(state, state_axes(state), mesh)
+
+
+def state_axes(state: DecodeState) -> DecodeState:
+    """The logical axes of every array of a state: the batch first."""
     names = [field.name for field in dataclasses.fields(state) if field.name != "cache"]
     rest = {name: getattr(state, name) for name in names}
     axes = jax.tree.map(lambda x: ("batch", *["whole"] * (x.ndim - 1)), rest)
-    return dataclasses.replace(
-        state, cache=cache_shardings(state.cache, mesh), **shardings(rest, axes, mesh)
-    )
+    axes["memory"] = jax.tree.map(memory_axes, state.memory)
+    return dataclasses.replace(state, cache=logical_axes(state.cache), **axes)
+
+
+def memory_axes(x: jax.Array) -> tuple[str, ...]:
+    """Of what a draft policy remembers: votes [B, L, K, T/G], or numbers of a sequence."""
+    votes = ("batch", "layers", "kv_heads", "tiles")
+    return votes if x.ndim == 4 else ("batch", *["whole"] * (x.ndim - 1))
 
 
 def place(tree: Any, where: Any) -> Any:
@@ -160,13 +237,17 @@ def place_state(state: DecodeState, mesh: Mesh) -> DecodeState:
 
 def place_model(model: Model, mesh: Mesh) -> Model:
     """The model on a mesh, its draft too, which shares the arrays it has of the target."""
-    params = place_params(model.config, model.params, mesh)
+    config = heads_over(model.config, mesh)
+    params = with_heads(model.config, model.params, config.num_kv_heads)
+    params = place_params(config, params, mesh)
     target, placed = flatten(model.params), flatten(params)
+    own = with_heads(model.config, model.draft_params, config.num_kv_heads)
+    shared = flatten(model.draft_params)
     draft = {
-        path: placed[path] if leaf is target.get(path) else leaf
-        for path, leaf in flatten(model.draft_params).items()
+        path: placed[path] if shared[path] is target.get(path) else leaf
+        for path, leaf in flatten(own).items()
     }
     moved = copy.copy(model)
-    moved.params = params
-    moved.draft_params = place_params(model.config, nest(draft), mesh)
+    moved.config, moved.params = config, params
+    moved.draft_params = place_params(config, nest(draft), mesh)
     return moved

@@ -28,6 +28,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
 from convert.files.checksums import verified
@@ -40,7 +41,7 @@ from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import flatten, linear_layers, nest, parameter_shapes
 from quantspec_jax.notices import notice
 from quantspec_jax.settings import Settings
-from quantspec_jax.sharding import one_device, param_shardings
+from quantspec_jax.sharding import one_device, parameter_axes, shardings
 from quantspec_jax.stored_kv import StoredKV
 from quantspec_jax.weights.entries import quantize_params
 from quantspec_jax.weights.formats import DraftConfig
@@ -311,7 +312,7 @@ def load_weights(
     directory: Path,
     config: ModelConfig,
     dtype: np.dtype,
-    device: jax.Device | None,
+    device: jax.Device | Mesh | None,
     sums: Mapping[str, str],
 ) -> dict[str, Any]:
     """The parameters in `dtype`; `sums`: `Header.checksums`."""
@@ -329,8 +330,8 @@ def _weight_shapes(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     return nest({path: jax.ShapeDtypeStruct(s.shape, dtype) for path, s in shapes.items()})
 
 
-def _on(device: jax.Device | None, config: ModelConfig, shapes: dict[str, Any]) -> dict[str, Any]:
-    where = param_shardings(config, shapes, one_device(device))
+def _on(device: jax.Device | Mesh | None, config: ModelConfig, shapes: dict[str, Any]) -> dict[str, Any]:
+    where = shardings(shapes, parameter_axes(config, shapes), one_device(device))
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where
     )

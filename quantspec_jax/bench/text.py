@@ -37,6 +37,7 @@ from quantspec_jax.checks import require
 from quantspec_jax.commands.options import (
     add_draft,
     add_dtype,
+    add_mesh,
     add_model,
     add_reading,
     add_rope,
@@ -118,6 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--seed", type=seed, default=0, metavar="N", help="default: 0")
     add_dtype(parser)
     add_draft(parser)
+    add_mesh(parser)
     add_rope(parser)
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to use (auto)")
     parser.add_argument(

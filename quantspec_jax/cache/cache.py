@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.shapes import CacheKV, Each, EachDue, shaped
+from quantspec_jax.axes import ONE, Axes
 from quantspec_jax.cache import schedule
 from quantspec_jax.cache.codecs.codec import planes_of
 from quantspec_jax.cache.config import CacheConfig
@@ -63,20 +64,23 @@ def flush_due(cache: KVCache) -> EachDue:
     return full & bool(planes_of(cache.layers[0]))
 
 
-def flush(cache: KVCache, backend: str = "auto") -> KVCache:
-    """Code F1 of every sequence whose F2 is full; its slots are the next F2. Others stay."""
+def flush(cache: KVCache, backend: str = "auto", axes: Axes = ONE) -> KVCache:
+    """Code F1 of every sequence whose F2 is full; its slots are the next F2. Others stay. The
+    device codes the tile that has it."""
     if not planes_of(cache.layers[0]):
         return cache
     g = cache.group_size
     due, tile = flush_due(cache), cache.quantized_length // g
-    order = jnp.argsort(~due)  # those that are due come first
+    here, place = due & axes.has_tile(tile), axes.tiles_before(tile)
+    order = jnp.argsort(~here)  # those that are due come first
 
     # A loop over them: as much work as there is to do, in as little code for any batch.
     def one(n: jax.Array, layers: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
         b = order[n]
-        return tuple(cache.codec.encode_tile(layer, b, tile[b], g, backend) for layer in layers)
+        call = (b, tile[b], place[b], g, backend)
+        return tuple(cache.codec.encode_tile(layer, *call) for layer in layers)
 
-    layers = jax.lax.fori_loop(0, due.sum(), one, cache.layers)
+    layers = jax.lax.fori_loop(0, here.sum(), one, cache.layers)
     moved = cache.quantized_length + jnp.where(due, g, 0)
     return dataclasses.replace(cache, layers=layers, quantized_length=moved)
 

@@ -14,6 +14,7 @@ from quantspec_jax.commands import terminal
 from quantspec_jax.commands.options import (
     add_draft,
     add_dtype,
+    add_mesh,
     add_model,
     add_reading,
     add_rope,
@@ -54,6 +55,7 @@ def add(commands: Any) -> None:
     add_dtype(parser)
     add_options(parser)
     add_draft(parser)
+    add_mesh(parser)
     add_rope(parser)
     parser.add_argument(
         "--prefill", choices=PREFILLS, help="read the prompt as a whole, or in tiles (whole)"

@@ -15,6 +15,8 @@ from quantspec_jax.models.config import ROPE_SCALINGS, RopeScaling
 from quantspec_jax.weights.formats import DraftConfig
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from quantspec_jax.loading import Model
     from quantspec_jax.models.config import ModelConfig
 
@@ -139,7 +141,40 @@ def load_model(args: argparse.Namespace, draft: DraftConfig | str | None) -> Mod
         stored = convert.open_source(args.model).draft_config
         if stored is not None:
             terminal.notice(f"draft options override the stored draft ({stored.describe()})")
-    return qs.load(args.model, dtype=args.dtype, draft=draft, rope=rope(args))
+    return qs.load(args.model, dtype=args.dtype, draft=draft, rope=rope(args), mesh=mesh(args))
+
+
+# Several devices
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """--mesh."""
+    parser.add_argument(
+        "--mesh",
+        type=mesh_sizes,
+        metavar="AXIS=N",
+        help="devices that hold the model together, such as tp=2,cp=2: tp splits heads, channels "
+        "and vocabulary, cp the context, dp the prompts (one device)",
+    )
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """An option's value: axes and their sizes, in order."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, equal, number = part.partition("=")
+        if axis not in ("tp", "cp", "dp") or not equal or not number.isdecimal() or axis in sizes:
+            raise argparse.ArgumentTypeError(f"{text!r} is not tp=N,cp=N,dp=N or some of these")
+        sizes[axis] = int(number)
+    return sizes
+
+
+def mesh(args: argparse.Namespace) -> Mesh | None:
+    """What --mesh says; None where it was not given."""
+    from quantspec_jax.sharding import make_mesh
+
+    sizes = getattr(args, "mesh", None)
+    return None if sizes is None else make_mesh(sizes)
 
 
 # Rotary position embedding

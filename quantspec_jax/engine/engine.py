@@ -136,6 +136,8 @@ class Engine:
         require(slots >= 1, "slots", slots, "an integer ≥ 1")
         self.model, self.config, self.slots = model, config, slots
         self.program, self.padded = program_for(model, config, longest)
+        parts = self.program.axes.dp
+        require(slots % parts == 0, "prompts", slots, f"multiples of {parts}, the mesh's dp")
         self.capacity = bucket(config.max_new_tokens)
         self.prefixes = prefixes
         self.clock = Clock()

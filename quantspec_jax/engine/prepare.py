@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch
+from quantspec_jax.axes import Axes
+from quantspec_jax.cache.codecs import codec_of
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.checks import require
 from quantspec_jax.cost import best_reading
@@ -20,8 +22,9 @@ from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.couplings import coupling
 from quantspec_jax.generate.policies import Policy, policy
 from quantspec_jax.generate.requests import Requests, requests
-from quantspec_jax.generate.state import Program
+from quantspec_jax.generate.state import Program, axes_of
 from quantspec_jax.loading import Model
+from quantspec_jax.sharding import mesh_of
 from quantspec_jax.text.prompts import read_prompts
 
 
@@ -93,6 +96,10 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
     if config.mode == "quantspec":
         most = min(MOST_DRAFTED, config.group_size - 1)
         gamma = most if config.gamma == "auto" else int(config.gamma)
+    mesh = mesh_of(model.params)
+    mesh = None if mesh.size == 1 else mesh
+    if mesh is not None:
+        check_over_mesh(config, axes_of(mesh))
     cache = CacheConfig(
         max_length=length,
         group_size=config.group_size,
@@ -110,8 +117,23 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         coupling=coupling(config.coupling),
         sampled=known_sampled(config.temperature > 0),
         backend=config.backend,
+        mesh=mesh,
     )
     return program, min(bucket(longest), length)
+
+
+def check_over_mesh(config: GenerateConfig, axes: Axes) -> None:
+    """NotImplementedError for what runs on one device alone."""
+    reasons = {
+        "prefill 'tiles'": config.prefill == "tiles",
+        f"kv '{config.target_view}' with a mesh axis cp": axes.cp > 1
+        and not codec_of(config.target_view).num_tiles(1, config.group_size),
+        "draft_policy 'snapkv' with a mesh axis cp": axes.cp > 1
+        and config.draft_policy == "snapkv",
+    }
+    for what, asked in reasons.items():
+        if asked:
+            raise NotImplementedError(f"{what} is not there over several devices")
 
 
 def draft_policy(model: Model, config: GenerateConfig, length: int, most: int) -> Policy:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from quantspec_jax.cache import create
 from quantspec_jax.engine.draft_cost import with_gamma
@@ -45,7 +46,7 @@ class Programs:
         """The executable for arguments of these forms (arrays or their shapes), and the seconds it
         took to make: 0 where it existed."""
         leaves, tree = jax.tree.flatten(args)
-        forms = tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        forms = tuple((jnp.shape(x), jnp.result_type(x), _mesh(x)) for x in leaves)
         key = (id(function), tree, forms, tuple(sorted(static.items())))
         with self._lock:
             if key in self._kept:
@@ -62,6 +63,12 @@ class Programs:
         return executable, time.perf_counter() - started
 
 
+def _mesh(x: Any) -> Any:
+    """How an array is split over devices; None: it is not."""
+    where = getattr(x, "sharding", None)
+    return where if isinstance(where, NamedSharding) else None
+
+
 PROGRAMS = Programs()
 
 
@@ -75,12 +82,12 @@ class Runner:
         self._parts = {"weights": tree_bytes(model.params)}
         self._made = {"weights"}
         if program.gamma:
-            self._parts["draft"] = draft_bytes(model.config, model.draft)
+            self._parts["draft"] = draft_bytes(model.config, model.draft) // program.axes.tp
             if model.has_draft_arrays:
                 self._made.add("draft")
         if free_bytes() is not None:
             cache = jax.eval_shape(lambda: create(model.config, program.cache, batch))
-            self._parts["cache"] = tree_bytes(cache)
+            self._parts["cache"] = tree_bytes(cache) // program.axes.size
         self._checked: set[Any] = set()  # executables whose memory is known to be there
         # A runner's arguments keep their forms: to look these up again takes milliseconds a chunk.
         self._decoders: dict[Program, Any] = {}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_attention.api import Pages, Read, kv_attention
+from pallas_kernels.kv_attention.api import Attended, Pages, Read, kv_attention
 from pallas_kernels.rope_append.api import Heads, rope_append
 from pallas_kernels.shapes import Each, Ids, Logits, shaped
 from quantspec_jax.cache import KVCache, LayerCache
@@ -41,8 +41,44 @@ def cache_pass(
     return observed_pass(params, program, cache, tokens, start, read, pages)[:2]
 
 
+def attention(
+    q: jax.Array,
+    layer: LayerCache,
+    cache: KVCache,
+    start: jax.Array,
+    pages: Pages | None,
+    read: Read,
+    program: Program,
+    masses: bool,
+) -> Attended:
+    """`kv_attention` over the tiles of all devices: each reads its own, the first one the buffer,
+    too, and the parts are merged by their log-sum-exp (Flash-Decoding, arXiv 2311.01282)."""
+    axes, coded, start_here, dtype = program.axes, cache.quantized_length, start, q.dtype
+    if axes.cp > 1:
+        b, k, places = layer.keys.upper.shape[:3]
+        if pages is None:
+            every = jnp.broadcast_to(jnp.arange(places, dtype=jnp.int32), (b, k, places))
+            pages = Pages(every, axes.tiles_before(coded // cache.group_size))
+        before_buffer = coded - q.shape[1]
+        start_here, dtype = jnp.where(axes.part("cp") == 0, start, before_buffer), jnp.float32
+    found = kv_attention(
+        q,
+        layer,
+        coded,
+        start_here,
+        read=read,
+        sm_scale=program.model.head_dim**-0.5,
+        pages=pages,
+        page_log_sums=masses,
+        out_dtype=dtype,
+        backend=program.backend,
+    )
+    out, log_sum_exp = axes.merged(found.out, found.log_sum_exp)
+    return found._replace(out=out.astype(q.dtype), log_sum_exp=log_sum_exp)
+
+
 Layer = tuple[LayerCache, Pages | None]
-Attended = tuple[LayerCache, jax.Array | None]
+After = tuple[LayerCache, jax.Array | None]
 
 
 def observed_pass(
@@ -59,21 +95,10 @@ def observed_pass(
     """`cache_pass`, which with `masses` gives of each layer [B, S, H, T/G] float32, the share of a
     row's attention that each page has."""
 
-    def attend(state: Layer, heads: Heads) -> tuple[jax.Array, Attended]:
+    def attend(state: Layer, heads: Heads) -> tuple[jax.Array, After]:
         layer, listed = state
         q, layer = rope_append(heads, layer, start, backend=program.backend)
-        found = kv_attention(
-            q,
-            layer,
-            cache.quantized_length,
-            start,
-            read=read,
-            sm_scale=program.model.head_dim**-0.5,
-            pages=listed,
-            page_log_sums=masses,
-            out_dtype=q.dtype,
-            backend=program.backend,
-        )
+        found = attention(q, layer, cache, start, listed, read, program, masses)
         mass = None
         if found.page_log_sums is not None:
             mass = jnp.exp(found.page_log_sums - found.log_sum_exp[..., None])
@@ -89,8 +114,9 @@ def observed_pass(
         attend,
         rope_length=program.cache.max_length,
         backend=program.backend,
+        axes=program.axes,
     )
-    logits = unembed(params, hidden, program.backend)
+    logits = unembed(params, hidden, program.backend, program.axes)
     layers = tuple(layer for layer, _ in made)
     seen = [mass for _, mass in made] if masses else None
     return logits, dataclasses.replace(cache, layers=layers), seen

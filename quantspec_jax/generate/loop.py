@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_attention.read import Pages
-from quantspec_jax.cache import KVCache, flush, flush_due, rollback, schedule
+from quantspec_jax.cache import flush, flush_due, rollback, schedule
 from quantspec_jax.generate.accept import Verdict, accept
 from quantspec_jax.generate.draft import draft, no_proposals
 from quantspec_jax.generate.logprobs import score
 from quantspec_jax.generate.policies import Sizes
 from quantspec_jax.generate.requests import is_end
 from quantspec_jax.generate.sampling import not_finite
+from quantspec_jax.generate.split import split
 from quantspec_jax.generate.state import DecodeState, Program, counted
 from quantspec_jax.generate.verify import verify
 from quantspec_jax.models.parameters import Params
@@ -32,6 +33,7 @@ from quantspec_jax.models.parameters import Params
 NO_END = jnp.iinfo(jnp.int32).max
 
 
+@split("params params state whole", "state")
 def generate_tokens(
     params: Params,
     draft_params: Params,
@@ -67,7 +69,7 @@ def generate_tokens(
     # would make XLA copy the buffers.
     def until_flush(carry: Carry) -> Carry:
         state, rounds = jax.lax.while_loop(no_flush_due, body, carry)
-        cache = flush(state.cache, program.backend)
+        cache = flush(state.cache, program.backend, program.axes)
         return dataclasses.replace(state, cache=cache), rounds
 
     return jax.lax.while_loop(unfinished, until_flush, (state, jnp.int32(0)))[0]
@@ -106,23 +108,26 @@ def one_round(
         proposed=state.proposed + counted(jnp.where(active, proposed, 0)),
         accepted=state.accepted + counted(accepted),
         memory=memory,
-        draft_pages=state.draft_pages + _pages_read(state.cache, pages, active & (proposed > 0)),
+        draft_pages=state.draft_pages + _pages_read(state, pages, program, active & (proposed > 0)),
     )
     return _emit(state, proposals.tokens, verdict, logits if program.logprobs else None)
 
 
 def pages_to_read(state: DecodeState, program: Program) -> tuple[Pages, ...] | None:
     """Those of the planes that the draft reads in each layer; None: all."""
-    cache = program.cache
-    coded = state.cache.quantized_length // cache.group_size
-    sizes = Sizes(program.model.num_layers, program.model.num_kv_heads, cache.num_tiles)
+    cache, axes = program.cache, program.axes
+    coded = axes.tiles_before(state.cache.quantized_length // cache.group_size)
+    tiles = -(-cache.num_tiles // axes.cp)
+    sizes = Sizes(program.model.num_layers, program.model.num_kv_heads // axes.tp, tiles)
     return program.policy.pages(state.memory, coded, sizes)
 
 
-def _pages_read(cache: KVCache, pages: tuple[Pages, ...] | None, drafting: jax.Array) -> jax.Array:
+def _pages_read(
+    state: DecodeState, pages: tuple[Pages, ...] | None, program: Program, drafting: jax.Array
+) -> jax.Array:
     """[B, 2] int32: pages that a draft of this round reads in a layer, and those that there are."""
-    coded = cache.quantized_length // cache.group_size
-    read = coded if pages is None else pages[0].count
+    coded = state.cache.quantized_length // program.cache.group_size
+    read = coded if pages is None else program.axes.of_all_tiles(pages[0].count)
     return jnp.where(drafting[:, None], jnp.stack([read, coded], 1), 0)
 
 

@@ -15,6 +15,7 @@ from quantspec_jax.cache import KVCache, LayerCache, from_prompt
 from quantspec_jax.generate.logprobs import nothing, score
 from quantspec_jax.generate.requests import Requests, is_end
 from quantspec_jax.generate.sampling import Role, choose, not_finite
+from quantspec_jax.generate.split import own_tiles, split
 from quantspec_jax.generate.state import COUNTED, DecodeState, PromptProgram
 from quantspec_jax.models.attention import prompt_attention
 from quantspec_jax.models.decoder import block_params, embed, run_block, unembed
@@ -68,13 +69,15 @@ def prefill(
     return dataclasses.replace(state, cache=cache, memory=memory)
 
 
+@split("params batch", "batch batch")
 def begin(
     params: Params, prompts: jax.Array, *, program: PromptProgram
 ) -> tuple[jax.Array, jax.Array]:
     """[B, P] prompts → the residual stream and its norm before the first block, [B, P, E]."""
-    return embed(params, program.model, prompts)
+    return embed(params, program.model, prompts, program.axes)
 
 
+@split("block whole batch batch batch", "batch batch layer pages")
 def layer(
     block: Params,
     next_norm: jax.Array,
@@ -97,6 +100,8 @@ def layer(
         )
         sizes = {"group_size": cache.group_size, "tiles": cache.num_tiles}
         seen = program.policy.observe(q, k, lengths, sm_scale=sm_scale, **sizes)
+        made = own_tiles(made, program.axes.dealt)
+        seen = None if seen is None else program.axes.dealt(seen)
         # The next block waits for this one's planes: else XLA, given all blocks at once, may keep
         # their keys and values in full precision (64 GiB of Llama-2-7B's at 131,072 tokens).
         out, made, seen = jax.lax.optimization_barrier((out, made, seen))
@@ -105,19 +110,21 @@ def layer(
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     frequencies = rope_frequencies(config.rope, config.head_dim, program.cache.max_length)
     rope = rope_tables(*frequencies, positions)
-    x, h, (made, seen) = run_block(
-        block, next_norm, config, x, h, rope, None, attend, backend=program.backend
-    )
+    options: dict[str, Any] = {"backend": program.backend, "axes": program.axes}
+    x, h, (made, seen) = run_block(block, next_norm, config, x, h, rope, None, attend, **options)
     return x, h, made, seen
 
 
+@split("pages batch", "memory")
 def remember(observed: Sequence[jax.Array], lengths: jax.Array, *, program: PromptProgram) -> Any:
     """What the draft policy remembers of prompts of these lengths, from what it found in each layer
     (`Policy.start`)."""
     g = program.cache.group_size
-    return program.policy.start(observed, program.cache.codec.quantized_length(lengths, g) // g)
+    coded = program.cache.codec.quantized_length(lengths, g) // g
+    return program.policy.start(observed, program.axes.tiles_before(coded))
 
 
+@split("params batch batch batch batch", "state")
 def end(
     params: Params,
     prompts: jax.Array,
@@ -133,7 +140,7 @@ def end(
     first round, the cache's layers left out."""
     b, p = prompts.shape
     rows = jnp.arange(b)
-    logits = unembed(params, hidden[rows, lengths - 1], program.backend)
+    logits = unembed(params, hidden[rows, lengths - 1], program.backend, program.axes)
     in_prompt = jnp.arange(p)[None] < lengths[:, None]
     seen = jnp.zeros((b, program.model.vocab_size), bool)
     seen = seen.at[rows[:, None], prompts].max(in_prompt)

@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from pallas_kernels.kv_attention.read import Read
+from quantspec_jax.axes import ONE, Axes
 from quantspec_jax.cache import KVCache
 from quantspec_jax.cache.codecs import EXACT_TILES
 from quantspec_jax.cache.config import CacheConfig
@@ -23,6 +25,11 @@ from quantspec_jax.models.config import ModelConfig
 COUNTED = 16  # positions of a round that statistics tell apart; the last counts all beyond, too
 
 
+def axes_of(mesh: Mesh | None) -> Axes:
+    """Sizes of a mesh's axes."""
+    return ONE if mesh is None else Axes(**mesh.shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptProgram:
     """Everything static about a prefill: no γ, no coupling."""
@@ -31,6 +38,12 @@ class PromptProgram:
     cache: CacheConfig
     policy: Policy = ALL
     backend: str = "auto"
+    mesh: Mesh | None = None
+
+    @property
+    def axes(self) -> Axes:
+        """Its sizes."""
+        return axes_of(self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +62,7 @@ class Program:
         branch waits for the host.
       backend: which kernels run.
       logprobs: whether the log-probabilities of new tokens are written down.
+      mesh: of the devices that the arrays are split over; None: there is one.
     """
 
     model: ModelConfig
@@ -61,6 +75,7 @@ class Program:
     sampled: bool | None = None
     backend: str = "auto"
     logprobs: bool = False
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         allowed = f"at least gamma + 1 = {self.gamma + 1}"
@@ -72,6 +87,11 @@ class Program:
         views = self.cache.codec.views
         possible = not self.gamma or self.draft_view in (None, *views)
         require(possible, "draft_view", self.draft_view, ", ".join(views))
+
+    @property
+    def axes(self) -> Axes:
+        """Sizes of the mesh."""
+        return axes_of(self.mesh)
 
     @property
     def read(self) -> Read:
@@ -88,7 +108,7 @@ class Program:
     def prompt(self) -> PromptProgram:
         """What the prefill depends on."""
         policy = self.policy if self.policy.observes else ALL
-        return PromptProgram(self.model, self.cache.arrays, policy, self.backend)
+        return PromptProgram(self.model, self.cache.arrays, policy, self.backend, self.mesh)
 
 
 @partial(

@@ -86,7 +86,8 @@ def tile_layer(
             backend="xla" if program.backend == "xla" else "auto",
         )
         # A tile that is not whole is coded, too, and not read: its last code comes later.
-        return found.out, cache.codec.encode_tile(layer, slot, start // g, g, program.backend)
+        tile = start // g
+        return found.out, cache.codec.encode_tile(layer, slot, tile, tile, g, program.backend)
 
     frequencies = rope_frequencies(config.rope, config.head_dim, cache.max_length)
     rope = rope_tables(*frequencies, positions)

@@ -29,6 +29,7 @@ from pallas_kernels.add_rms_norm.xla import rms_norm
 from pallas_kernels.bf16_matmul import api as bf16
 from pallas_kernels.layout import PackedWeight
 from pallas_kernels.rope_append.heads import Heads
+from quantspec_jax.axes import ONE, Axes
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.linear import (
     Activations,
@@ -57,6 +58,7 @@ def forward(
     *,
     rope_length: int,
     backend: str = "auto",
+    axes: Axes = ONE,
 ) -> tuple[Activations, tuple[Any, ...]]:
     """Run the decoder's blocks.
 
@@ -65,26 +67,40 @@ def forward(
       layers: L states, one for each layer, handed to `attend`.
       attend: attention of one layer.
       rope_length: tokens the generation is allocated for (`rope_frequencies`).
+      axes: over which devices the arrays are split.
 
     Returns:
       [B, S, E] hidden states after the final norm, which may be left to `unembed`, and the L new
       states.
     """
     rope = rope_tables(*rope_frequencies(config.rope, config.head_dim, rope_length), positions)
-    x = params["embedding"][tokens]
+    x = _rows_of(params["embedding"], tokens, axes)
     h: Activations = Normed(x, params["layers"]["0"]["attention_norm"], config.rms_norm_eps)
     new_layers = []
     for i, state in enumerate(layers):
         block, norm = block_params(params, i)
-        x, h, state = _run_block(block, norm, config, x, h, rope, state, attend, backend=backend)
+        x, h, state = _run_block(
+            block, norm, config, x, h, rope, state, attend, backend=backend, axes=axes
+        )
         new_layers.append(state)
     return h, tuple(new_layers)
 
 
-def embed(params: Params, config: ModelConfig, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+def embed(
+    params: Params, config: ModelConfig, tokens: jax.Array, axes: Axes = ONE
+) -> tuple[jax.Array, jax.Array]:
     """[B, S] tokens → [B, S, E] residual stream, and its norm that the first block reads."""
-    x = params["embedding"][tokens]
+    x = _rows_of(params["embedding"], tokens, axes)
     return x, rms_norm(x, params["layers"]["0"]["attention_norm"], config.rms_norm_eps)
+
+
+def _rows_of(embedding: jax.Array, tokens: jax.Array, axes: Axes) -> jax.Array:
+    """Rows of a table of which each device has some."""
+    if axes.tp == 1:
+        return embedding[tokens]
+    here = tokens - axes.part("tp") * len(embedding)
+    rows = embedding.at[here].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return axes.summed(rows)
 
 
 def block_params(params: Params, i: int) -> tuple[Params, jax.Array]:
@@ -106,11 +122,12 @@ def run_block(
     attend: Attend,
     *,
     backend: str,
+    axes: Axes = ONE,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """One block: the residual stream x and its norm h, [B, S, E] → those after it, and the state
     that `attend` left."""
     x, left, state = _run_block(
-        block, next_norm, config, x, h, rope, state, attend, backend=backend
+        block, next_norm, config, x, h, rope, state, attend, backend=backend, axes=axes
     )
     return x, computed(left), state
 
@@ -126,13 +143,14 @@ def _run_block(
     attend: Attend,
     *,
     backend: str,
+    axes: Axes,
 ) -> tuple[jax.Array, Activations, Any]:
     """As `run_block`; norms may be left to the products that read them."""
     eps = config.rms_norm_eps
     mixed, state = attention_part(block, config, h, rope, state, attend, backend=backend)
-    x, h = add_norm(x, mixed, block["o"], block["mlp_norm"], eps, backend)
+    x, h = add_norm(x, mixed, block["o"], block["mlp_norm"], eps, backend, axes)
     hidden = mlp_part(block, h, backend=backend)
-    x, h = add_norm(x, hidden, block["down"], next_norm, eps, backend)
+    x, h = add_norm(x, hidden, block["down"], next_norm, eps, backend, axes)
     return x, h, state
 
 
@@ -162,8 +180,15 @@ def mlp_part(block: Params, h: Activations, *, backend: str) -> jax.Array:
     return gated(h, block["gate"], block["up"], backend)
 
 
-def unembed(params: Params, hidden: Activations, backend: str = "auto") -> jax.Array:
+def unembed(
+    params: Params, hidden: Activations, backend: str = "auto", axes: Axes = ONE
+) -> jax.Array:
     """[..., E] hidden states → [..., N] float32 logits."""
+    return axes.joined(_logits(params, hidden, backend))
+
+
+def _logits(params: Params, hidden: Activations, backend: str) -> jax.Array:
+    """Those of this device's part of the vocabulary."""
     if "lm_head" in params and isinstance(params["lm_head"]["kernel"], PackedWeight):
         return products(hidden, [params["lm_head"]], backend)[0]
     # A tied embedding is [N, E]: contract its second axis, so that nothing is transposed.

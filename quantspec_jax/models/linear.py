@@ -24,6 +24,7 @@ from pallas_kernels.int4_matmul.api import int4_matmuls
 from pallas_kernels.int4_matmul.xla import dequantize
 from pallas_kernels.layout import PackedWeight, TiledWeight, untile
 from pallas_kernels.products.around import NOTHING, Around
+from quantspec_jax.axes import ONE, Axes
 from quantspec_jax.dtypes import FLOAT32
 from quantspec_jax.models.parameters import Params
 
@@ -74,17 +75,36 @@ def linear(x: jax.Array, weights: Params, backend: str) -> jax.Array:
 
 
 def add_norm(
-    stream: jax.Array, x: jax.Array, weights: Params, norm: jax.Array, eps: float, backend: str
+    stream: jax.Array,
+    x: jax.Array,
+    weights: Params,
+    norm: jax.Array,
+    eps: float,
+    backend: str,
+    axes: Axes = ONE,
 ) -> tuple[jax.Array, Activations]:
     """The stream [..., E] with a layer's output added, and the norm of that.
 
     The sum is part of the product's launch, and the norm is left to what reads it; where no kernel
-    does that, both are one launch after the product.
+    does that, both are one launch after the product. Devices that have parts of x add theirs first.
     """
+    if axes.tp > 1:
+        y = _over_parts(x, weights, backend, axes)
+        return add_rms_norm(stream, y, norm, eps, backend=backend)
     found = _one_launch(x, [weights], backend, x.dtype, residual=stream)
     if found is not None:
         return found[0], Normed(found[0], norm, eps)
     return add_rms_norm(stream, linear(x, weights, backend), norm, eps, backend=backend)
+
+
+def _over_parts(x: jax.Array, weights: Params, backend: str, axes: Axes) -> jax.Array:
+    """`linear` where each device has a part of x's channels, and their rows of the kernel."""
+    rest = {name: leaf for name, leaf in weights.items() if name not in ("bias", "order")}
+    if "order" in weights:
+        everywhere = axes.joined(x).at[..., weights["order"]]
+        x = axes.own(everywhere.get(mode="promise_in_bounds", unique_indices=True))
+    y = axes.summed(products(x, [rest], backend)[0])
+    return _add_bias(y, weights).astype(x.dtype)
 
 
 def gated(x: Activations, gate: Params, up: Params, backend: str) -> jax.Array:

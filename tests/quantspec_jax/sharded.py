@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+import quantspec_jax as qs
 from pallas_kernels.layout import QuantizedWeight, TiledWeight, tile
 from quantspec_jax import sharding
 from quantspec_jax.cache import KVCache, create
 from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.engine.engine import Engine
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.prefill import prefill
 from quantspec_jax.generate.requests import requests
@@ -105,11 +107,6 @@ def decode_state() -> None:
     sizes = {"dp": 2, "cp": 2, "tp": 2}
     tokens = jax.random.randint(jax.random.key(1), (4, 100), 0, CONFIG.vocab_size)
     wants = requests(GenerateConfig(), None, (), 4)
-    names = {
-        "key_buffer": ("batch", "kv_heads", "slots", "head_dim"),
-        "upper": ("batch", "kv_heads", "tiles", "rows", "bytes"),
-        "scale": ("batch", "kv_heads", "tiles"),
-    }
     for view in ("int8", "full"):
         cache = CacheConfig(128, 16, view)
         program = Program(CONFIG, cache, gamma=4 if view == "int8" else 0)
@@ -118,7 +115,7 @@ def decode_state() -> None:
         placed = sharding.place_state(state, mesh(**sizes))
         assert jax.tree.structure(placed) == jax.tree.structure(state)
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(*map(data, (a, b))), placed, state)
-        check_cache(placed.cache, sizes, names)
+        check_cache(placed.cache, sizes)
         rest = dataclasses.replace(placed, cache=())  # type: ignore[arg-type]
         for x in jax.tree.leaves(rest):
             check_split(x, ("batch", *["whole"] * (x.ndim - 1)), sizes)
@@ -128,7 +125,8 @@ def data(x: jax.Array) -> jax.Array:
     return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
-def check_cache(cache: KVCache, sizes: dict[str, int], names: dict[str, tuple[str, ...]]) -> None:
+def check_cache(cache: KVCache, sizes: dict[str, int]) -> None:
+    names = CACHE_NAMES
     for x in (cache.length, cache.quantized_length):
         check_split(x, ("batch",), sizes)
     for layer in cache.layers:
@@ -142,6 +140,11 @@ def check_cache(cache: KVCache, sizes: dict[str, int], names: dict[str, tuple[st
                     check_split(x, (*names["scale"], "head_dim"), sizes)
 
 
+CACHE_NAMES = {
+    "key_buffer": ("batch", "kv_heads", "slots", "head_dim"),
+    "upper": ("batch", "kv_heads", "tiles", "rows", "bytes"),
+    "scale": ("batch", "kv_heads", "tiles"),
+}
 SCALES = ("batch", "kv_heads", "tiles", "value_groups", "tokens")
 
 
@@ -185,7 +188,93 @@ def logits() -> None:
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6 * np.ptp(expected))
 
 
-CHECKS = (parameters, packed_weights, tiled_weights, decode_state, refused, logits)
+# Drafts, what is accepted and the pages that are read all have to come out alike for the tokens to.
+PROMPTS = [list(range(1, 60)), list(range(90, 12, -1))]  # of 59 and 78 tokens
+ONE_LAYER = dataclasses.replace(CONFIG, num_layers=1)
+SAMPLED = GenerateConfig(
+    max_new_tokens=40,
+    gamma=3,
+    temperature=0.8,
+    coupling="invariant",
+    draft_policy="top-pages",
+    draft_share=0.5,
+    group_size=16,
+    ignore_eos=True,
+)
+
+
+@functools.cache
+def decoder() -> Model:
+    draft = DraftConfig(group_size=16, formats=(("layers.0.o", WeightFormat(8, 16)),))
+    return Model(ONE_LAYER, init_params(ONE_LAYER, jax.random.key(0)), draft=draft)
+
+
+@functools.cache
+def alone() -> list[list[int]]:
+    """What one device makes, some flushes later."""
+    return qs.generate(decoder(), PROMPTS, SAMPLED).tokens
+
+
+def heads_over_more_devices_than_there_are() -> None:
+    """4 key-value heads on 8 devices: each is there twice."""
+    placed = sharding.place_model(decoder(), mesh(tp=8))
+    assert qs.generate(placed, PROMPTS, SAMPLED).tokens == alone()
+    assert placed.config.num_kv_heads == 8
+    kernel = placed.params["layers"]["0"]["k"]["kernel"]
+    check_split(kernel, ("embed", "kv_heads"), {"tp": 8})
+    given = np.asarray(decoder().params["layers"]["0"]["k"]["kernel"]).reshape(64, 4, 16)
+    found = np.asarray(kernel).reshape(64, 8, 16)
+    np.testing.assert_array_equal(found, np.repeat(given, 2, axis=1))
+
+
+def tiles_and_heads_over_devices() -> None:
+    placed = sharding.place_model(decoder(), mesh(cp=4, tp=2))
+    assert qs.generate(placed, PROMPTS, SAMPLED).tokens == alone()
+
+
+def no_device_has_more_than_its_share() -> None:
+    """Nor do devices meet more often than they have to."""
+    sizes = {"dp": 2, "cp": 2, "tp": 2}
+    engine = Engine(sharding.place_model(decoder(), mesh(**sizes)), SAMPLED, 78, 2)
+    engine.add(PROMPTS)
+    while engine.running:
+        engine.step()
+    assert [engine.read(slot).tokens for slot in range(2)] == alone()
+    assert engine._state is not None
+    check_cache(engine._state.cache, sizes)
+    (program,) = engine._runner._decoders.values()
+    text, passes = program.as_text(), 2  # a draft step's and a verification's
+    # Of a pass o, down and the embedding are summed; attention's parts and logits are gathered.
+    # One more sum a round is that of the pages which were read.
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == passes * (2 * 1 + 1) + 1
+    assert len(re.findall(r" all-gather(?:-start)?\(", text)) == passes * (1 + 1)
+    assert "all-to-all" not in text and "collective-permute" not in text
+
+
+def refused_over_a_mesh() -> None:
+    placed = sharding.place_model(decoder(), mesh(cp=2))
+    for change, words in (
+        ({"prefill": "tiles"}, "prefill 'tiles'"),
+        ({"mode": "autoregressive"}, "kv 'full'"),
+        ({"draft_policy": "snapkv"}, "draft_policy 'snapkv'"),
+    ):
+        with pytest.raises(NotImplementedError, match="^" + re.escape(words)):
+            qs.generate(placed, PROMPTS, dataclasses.replace(SAMPLED, **change))
+    with pytest.raises(ValueError, match="^num_heads is 8; allowed: multiples of 3"):
+        sharding.check_mesh(CONFIG, mesh(tp=3))
+    with pytest.raises(ValueError, match="^prompts is 3; allowed: multiples of 2"):
+        qs.generate(sharding.place_model(decoder(), mesh(dp=2)), [[1]] * 3, SAMPLED)
+    with pytest.raises(ValueError, match="at most 8 devices"):
+        sharding.make_mesh({"tp": 16})
+    with pytest.raises(ValueError, match="^mesh axes is "):
+        sharding.make_mesh({"pp": 2})
+
+
+CHECKS = (
+    *(parameters, packed_weights, tiled_weights, decode_state, refused, logits),
+    *(heads_over_more_devices_than_there_are, tiles_and_heads_over_devices),
+    *(no_device_has_more_than_its_share, refused_over_a_mesh),
+)
 
 
 def wrong(check: Callable[[], None]) -> str:

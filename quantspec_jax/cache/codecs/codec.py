@@ -50,9 +50,16 @@ class Codec(Protocol):
         ...
 
     def encode_tile(
-        self, layer: LayerCache, sequence: jax.Array, tile: jax.Array, group_size: int, backend: str
+        self,
+        layer: LayerCache,
+        sequence: jax.Array,
+        tile: jax.Array,
+        place: jax.Array,
+        group_size: int,
+        backend: str,
     ) -> LayerCache:
-        """The G tokens of tile number `tile` of one sequence, from the buffer into their place."""
+        """The G tokens of tile number `tile` of one sequence, from the buffer to `place` among the
+        tiles that are here."""
         ...
 
     def decoded(

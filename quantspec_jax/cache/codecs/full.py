@@ -48,7 +48,13 @@ class Full:
         return LayerCache(None, None, fit(keys, slots), fit(values, slots))
 
     def encode_tile(
-        self, layer: LayerCache, sequence: jax.Array, tile: jax.Array, group_size: int, backend: str
+        self,
+        layer: LayerCache,
+        sequence: jax.Array,
+        tile: jax.Array,
+        place: jax.Array,
+        group_size: int,
+        backend: str,
     ) -> LayerCache:
         """Nothing ever moves."""
         return layer

@@ -98,7 +98,13 @@ class Hierarchical:
         )
 
     def encode_tile(
-        self, layer: LayerCache, sequence: jax.Array, tile: jax.Array, group_size: int, backend: str
+        self,
+        layer: LayerCache,
+        sequence: jax.Array,
+        tile: jax.Array,
+        place: jax.Array,
+        group_size: int,
+        backend: str,
     ) -> LayerCache:
         """F1 of one sequence into its planes."""
 
@@ -109,7 +115,7 @@ class Hierarchical:
             older = jax.lax.dynamic_slice(buffer, at, (1, k, group_size, d))
             new = quantize(older, group_size, backend=backend)
             return Planes(
-                *(_write_tile(*leaves, sequence, tile) for leaves in zip(planes, new, strict=True))
+                *(_write_tile(*leaves, sequence, place) for leaves in zip(planes, new, strict=True))
             )
 
         return dataclasses.replace(

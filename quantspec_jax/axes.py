@@ -1,0 +1,89 @@
+"""Where the devices of a mesh meet: programs run on each with its part of every array.
+
+    tp  heads, the MLP's channels, the vocabulary    o, down and the embedding are summed, logits
+                                                     joined (Megatron-LM, arXiv 1909.08053)
+    cp  tiles of the planes, dealt in turn           parts of attention are merged by log-sum-exp;
+                                                     everything else each device does by itself
+    dp  sequences                                    nowhere
+
+Tile t lies with device t mod cp, in its place t div cp: so every device works at every length. Each
+device appends to a buffer of its own, which all have alike; the first one reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Sizes of the mesh's axes, inside `jax.shard_map` over them; 1: nothing is split."""
+
+    dp: int = 1
+    tp: int = 1
+    cp: int = 1
+
+    @property
+    def size(self) -> int:
+        """Devices."""
+        return self.dp * self.tp * self.cp
+
+    def part(self, axis: str) -> jax.Array | int:
+        """Which part of what the axis splits this device has."""
+        return jax.lax.axis_index(axis) if getattr(self, axis) > 1 else 0
+
+    def summed(self, x: jax.Array) -> jax.Array:
+        """The sum over the parts of the input channels; in float32, in x's type."""
+        if self.tp == 1:
+            return x
+        return jax.lax.psum(x.astype(jnp.float32), "tp").astype(x.dtype)
+
+    def joined(self, x: jax.Array) -> jax.Array:
+        """All parts of the last dimension, side by side."""
+        return x if self.tp == 1 else jax.lax.all_gather(x, "tp", axis=x.ndim - 1, tiled=True)
+
+    def own(self, x: jax.Array) -> jax.Array:
+        """This device's part of the last dimension: the inverse of `joined`."""
+        if self.tp == 1:
+            return x
+        size = x.shape[-1] // self.tp
+        return jax.lax.dynamic_slice_in_dim(x, self.part("tp") * size, size, x.ndim - 1)
+
+    def merged(self, out: jax.Array, log_sum_exp: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Attention to all tiles from that to each device's: out [..., D] float32, and log-sum-exps
+        [...] of the scores, −∞ where a device has nothing to see."""
+        if self.cp == 1:
+            return out, log_sum_exp
+        both = jnp.concatenate([out, log_sum_exp[..., None]], -1)
+        parts = jax.lax.all_gather(both, "cp")  # one meeting; the sum has the same order everywhere
+        outs, sums = parts[..., :-1], parts[..., -1]
+        whole = jax.nn.logsumexp(sums, 0)
+        weights = jnp.exp(sums - jnp.where(jnp.isfinite(whole), whole, 0))
+        return (weights[..., None] * outs).sum(0), whole
+
+    def tiles_before(self, tile: jax.Array) -> jax.Array:
+        """How many of the tiles 0 … `tile` − 1 lie with this device; the place of `tile` if it
+        does."""
+        return tile if self.cp == 1 else (tile + self.cp - 1 - self.part("cp")) // self.cp
+
+    def has_tile(self, tile: jax.Array) -> jax.Array | bool:
+        """Whether a tile lies with this device."""
+        return True if self.cp == 1 else tile % self.cp == self.part("cp")
+
+    def of_all_tiles(self, number: jax.Array) -> jax.Array:
+        """The sum of what each device counts among its tiles."""
+        return number if self.cp == 1 else jax.lax.psum(number, "cp")
+
+    def dealt(self, x: jax.Array) -> jax.Array:
+        """This device's tiles of all, [B, K, T/G, ...] → [B, K, ⌈T/G/cp⌉, ...]."""
+        if self.cp == 1:
+            return x
+        places = -(-x.shape[2] // self.cp)
+        tile = jnp.arange(places) * self.cp + self.part("cp")
+        return jnp.take(x, tile, axis=2, mode="fill", fill_value=0)
+
+
+ONE = Axes()
