@@ -12,6 +12,7 @@ round a little less than the next one, and leans on α, the acceptance of all pr
 reached: rejections come in clusters, so a dozen rounds say little of a place, and what was seen of
 a place that is no longer drafted is soon forgotten. Plain decoding learns nothing, so a few rounds
 draft again now and then, after a wait that doubles each time they were in vain.
+A chunk costs the host some milliseconds before it begins, so none is cut short to learn sooner.
 
 All of this depends on counts of accepted tokens and on c, never on a clock: given c, a key gives
 one text.
@@ -33,7 +34,6 @@ GAIN = 1.01  # that another γ has to promise
 # What a round takes over what c makes of it, on an H200: of γ = 7 1.08 with Qwen2.5-Coder-1.5B and
 # 0.99 with SmolLM2, of γ = 15 1.11 with SmolLM2.
 BEYOND = {7: 1.08, MOST_DRAFTED: 1.16}
-SETTLED, FIRST_ROUNDS = 48.0, 12  # tries until which chunks are short
 PROBE_ROUNDS, OLD_TRIES = 4, 4.0
 FIRST_WAIT, LONGEST_WAIT = 64, 512  # rounds of plain decoding before drafting is tried again
 
@@ -103,4 +103,4 @@ class AdaptiveGamma:
         if self._yield(best) > GAIN * self._yield(self.gamma):
             self._wait = FIRST_WAIT if best else self._wait
             self.gamma = best
-        return self.gamma, min(rounds, FIRST_ROUNDS) if self._tried < SETTLED else rounds
+        return self.gamma, rounds

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from quantspec_jax.cost import tokens_a_round
-from quantspec_jax.engine.adaptive import BEYOND, MOST_DRAFTED, AdaptiveGamma
+from quantspec_jax.engine.adaptive import BEYOND, MOST_DRAFTED, PROBE_ROUNDS, AdaptiveGamma
 from quantspec_jax.generate.state import COUNTED
 
 G = 128
@@ -65,6 +65,19 @@ def test_it_depends_on_counts_alone():
     """The same counts, the same choices: nothing is read off a clock."""
     runs = [simulate(0.2, lambda _: 0.8, 500, seed=3)[2] for _ in range(2)]
     np.testing.assert_array_equal(*runs)
+
+
+def test_no_chunk_is_cut_short_but_those_that_try_again():
+    """A call takes milliseconds before it decodes: short ones cost more than they teach."""
+    chooser, lengths = AdaptiveGamma(0.45, G), []
+    for _ in range(20):
+        gamma, number = chooser.next_chunk(32)
+        accepted = np.zeros(COUNTED, int)
+        accepted[:gamma] = number // 2
+        chooser.observe(number, np.where(np.arange(COUNTED) < gamma, number, 0), accepted)
+        lengths.append((gamma > 0, number))
+    assert lengths[0] == (True, 32)
+    assert {number for _, number in lengths} <= {32, PROBE_ROUNDS}
 
 
 def test_a_small_group_leaves_room_for_fewer():
