@@ -143,13 +143,14 @@ def codecs(
     chosen = args.codec or tuple(METHODS)
     stored = stored_kv(args, chosen)
     described = settings(args, model) | ({"stored": list(stored)} if stored else {})
-
-    def keep(found: dict[str, Any]) -> None:  # an interruption leaves the rows that there are
-        more = {name: value for name, value in found.items() if name != "rows"}
-        write_record(args, found["rows"], **described, **more)
-
     found = evaluate.codecs(
-        model, tokens, chosen, text=text, stored=stored, on_row=keep, progress=True
+        model,
+        tokens,
+        chosen,
+        text=text,
+        stored=stored,
+        on_row=keeping(args, described),
+        progress=True,
     )
     result = {**described, **found}
     if args.plot is not None:
@@ -174,15 +175,30 @@ def quality(
         options["mode"] = args.turns
     if args.data is not None:
         options["data"] = Path(args.data)
+    described = settings(args, model)
     found = evaluate.quality(
-        model, context=args.context, haystack=haystack, text=text, progress=True, **options
+        model,
+        context=args.context,
+        haystack=haystack,
+        text=text,
+        on_row=keeping(args, described),
+        progress=True,
+        **options,
     )
-    result = {**settings(args, model), **found}
-    described = {name: value for name, value in result.items() if name != "rows"}
-    write_record(args, result["rows"], **described)
+    result = {**described, **found}
     if not args.json:
         terminal.show_rows(result)
     return result
+
+
+def keeping(args: argparse.Namespace, described: dict[str, Any]) -> Any:
+    """Write a result's rows as they come: an interruption leaves those that there are."""
+
+    def keep(found: dict[str, Any]) -> None:
+        more = {name: value for name, value in found.items() if name != "rows"}
+        write_record(args, found["rows"], **described, **more)
+
+    return keep
 
 
 def stored_kv(args: argparse.Namespace, chosen: Sequence[str]) -> dict[str, Any]:

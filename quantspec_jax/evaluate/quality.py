@@ -8,7 +8,7 @@ tokens is the model's first choice after those before it, which is where greedy 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,7 @@ def quality(
     group_size: int = 128,
     seed: int = 0,
     data: Path | None = None,
+    on_row: Callable[[dict[str, Any]], None] = lambda result: None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Share of right answers.
@@ -71,6 +72,7 @@ def quality(
       text: what methods that learn read; None: prose that comes with Python.
       seed: of the samples.
       data: a directory.
+      on_row: is given the result after each row, with those that there are.
 
     Returns:
       rows, one a task and method: task, codec, correct, answers, and answer_nll, the mean negative
@@ -90,12 +92,15 @@ def quality(
     require(samples >= 1, "samples", samples, "1 or more")
     require(model.tokenizer is not None, "model", "one without a tokenizer", "one that reads text")
     rows: list[dict[str, Any]] = []
+    result = {"mode": mode, "samples": samples, "rows": rows}
     if named:
         assert data is not None
         sizes: dict[str, Any] = {"context": context, "samples": samples, "group_size": group_size}
-        rows += data_tasks.rows(model, named, methods, data, mode=mode, **sizes)
+        for row in data_tasks.rows(model, named, methods, data, mode=mode, **sizes):
+            rows.append(row)
+            on_row(result)
     if not tasks:
-        return {"mode": mode, "samples": samples, "rows": rows}
+        return result
     shortest, longest = ASKED + SLACK + 3 * group_size, model.config.max_context
     require(shortest <= context <= longest, "context", context, f"{shortest} to {longest} tokens")
     prompt = (context - ASKED - SLACK) // group_size * group_size
@@ -129,7 +134,8 @@ def quality(
                 right, loss = (float(np.mean(x)) for x in zip(*found, strict=True))
                 row = {"task": task, "codec": name, "correct": right, "answers": len(found)}
                 rows.append(row | {"answer_nll": loss})
-    return {"mode": mode, "samples": samples, "rows": rows}
+                on_row(result)
+    return result
 
 
 def _asked(
