@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import types
 
 import pytest
 
-from quantspec_jax import cli
+from quantspec_jax import cli, evaluate
 from quantspec_jax.evaluate import data_tasks, scores
 from quantspec_jax.evaluate.data_tasks import questions
 
@@ -86,26 +87,19 @@ def test_what_is_wrong_in_a_file_is_named(line, words, tmp_path):
         questions(tmp_path, "longbench", "trec", 1, "questions")
 
 
-def test_command(tmp_path, monkeypatch, tiny_llama_dir, capsys):
+def test_answers_come_from_decoding_over_each_view(tmp_path, monkeypatch, byte_level_tokenizer):
     """The prompt keeps its ends and its question; the answer that comes is scored."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "book.txt").write_text("text")
     write(tmp_path, "hotpotqa", ROW, ROW)
     given = []
 
-    class Answers:
-        text = ("The cat.",)
-
     def generate(model, prompts, config):
         given.append((model.tokenizer.decode(prompts[0]), config))
-        return Answers
+        return types.SimpleNamespace(text=["The cat."])
 
     monkeypatch.setattr(data_tasks.api, "generate", generate)
-    arguments = ["eval", "quality", "--model", str(tiny_llama_dir), "--text", "book.txt"]
-    arguments += ["--context", "256", "--samples", "1", "--data", "."]
-    arguments += ["--task", "longbench:hotpotqa", "--json"]
-    assert cli.main([*arguments, "--codec", "full", "int8"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
+    model = types.SimpleNamespace(tokenizer=byte_level_tokenizer)
+    sizes = {"context": 256, "samples": 1, "data": tmp_path}
+    rows = evaluate.quality(model, ["longbench:hotpotqa"], ["full", "int8"], **sizes)["rows"]
     assert [(row["codec"], row["score"], row["answers"]) for row in rows] == [
         ("full", 1.0, 1),
         ("int8", 1.0, 1),
