@@ -81,6 +81,8 @@ class Runner:
         self._checked: set[Any] = set()  # executables whose memory is known to be there
         # A runner's arguments keep their forms: to look these up again takes milliseconds a chunk.
         self._decoders: dict[Program, Any] = {}
+        # Of a number in the same place of memory as before, a GPU's graphs need no update.
+        self._numbers: dict[int, jax.Array] = {}
         self._check()
 
     def made(self, part: str) -> None:
@@ -108,7 +110,9 @@ class Runner:
         """`generate_tokens`, and the seconds it ran; `state` is donated."""
         drafts = model.draft_params if program.gamma else {}
         self.made("draft")
-        args = (model.params, drafts, state, jnp.int32(rounds))
+        if rounds not in self._numbers:
+            self._numbers[rounds] = jnp.int32(rounds)
+        args = (model.params, drafts, state, self._numbers[rounds])
         executable = self._decoders.get(program)
         if executable is None:
             executable = self._decoders[program] = self.ready(DECODE, *args, program=program)

@@ -16,7 +16,8 @@ COSTS = (0.1, 0.15, 0.3, 0.45, 0.7, 1.1)
 
 def price(cost: float, gamma: int) -> float:
     """What a round takes: a verification of more than five rows costs more than in proportion."""
-    return (1 + cost * gamma) * (BEYOND if gamma > 4 else 1.0)
+    rows = min((known for known in BEYOND if gamma <= known), default=0) if gamma > 4 else 0
+    return (1 + cost * gamma) * BEYOND.get(rows, 1.0)
 
 
 def simulate(cost: float, alpha, rounds: int, seed: int = 0) -> tuple[float, float, np.ndarray]:
