@@ -64,7 +64,10 @@ class QuantSpecLM(TemplateLM):
     ) -> None:
         super().__init__()
         require(of in WHOSE, "of", of, ", ".join(WHOSE))
-        self.decoding = GenerateConfig(**decoding)  # says what it does not know
+        known = [field.name for field in dataclasses.fields(GenerateConfig)]
+        unknown = [name for name in decoding if name not in known]
+        require(not unknown, "model_args", ", ".join(unknown), ", ".join(known))
+        self.decoding = GenerateConfig(**decoding)
         drafts = self.decoding.mode == "quantspec"
         require(of == "target" or drafts, "of", of, "target in mode autoregressive: no draft")
         number = str(batch_size).isdecimal() and int(batch_size) > 0

@@ -103,6 +103,7 @@ def test_drafts_have_numbers_of_their_own_and_targets_the_text(both):
         ({"of": "draft", "mode": "autoregressive"}, "autoregressive: no draft"),
         ({"batch_size": "auto"}, "batch_size is 'auto'"),
         ({"kv": "int5"}, "kv is 'int5'"),
+        ({"gama": 4}, "model_args is 'gama'"),
     ):
         with pytest.raises(ValueError, match=words):
             QuantSpecLM(full.model, **wrong)
