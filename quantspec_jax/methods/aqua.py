@@ -35,15 +35,15 @@ def regression(inputs: jax.Array, outputs: jax.Array) -> jax.Array:
     """W [m + 1, n] so that [inputs [N, m], 1] W is near to outputs [N, n]: least squares with
     λ mean|diag C| on the diagonal of C = Σ xxᵀ. Both are centred first, so that the bias costs
     nothing: of keys with large biases λ would shrink all else."""
-    middle, mean = inputs.mean(0), outputs.mean(0)
+    middle, mean = (x.mean(0, keepdims=True) for x in (inputs, outputs))
     x, outputs = inputs - middle, outputs - mean
     if not x.shape[1]:
-        return mean[None]
+        return mean
     c = jnp.matmul(x.T, x, precision=HIGHEST)
     c += RIDGE * jnp.abs(jnp.diagonal(c)).mean() * jnp.eye(len(c), dtype=c.dtype)
     slopes = jnp.linalg.solve(c, jnp.matmul(x.T, outputs, precision=HIGHEST))
     bias = mean - jnp.matmul(middle, slopes, precision=HIGHEST)
-    return jnp.concatenate([slopes, bias[None]])
+    return jnp.concatenate([slopes, bias])
 
 
 def _half(x: jax.Array) -> jax.Array:
