@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
-from jax.sharding import Mesh
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from convert.files.tensors import FLOATS, QUANTIZED, StoredTensor

@@ -28,8 +28,8 @@ from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 import numpy as np
+from jax.sharding import Mesh
 
 from convert.files.checksums import verified
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
@@ -330,7 +330,9 @@ def _weight_shapes(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     return nest({path: jax.ShapeDtypeStruct(s.shape, dtype) for path, s in shapes.items()})
 
 
-def _on(device: jax.Device | Mesh | None, config: ModelConfig, shapes: dict[str, Any]) -> dict[str, Any]:
+def _on(
+    device: jax.Device | Mesh | None, config: ModelConfig, shapes: dict[str, Any]
+) -> dict[str, Any]:
     where = shardings(shapes, parameter_axes(config, shapes), one_device(device))
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, where

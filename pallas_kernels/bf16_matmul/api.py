@@ -52,9 +52,7 @@ def takes(
     x: Any, weights: Sequence[Any], around: Around, transposed: bool = False, backend: str = "auto"
 ) -> bool:
     """Whether the Pallas kernel does a call where the backend may be chosen: where the file of the
-    device says that it is faster. Elsewhere products are XLA's, and nothing is said of it: on an
-    H200 the kernel reads a 1.5B model's projections at 17 to 39% of the memory's rate, its lm_head
-    at 80 to 89% (benchmarks/kernels-bf16-products-*.json)."""
+    device says that it is faster. Elsewhere products are XLA's, and nothing is said of it."""
     if backend == "xla" or dispatch.device() is None or _reason(x, weights, around, transposed):
         return False
     from pallas_kernels.bf16_matmul import configs, mosaic_gpu

@@ -84,10 +84,6 @@ def possible(plan: Plan) -> bool:
         return False
     if c.cluster > 1 and not generation.clusters:
         return False
-    # What is asked for ahead is asked for by all tiles together.
-    together = plan.blocks == sum(plan.tiles) * c.cluster and not s.transposed
-    if c.ahead and not (together and generation.bulk_copies):
-        return False
     return _resident(plan) > 0
 
 

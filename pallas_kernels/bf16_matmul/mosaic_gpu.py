@@ -18,7 +18,7 @@ outputs 8g … 8g + 7 and the channels 8q … 8q + 7:
 What neighbouring lanes read counts. Measured on an H200 while lane 4 g + q copied of [Kin, N] what
 it multiplies, so that eight of them read four times 32 bytes: 1,536 → 2 × 8,960 took 30 µs, as long
 without its products, and 6 without its copies; reads alone, in the same order but 128 bytes at a
-time, take 14.5. Asking for rows ahead (`Config.ahead`) took longer, 50.
+time, take 14.5. Since they copy as above it is 14.9. Asking L2 for rows ahead took longer, 50.
 
 Outputs are the rows of m16n8k16 products, activations their 8 columns. Which outputs and channels
 stand for which row and k is free as long as both operands agree: product j has in its rows g and
@@ -64,7 +64,6 @@ class Config:
     resident    blocks a multiprocessor, of those that take a tile after the other
     across      warps that lie side by side in a tile; such rows of warps share the input channels
     line        bytes, 0 or 256, that L2 fetches around a copy
-    ahead       whether blocks first ask for their channels to be in L2, row by row
     """
 
     warpgroups: int
@@ -74,7 +73,6 @@ class Config:
     resident: int = 1
     across: int = 1
     line: int = 0
-    ahead: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,30 +200,6 @@ class _Tile:
         first, offsets = self.first + place * wide + g * 8, range(0, wide, OUTPUTS)
         columns = [ptx.minimum(first + x, self.outputs - 8) for x in offsets]
         return [(weight, column) for weight in self.weights for column in columns]
-
-    def fetch(self, begin: V, end: V) -> None:
-        """Ask for a part of the chunks begin … end − 1 of all tiles of the weight, warp 0 does. Of
-        as many chunks as a block reads at a time, a *band*, the rows are one piece of memory, of
-        which each tile has its share."""
-        p, weights = self.plan, self.weights
-        band = CHANNELS * p.rows_of_warps
-
-        def piece(turn: V, carry: list[V]) -> list[V]:
-            channel = begin * CHANNELS + turn * band
-            rows = ptx.minimum(end * CHANNELS - channel, band)
-            first = channel * self.outputs + rows * self.first
-            outputs = ptx.minimum(self.outputs - self.first, p.tile_outputs)
-            for weight in weights:
-                ptx.fetch(weight + first.to_i64() * 2, rows * outputs * 2)
-            return carry
-
-        thread = ptx.special("tid.x")
-        bands = ptx.ceil_div(end - begin, p.rows_of_warps)
-
-        def ask() -> None:
-            ptx.loop(thread, bands, [], piece, step=32)
-
-        ptx.when(thread < 32, ask)
 
 
 class _Ring:
@@ -385,8 +359,6 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         kept = shared + plan.kept
 
         inputs.order()
-        if c.ahead:
-            tile_of(first_tile).fetch(begin, end)
         cursor = ring.start(first_tile, first, end)
         inputs.finish(c.stages, eps)
         turns = ptx.ceil_div(ptx.at_least(end - first, 0), plan.rows_of_warps)

@@ -34,7 +34,6 @@ from pallas_kernels.ptx.copies import (
     commit_copies,
     copies_of,
     fence_barrier_init,
-    fetch,
     unit_copy,
     wait_copies,
 )
@@ -113,7 +112,6 @@ __all__ = [
     "exp2",
     "f32",
     "fence_barrier_init",
-    "fetch",
     "fma",
     "high_bf16",
     "i32",

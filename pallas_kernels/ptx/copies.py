@@ -85,11 +85,6 @@ def unit_copy(target: V, source: V, line: int = 0) -> None:
     asm(template, [], [target, source], effects=True)
 
 
-def fetch(source: V, num_bytes: V) -> None:
-    """Ask for memory to be in L2, 16-byte units (9.0 and later)."""
-    asm("cp.async.bulk.prefetch.L2.global [$0], $1;", [], [source, num_bytes], effects=True)
-
-
 def commit_copies() -> None:
     """What this thread has ordered by `unit_copy` since the last time is a group, maybe empty."""
     asm("cp.async.commit_group;", [], [], effects=True)

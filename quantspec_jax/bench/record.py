@@ -32,7 +32,18 @@ def device_name() -> str:
 
 NOT_OPTIONS = ("command", "bench", "measure", "run", "json", "debug")
 MODELS = ("model", "draft_from")  # files, directories or hub ids
-FILES = (*MODELS, "text", "kv_text", "output", "plot", "cache", "keep", "draft_of", "draft_text")
+FILES = (
+    *MODELS,
+    "text",
+    "kv_text",
+    "output",
+    "plot",
+    "cache",
+    "keep",
+    "draft_of",
+    "draft_text",
+    "data",
+)
 REPEATED = ("draft_of",)  # options that are given once a value
 
 

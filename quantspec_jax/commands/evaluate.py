@@ -60,7 +60,10 @@ def add(commands: Any) -> None:
     group = parser.add_argument_group(
         "quality", "tasks about contexts of --context tokens, compressed before a question is seen"
     )
-    group.add_argument("--task", nargs="+", metavar="NAME", help="which (all)")
+    group.add_argument(
+        "--task", nargs="+", metavar="NAME", help="which (all); longbench:NAME, scbench:NAME"
+    )
+    group.add_argument("--data", metavar="DIR", help="that has the data of those two, JSON lines")
     group.add_argument("--samples", type=int, metavar="N", help="contexts of a task (10)")
     turns = ("questions", "multi-turn")
     group.add_argument("--turns", choices=turns, help="each alone (default), or in sequence")
@@ -140,13 +143,14 @@ def codecs(
     chosen = args.codec or tuple(METHODS)
     stored = stored_kv(args, chosen)
     described = settings(args, model) | ({"stored": list(stored)} if stored else {})
-
-    def keep(found: dict[str, Any]) -> None:  # an interruption leaves the rows that there are
-        more = {name: value for name, value in found.items() if name != "rows"}
-        write_record(args, found["rows"], **described, **more)
-
     found = evaluate.codecs(
-        model, tokens, chosen, text=text, stored=stored, on_row=keep, progress=True
+        model,
+        tokens,
+        chosen,
+        text=text,
+        stored=stored,
+        on_row=keeping(args, described),
+        progress=True,
     )
     result = {**described, **found}
     if args.plot is not None:
@@ -169,15 +173,32 @@ def quality(
         options["methods"] = args.codec
     if args.turns is not None:
         options["mode"] = args.turns
+    if args.data is not None:
+        options["data"] = Path(args.data)
+    described = settings(args, model)
     found = evaluate.quality(
-        model, context=args.context, haystack=haystack, text=text, progress=True, **options
+        model,
+        context=args.context,
+        haystack=haystack,
+        text=text,
+        on_row=keeping(args, described),
+        progress=True,
+        **options,
     )
-    result = {**settings(args, model), **found}
-    described = {name: value for name, value in result.items() if name != "rows"}
-    write_record(args, result["rows"], **described)
+    result = {**described, **found}
     if not args.json:
         terminal.show_rows(result)
     return result
+
+
+def keeping(args: argparse.Namespace, described: dict[str, Any]) -> Any:
+    """Write a result's rows as they come: an interruption leaves those that there are."""
+
+    def keep(found: dict[str, Any]) -> None:
+        more = {name: value for name, value in found.items() if name != "rows"}
+        write_record(args, found["rows"], **described, **more)
+
+    return keep
 
 
 def stored_kv(args: argparse.Namespace, chosen: Sequence[str]) -> dict[str, Any]:
@@ -230,7 +251,7 @@ def check_reading(args: argparse.Namespace) -> None:
 def check_codecs(args: argparse.Namespace) -> None:
     """Raise for what `codecs` could not do, before anything is loaded."""
     if args.measure != "quality":
-        asked = given(args, "task", "samples", "turns", "seed")
+        asked = given(args, "task", "data", "samples", "turns", "seed")
         refuse(asked, f"{args.measure}: they need quality")
     if args.measure not in ("codecs", "quality"):
         refuse(given(args, "codec", "kv_text"), f"{args.measure}: they need codecs")
@@ -244,9 +265,14 @@ def check_codecs(args: argparse.Namespace) -> None:
     if args.measure == "codecs":
         check_plot(args)
         return
+    from quantspec_jax.evaluate import data_tasks
     from quantspec_jax.evaluate.tasks import TASKS
 
-    unknown = [name for name in args.task or () if name not in TASKS]
+    named = [name for name in args.task or () if data_tasks.is_named(name)]
+    if not named:
+        refuse(given(args, "data"), "tasks that need none: name longbench:NAME or scbench:NAME")
+    data_tasks.check(named, args.codec or (), None if args.data is None else Path(args.data))
+    unknown = [name for name in args.task or () if name not in (*TASKS, *named)]
     require(not unknown, "--task", ", ".join(unknown), ", ".join(TASKS))
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pallas_kernels import dispatch
-from quantspec_jax.axes import Axes
 from quantspec_jax.cache.codecs import codec_of
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.checks import require
@@ -22,7 +22,7 @@ from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.couplings import coupling
 from quantspec_jax.generate.policies import Policy, policy
 from quantspec_jax.generate.requests import Requests, requests
-from quantspec_jax.generate.state import Program, axes_of
+from quantspec_jax.generate.state import Program
 from quantspec_jax.loading import Model
 from quantspec_jax.sharding import mesh_of
 from quantspec_jax.text.prompts import read_prompts
@@ -97,9 +97,7 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         most = min(MOST_DRAFTED, config.group_size - 1)
         gamma = most if config.gamma == "auto" else int(config.gamma)
     mesh = mesh_of(model.params)
-    mesh = None if mesh.size == 1 else mesh
-    if mesh is not None:
-        check_over_mesh(config, axes_of(mesh))
+    check_over_mesh(config, mesh)
     cache = CacheConfig(
         max_length=length,
         group_size=config.group_size,
@@ -117,18 +115,19 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         coupling=coupling(config.coupling),
         sampled=known_sampled(config.temperature > 0),
         backend=config.backend,
-        mesh=mesh,
+        mesh=None if mesh.size == 1 else mesh,
     )
     return program, min(bucket(longest), length)
 
 
-def check_over_mesh(config: GenerateConfig, axes: Axes) -> None:
+def check_over_mesh(config: GenerateConfig, mesh: Mesh) -> None:
     """NotImplementedError for what runs on one device alone."""
+    view, tiles_split = config.target_view, mesh.shape.get("cp", 1) > 1
+    has_tiles = codec_of(view).num_tiles(1, config.group_size) > 0
     reasons = {
-        "prefill 'tiles'": config.prefill == "tiles",
-        f"kv '{config.target_view}' with a mesh axis cp": axes.cp > 1
-        and not codec_of(config.target_view).num_tiles(1, config.group_size),
-        "draft_policy 'snapkv' with a mesh axis cp": axes.cp > 1
+        "prefill 'tiles'": mesh.size > 1 and config.prefill == "tiles",
+        f"kv '{view}' with a mesh axis cp": tiles_split and not has_tiles,
+        "draft_policy 'snapkv' with a mesh axis cp": tiles_split
         and config.draft_policy == "snapkv",
     }
     for what, asked in reasons.items():

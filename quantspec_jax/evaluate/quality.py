@@ -8,7 +8,8 @@ tokens is the model's first choice after those before it, which is where greedy 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from quantspec_jax.checks import require
+from quantspec_jax.evaluate import data_tasks
 from quantspec_jax.evaluate.codecs import Bench, by_tiles, causal
 from quantspec_jax.evaluate.learned import Learned, fitted
 from quantspec_jax.evaluate.tasks import TASKS, Sample, Turn, fitting, turn_texts
@@ -52,13 +54,16 @@ def quality(
     text: str | None = None,
     group_size: int = 128,
     seed: int = 0,
+    data: Path | None = None,
+    on_row: Callable[[dict[str, Any]], None] = lambda result: None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Share of right answers.
 
     Args:
-      tasks: names in `quantspec_jax.evaluate.tasks.TASKS`.
-      methods: names in `quantspec_jax.methods.METHODS`.
+      tasks: names in `quantspec_jax.evaluate.tasks.TASKS`, or of data that `data` has
+        (`quantspec_jax.evaluate.data_tasks`).
+      methods: names in `quantspec_jax.methods.METHODS`; of tasks of data, views of the cache.
       context: tokens of a sample, questions included.
       samples: contexts of a task; five questions each.
       mode: "questions", each about the context alone; "multi-turn", one after the other, with the
@@ -66,20 +71,36 @@ def quality(
       haystack: the text that needles lie in.
       text: what methods that learn read; None: prose that comes with Python.
       seed: of the samples.
+      data: a directory.
+      on_row: is given the result after each row, with those that there are.
 
     Returns:
       rows, one a task and method: task, codec, correct, answers, and answer_nll, the mean negative
-      log-probability of an answer, in nats.
+      log-probability of an answer, in nats. Of tasks of data: task, codec, score, the mean, and
+      answers.
 
     Raises:
       ValueError: an argument is wrong; says which.
     """
+    named = [task for task in tasks if data_tasks.is_named(task)]
+    tasks = [task for task in tasks if task not in named]
+    data_tasks.check(named, methods, data)
     for name, given, allowed in (("task", tasks, TASKS), ("codec", methods, METHODS)):
         unknown = [each for each in given if each not in allowed]
         require(not unknown, name, ", ".join(unknown), ", ".join(allowed))
     require(mode in MODES, "mode", mode, ", ".join(MODES))
     require(samples >= 1, "samples", samples, "1 or more")
     require(model.tokenizer is not None, "model", "one without a tokenizer", "one that reads text")
+    rows: list[dict[str, Any]] = []
+    result = {"mode": mode, "samples": samples, "rows": rows}
+    if named:
+        assert data is not None
+        sizes: dict[str, Any] = {"context": context, "samples": samples, "group_size": group_size}
+        for row in data_tasks.rows(model, named, methods, data, mode=mode, **sizes):
+            rows.append(row)
+            on_row(result)
+    if not tasks:
+        return result
     shortest, longest = ASKED + SLACK + 3 * group_size, model.config.max_context
     require(shortest <= context <= longest, "context", context, f"{shortest} to {longest} tokens")
     prompt = (context - ASKED - SLACK) // group_size * group_size
@@ -101,7 +122,6 @@ def quality(
         ]
         for task in tasks
     }
-    rows = []
     passes = sum(map(len, asked.values())) * len(chosen)
     with tqdm(total=passes, desc="quality", disable=not progress) as bar:
         for task, all_asked in asked.items():
@@ -114,7 +134,8 @@ def quality(
                 right, loss = (float(np.mean(x)) for x in zip(*found, strict=True))
                 row = {"task": task, "codec": name, "correct": right, "answers": len(found)}
                 rows.append(row | {"answer_nll": loss})
-    return {"mode": mode, "samples": samples, "rows": rows}
+                on_row(result)
+    return result
 
 
 def _asked(

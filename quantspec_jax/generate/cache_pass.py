@@ -55,6 +55,7 @@ def attention(
     too, and the parts are merged by their log-sum-exp (Flash-Decoding, arXiv 2311.01282)."""
     axes, coded, start_here, dtype = program.axes, cache.quantized_length, start, q.dtype
     if axes.cp > 1:
+        assert layer.keys is not None  # `check_over_mesh`
         b, k, places = layer.keys.upper.shape[:3]
         if pages is None:
             every = jnp.broadcast_to(jnp.arange(places, dtype=jnp.int32), (b, k, places))

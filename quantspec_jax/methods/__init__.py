@@ -52,6 +52,7 @@ METHODS: dict[str, Method] = {
     "kivi-4": Kivi(4),
     "kivi-2": Kivi(2),
     "kivi-2-sinks": Kivi(2, sinks=4),
+    "kivi-2-g128": Kivi(2, group=128),
     "higgs-4": Higgs(4),
     "higgs-3": Higgs(3),
     "higgs-2": Higgs(2),
@@ -86,11 +87,14 @@ METHODS: dict[str, Method] = {
     "clusters-12-int4": TileClusters(0.125, codes="int4"),
     "think-40": Think(0.4),
     "think-50": Think(0.5),
+    "think-40-later": Think(0.4, later=True),
+    "think-50-later": Think(0.5, later=True),
     "think-40-int4": Think(0.4, codes="int4"),
     "lorc-75": LoRC(0.75),
     "lorc-50": LoRC(0.5),
     "lorc-75-text": LoRC(0.75, learned_from="text"),
     "minicache": MiniCache(),
+    "minicache-half": MiniCache(t=0.5),
     "kvsharer-25": KVSharer(),
 }
 

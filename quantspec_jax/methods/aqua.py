@@ -33,11 +33,17 @@ class Predictors(NamedTuple):
 
 def regression(inputs: jax.Array, outputs: jax.Array) -> jax.Array:
     """W [m + 1, n] so that [inputs [N, m], 1] W is near to outputs [N, n]: least squares with
-    λ mean|diag C| on the diagonal of C = Σ xxᵀ, bias included."""
-    x = _with_one(inputs)
+    λ mean|diag C| on the diagonal of C = Σ xxᵀ. Both are centred first, so that the bias costs
+    nothing: of keys with large biases λ would shrink all else."""
+    middle, mean = (x.mean(0, keepdims=True) for x in (inputs, outputs))
+    x, outputs = inputs - middle, outputs - mean
+    if not x.shape[1]:
+        return mean
     c = jnp.matmul(x.T, x, precision=HIGHEST)
     c += RIDGE * jnp.abs(jnp.diagonal(c)).mean() * jnp.eye(len(c), dtype=c.dtype)
-    return jnp.linalg.solve(c, jnp.matmul(x.T, outputs, precision=HIGHEST))
+    slopes = jnp.linalg.solve(c, jnp.matmul(x.T, outputs, precision=HIGHEST))
+    bias = mean - jnp.matmul(middle, slopes, precision=HIGHEST)
+    return jnp.concatenate([slopes, bias])
 
 
 def _half(x: jax.Array) -> jax.Array:
@@ -77,9 +83,12 @@ class Aqua(Method):
     def fit(
         self, text: Layer, below: Layer | None, gradient: Layer | None = None
     ) -> tuple[Any, Layer]:
-        """P and M of a layer; of the first nothing."""
+        """P and M of a layer; of the first, which nothing predicts, the means."""
         if below is None:
-            return (), self.read((), text, None)
+            nothing = [rows(x)[:, :0] for x in text]
+            means = (_half(regression(*x)) for x in zip(nothing, map(rows, text), strict=True))
+            learned = Predictors(*means)
+            return learned, self.read(learned, text, None)
         keys, values = map(rows, text)
         below_keys, below_values = map(rows, below)
         of_keys = _half(regression(below_keys, keys))
@@ -93,7 +102,14 @@ class Aqua(Method):
         """What the codes of a layer's residuals and the layer below come to."""
         keys, values = map(rows, text)
         if other is None:
-            return _like(text, *(higgs.rounded(x, self.first_width) for x in (keys, values)))
+            means = learned if learned else (0.0, 0.0)
+            return _like(
+                text,
+                *(
+                    m + higgs.rounded(x - m, self.first_width)
+                    for x, m in zip((keys, values), means, strict=True)
+                ),
+            )
         below_keys, below_values = map(rows, other)
         read = self._residual(keys, _predicted(learned.of_keys, below_keys))
         inputs = jnp.concatenate([read, below_values], 1)

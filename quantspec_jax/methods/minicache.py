@@ -5,8 +5,13 @@ their keys and values, and keep their lengths.
     â = ‖a‖ e        b̂ = ‖b‖ e
 
 of each token and head, after RoPE; tokens whose cosine is among the lowest, less than d_min + γ
-(d_max − d_min) of their head, stay as they are in both layers (section 4.2). The authors released
-no code: t = 0.6, γ = 0.05 and the half are recalled; that heads are merged one by one is inferred.
+(d_max − d_min) of their head in a tile, stay as they are in both layers (section 4.2). The authors
+released no code: t = 0.6, γ = 0.05 and the half are recalled; that heads are merged one by one is
+inferred. Least and greatest are a tile's, so that no token's fate depends on what comes after it.
+
+t decides more than γ. SmolLM2 on 2,048 tokens of Moby-Dick, greedy and sampled proposals that are
+accepted: t = 0.6 0.524 and 0.603, t = 0.5 0.559 and 0.634; with γ = 0.2 0.557 and 0.624, 0.590 and
+0.657; with one least and greatest for the whole text, at t = 0.6, 0.520 and 0.595.
 """
 
 from __future__ import annotations
@@ -35,23 +40,34 @@ def between(a: jax.Array, b: jax.Array, t: float) -> tuple[jax.Array, jax.Array]
     return found / jnp.maximum(jnp.linalg.norm(found, axis=-1, keepdims=True), 1e-20), cosine
 
 
-def merged(own: jax.Array, other: jax.Array, upper: bool | jax.Array, t: float, kept: float):
+def merged(
+    own: jax.Array, other: jax.Array, upper: bool | jax.Array, t: float, kept: float, tile: int
+) -> jax.Array:
     """What is read of `own` [T, K, D], `upper` of the pair or lower; `kept` is γ."""
     a, b = jnp.where(upper, other, own), jnp.where(upper, own, other)
     direction, cosine = between(a, b, t)
-    low, high = cosine.min(0, keepdims=True), cosine.max(0, keepdims=True)
+    low, high = _ends(cosine, tile)
     read = jnp.linalg.norm(own, axis=-1, keepdims=True) * direction
     return jnp.where(cosine < low + kept * (high - low), own, read)
+
+
+def _ends(x: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]:
+    """Of [T, K, 1] numbers, for each the least and the greatest of its tile."""
+    tiles = jnp.pad(x, ((0, -len(x) % tile), (0, 0), (0, 0)), mode="edge")
+    tiles = tiles.reshape(-1, tile, *x.shape[1:])
+    low, high = (jnp.repeat(end(tiles, 1), tile, 0)[: len(x)] for end in (jnp.min, jnp.max))
+    return low, high
 
 
 @dataclasses.dataclass(frozen=True)
 class MiniCache(Method):
     """t: where between the lower and the upper layer; kept: γ; start: the share of layers, from the
-    first, that stay."""
+    first, that stay; tile: tokens."""
 
     t: float = 0.6
     kept: float = 0.05
     start: float = 0.5
+    tile: int = 128
     paired: bool = dataclasses.field(default=True, kw_only=True)
 
     def bits(self, model: ModelConfig, tokens: int) -> float:
@@ -80,7 +96,10 @@ class MiniCache(Method):
         """Its length, the pair's direction."""
         assert other is not None
         paired, upper = learned
-        read = (merged(*both, upper, self.t, self.kept) for both in zip(text, other, strict=True))
+        read = (
+            merged(own, others, upper, self.t, self.kept, self.tile)
+            for own, others in zip(text, other, strict=True)
+        )
         return Layer(*(jnp.where(paired, *x) for x in zip(read, text, strict=True)))
 
     def _pairs(self, layers: int) -> list[tuple[int, int]]:

@@ -14,14 +14,15 @@ from quantspec_jax.models.config import ModelConfig
 
 
 def shapes(config: ModelConfig) -> dict[str, Any]:
-    """Of the arrays, by layer and name: predictors of all layers but the first, float16."""
+    """Of the arrays, by layer and name: predictors, of the first layer the means, float16."""
     n = channels(config)
 
-    def layer() -> dict[str, Any]:
-        of_keys, of_values = (jax.ShapeDtypeStruct((m + 1, n), jnp.float16) for m in (n, 2 * n))
+    def layer(inputs: int) -> dict[str, Any]:
+        sizes = (inputs + 1, 2 * inputs + 1)
+        of_keys, of_values = (jax.ShapeDtypeStruct((m, n), jnp.float16) for m in sizes)
         return {"of_keys": of_keys, "of_values": of_values}
 
-    return {str(i): layer() for i in range(1, config.num_layers)}
+    return {str(i): layer(n if i else 0) for i in range(config.num_layers)}
 
 
 def check_model(config: ModelConfig) -> None:
@@ -34,11 +35,10 @@ def to_arrays(learned: list[Any]) -> dict[str, Any]:
     return {
         str(i): {name: x.astype(jnp.float16) for name, x in one._asdict().items()}
         for i, one in enumerate(learned)
-        if i > 0
     }
 
 
 def from_arrays(arrays: dict[str, Any], config: ModelConfig) -> list[Any]:
     """Inverse of `to_arrays`."""
-    layers = (arrays[str(i)] for i in range(1, config.num_layers))
-    return [(), *(Predictors(**{k: x.astype(jnp.float32) for k, x in a.items()}) for a in layers)]
+    layers = (arrays[str(i)] for i in range(config.num_layers))
+    return [*(Predictors(**{k: x.astype(jnp.float32) for k, x in a.items()}) for a in layers)]

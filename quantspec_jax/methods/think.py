@@ -7,6 +7,11 @@ Once, when the prompt ends; the newest w of its tokens and all that come later s
 are whole, as in the authors' release. A group of query heads has one choice, from the mean of their
 q² (the authors repeat keys to all heads). First tokens are left out of Σ k², which they would
 decide.
+
+A draft that leaves the channels out of its query does so for every coded token (`later`). That
+costs as much again: SmolLM2 on 2,048 tokens of Moby-Dick, half of them the prompt, 40% dropped, has
+0.968 of greedy and 0.980 of sampled proposals accepted with the prompt's keys alone cut, 0.958 and
+0.969 with all of them.
 """
 
 from __future__ import annotations
@@ -38,10 +43,12 @@ def kept(scores: jax.Array, count: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Think(Method):
-    """dropped: the share of the channels. `codes`: the view of the planes that is read."""
+    """dropped: the share of the channels. `codes`: the view of the planes that is read. `later`:
+    whether coded tokens after the prompt lack the channels, too."""
 
     dropped: float = 0.4
     codes: str = "int8"
+    later: bool = False
     ignored: int = 4
     group_size: int = 128
     of_planes: bool = dataclasses.field(default=True, kw_only=True)
@@ -60,7 +67,7 @@ class Think(Method):
         scores = channel_scores(queries, read.keys[self.ignored : prompt])
         stays = kept(scores, self._kept(scores.shape[-1]))
         at = jnp.arange(len(read.keys))[:, None, None]
-        old = at < prompt - len(queries)
+        old = (at < prompt - len(queries)) | self.later
         return View(jnp.where(~old | stays[None], read.keys, 0.0), read.values)
 
     def _kept(self, d: int) -> int:

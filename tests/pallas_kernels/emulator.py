@@ -149,7 +149,6 @@ class Block:
 
 
 HERE = threading.local()  # block, warp, mask of the active lanes
-FETCHED: list[tuple[int, int]] = []  # addresses and bytes that were asked for, of the last kernel
 
 
 def active() -> np.ndarray:
@@ -322,13 +321,6 @@ def bulk_copy(target, source, num_bytes, barrier):
     _update(barrier, 0, -count)
 
 
-def fetch(source, num_bytes):
-    for at, count in zip(source.array[HERE.mask], num_bytes.array[HERE.mask], strict=True):
-        assert at % 16 == count % 16 == 0
-        assert at + count <= HERE.block.memory.size
-        FETCHED.append((int(at), int(count)))
-
-
 def unit_copy(target, source, line=0):
     """Noted, and done as late as may be: when the thread waits for its group, or arrives after its
     copies."""
@@ -432,7 +424,6 @@ REPLACEMENTS: dict[str, Any] = {
     "barrier_poll": barrier_wait,
     "bulk_copy": bulk_copy,
     "unit_copy": unit_copy,
-    "fetch": fetch,
     "commit_copies": commit_copies,
     "wait_copies": wait_copies,
     "arrive_after_copies": arrive_after_copies,
@@ -481,7 +472,6 @@ def kernel(body, out_type, *, name, blocks, warpgroups, shared_bytes=0, cluster=
         for x in [*arrays, *empty]:
             starts.append(size)
             size += -(-x.nbytes // 256) * 256
-        FETCHED.clear()
         memory = np.full(size, 0xFF, np.uint8)  # every float of an unwritten result is NaN
         for at, x in zip(starts, arrays, strict=False):
             memory[at : at + x.nbytes] = np.frombuffer(x.tobytes(), np.uint8)

@@ -3,7 +3,6 @@ the emulator, and the XLA form, against formulas in float64."""
 
 from __future__ import annotations
 
-import itertools
 import types
 
 import emulator
@@ -46,9 +45,8 @@ CASES = [
     (9, 352, (136,), True, "", Config(1, 2, 2, 3, across=2), 8),
     (5, 160, (136, 136), False, "norm gated", Config(1, 2), 2),
     (2, 320, (72, 72), True, "norm gated", Config(1, 1, 1, 2), 8),
-    # Weights that are asked for ahead, a band of 64 or 128 channels after the other.
-    (4, 512, (72,), False, "norm residual", Config(2, 2, 1, 2, across=4, ahead=True), 8),
-    (8, 288, (72, 72), False, "gated", Config(1, 3, line=256, ahead=True), 8),
+    (4, 512, (72,), False, "norm residual", Config(2, 2, 1, 2, across=4), 8),
+    (8, 288, (72, 72), False, "gated", Config(1, 3, line=256), 8),
 ]
 
 
@@ -64,10 +62,6 @@ def test_products_are_the_dense_ones(
     found = matmul.bf16_matmuls(
         x, weights, around, config=config, multiprocessors=processors, transposed=transposed
     )
-    if config.ahead:  # every byte of the weights, once
-        asked = sorted(emulator.FETCHED)
-        assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(asked))
-        assert sum(n for _, n in asked) == sum(w.nbytes for w in weights)
     dense = [w.T if transposed else w for w in weights]
     exact = dense_products(x, dense, around)
     plain = api.bf16_matmuls(x, weights, around, transposed=transposed, backend="xla")
@@ -155,15 +149,13 @@ def test_few_rows_are_the_kernels_and_more_are_left_to_xla(h200, monkeypatch):
 def test_a_measured_configuration_is_taken_where_it_is_possible(h200, monkeypatch):
     shape = Shape(1, 1536, (1536,), False)
     for config, possible in (
-        (Config(1, 4, cluster=4, across=2, line=256, ahead=True), True),
+        (Config(1, 4, cluster=4, across=2, line=256), True),
         (Config(1, 4, cluster=8, across=4), True),
         (Config(1, 64), False),  # more than fits
         (Config(1, 2, resident=1, across=8), False),  # more side by side than there are warps
     ):
         monkeypatch.setattr(configs.tuned, "find", lambda *_, c=config: vars(c))
         assert (configs.choose(shape) == config) == possible
-    many = Shape(1, 1536, (151936,), False)  # tile after tile: all rows are not read at once
-    assert not configs.possible(Plan(many, Config(1, 2, ahead=True), 132))
 
 
 def operands_of(shape):

@@ -212,6 +212,9 @@ def test_think_leaves_values_and_what_is_new(text):
     np.testing.assert_array_equal(half.values, text.values)
     assert ((half.keys[: PROMPT - 8] == 0).sum(-1) == 8).all()
     np.testing.assert_array_equal(half.keys[PROMPT - 8 :], text.keys[PROMPT - 8 :])
+    later = Think(0.5, codes="full", later=True, group_size=G)
+    cut = later.compress((), text, QUERIES, PROMPT).keys == 0
+    np.testing.assert_array_equal(cut, jnp.broadcast_to((half.keys == 0)[:1], cut.shape))
 
 
 # Rank
@@ -258,16 +261,19 @@ def test_lorc_ranks_fall_with_depth_and_keep_their_mean():
 # Depth
 
 
+merged = jax.jit(minicache.merged, static_argnames="tile")
+
+
 @pytest.mark.parametrize(("t", "lower", "upper"), [(0.5, 0.1012, 0.1012), (0.6, 0.145, 0.065)])
 def test_minicache_goes_between_two_directions(t, lower, upper):
     a = np.random.default_rng(17).standard_normal((1000, 64))
     b = 0.8 * a + 0.6 * np.random.default_rng(18).standard_normal((1000, 64))
     a, b = (jnp.asarray(x, jnp.float32) for x in (a, b))
-    direction, cosine = minicache.between(a, b, t)
+    direction, cosine = jax.jit(minicache.between)(a, b, t)
     assert np.degrees(np.arccos(cosine)).mean() == pytest.approx(36.8, abs=0.1)
     np.testing.assert_allclose(jnp.linalg.norm(direction, axis=-1), 1, atol=1e-5)
     for own, other, up, expected in ((a, b, False, lower), (b, a, True, upper)):
-        read = minicache.merged(own[:, None], other[:, None], up, t, 0.0)[:, 0]
+        read = merged(own[:, None], other[:, None], up, t, 0.0, tile=500)[:, 0]
         assert float(((read - own) ** 2).sum() / (own**2).sum()) == pytest.approx(
             expected, rel=0.01
         )
@@ -275,12 +281,17 @@ def test_minicache_goes_between_two_directions(t, lower, upper):
 
 def test_minicache_keeps_unlike_tokens_and_equal_layers():
     a, b = normal(0, 200, 1, 16), normal(1, 200, 1, 16)
-    read = minicache.merged(a, b, False, 0.6, 0.3)
-    _, cosine = minicache.between(a, b, 0.6)
+    read = merged(a, b, False, 0.6, 0.3, tile=200)
+    _, cosine = jax.jit(minicache.between)(a, b, 0.6)
     kept = np.asarray((read == a).all(-1)[:, 0])
     assert 0 < kept.sum() < 200
     assert cosine[kept].max() < cosine[~kept].min()
-    np.testing.assert_allclose(minicache.merged(a, a, False, 0.6, 0.0), a, atol=1e-5)
+    np.testing.assert_allclose(merged(a, a, False, 0.6, 0.0, tile=200), a, atol=1e-5)
+    # What a tile keeps depends on it alone; a last one may be short.
+    tiles = [merged(a[i], b[i], False, 0.6, 0.3, tile=128) for i in (slice(128), slice(128, 200))]
+    found = merged(a, b, False, 0.6, 0.3, tile=128)
+    np.testing.assert_allclose(found, np.concatenate(tiles), atol=1e-6)
+    assert ((found == a).all(-1)[:, 0] != kept).any()
     layers = [MiniCache().partner((), i, 7) for i in range(7)]
     assert layers == [0, 1, 2, 4, 3, 6, 5]
 
