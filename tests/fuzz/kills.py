@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import orbax.checkpoint
 import transformers
@@ -34,6 +35,7 @@ import transformers
 import convert
 import quantspec_jax.weights.calibrate
 from quantspec_jax import cli
+from quantspec_jax.bench import record
 
 PRELOADED = (orbax.checkpoint, transformers, convert, quantspec_jax.weights.calibrate)
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -214,12 +216,35 @@ class Job:
         assert not strays, f"{self.name}: left {sorted(strays)}"
 
 
+def killed(job: Job, rng: random.Random, kills: int) -> dict[str, Any]:
+    """Kills and pairs, at random moments."""
+    early = [0] * len(SIGNALS)
+    for k in range(kills):
+        early[k % 3] += job.kill(SIGNALS[k % 3], rng.uniform(0, 1.05 * job.seconds))
+        if k % 10 == 9:
+            print(f"{job.name}: {k + 1} of {kills} kills", file=sys.stderr, flush=True)
+    races = max(2, kills // 10)
+    told = sum(
+        job.race(rng.uniform(0, job.seconds), SIGNALS[k // 2 % 3] if k % 2 else None)
+        for k in range(races)
+    )
+    print(
+        f"{job.name}: {kills} kills, {sum(early)} in time; {races} pairs, {told} at work at "
+        f"once; {job.seconds:.1f} s a run",
+        flush=True,
+    )
+    in_time = {f"{number.name}_in_time": n for number, n in zip(SIGNALS, early, strict=True)}
+    pairs = {"pairs": races, "pairs_at_once": told, "seconds_a_run": round(job.seconds, 1)}
+    return {"job": job.name, "kills": kills, **in_time, **pairs}
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--kills", type=int, default=30, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--job", nargs="+", choices=JOBS, default=list(JOBS)[1:])
+    parser.add_argument("--output", type=Path, help="a JSON record")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
@@ -227,23 +252,12 @@ def main() -> int:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(work / "xla")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         assert ended(forked(lambda: make_model(work / "model"), work / "model.log")) == 0
-        for i, job_name in enumerate(args.job):
-            job = Job(job_name, work / "model", work)
-            kills = len(range(i, args.kills, len(args.job)))
-            early = sum(
-                job.kill(SIGNALS[k % len(SIGNALS)], rng.uniform(0, 1.05 * job.seconds))
-                for k in range(kills)
-            )
-            races = max(2, kills // 10)
-            told = sum(
-                job.race(rng.uniform(0, job.seconds), SIGNALS[k // 2 % 3] if k % 2 else None)
-                for k in range(races)
-            )
-            print(
-                f"{job_name}: {kills} kills, {early} in time; {races} pairs, {told} at work at "
-                f"once; {job.seconds:.1f} s a run",
-                flush=True,
-            )
+        rows = [
+            killed(Job(name, work / "model", work), rng, len(range(i, args.kills, len(args.job))))
+            for i, name in enumerate(args.job)
+        ]
+    if args.output:
+        record.write(args.output, record.command("python tests/fuzz/kills.py", args), rows)
     return 0
 
 
