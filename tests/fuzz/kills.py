@@ -1,4 +1,4 @@
-"""Kill conversions and calibrations at random moments, and look at what is left.
+"""Kill conversions, calibrations and saves of a cache at random, and look at what is left.
 
     python tests/fuzz/kills.py --kills 200 [--seed 0] [--job plain convert overwrite calibrate ...]
 
@@ -55,7 +55,9 @@ JOBS = {
     "overwrite": ("--draft", "rtn", "--overwrite"),
     "calibrate": GPTQ,
     "imported": ("--draft-from",),
+    "cache": (),
 }
+ALWAYS = ("overwrite", "cache")  # go through where their output is there
 
 
 def forked(work: Callable[[], int], log: Path) -> int:
@@ -86,6 +88,7 @@ def make_model(directory: Path) -> int:
     from conftest import write_tiny_llama
 
     write_tiny_llama(directory, max_position_embeddings=64)
+    write_tiny_llama(directory.with_name("long"), max_position_embeddings=2048)
     make_gptq(directory, directory.with_name("gptq"))
     return 0
 
@@ -105,7 +108,10 @@ def make_gptq(model: Path, out: Path) -> None:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """The files below it; the dates that Orbax notes are left out, and where it wrote."""
+    """The files below it; the dates that Orbax notes are left out, and where it wrote. Of a file,
+    what it holds."""
+    if directory.is_file():
+        return {"": directory.read_bytes()}
     found = {}
     for path in directory.rglob("*"):
         if path.is_file():
@@ -128,6 +134,9 @@ class Job:
         text.write_text(TEXT * 300)
         more = {"calibrate": ("--draft-text", str(text)), "imported": (str(work / "gptq"),)}
         self.command = ["convert", str(model), str(self.out), *JOBS[name], *more.get(name, ())]
+        if name == "cache":
+            self.command = ["generate", "--model", str(work / "long"), "--prompt", TEXT * 12]
+            self.command += ["--cache", str(self.out), "--max-new-tokens", "4"]
         self.before = work / f"{name}-before"
         if name == "overwrite":
             self._make_before(["convert", str(model), str(self.out), "--dtype", "float16"])
@@ -159,7 +168,7 @@ class Job:
     def _run(self) -> None:
         """To the end. Where it was killed after its last step, the checkpoint is there, and the
         command says so."""
-        whole = self.name != "overwrite" and self.out.exists()
+        whole = self.name not in ALWAYS and self.out.exists()
         whole = whole and contents(self.out) == self.expected
         status = ended(forked(lambda: cli.main(self.command), self.log))
         assert status == (2 if whole else 0), self._said()
@@ -196,12 +205,12 @@ class Job:
         early, said = ended(first), log.read_text()
         told = late == 2 and "is writing" in said and (early == 0 or number is not None)
         # One wins; where the first had ended by then, the second finds its checkpoint.
-        after = late == (0 if self.name == "overwrite" else 2) and early == 0
-        won = late == 0 and early == 2
+        after = late == (0 if self.name in ALWAYS else 2) and early == 0
+        won = late == 0 and (early == 2 or self.name == "cache")
         assert told or after or won, (
             f"{self._said()} exit status {early}, the second's {late}: {said}"
         )
-        if late != 0 and early != 0:
+        if self.name == "cache" or (late != 0 and early != 0):
             self._run()
         self._check_left()
         assert contents(self.out) == self.expected, f"{self.name}: other bytes after two"
