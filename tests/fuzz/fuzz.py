@@ -13,6 +13,7 @@ import argparse
 import collections
 import concurrent.futures
 import json
+import math
 import os
 import select
 import signal
@@ -26,7 +27,7 @@ from typing import Any
 HERE = Path(__file__).parent
 OUTCOMES = ("loaded", "refused", "failed")
 MOST_WALL_SECONDS = 60.0  # a case that waits uses no processor; on a busy machine all take long
-STARTING_SECONDS = 300.0
+STARTING_SECONDS = 900.0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -36,13 +37,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--formats", nargs="*", help="of " + ", ".join(_formats()))
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="side by side")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, metavar="S", help="stop there, and say how far"
+    )
     parser.add_argument("--output", type=Path, help="a JSON record")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    found = side_by_side(args.processes, args.cases, args.seed, args.first, args.formats)
+    places = (args.cases, args.seed, args.first, args.formats, args.seconds)
+    found = side_by_side(args.processes, *places)
     show(found)
     if args.output:
         _write(args, found)
@@ -56,7 +61,10 @@ def _write(args: argparse.Namespace, found: dict[str, Any]) -> None:
     from quantspec_jax.bench import record
 
     most = ("slowest_seconds", "largest_bytes", "wall_seconds")
-    counts = {"all": {name: found[name] for name in (*OUTCOMES, *most)}, **found["formats"]}
+    counts = {
+        "all": {name: found[name] for name in ("cases", *OUTCOMES, *most)},
+        **found["formats"],
+    }
     rows = [{"format": name, **dict.fromkeys(OUTCOMES, 0), **row} for name, row in counts.items()]
     command = record.command("python tests/fuzz/fuzz.py", args)
     record.write(args.output, command, rows, failures=found["failures"])
@@ -73,13 +81,18 @@ def _formats() -> list[str]:
 
 
 def side_by_side(
-    processes: int, cases: int, seed: int, first: int = 0, formats: list[str] | None = None
+    processes: int,
+    cases: int,
+    seed: int,
+    first: int = 0,
+    formats: list[str] | None = None,
+    seconds: float = math.inf,
 ) -> dict[str, Any]:
     """`run`, with the cases divided among some children."""
     ends = [first + cases * i // processes for i in range(processes + 1)]
     with concurrent.futures.ThreadPoolExecutor(processes) as pool:
         parts = pool.map(
-            lambda begin, end: run(end - begin, seed, begin, formats), ends[:-1], ends[1:]
+            lambda begin, end: run(end - begin, seed, begin, formats, seconds), ends[:-1], ends[1:]
         )
         return _together(list(parts))
 
@@ -98,12 +111,18 @@ def _together(parts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def run(cases: int, seed: int, first: int = 0, formats: list[str] | None = None) -> dict[str, Any]:
+def run(
+    cases: int,
+    seed: int,
+    first: int = 0,
+    formats: list[str] | None = None,
+    seconds: float = math.inf,
+) -> dict[str, Any]:
     """Counts by format and outcome, and all that failed with its number."""
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     failures, start, number, slowest, largest = [], time.monotonic(), first, 0.0, 0
     with tempfile.TemporaryDirectory(prefix="quantspec-fuzz-") as folder:
-        while number < first + cases:
+        while number < first + cases and time.monotonic() - start < seconds:
             for name, found in _child(Path(folder), seed, number, first + cases, formats):
                 counts[name][found["outcome"]] += 1
                 slowest = max(slowest, found.get("seconds", 0.0))
@@ -115,9 +134,11 @@ def run(cases: int, seed: int, first: int = 0, formats: list[str] | None = None)
                 if (number - first) % 1000 == 0:
                     done = f"{number - first} of {cases} cases from {first} on"
                     print(f"{done}, {len(failures)} failed", file=sys.stderr, flush=True)
+                if time.monotonic() - start > seconds:
+                    break
     total = sum(counts.values(), collections.Counter())
     return {
-        "cases": cases,
+        "cases": number - first,
         **{outcome: total[outcome] for outcome in OUTCOMES},
         "slowest_seconds": round(slowest, 2),
         "largest_bytes": largest,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -225,10 +226,13 @@ class Job:
         assert not strays, f"{self.name}: left {sorted(strays)}"
 
 
-def killed(job: Job, rng: random.Random, kills: int) -> dict[str, Any]:
-    """Kills and pairs, at random moments."""
-    early = [0] * len(SIGNALS)
+def killed(job: Job, rng: random.Random, kills: int, seconds: float) -> dict[str, Any]:
+    """Kills and pairs, at random moments; the kills end after some seconds."""
+    early, started = [0] * len(SIGNALS), time.monotonic()
     for k in range(kills):
+        if time.monotonic() - started > seconds:
+            kills = k
+            break
         early[k % 3] += job.kill(SIGNALS[k % 3], rng.uniform(0, 1.05 * job.seconds))
         if k % 10 == 9:
             print(f"{job.name}: {k + 1} of {kills} kills", file=sys.stderr, flush=True)
@@ -253,6 +257,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--job", nargs="+", choices=JOBS, default=list(JOBS)[1:])
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="stop there")
     parser.add_argument("--output", type=Path, help="a JSON record")
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -262,7 +267,12 @@ def main() -> int:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         assert ended(forked(lambda: make_model(work / "model"), work / "model.log")) == 0
         rows = [
-            killed(Job(name, work / "model", work), rng, len(range(i, args.kills, len(args.job))))
+            killed(
+                Job(name, work / "model", work),
+                rng,
+                len(range(i, args.kills, len(args.job))),
+                args.seconds / len(args.job),
+            )
             for i, name in enumerate(args.job)
         ]
     if args.output:
