@@ -139,7 +139,8 @@ def soak_calls(model: qs.Model, count: int, deadline: float) -> dict[str, Any]:
 class Prompts:
     """Pieces of texts, in batches of two forms. What the n-th batch is depends on n alone."""
 
-    def __init__(self, tokenizer: Any, files: list[Path]):
+    def __init__(self, tokenizer: Any, files: list[Path], rows: int):
+        self._rows = rows
         texts = [file.read_text(encoding="utf-8")[:400_000] for file in files]
         self._ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
 
@@ -147,7 +148,7 @@ class Prompts:
         rng = random.Random(number)
         greedy = number % 4 == 0
         rows = []
-        for row in range(16 if greedy else 64):
+        for row in range(16 if greedy else self._rows):
             # One is long enough that all batches of a size take one program.
             ids, length = rng.choice(self._ids), rng.randint(200 if row else 1600, 2000)
             start = rng.randrange(max(1, len(ids) - length))
@@ -158,18 +159,18 @@ class Prompts:
         return rows, config
 
 
-def soak_tokens(model: qs.Model, prompts: Prompts, count: int) -> dict[str, Any]:
-    """`count` tokens and more; the first five batches once again at the end."""
+def soak_tokens(model: qs.Model, prompts: Prompts, count: int, seconds: float) -> dict[str, Any]:
+    """`count` tokens and more; the first four batches once again at the end."""
 
     def run(number: int) -> list[list[int]]:
         rows, config = prompts.batch(number)
         return qs.generate(model, rows, config, jax.random.key(number)).tokens
 
-    started, warm = time.monotonic(), 5
-    first = [run(i) for i in range(warm)]
+    started, warm = time.monotonic(), 4
+    first = [run(i) for i in range(warm)]  # makes all programs
     devices, hosts = [device_bytes()], [resident_bytes()]
     new, number = sum(len(tokens) for rows in first for tokens in rows), warm
-    while new < count:
+    while new < count and time.monotonic() - started < seconds:
         new += sum(map(len, run(number)))
         number += 1
         devices.append(device_bytes())
@@ -201,6 +202,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=math.inf, metavar="S", help="stop there, and say how far"
     )
     parser.add_argument("--tokens", type=int, metavar="N", help="of --model, in place of shapes")
+    parser.add_argument("--rows", type=int, default=64, metavar="B", help="of the larger batches")
     parser.add_argument("--model", help="as in `quantspec generate`")
     parser.add_argument("--text", type=Path, nargs="+", help="UTF-8 files")
     parser.add_argument("--output", help="a JSON record")
@@ -210,7 +212,8 @@ def make_parser() -> argparse.ArgumentParser:
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.tokens:
         model = qs.load(args.model)
-        yield soak_tokens(model, Prompts(model.tokenizer, args.text), args.tokens)
+        prompts = Prompts(model.tokenizer, args.text, args.rows)
+        yield soak_tokens(model, prompts, args.tokens, args.seconds)
         return
     model = qs.Model(TINY, init_params(TINY, jax.random.key(0)), None, qs.DraftConfig(None, 32))
     started = time.monotonic()
