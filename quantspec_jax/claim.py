@@ -107,7 +107,7 @@ def _is_free(descriptor: int, owner: dict[str, Any]) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
             raise
-        return not owner or (_is_here(owner) and not _runs(owner["pid"]))  # no locks on this disk
+        return not owner or (_is_here(owner) and not runs(owner["pid"]))  # no locks on this disk
     return not owner or _is_here(owner)  # a lock may not reach across machines
 
 
@@ -117,7 +117,8 @@ def _is_here(owner: dict[str, Any]) -> bool:
     return whole and same
 
 
-def _runs(pid: int) -> bool:
+def runs(pid: int) -> bool:
+    """Whether a process has this number here, anybody's."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -6,14 +6,19 @@ import contextlib
 import errno
 import json
 import os
+import platform
+import re
 import stat
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from quantspec_jax import claim
 from quantspec_jax.checks import require
 
+_BOOT, _SPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 MOST_JSON_BYTES = 64 << 20  # a configuration has kilobytes, an index of shards a few megabytes
 
 
@@ -82,8 +87,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A name beside `path`, of the same suffix, to write to: what lies there at the end is on the
-    disk, then gets the name `path`. After an error it is gone, and `path` is as it was."""
-    part = f".{path.stem}.{os.getpid()}-{time.monotonic_ns()}.partial{path.suffix}"
+    disk, then gets the name `path`. After an error it is gone, and `path` is as it was. What a
+    process that was killed left there is removed."""
+    remove_dead(path)
+    part = f"{_part(path)}{os.getpid()}-{time.monotonic_ns()}.partial{path.suffix}"
     partial = path.with_name(part)
     try:
         yield partial
@@ -92,6 +99,23 @@ def whole(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remove_dead(path: Path) -> None:
+    """Remove what `whole` left beside `path` in processes of this machine that run no more."""
+    name = re.compile(rf"{re.escape(_part(path))}(\d+)-\d+\.partial{re.escape(path.suffix)}")
+    with contextlib.suppress(OSError):  # it is no directory, or not ours to change
+        for found in filter(None, map(name.fullmatch, os.listdir(path.parent))):
+            if not claim.runs(int(found[1])):
+                path.with_name(found[0]).unlink(missing_ok=True)
+
+
+def _part(path: Path) -> str:
+    """Begins the names beside `path`: with the boot and the space of process numbers, for a number
+    says nothing in another one."""
+    text = _BOOT.read_text() if _BOOT.exists() else platform.node()
+    space = os.readlink(_SPACE) if _SPACE.is_symlink() else ""
+    return f".{path.stem}.{zlib.crc32((text + space).encode()):08x}-"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -215,19 +215,22 @@ def with_cache(
 
     import quantspec_jax as qs
     from quantspec_jax.engine.bucket import bucket
-    from quantspec_jax.files import exists
+    from quantspec_jax.files import exists, remove_dead
     from quantspec_jax.text.prompts import read_prompts
 
     (ids,) = read_prompts(prompt, model.tokenizer, model.config.vocab_size)
     room = bucket(bucket(len(ids)) + config.max_new_tokens)
     config = dataclasses.replace(config, max_length=min(room, model.config.max_context))
     path = Path(args.cache)
+    remove_dead(path)
     there = exists(path)
     session = qs.Session.load(path, model, config) if there else qs.Session(model, config)
-    kept = len(session.prefixes)
+    kept, before = len(session.prefixes), session.tokens
     on_text = None if args.json else terminal.write
     turn = session.generate(ids, jax.random.key(args.seed), on_text=on_text)
-    if not there or len(session.prefixes) > kept:
+    n = len(before)  # after an interruption there may be no more tiles, but more tokens
+    longer = len(session.tokens) > n and session.tokens[:n] == before
+    if not there or longer or len(session.prefixes) > kept:
         session.save(path)
         terminal.notice(f"cache of {len(ids)} tokens written to {path}")
     output = {"text": turn.text, "tokens": turn.tokens, **turn.stats}

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from pallas_kernels.dispatch import use_mosaic_gpu
 from quantspec_jax.engine import programs
 from quantspec_jax.engine.engine import Engine, TokenLogprob
@@ -100,9 +102,9 @@ class Reply:
     def statistics(self, engine: Engine, clock: Clock) -> dict[str, Any]:
         """The keys of `quantspec generate --json`; `engine` made it, in the seconds of `clock`."""
         config, new = engine.config, len(self.tokens)
-        counted = self.counters.statistics(new) if self.counters else {}
+        counted = (self.counters or _NOTHING_YET).statistics(new)
         adaptive: dict[str, Any] = {}
-        if engine.adaptive is not None and self.counters:
+        if engine.adaptive is not None:
             rounds = counted["rounds"]
             mean = counted["proposed"] / rounds if rounds else None
             adaptive = {"mean_gamma": mean, "draft_cost": engine.adaptive.cost}
@@ -124,6 +126,9 @@ class Reply:
             "cache_bytes": {name: n // engine.slots for name, n in engine.cache_bytes.items()},
             **adaptive,
         }
+
+
+_NOTHING_YET = Counters(0, *(np.zeros(2, np.int32) for _ in range(3)))  # before a first look
 
 
 def backend_in_use(backend: str) -> str:

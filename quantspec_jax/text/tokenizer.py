@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantspec_jax.checks import is_int
+from quantspec_jax.checks import is_int, require
 from quantspec_jax.files import check_regular
 from quantspec_jax.settings import Settings
 from quantspec_jax.text import expressions
@@ -26,6 +27,7 @@ from quantspec_jax.text.limited import load_tokenizer, try_out
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _SUFFIXES = (".json", ".jinja", ".txt", ".model")
 _MOST_BYTES = 256 << 20  # of a file of a tokenizer; the largest have 35 million
+_MOST_IDS = 1 << 22  # the largest vocabularies have a million
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
@@ -100,6 +102,7 @@ def _from_files(directory: Path, **chosen: str | None) -> Any | None:
     inside = [directory, *(path for path in directory.glob("*chat_templates") if path.is_dir())]
     texts = [p for d in inside for p in d.iterdir() if p.suffix.lower() in _SUFFIXES]
     check_regular(texts, _MOST_BYTES)
+    _check_ids(texts)
     with _streams_held(str(directory)):
         try:
             if expressions.foreign_in_files(texts):
@@ -115,6 +118,36 @@ def _from_files(directory: Path, **chosen: str | None) -> Any | None:
             raise ValueError(f"the tokenizer in {directory} cannot be read: {reason}") from error
     tokenizer.init_kwargs.pop("auto_map", None)  # nor by those who open what is saved of it
     return tokenizer
+
+
+def _check_ids(paths: Iterable[Path]) -> None:
+    """Before tokenizers reads them: it lists every id that is missing below the largest when it
+    copies or writes a tokenizer, so one token with id 2³¹ takes 8 GiB, or aborts the process."""
+    for path in paths:
+        for key, value in _ids(path):
+            allowed = f"an id below {_MOST_IDS:,}"
+            require(not is_int(value) or value < _MOST_IDS, f"{key} in {path}", value, allowed)
+
+
+def _ids(path: Path) -> Iterator[tuple[str, Any]]:
+    """(key, id) of each token in a file of them."""
+    if path.name not in ("tokenizer.json", "vocab.json", "added_tokens.json"):
+        return
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):  # what is no JSON for Python is none for tokenizers
+        return
+    whole = path.name == "tokenizer.json"
+    vocabulary = _entry(_entry(values, "model"), "vocab") if whole else values
+    for token, index in vocabulary.items() if isinstance(vocabulary, dict) else ():
+        yield f"the id of {token[:40]!r}", index
+    added = _entry(values, "added_tokens") if whole else None
+    for entry in added if isinstance(added, list) else ():
+        yield "added_tokens' id", _entry(entry, "id")
+
+
+def _entry(values: Any, key: str) -> Any:
+    return values.get(key) if isinstance(values, dict) else None
 
 
 def is_panic(error: BaseException) -> bool:

@@ -567,6 +567,24 @@ def test_a_panic_is_one_line(changes, hf, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("index", [2**22, 2**31 - 1, 2**31])
+@pytest.mark.parametrize("key", ["model", "added_tokens"])
+def test_an_id_beyond_every_vocabulary_is_refused_before_ids_are_listed(key, index, hf, capfd):
+    vocabulary = json.loads(seeds.tokenizer_files()["tokenizer.json"])["model"]["vocab"]
+    token = {"id": index, "content": "new", "special": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    changes = {"model": {"vocab": vocabulary | {"ab": index}}, "added_tokens": [token | flags]}
+    source = hf(**_tokenizer(**{key: changes[key]}))
+    named = "the id of 'ab'" if key == "model" else "added_tokens' id"
+    refusal(source, f"{named} in {source}/tokenizer.json is {index}; allowed: an id below 4,194")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_ids_may_have_gaps(hf):
+    vocabulary = json.loads(seeds.tokenizer_files()["tokenizer.json"])["model"]["vocab"]
+    load(hf(**_tokenizer(model={"vocab": vocabulary | {"ab": 2**22 - 1}})))
+
+
 @pytest.mark.parametrize("merge", ["abcdefghijklmnop q", "a z", "a c", "a b ", "ab", " "])
 def test_a_merge_of_what_are_no_tokens_is_named(merge, gguf, capfd):
     typed = (seeds.ARRAY, (seeds.STRING, ["a b", merge]))

@@ -1,6 +1,6 @@
 """Damaged checkpoints of every format are loaded; `make fuzz` runs it, and so do the tests.
 
-    python tests/fuzz/fuzz.py --cases 100000 --seed 0 --output record.json
+    python tests/fuzz/fuzz.py --cases 100000 --seed 0 --processes 8 --output record.json
 
 A case may load and compute finite logits, or be refused in one line that names the file, by an
 error that the command line turns into exit status 2. All else fails: another exception, a crash,
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import json
+import math
 import os
 import select
 import signal
@@ -23,23 +25,49 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+OUTCOMES = ("loaded", "refused", "failed")
 MOST_WALL_SECONDS = 60.0  # a case that waits uses no processor; on a busy machine all take long
-STARTING_SECONDS = 300.0
+STARTING_SECONDS = 900.0
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--formats", nargs="*", help="of " + ", ".join(_formats()))
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="side by side")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, metavar="S", help="stop there, and say how far"
+    )
     parser.add_argument("--output", type=Path, help="a JSON record")
-    args = parser.parse_args(argv)
-    record = run(args.cases, args.seed, args.first, args.formats)
-    show(record)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    places = (args.cases, args.seed, args.first, args.formats, args.seconds)
+    found = side_by_side(args.processes, *places)
+    show(found)
     if args.output:
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
-    return 1 if record["failed"] else 0
+        _write(args, found)
+    return 1 if found["failed"] else 0
+
+
+def _write(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """A row for all formats, then one each."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path.insert(0, str(HERE.parents[1]))
+    from quantspec_jax.bench import record
+
+    most = ("slowest_seconds", "largest_bytes", "wall_seconds")
+    counts = {
+        "all": {name: found[name] for name in ("cases", *OUTCOMES, *most)},
+        **found["formats"],
+    }
+    rows = [{"format": name, **dict.fromkeys(OUTCOMES, 0), **row} for name, row in counts.items()]
+    command = record.command("python tests/fuzz/fuzz.py", args)
+    record.write(args.output, command, rows, failures=found["failures"])
 
 
 _Raw = argparse.RawDescriptionHelpFormatter
@@ -52,12 +80,49 @@ def _formats() -> list[str]:
     return [*seeds.SEEDS, seeds.CONVERTED]
 
 
-def run(cases: int, seed: int, first: int = 0, formats: list[str] | None = None) -> dict[str, Any]:
+def side_by_side(
+    processes: int,
+    cases: int,
+    seed: int,
+    first: int = 0,
+    formats: list[str] | None = None,
+    seconds: float = math.inf,
+) -> dict[str, Any]:
+    """`run`, with the cases divided among some children."""
+    ends = [first + cases * i // processes for i in range(processes + 1)]
+    with concurrent.futures.ThreadPoolExecutor(processes) as pool:
+        parts = pool.map(
+            lambda begin, end: run(end - begin, seed, begin, formats, seconds), ends[:-1], ends[1:]
+        )
+        return _together(list(parts))
+
+
+def _together(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    sums = {key: sum(part[key] for part in parts) for key in ("cases", *OUTCOMES)}
+    most = ("slowest_seconds", "largest_bytes", "wall_seconds")
+    formats: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for name, counts in (pair for part in parts for pair in part["formats"].items()):
+        formats[name].update(counts)
+    return {
+        **sums,
+        **{key: max(part[key] for part in parts) for key in most},
+        "formats": {name: dict(counts) for name, counts in sorted(formats.items())},
+        "failures": [failure for part in parts for failure in part["failures"]],
+    }
+
+
+def run(
+    cases: int,
+    seed: int,
+    first: int = 0,
+    formats: list[str] | None = None,
+    seconds: float = math.inf,
+) -> dict[str, Any]:
     """Counts by format and outcome, and all that failed with its number."""
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     failures, start, number, slowest, largest = [], time.monotonic(), first, 0.0, 0
     with tempfile.TemporaryDirectory(prefix="quantspec-fuzz-") as folder:
-        while number < first + cases:
+        while number < first + cases and time.monotonic() - start < seconds:
             for name, found in _child(Path(folder), seed, number, first + cases, formats):
                 counts[name][found["outcome"]] += 1
                 slowest = max(slowest, found.get("seconds", 0.0))
@@ -66,11 +131,15 @@ def run(cases: int, seed: int, first: int = 0, formats: list[str] | None = None)
                     failures.append({"case": number, "format": name, **found})
                     print(json.dumps(failures[-1]), file=sys.stderr, flush=True)
                 number += 1
+                if (number - first) % 1000 == 0:
+                    done = f"{number - first} of {cases} cases from {first} on"
+                    print(f"{done}, {len(failures)} failed", file=sys.stderr, flush=True)
+                if time.monotonic() - start > seconds:
+                    break
     total = sum(counts.values(), collections.Counter())
     return {
-        "command": f"python tests/fuzz/fuzz.py --cases {cases} --seed {seed} --first {first}",
-        "cases": cases,
-        **{outcome: total[outcome] for outcome in ("loaded", "refused", "failed")},
+        "cases": number - first,
+        **{outcome: total[outcome] for outcome in OUTCOMES},
         "slowest_seconds": round(slowest, 2),
         "largest_bytes": largest,
         "wall_seconds": round(time.monotonic() - start),

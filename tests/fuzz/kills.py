@@ -1,4 +1,4 @@
-"""Kill conversions and calibrations at random moments, and look at what is left.
+"""Kill conversions, calibrations and saves of a cache at random, and look at what is left.
 
     python tests/fuzz/kills.py --kills 200 [--seed 0] [--job plain convert overwrite calibrate ...]
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import orbax.checkpoint
 import transformers
@@ -34,6 +36,7 @@ import transformers
 import convert
 import quantspec_jax.weights.calibrate
 from quantspec_jax import cli
+from quantspec_jax.bench import record
 
 PRELOADED = (orbax.checkpoint, transformers, convert, quantspec_jax.weights.calibrate)
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -53,7 +56,9 @@ JOBS = {
     "overwrite": ("--draft", "rtn", "--overwrite"),
     "calibrate": GPTQ,
     "imported": ("--draft-from",),
+    "cache": (),
 }
+ALWAYS = ("overwrite", "cache")  # go through where their output is there
 
 
 def forked(work: Callable[[], int], log: Path) -> int:
@@ -84,6 +89,7 @@ def make_model(directory: Path) -> int:
     from conftest import write_tiny_llama
 
     write_tiny_llama(directory, max_position_embeddings=64)
+    write_tiny_llama(directory.with_name("long"), max_position_embeddings=2048)
     make_gptq(directory, directory.with_name("gptq"))
     return 0
 
@@ -103,7 +109,10 @@ def make_gptq(model: Path, out: Path) -> None:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """The files below it; the dates that Orbax notes are left out, and where it wrote."""
+    """The files below it; the dates that Orbax notes are left out, and where it wrote. Of a file,
+    what it holds."""
+    if directory.is_file():
+        return {"": directory.read_bytes()}
     found = {}
     for path in directory.rglob("*"):
         if path.is_file():
@@ -126,6 +135,9 @@ class Job:
         text.write_text(TEXT * 300)
         more = {"calibrate": ("--draft-text", str(text)), "imported": (str(work / "gptq"),)}
         self.command = ["convert", str(model), str(self.out), *JOBS[name], *more.get(name, ())]
+        if name == "cache":
+            self.command = ["generate", "--model", str(work / "long"), "--prompt", TEXT * 12]
+            self.command += ["--cache", str(self.out), "--max-new-tokens", "4"]
         self.before = work / f"{name}-before"
         if name == "overwrite":
             self._make_before(["convert", str(model), str(self.out), "--dtype", "float16"])
@@ -157,7 +169,7 @@ class Job:
     def _run(self) -> None:
         """To the end. Where it was killed after its last step, the checkpoint is there, and the
         command says so."""
-        whole = self.name != "overwrite" and self.out.exists()
+        whole = self.name not in ALWAYS and self.out.exists()
         whole = whole and contents(self.out) == self.expected
         status = ended(forked(lambda: cli.main(self.command), self.log))
         assert status == (2 if whole else 0), self._said()
@@ -194,12 +206,12 @@ class Job:
         early, said = ended(first), log.read_text()
         told = late == 2 and "is writing" in said and (early == 0 or number is not None)
         # One wins; where the first had ended by then, the second finds its checkpoint.
-        after = late == (0 if self.name == "overwrite" else 2) and early == 0
-        won = late == 0 and early == 2
+        after = late == (0 if self.name in ALWAYS else 2) and early == 0
+        won = late == 0 and (early == 2 or self.name == "cache")
         assert told or after or won, (
             f"{self._said()} exit status {early}, the second's {late}: {said}"
         )
-        if late != 0 and early != 0:
+        if self.name == "cache" or (late != 0 and early != 0):
             self._run()
         self._check_left()
         assert contents(self.out) == self.expected, f"{self.name}: other bytes after two"
@@ -214,12 +226,39 @@ class Job:
         assert not strays, f"{self.name}: left {sorted(strays)}"
 
 
+def killed(job: Job, rng: random.Random, kills: int, seconds: float) -> dict[str, Any]:
+    """Kills and pairs, at random moments; the kills end after some seconds."""
+    early, started = [0] * len(SIGNALS), time.monotonic()
+    for k in range(kills):
+        if time.monotonic() - started > seconds:
+            kills = k
+            break
+        early[k % 3] += job.kill(SIGNALS[k % 3], rng.uniform(0, 1.05 * job.seconds))
+        if k % 10 == 9:
+            print(f"{job.name}: {k + 1} of {kills} kills", file=sys.stderr, flush=True)
+    races = max(2, kills // 10)
+    told = sum(
+        job.race(rng.uniform(0, job.seconds), SIGNALS[k // 2 % 3] if k % 2 else None)
+        for k in range(races)
+    )
+    print(
+        f"{job.name}: {kills} kills, {sum(early)} in time; {races} pairs, {told} at work at "
+        f"once; {job.seconds:.1f} s a run",
+        flush=True,
+    )
+    in_time = {f"{number.name}_in_time": n for number, n in zip(SIGNALS, early, strict=True)}
+    pairs = {"pairs": races, "pairs_at_once": told, "seconds_a_run": round(job.seconds, 1)}
+    return {"job": job.name, "kills": kills, **in_time, **pairs}
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--kills", type=int, default=30, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--job", nargs="+", choices=JOBS, default=list(JOBS)[1:])
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="stop there")
+    parser.add_argument("--output", type=Path, help="a JSON record")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
@@ -227,23 +266,17 @@ def main() -> int:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(work / "xla")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         assert ended(forked(lambda: make_model(work / "model"), work / "model.log")) == 0
-        for i, job_name in enumerate(args.job):
-            job = Job(job_name, work / "model", work)
-            kills = len(range(i, args.kills, len(args.job)))
-            early = sum(
-                job.kill(SIGNALS[k % len(SIGNALS)], rng.uniform(0, 1.05 * job.seconds))
-                for k in range(kills)
+        rows = [
+            killed(
+                Job(name, work / "model", work),
+                rng,
+                len(range(i, args.kills, len(args.job))),
+                args.seconds / len(args.job),
             )
-            races = max(2, kills // 10)
-            told = sum(
-                job.race(rng.uniform(0, job.seconds), SIGNALS[k // 2 % 3] if k % 2 else None)
-                for k in range(races)
-            )
-            print(
-                f"{job_name}: {kills} kills, {early} in time; {races} pairs, {told} at work at "
-                f"once; {job.seconds:.1f} s a run",
-                flush=True,
-            )
+            for i, name in enumerate(args.job)
+        ]
+    if args.output:
+        record.write(args.output, record.command("python tests/fuzz/kills.py", args), rows)
     return 0
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import math
 import random
 import resource
 import sys
@@ -85,22 +86,23 @@ def call(model: qs.Model, shape: tuple[int, int, str, int], seed: int) -> None:
     assert all(1 <= len(tokens) <= 8 for tokens in out.tokens)
 
 
-def soak_shapes(count: int) -> tuple[dict[str, Any], qs.Model]:
+def soak_shapes(model: qs.Model, count: int, deadline: float) -> dict[str, Any]:
     """Each shape once: up to four programs each, so the kept ones are soon full."""
-    model = qs.Model(TINY, init_params(TINY, jax.random.key(0)), None, qs.DraftConfig(None, 32))
-    seen = []
+    seen: list[tuple[int, int]] = []
     for i, shape in enumerate(itertools.islice(shapes(), count)):
+        if time.monotonic() > deadline:
+            break
         call(model, shape, i)
         assert len(PROGRAMS) <= MOST_PROGRAMS
         seen.append((resident_bytes(), maps()))
         if (i + 1) % 20 == 0:
             print(f"{i + 1} shapes: {seen[-1][0]:,} bytes, {seen[-1][1]:,} maps", flush=True)
-    row = {"kind": "shapes", "shapes": count, "programs_made": PROGRAMS.made}
+    row = {"kind": "shapes", "shapes": len(seen), "programs_made": PROGRAMS.made}
     row |= _compared("resident_bytes", [a for a, _ in seen], 1.1)
     row |= _compared("maps", [b for _, b in seen], 1.1)
     row["flat"] = row["resident_bytes_flat"] and row["maps_flat"]
     row["flat"] = row["flat"] and row["maps_most"] < MOST_MAPS // 2
-    return row, model
+    return row
 
 
 def _compared(name: str, values: list[int], most: float) -> dict[str, Any]:
@@ -113,17 +115,21 @@ def _compared(name: str, values: list[int], most: float) -> dict[str, Any]:
     }
 
 
-def soak_calls(model: qs.Model, count: int) -> dict[str, Any]:
+def soak_calls(model: qs.Model, count: int, deadline: float) -> dict[str, Any]:
     """Seven of the shapes again and again; the first tenth is to warm up."""
     chosen = list(itertools.islice(shapes(), 7))
-    values = []
+    values: list[int] = []
     for i in range(count):
+        if time.monotonic() > deadline:
+            break
         call(model, chosen[i % 7], i)
         if i % 10 == 9:
             values.append(resident_bytes())
+        if i % 100 == 99:
+            print(f"{i + 1} calls: {values[-1]:,} bytes", flush=True)
     warm = values[len(values) // 10 :]
     growth = max(warm) / warm[0]
-    row = {"kind": "calls", "calls": count, "resident_bytes": warm[0]}
+    row = {"kind": "calls", "calls": 10 * len(values), "resident_bytes": warm[0]}
     return row | {"resident_bytes_growth": round(growth, 4), "flat": growth <= 1.01}
 
 
@@ -133,7 +139,8 @@ def soak_calls(model: qs.Model, count: int) -> dict[str, Any]:
 class Prompts:
     """Pieces of texts, in batches of two forms. What the n-th batch is depends on n alone."""
 
-    def __init__(self, tokenizer: Any, files: list[Path]):
+    def __init__(self, tokenizer: Any, files: list[Path], rows: int):
+        self._rows = rows
         texts = [file.read_text(encoding="utf-8")[:400_000] for file in files]
         self._ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
 
@@ -141,7 +148,7 @@ class Prompts:
         rng = random.Random(number)
         greedy = number % 4 == 0
         rows = []
-        for row in range(16 if greedy else 64):
+        for row in range(16 if greedy else self._rows):
             # One is long enough that all batches of a size take one program.
             ids, length = rng.choice(self._ids), rng.randint(200 if row else 1600, 2000)
             start = rng.randrange(max(1, len(ids) - length))
@@ -152,18 +159,18 @@ class Prompts:
         return rows, config
 
 
-def soak_tokens(model: qs.Model, prompts: Prompts, count: int) -> dict[str, Any]:
-    """`count` tokens and more; the first five batches once again at the end."""
+def soak_tokens(model: qs.Model, prompts: Prompts, count: int, seconds: float) -> dict[str, Any]:
+    """`count` tokens and more; the first four batches once again at the end."""
 
     def run(number: int) -> list[list[int]]:
         rows, config = prompts.batch(number)
         return qs.generate(model, rows, config, jax.random.key(number)).tokens
 
-    started, warm = time.monotonic(), 5
-    first = [run(i) for i in range(warm)]
+    started, warm = time.monotonic(), 4
+    first = [run(i) for i in range(warm)]  # makes all programs
     devices, hosts = [device_bytes()], [resident_bytes()]
     new, number = sum(len(tokens) for rows in first for tokens in rows), warm
-    while new < count:
+    while new < count and time.monotonic() - started < seconds:
         new += sum(map(len, run(number)))
         number += 1
         devices.append(device_bytes())
@@ -191,7 +198,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--shapes", type=int, default=300, metavar="N")
     parser.add_argument("--calls", type=int, default=2000, metavar="N")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, metavar="S", help="stop there, and say how far"
+    )
     parser.add_argument("--tokens", type=int, metavar="N", help="of --model, in place of shapes")
+    parser.add_argument("--rows", type=int, default=64, metavar="B", help="of the larger batches")
     parser.add_argument("--model", help="as in `quantspec generate`")
     parser.add_argument("--text", type=Path, nargs="+", help="UTF-8 files")
     parser.add_argument("--output", help="a JSON record")
@@ -201,11 +212,15 @@ def make_parser() -> argparse.ArgumentParser:
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.tokens:
         model = qs.load(args.model)
-        yield soak_tokens(model, Prompts(model.tokenizer, args.text), args.tokens)
+        prompts = Prompts(model.tokenizer, args.text, args.rows)
+        yield soak_tokens(model, prompts, args.tokens, args.seconds)
         return
-    row, model = soak_shapes(args.shapes)
-    yield row
-    yield soak_calls(model, args.calls)
+    model = qs.Model(TINY, init_params(TINY, jax.random.key(0)), None, qs.DraftConfig(None, 32))
+    started = time.monotonic()
+    if args.shapes:
+        yield soak_shapes(model, args.shapes, started + args.seconds)
+    if args.calls:
+        yield soak_calls(model, args.calls, started + args.seconds)
 
 
 def main(argv: list[str] | None = None) -> int:

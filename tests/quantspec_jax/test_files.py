@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from quantspec_jax.files import read_json, whole, write_json, write_text
@@ -48,3 +53,32 @@ def test_what_was_never_written_gets_no_name(tmp_path):
     with pytest.raises(FileNotFoundError), whole(tmp_path / "a.txt"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from quantspec_jax.files import whole
+with whole(Path(sys.argv[1])) as partial:
+    partial.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_next_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_path):
+    """Neither a living one's, nor of another file, nor of a machine where numbers mean others."""
+    path = tmp_path / "a.txt"
+    assert subprocess.run([sys.executable, "-c", DYING, path]).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    machine, pid, _ = left.name.removeprefix(".a.").split("-")
+    others = {
+        tmp_path / left.name.replace(machine, f"{int(machine, 16) ^ 1:08x}"),
+        tmp_path / left.name.replace(".a.", ".a.b."),
+        tmp_path / left.name.replace(".txt", ".npz"),
+        tmp_path / left.name.replace(pid, str(os.getpid())),
+    }
+    assert len(others) == 4
+    for other in others:
+        other.touch()
+    write_text(path, "whole")
+    assert set(tmp_path.iterdir()) == {path, *others}

@@ -15,7 +15,9 @@ import pytest
 from safetensors import safe_open
 
 import quantspec_jax as qs
+from quantspec_jax.commands.generate import summary
 from quantspec_jax.engine import saved
+from quantspec_jax.engine.engine import Engine
 from quantspec_jax.models.module import init_params
 
 G = 16
@@ -168,3 +170,14 @@ def test_a_save_that_is_killed_leaves_the_file_of_before(tmp_path):
                 values = file.get_tensor("a")
             assert (values == values[0]).all()
     assert path.exists()
+
+
+def test_an_interruption_before_the_first_token_has_all_statistics(model, monkeypatch):
+    def interrupted(engine):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    turn = qs.Session(model, config_of(MODES[0])).generate(DOCUMENT)
+    assert (turn.tokens, turn.text, turn.stats["rounds"]) == ([], "", 0)
+    assert turn.stats["acceptance_rate"] is turn.stats["tokens_per_round"] is None
+    assert summary(turn.stats).startswith("0 tokens (interrupted)")
