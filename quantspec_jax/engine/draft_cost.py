@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,10 +25,10 @@ from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.loading import Model
 
 TRIAL_GAMMA = 4
-LEAST_SECONDS = 0.05  # of a timed run
+LEAST_SECONDS = 0.15  # of a timed run, if so many rounds may be tried
 MOST_ROUNDS = 16
 ENDLESS = 1 << 30  # tokens
-VERSION = 1
+VERSION = 2  # of how it is measured
 # What a round changes beside the cache's arrays.
 SMALL = (
     *("memory", "seen", "pending", "tokens", "count", "finished"),
@@ -129,17 +130,23 @@ def measured(state: DecodeState, program: Program, decode: Decode) -> tuple[Deco
         return dataclasses.replace(state, cache=cache, requests=requests, finished=nobody)
 
     plain, drafting = with_gamma(program, 0), with_gamma(program, min(TRIAL_GAMMA, g - 2))
-    seconds = []
-    for trial in (plain, drafting):
-        for _ in range(2):  # what runs for the first time takes longer
-            state, spent = decode(begun(state), 1, trial)
-        most = min(MOST_ROUNDS, (g - 1) // (trial.gamma + 1))
-        rounds = min(most, max(1, round(LEAST_SECONDS / max(spent, 1e-9))))
+
+    def best(rounds: int, trial: Program) -> float:
+        nonlocal state
         times = []
-        for _ in range(2):
+        for _ in range(2):  # what runs for the first time takes longer
             state, spent = decode(begun(state), rounds, trial)
-            times.append(spent / rounds)
-        seconds.append(min(times))
+            times.append(spent)
+        return min(times)
+
+    def of_a_round(trial: Program) -> float:
+        """Without what a call costs before its first round: several milliseconds on a GPU."""
+        one = best(1, trial)
+        most = min(MOST_ROUNDS, (g - 1) // (trial.gamma + 1))
+        rounds = min(most, math.ceil(LEAST_SECONDS / max(one, 1e-9)))
+        return one if rounds == 1 else max(best(rounds, trial) - one, 1e-9) / (rounds - 1)
+
+    seconds = [of_a_round(trial) for trial in (plain, drafting)]
     cost = (seconds[1] - seconds[0]) / drafting.gamma / seconds[0]
 
     layers = tuple(

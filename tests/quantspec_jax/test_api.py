@@ -16,6 +16,7 @@ from quantspec_jax.cache import create
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.engine import draft_cost, programs
 from quantspec_jax.engine.bucket import bucket
+from quantspec_jax.engine.engine import Engine
 from quantspec_jax.models.module import init_params
 from quantspec_jax.text.detokenize import decode
 from quantspec_jax.weights.sizes import draft_bytes
@@ -102,6 +103,30 @@ def test_the_cost_of_a_draft_step_is_measured_once_and_changes_no_token(
     draft_cost._known.clear()
     monkeypatch.setattr(draft_cost, "measured", lambda state, *_: (state, cost))
     assert qs.generate(model, prompt, qs.GenerateConfig(**config)).tokens == first.tokens
+
+
+def test_what_a_call_costs_is_no_part_of_a_draft_step(model):
+    """A GPU's takes milliseconds before its first round, as long as several plain steps."""
+    engine = Engine(model, qs.GenerateConfig(**AUTO), 60)
+    engine.add([[5, 6, 7] * 20])
+    ran = []
+
+    def decode(state, rounds, trial):
+        ran.append(rounds)
+        return state, 0.006 + rounds * 0.0013 * (1 + 0.43 * trial.gamma)
+
+    _, cost = draft_cost.measured(engine._state, engine.program, decode)
+    assert cost == pytest.approx(0.43)
+    assert max(ran) <= draft_cost.MOST_ROUNDS
+    ran.clear()
+
+    def slow(state, rounds, trial):
+        ran.append(rounds)
+        return state, 0.2 * rounds * (1 + 0.43 * trial.gamma)
+
+    _, cost = draft_cost.measured(engine._state, engine.program, slow)
+    assert cost == pytest.approx(0.43)
+    assert ran == [1] * 4, "where a round takes long, one is enough"
 
 
 def test_another_gamma_or_coupling_compiles_no_prefill(model, monkeypatch):
