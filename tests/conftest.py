@@ -117,6 +117,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in long)
 
 
+# Their models and texts are real ones: they compute for longer than they compile.
+COMPUTING = (
+    *("test_notebooks.py", "test_smollm2.py", "test_model_parity.py", "test_bench_text.py"),
+    *("test_demo.py", "test_users_path.py", "test_sweep.py", "test_readme.py"),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny models compute for a moment and compile for minutes: LLVM need not optimize for them."""
+    jax.config.update("jax_disable_most_optimizations", request.path.name not in COMPUTING)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _free_compiled_programs() -> Iterator[None]:
     """Each program of XLA's CPU backend holds memory maps, tens to a thousand, and Linux allows a
