@@ -11,6 +11,7 @@ from quantspec_jax.generate.prefill import prefill
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.loading import Model, load
 from quantspec_jax.models.config import ModelConfig, RopeConfig, RopeScaling
+from quantspec_jax.sharding import make_mesh
 from quantspec_jax.weights.formats import DraftConfig
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "generate",
     "generate_tokens",
     "load",
+    "make_mesh",
     "prefill",
     "prepare",
     "stream",

@@ -111,6 +111,7 @@ class TestErrors:
             ([*NEEDED, "--gamma", "x"], "--gamma: 'x' is no integer, nor auto"),
             ([*NEEDED, "--gamma", "0"], "gamma is 0"),
             ([*NEEDED, "--gamma", "128"], "gamma is 128"),
+            ([*NEEDED, "--mesh", "tp=0,pp=2"], "--mesh: 'tp=0,pp=2' is not tp=N,cp=N,dp=N"),
             ([*NEEDED, "--max-new-tokens", "0"], "max_new_tokens is 0"),
             ([*NEEDED, "--temperature", "-1"], "temperature is -1.0"),
             ([*NEEDED, "--temperature", "nan"], "temperature is nan"),
