@@ -117,11 +117,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in long)
 
 
-# Their models and texts are real ones: they compute for longer than they compile.
-COMPUTING = (
-    *("test_notebooks.py", "test_smollm2.py", "test_model_parity.py", "test_bench_text.py"),
-    *("test_demo.py", "test_users_path.py", "test_sweep.py", "test_readme.py"),
-)
+# A real model on a real text computes for longer than it compiles.
+COMPUTING = ("test_smollm2.py", "test_model_parity.py", "test_demo.py")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -255,7 +255,7 @@ def refused_over_a_mesh() -> None:
     placed = sharding.place_model(decoder(), mesh(cp=2))
     for change, words in (
         ({"prefill": "tiles"}, "prefill 'tiles'"),
-        ({"mode": "autoregressive"}, "kv 'full'"),
+        ({"mode": "autoregressive", "draft_policy": "all", "draft_share": None}, "kv 'full'"),
         ({"draft_policy": "snapkv"}, "draft_policy 'snapkv'"),
     ):
         with pytest.raises(NotImplementedError, match="^" + re.escape(words)):
