@@ -134,10 +134,9 @@ def rows(
 def questions(data: Path, benchmark: str, name: str, samples: int, mode: str) -> list[Question]:
     """Of the first samples of a file."""
     path = _path(data, benchmark, name)
-    made = []
+    made, template = [], _template(data, path.stem)
     for number, line in enumerate(_lines(path, samples), 1):
         with within(f"{path}, line {number}"):
-            template = _template(data, path.stem)
             if benchmark == "longbench":
                 made += [_longbench(_object(line), template)]
             else:
