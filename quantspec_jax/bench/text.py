@@ -244,6 +244,7 @@ def rates(runs: Sequence[Run]) -> dict[str, Any]:
         "accepted_by_position": by_position([run.stats["accepted_by_position"] for run in runs]),
         "tokens_per_round": later / rounds,
         "proposed_per_round": proposed / rounds,
+        "draft_cost": runs[0].stats.get("draft_cost"),
         "prefill_seconds": total("prefill_seconds") / len(runs),
     }
 

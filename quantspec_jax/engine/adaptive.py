@@ -3,9 +3,10 @@ itself off and decoding is plain.
 
 A round that drafts γ tokens yields 1 + s₁ + … + s_γ of them, sᵢ being the share of rounds that
 accept place i, and costs 1 + γ c, in units of a plain step; c is what a draft step adds, measured
-with γ = 4 (a verification of more rows costs more than in proportion). γ is what makes the most of
-that, chosen for a chunk of rounds: each γ is a compiled program of its own, as fast as if it had
-been asked for, and another one is taken only where it promises one per cent.
+with γ = 4. A part of it is the verification's, which costs more than a plain step however few rows
+it has, and more rows cost more than in proportion. γ is what makes the most of that, chosen for a
+chunk of rounds: each γ is a compiled program of its own, as fast as if it had been asked for, and
+another one is taken only where it promises one per cent.
 
 sᵢ = sᵢ₋₁ aᵢ, aᵢ the share of the rounds that reached place i which accept it. It is counted, each
 round a little less than the next one, and leans on α, the acceptance of all proposals that were
@@ -24,6 +25,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from quantspec_jax.engine.draft_cost import TRIAL_GAMMA
+
 MOST_DRAFTED = 15  # passes of 16 rows: two blocks of the kernels' products
 LADDER = (0, 1, 2, 4, 7, MOST_DRAFTED)  # few programs; between them little is to be gained
 FADING = 0.993  # of evidence, a round
@@ -31,11 +34,23 @@ STALE = 0.96  # of what is known of places beyond those that are drafted
 PRIOR = (0.9, 4.0)  # acceptance assumed before anything was seen, and the tries it weighs
 LEANING = 16.0  # rounds that α weighs beside the counts of a place
 GAIN = 1.01  # that another γ has to promise
-# What a round takes over what c makes of it, on an H200: of γ = 7 1.08 with Qwen2.5-Coder-1.5B and
-# 0.99 with SmolLM2, of γ = 15 1.11 with SmolLM2.
+# What a verification of a few rows takes over a plain step, on an H200: 0.00 with SmolLM2, 0.08
+# with Llama-3.1-8B, 0.18 with Qwen2.5-Coder-1.5B. It is at most a half of what is measured.
+VERIFICATION = 0.08
+# What a round takes over what that makes of it: of γ = 7 1.08 with Qwen2.5-Coder-1.5B and 0.99 with
+# SmolLM2, of γ = 15 1.11 with SmolLM2.
 BEYOND = {7: 1.08, MOST_DRAFTED: 1.16}
 PROBE_ROUNDS, OLD_TRIES = 4, 4.0
 FIRST_WAIT, LONGEST_WAIT = 64, 512  # rounds of plain decoding before drafting is tried again
+
+
+def price(cost: float, gamma: int) -> float:
+    """What a round takes, in plain steps, where one with γ = 4 takes 1 + 4 c."""
+    if gamma == 0:
+        return 1.0
+    verification = min(VERIFICATION, TRIAL_GAMMA * cost / 2)
+    step = cost - verification / TRIAL_GAMMA
+    return (1 + verification + step * gamma) * BEYOND.get(gamma, 1.0)
 
 
 class AdaptiveGamma:
@@ -74,7 +89,7 @@ class AdaptiveGamma:
         ):
             share *= (accepted + LEANING * self.acceptance) / (reached + LEANING)
             tokens += share * counted
-        return tokens / ((1 + self.cost * gamma) * BEYOND.get(gamma, 1.0))
+        return tokens / price(self.cost, gamma)
 
     def observe(self, rounds: int, proposed: np.ndarray, accepted: np.ndarray) -> None:
         """What a chunk of rounds with the chosen γ did: [COUNTED] proposals that counted and
