@@ -47,6 +47,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Methods that compress a cache", ("codecs-*", "quality-*", "kv-numbers-*")),
     ("Decoding with simulated acceptance", ("decode-*",)),
     ("Serving", ("serving-*", "server-*", "saved-caches-*", "engine-*")),
+    ("Hostile files, kills, long processes", ("fuzz-*", "kills-*", "soak-*")),
     ("Prefill, calibration", ("prefill-*", "calibration-*")),
     ("Kernels", ("kernel*",)),
     ("Other runs", ("*",)),

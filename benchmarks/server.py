@@ -8,7 +8,8 @@ streams   all at once, of different lengths, greedy and sampled; each text again
           rows: with other row counts XLA's sums differ in their last bits, and a tie may fall to
           the other side)
 leaving   every fifth client hangs up midway; rounds until its slot is free
-soak      requests of all kinds for a time; memory after a tenth of it, and the most after that
+soak      requests of all kinds for a time, once the memory for prompts that come again
+          (--cache-bytes) is full; the server's memory after a tenth of it, and the most after that
 malformed wrong bodies, bytes that are no HTTP, clients that stop halfway (tests/fuzz/clients.py)
 signals   SIGTERM without and with a request that runs
 """
@@ -326,21 +327,24 @@ def soak(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, Any
     """Requests of all kinds."""
     ids = script.tokens(model, args.text, 20_000)
     kinds: dict[str, int] = {}
-    values: list[tuple[float, int]] = []
+    values: list[tuple[float, int, int]] = []
     started = 0.0
     numbers = iter(range(args.soak_requests))
 
     def so_far() -> dict[str, Any]:
         seconds = values[-1][0]
-        warm = [size for at, size in values if at >= 0.1 * seconds]
+        warm = [(size, kept) for at, size, kept in values if at >= 0.1 * seconds]
         return {
             "what": "soak",
             "requests": sum(kinds.values()),
             "seconds": seconds,
             "kinds": dict(kinds),
-            "resident_bytes_warm": warm[0],
-            "resident_bytes_most": max(warm),
-            "resident_growth": max(warm) / warm[0],
+            "resident_bytes_warm": warm[0][0],
+            "resident_bytes_most": max(size for size, _ in warm),
+            "resident_bytes_last": warm[-1][0],
+            "resident_growth": max(size for size, _ in warm) / warm[0][0],
+            "kept_prompt_bytes_warm": warm[0][1],
+            "kept_prompt_bytes_last": warm[-1][1],
         }
 
     def count(kind: str) -> None:
@@ -389,9 +393,22 @@ def soak(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, Any
                 return
             await one(client, i)
 
+    async def fill(client: openai.AsyncOpenAI, server: Server) -> None:
+        """Prompts that differ, until one leaves no more bytes than were there before."""
+        before, kept, number = -1.0, 0.0, 0
+        length = min(args.max_length - 2, len(ids) // 2)
+        while kept > before:
+            start = number * length % (len(ids) - length)
+            prompt = [*ids[number : number + 1], *ids[start : start + length - 1]]
+            await client.completions.create(model="m", prompt=prompt, max_tokens=1)
+            before, number = kept, number + 1
+            kept = (await asyncio.to_thread(server.metrics))["quantspec_kept_bytes"]
+
     async def watch(server: Server, done: asyncio.Event) -> None:
         while not done.is_set():
-            values.append((time.perf_counter() - started, server.resident_bytes()))
+            kept = (await asyncio.to_thread(server.metrics))["quantspec_kept_bytes"]
+            at = time.perf_counter() - started
+            values.append((at, server.resident_bytes(), int(kept)))
             if len(values) % 10 == 0:
                 note(so_far())
                 print(json.dumps(so_far()), file=sys.stderr, flush=True)
@@ -399,15 +416,17 @@ def soak(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, Any
                 await asyncio.wait_for(done.wait(), args.soak_seconds / 200)
 
     async def all_of_them(server: Server) -> None:
+        nonlocal started
         done = asyncio.Event()
-        watching = asyncio.create_task(watch(server, done))
         async with server.client() as client:
+            await fill(client, server)
+            started = time.perf_counter()
+            watching = asyncio.create_task(watch(server, done))
             await asyncio.gather(*(worker(client) for _ in range(2 * args.slots)))
         done.set()
         await watching
 
     with Server(args) as server:
-        started = time.perf_counter()
         asyncio.run(all_of_them(server))
         metrics = server.metrics()
     programs = {

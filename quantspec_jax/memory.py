@@ -1,7 +1,9 @@
-"""Whether what a call needs fits into the device's memory, asked before anything is allocated."""
+"""Memory: whether what a call needs fits into the device's, asked before anything is allocated."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +26,13 @@ def temporary_bytes(executable: Any) -> int:
     """Bytes that a compiled program allocates while it runs, besides arguments and results."""
     found = executable.memory_analysis()
     return found.temp_size_in_bytes if found else 0
+
+
+def give_back() -> None:
+    """Freed memory of the host to the system, where its allocator keeps it (glibc): compilers free
+    hundreds of megabytes."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def device() -> Any:

@@ -29,6 +29,7 @@ DOCUMENTS = [
 RECORDS = sorted(BENCHMARKS.glob("*.json"))
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # in the examples; here a tiny model stands for it
 PIP_OPTIONS = {"--no-deps"}
+SCRIPTS = ("benchmarks", "tests/fuzz")  # what a recorded command may start
 LARGEST_README = 12 * 1024  # bytes: five minutes of reading
 
 
@@ -56,7 +57,8 @@ def mentions(text: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def scripts_import_each_other(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+    for folder in SCRIPTS:
+        monkeypatch.syspath_prepend(ROOT / folder)
 
 
 def parse(command: str) -> argparse.Namespace | None:
@@ -73,7 +75,8 @@ def parse(command: str) -> argparse.Namespace | None:
         return None
     if program == "python":
         script = importlib.import_module(Path(words[0]).stem)
-        assert words[0] == f"benchmarks/{script.__name__}.py"
+        assert words[0].startswith(SCRIPTS)
+        assert Path(script.__file__ or "") == ROOT / words[0]
         return script.make_parser().parse_args(words[1:])
     if program == "make":
         assert words[0] in make_targets()
@@ -120,6 +123,8 @@ class TestCommands:
             "quantspec eval acceptance --model M --context 64",
             "python benchmarks/identity.py --model M --output FILE",
             "python benchmarks/gone.py",
+            "python benchmarks/fuzz.py --cases 10",
+            "python tests/fuzz/fuzz.py --cases many",
             "make coffee",
         ],
     )

@@ -6,6 +6,7 @@ import collections
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -32,6 +33,8 @@ class Programs:
     def __init__(self, most: int = MOST_PROGRAMS):
         self.most = most
         self.made = 0
+        self._by_form: dict[Any, Any] = {}
+        # The same with their forms, the one that was used last at the end.
         self._kept: collections.OrderedDict[Any, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -49,18 +52,29 @@ class Programs:
         forms = tuple((jnp.shape(x), jnp.result_type(x), _mesh(x)) for x in leaves)
         key = (id(function), tree, forms, tuple(sorted(static.items())))
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key], 0.0
+            if key in self._by_form:
+                self._kept.move_to_end(self._by_form[key])
+                return self._by_form[key], 0.0
         started = time.perf_counter()
         executable = function.lower(*args, **static).compile()
         function.clear_cache()  # JAX would keep it for as long as the function is there
         with self._lock:
-            self._kept[key] = executable
             self.made += 1
+            executable = self._by_form.setdefault(
+                key, executable
+            )  # another thread's, if it has one
+            self._kept[executable] = key
+            self._kept.move_to_end(executable)
             while len(self._kept) > self.most:
-                self._kept.popitem(last=False)
+                _, forgotten = self._kept.popitem(last=False)
+                del self._by_form[forgotten]
         return executable, time.perf_counter() - started
+
+    def used(self, executable: Any) -> None:
+        """Keep it for longer than those that were used before, if it is kept."""
+        with self._lock:
+            if executable in self._kept:
+                self._kept.move_to_end(executable)
 
 
 def _mesh(x: Any) -> Any:
@@ -88,9 +102,10 @@ class Runner:
         if free_bytes() is not None:
             cache = jax.eval_shape(lambda: create(model.config, program.cache, batch))
             self._parts["cache"] = tree_bytes(cache) // program.axes.size
-        self._checked: set[Any] = set()  # executables whose memory is known to be there
+        # Executables whose memory is known to be there. They are `PROGRAMS`' to keep, or to forget.
+        self._checked: weakref.WeakSet[Any] = weakref.WeakSet()
         # A runner's arguments keep their forms: to look these up again takes milliseconds a chunk.
-        self._decoders: dict[Program, Any] = {}
+        self._decoders: weakref.WeakValueDictionary[Program, Any] = weakref.WeakValueDictionary()
         # Of a number in the same place of memory as before, a GPU's graphs need no update.
         self._numbers: dict[int, jax.Array] = {}
         self._check()
@@ -131,6 +146,7 @@ class Runner:
         executable = self._decoders.get(program)
         if executable is None:
             executable = self._decoders[program] = self.ready(DECODE, *args, program=program)
+        PROGRAMS.used(executable)
         started = time.perf_counter()
         state = jax.block_until_ready(executable(*args))
         return state, time.perf_counter() - started

@@ -23,6 +23,7 @@ from quantspec_jax.engine.statistics import Clock
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.logprobs import MOST as MOST_LOGPROBS
 from quantspec_jax.loading import Model
+from quantspec_jax.memory import give_back
 from quantspec_jax.server.metrics import Metrics
 from quantspec_jax.server.requests import ChatRequest, CompletionRequest, RefusedError
 from quantspec_jax.text.chat import conversation_ids
@@ -104,6 +105,7 @@ class Service:
                 engine.advance(1)
             engine.remove(slot)
         engine.compile_ahead()
+        give_back()
         engine.clock = Clock()
         self._thread.start()
 
@@ -216,11 +218,11 @@ class Answers:
         self, prompt: Sequence[int], wish: GenerateConfig, key: Any, speculate: bool = True
     ) -> None:
         """One more sequence."""
-        number = len(self.jobs)
+        number, loop, events = len(self.jobs), self._loop, self._events
 
-        def listen(event: Event) -> None:
+        def listen(event: Event) -> None:  # knows no answers, which would keep each other
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
-                self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
+                loop.call_soon_threadsafe(events.put_nowait, (number, event))
 
         seconds = self._service.config.seconds
         self.jobs.append(Job(list(prompt), wish, key, listen, seconds, speculate))

@@ -30,15 +30,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint
-import transformers
+import transformers.models.llama
+from transformers import AutoConfig, AutoTokenizer
 
 import convert
 import quantspec_jax.weights.calibrate
 from quantspec_jax import cli
 from quantspec_jax.bench import record
 
-PRELOADED = (orbax.checkpoint, transformers, convert, quantspec_jax.weights.calibrate)
+# Otherwise most of a run, and of the kills, is importing.
+PRELOADED = (
+    *(AutoConfig, AutoTokenizer, transformers.models.llama.LlamaConfig, orbax.checkpoint),
+    *(convert, quantspec_jax.weights.calibrate),
+)
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 HANDLED = {128 + signal.SIGTERM: signal.SIGTERM, 128 + signal.SIGINT: signal.SIGINT}
 FOREIGN = {
@@ -251,32 +257,31 @@ def killed(job: Job, rng: random.Random, kills: int, seconds: float) -> dict[str
     return {"job": job.name, "kills": kills, **in_time, **pairs}
 
 
-def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--kills", type=int, default=30, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--job", nargs="+", choices=JOBS, default=list(JOBS)[1:])
     parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="stop there")
     parser.add_argument("--output", type=Path, help="a JSON record")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """The command line."""
+    args, rows = make_parser().parse_args(), []
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         work = Path(name)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(work / "xla")
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        jax.config.update("jax_compilation_cache_dir", str(work / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         assert ended(forked(lambda: make_model(work / "model"), work / "model.log")) == 0
-        rows = [
-            killed(
-                Job(name, work / "model", work),
-                rng,
-                len(range(i, args.kills, len(args.job))),
-                args.seconds / len(args.job),
-            )
-            for i, name in enumerate(args.job)
-        ]
-    if args.output:
-        record.write(args.output, record.command("python tests/fuzz/kills.py", args), rows)
+        for i, name in enumerate(args.job):
+            kills = len(range(i, args.kills, len(args.job)))
+            job = Job(name, work / "model", work)
+            rows.append(killed(job, rng, kills, args.seconds / len(args.job)))
+            if args.output:
+                record.write(args.output, record.command("python tests/fuzz/kills.py", args), rows)
     return 0
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quantspec_jax.engine import programs
 from quantspec_jax.engine.programs import Programs
 
 
@@ -22,22 +26,52 @@ def scaled(x: jax.Array, *, by: int) -> jax.Array:
 
 def test_programs_that_are_forgotten_are_freed() -> None:
     """By JAX, too, which keeps what it compiled for a function while the function is there."""
-    programs, function = Programs(most=3), jax.jit(scaled, static_argnames="by")
+    kept, function = Programs(most=3), jax.jit(scaled, static_argnames="by")
     form = jax.ShapeDtypeStruct((3,), np.float32)
     before = on_the_device()
     for by in range(1, 13):
-        programs.compiled(function, form, by=by)
-    assert programs.statistics() == {"kept": 3, "most": 3, "made": 12}
+        kept.compiled(function, form, by=by)
+    assert kept.statistics() == {"kept": 3, "most": 3, "made": 12}
     assert on_the_device() - before == 3
 
 
+def decoded(params: Any, drafts: Any, state: jax.Array, rounds: Any, *, program: Any) -> jax.Array:
+    return jnp.sin(state) * program.number
+
+
+def test_an_engine_keeps_none_that_was_forgotten(monkeypatch) -> None:
+    """And those that it uses without looking them up are not the ones that are forgotten."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Step:
+        number: int
+        gamma: int = 0
+        max_length: int = 8
+
+        @property
+        def cache(self) -> Any:
+            return self
+
+    kept = Programs(most=2)
+    monkeypatch.setattr(programs, "PROGRAMS", kept)
+    monkeypatch.setattr(programs, "DECODE", jax.jit(decoded, static_argnames="program"))
+    model: Any = SimpleNamespace(params={})
+    runner = programs.Runner(model, Step(0), 1)  # type: ignore[arg-type]
+    jnp.int32(1)
+    before = on_the_device()
+    for number in (1, 2, 3, 4, 3, 5, 3):
+        runner.decode(model, np.zeros(3, np.float32), 1, Step(number))  # type: ignore[arg-type]
+    assert kept.statistics() == {"kept": 2, "most": 2, "made": 5}
+    assert on_the_device() - before == 2
+
+
 def test_the_one_that_was_used_last_is_kept() -> None:
-    programs, function = Programs(most=2), jax.jit(scaled, static_argnames="by")
+    kept, function = Programs(most=2), jax.jit(scaled, static_argnames="by")
     form = jax.ShapeDtypeStruct((3,), np.float32)
-    first, _ = programs.compiled(function, form, by=1)
-    programs.compiled(function, form, by=2)
-    assert programs.compiled(function, form, by=1) == (first, 0.0)
-    programs.compiled(function, form, by=3)
-    assert programs.compiled(function, form, by=1) == (first, 0.0)
-    assert programs.compiled(function, form, by=2)[1] > 0
+    first, _ = kept.compiled(function, form, by=1)
+    kept.compiled(function, form, by=2)
+    assert kept.compiled(function, form, by=1) == (first, 0.0)
+    kept.compiled(function, form, by=3)
+    assert kept.compiled(function, form, by=1) == (first, 0.0)
+    assert kept.compiled(function, form, by=2)[1] > 0
     np.testing.assert_allclose(first(np.ones(3, np.float32)), np.sin(1.0), rtol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import signal
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import browser
 import clients
@@ -30,7 +32,7 @@ from quantspec_jax.engine.reply import Reply
 from quantspec_jax.models.module import init_params
 from quantspec_jax.server import listen
 from quantspec_jax.server.app import make_app
-from quantspec_jax.server.service import ServerConfig, Service
+from quantspec_jax.server.service import Answers, ServerConfig, Service
 
 G, LENGTH, KEY = 16, 192, "secret"
 # Drafts that read few pages, of which no verification has voted yet when a prompt is read.
@@ -434,6 +436,33 @@ def test_many_at_once_get_each_what_they_get_alone_and_slots_of_those_who_leave_
         wants = {"temperature": body["temperature"], "ignore_eos": True}
         (reply,) = alone(engine, body["prompt"], body["max_tokens"], seed=i, **wants)
         assert text == reply.text
+
+
+def test_nothing_of_a_request_is_kept_once_it_is_answered(url, monkeypatch):
+    """Not even until a garbage collector comes by, which may take thousands of requests."""
+    made = weakref.WeakSet()
+    add = Answers.add
+
+    def noted(answers, *args):
+        add(answers, *args)
+        made.update((answers, *answers.jobs))
+
+    monkeypatch.setattr(Answers, "add", noted)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    body = {"prompt": [5] * 20, "max_tokens": 3, "n": 2, "logprobs": 2}
+    gc.collect()
+    gc.disable()
+    try:
+        with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+            for more in ({}, {"stream": True}, {"stop": "zzz", "temperature": 0.5}):
+                answer = client.post("/v1/completions", json=body | more)
+                assert answer.status_code == 200
+        deadline = time.monotonic() + 10
+        while made and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not list(made)
+    finally:
+        gc.enable()
 
 
 def test_clients_that_are_wrong_are_refused_and_the_next_good_one_is_answered(url):
