@@ -43,6 +43,7 @@ class Hierarchical:
 
     views: tuple[str, ...] = ("int8", "int4")
     draft: Read = DRAFT
+    recodes: bool = False
 
     def num_tiles(self, max_length: int, group_size: int) -> int:
         """Enough for every token."""
