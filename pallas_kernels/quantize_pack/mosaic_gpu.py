@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import ptx
-from pallas_kernels.layout import LARGEST, Planes
+from pallas_kernels.layout import Planes
 from pallas_kernels.ptx import V, f32, i32
 
 SMALLEST_SCALE = 2.0**-24
-LARGEST_BITS = 0x477F477F  # two of it in bfloat16
+LARGEST_BITS = 0x477F477F  # `layout.LARGEST` in bfloat16, twice
 RUN = 32  # tokens of a run of value codes
 # Added to a quotient below 2²², it leaves the nearest integer, plus 8, in the low bits.
 ROUND_PLUS_8 = 1.5 * 2**23 + 8
@@ -33,19 +33,15 @@ def _smallest(a: V, b: V) -> V:
     return ptx.asm("min.bf16x2 $0, $1, $2;", ["i32"], [a, b])[0]
 
 
-def _least(a: V, b: V) -> V:
-    return ptx.asm("min.f32 $0, $1, $2;", ["f32"], [a, b])[0]
-
-
 def _clamped(words: list[V]) -> list[V]:
-    """Nothing below −LARGEST."""
-    return [_largest(x, i32(LARGEST_BITS | 0x80008000)) for x in words]
+    """Nothing beyond ±LARGEST."""
+    most, least = i32(LARGEST_BITS), i32(LARGEST_BITS | 0x80008000)
+    return [_smallest(_largest(x, least), most) for x in words]
 
 
 def _numbers(low: V, high: V) -> tuple[V, V, V, V, V]:
     """For a group from `low` to `high`: float16 bits of ŝ and of m̂; m̂, divisor ŝ/16 and its
     reciprocal."""
-    low, high = (_least(x, f32(LARGEST)) for x in (low, high))
     minimum = ptx.f16_below(low)
     m, _ = ptx.unpack_f16(minimum)
     span = high - m
@@ -59,12 +55,13 @@ def _numbers(low: V, high: V) -> tuple[V, V, V, V, V]:
 
 
 def _code(x: V, low: V, divisor: V, inverse: V) -> V:
-    """16 u + l + 8 in the low byte; the rest of the word is anything."""
+    """16 u + l + 8 in the low byte; the rest of the word is anything. The quotient is at most 240
+    but for its rounding, since ŝ was rounded up."""
     offset = x - low
     first = offset * inverse
     rest = ptx.fma(f32(0.0) - first, divisor, offset)
     quotient = ptx.fma(rest, inverse, first)
-    return (_least(quotient, f32(240.0)) + ROUND_PLUS_8).bits()
+    return (quotient + ROUND_PLUS_8).bits()
 
 
 def _bytes(codes: Sequence[V]) -> V:

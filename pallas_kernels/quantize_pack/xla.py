@@ -69,11 +69,10 @@ def _quantize(
     x: jax.Array, axis: int, valid: np.ndarray | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Codes (u − 8, l) of x's shape, and (ŝ, m̂) with `axis` of length 1: a group along `axis`."""
-    x = jnp.maximum(_float32(x), -LARGEST)
+    x = jnp.clip(_float32(x), -LARGEST, LARGEST)
     in_group = True if valid is None else valid
     low = jnp.min(x, axis, keepdims=True, initial=jnp.inf, where=in_group)
     high = jnp.max(x, axis, keepdims=True, initial=-jnp.inf, where=in_group)
-    low, high = jnp.minimum(low, LARGEST), jnp.minimum(high, LARGEST)
     m = round_down_to_f16(low)
     span = high - m
     smallest = jnp.maximum(_divide(span, 15), SMALLEST_SCALE)
