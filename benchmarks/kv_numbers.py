@@ -5,8 +5,8 @@
 The codes are those of `pallas_kernels.quantize_pack`, 16 u + l against the stored numbers. All but
 float32 take the 2 bytes a number that the cache has.
 
-    bfloat16     the cache's own: the minimum rounded down, the scale up
-    float16      the same; beyond ±65,504 there is nothing
+    bfloat16     the minimum rounded down, the scale up
+    float16      the cache's own, the same; beyond ±65,504 there is nothing
     float32      for comparison
     steps        the scale in bfloat16, the minimum as a number of its sixteenths, int16
     bias off     bfloat16; keys are coded without their bias, which RoPE has turned by position

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.rope_append.heads import Heads
 from quantspec_jax import compilation_cache
+from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.checks import require
 from quantspec_jax.dtypes import BFLOAT16, FLOAT32, float_type
 from quantspec_jax.models.attention import causal_attention
@@ -21,12 +22,21 @@ from quantspec_jax.models.config import ModelConfig, RopeScaling
 from quantspec_jax.models.decoder import forward, unembed
 from quantspec_jax.models.parameters import Params, check_params
 from quantspec_jax.sharding import check_mesh, mesh_of, place_model, place_params
+from quantspec_jax.stored_kv import StoredKV
 from quantspec_jax.weights.entries import draft_tree, quantize_params
 from quantspec_jax.weights.formats import DraftConfig
 from quantspec_jax.weights.sizes import layer_formats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class LearnedKV(NamedTuple):
+    """A codec of the cache that is stored with a checkpoint, and what it has learned of each
+    layer."""
+
+    stored: StoredKV
+    learned: list[Any]
 
 
 class Model:
@@ -54,6 +64,7 @@ class Model:
         self.params = params
         self.tokenizer = tokenizer
         self.draft = draft or DraftConfig()
+        self.kv: LearnedKV | None = None
         if draft_entries is None:
             _check_made_at_load(config, self.draft)
         self.dtype = float_type(params["embedding"].dtype, "params dtype")
@@ -68,6 +79,13 @@ class Model:
         self._draft_entries = None  # may be held in another arrangement from now on
         tree = draft_tree(self.params, entries)
         return place_params(self.config, tree, mesh_of(self.params))
+
+    def params_for(self, cache: CacheConfig) -> Params:
+        """The parameters that decoding with the cache takes: with what its codec has learned."""
+        if not cache.codec.recodes:
+            return self.params
+        assert self.kv is not None
+        return self.params | {"kv": self.kv.learned}
 
     @property
     def has_draft_arrays(self) -> bool:
@@ -174,4 +192,6 @@ def load(
         stored = checkpoint.load_draft() if draft is None else None
         params = checkpoint.load(dtype, device=mesh)
         model = Model(config, params, checkpoint.tokenizer, *(stored or (draft,)))
+    if (kv := checkpoint.load_kv()) is not None:
+        model.kv = LearnedKV(*kv)
     return model if mesh is None else place_model(model, mesh)

@@ -260,9 +260,9 @@ def _attend_planes(
 
 def _gather(leaf: jax.Array, index: jax.Array) -> jax.Array:
     """Tiles `index` [B, K, n] of [B, K, T/G, ...]."""
-    if leaf.dtype == jnp.bfloat16:  # as integers: XLA's CPU backend would convert the whole array
+    if leaf.dtype == jnp.float16:  # as integers: XLA's CPU backend would convert the whole array
         bits = _gather(jax.lax.bitcast_convert_type(leaf, jnp.uint16), index)
-        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+        return jax.lax.bitcast_convert_type(bits, jnp.float16)
     b, k = (x[..., None] for x in jnp.ogrid[: leaf.shape[0], : leaf.shape[1]])
     return leaf[b, k, index]
 

@@ -11,7 +11,8 @@ a byte. Everything outside this package treats the bytes of a tile as opaque and
 
 A word of 32 bits then holds eight codes along the dimension that the product with it sums over, in
 pairs 16 bits apart: one `and` turns it into two float16 numbers that a matrix instruction takes.
-`LAYOUT_VERSION` is stored with checkpoints and changes with the layout.
+`LAYOUT_VERSION` is stored with checkpoints and changes with the layout of weights, `CACHE_VERSION`
+with saved caches and that of `Planes`.
 
 A GPU multiplies with a weight that is *tiled* (`TiledWeight`): the same codes and numbers in the
 order in which a warp reads them. Tiling is done on the device; nothing stores it.
@@ -22,6 +23,8 @@ from pallas_kernels.layout.nibbles import (
     unsigned_halves,
 )
 from pallas_kernels.layout.planes import (
+    CACHE_VERSION,
+    LARGEST,
     LayerCache,
     Planes,
     key_halves,
@@ -44,6 +47,8 @@ from pallas_kernels.layout.weights import (
 )
 
 __all__ = [
+    "CACHE_VERSION",
+    "LARGEST",
     "LAYOUT_VERSION",
     "STRIP",
     "LayerCache",

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.layout.nibbles import pair, unpair, unsigned_halves
 
+CACHE_VERSION = 2  # 1: scales and minima in bfloat16
+LARGEST = 65280.0  # that is coded: what both float16 and bfloat16 have
+
 
 def pack_keys(codes: jax.Array) -> jax.Array:
     """[..., G, D] int8 codes in −8..7 → [..., G, D/2] uint8."""
@@ -59,7 +62,7 @@ class Planes(NamedTuple):
 
     upper, lower   uint8 keys   [B, K, T/G, G, D/2]    packed codes u − 8 and l
                          values [B, K, T/G, D, G/2]
-    scale, minimum bf16  keys   [B, K, T/G, D]         one group: G tokens of a channel
+    scale, minimum f16   keys   [B, K, T/G, D]         one group: G tokens of a channel
                          values [B, K, T/G, V, G]      one group: min(G, D) channels of a token,
                                                        V = ⌈D / min(G, D)⌉ groups a token
     """

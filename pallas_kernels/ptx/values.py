@@ -241,6 +241,25 @@ def unpack_f16(pair: V) -> list[V]:
     )
 
 
+def f16_below(x: V) -> V:
+    """Bits of the greatest float16 that is not above x."""
+    return asm("{ .reg .b16 half; cvt.rm.f16.f32 half, $1; cvt.u32.u16 $0, half; }", ["i32"], [x])[
+        0
+    ]
+
+
+def f16_above(x: V) -> V:
+    """Bits of the smallest float16 that is not below x."""
+    return asm("{ .reg .b16 half; cvt.rp.f16.f32 half, $1; cvt.u32.u16 $0, half; }", ["i32"], [x])[
+        0
+    ]
+
+
+def multiply_f16(a: V, b: V) -> V:
+    """Products of the two float16 of a word."""
+    return asm("mul.rn.f16x2 $0, $1, $2;", ["i32"], [a, b])[0]
+
+
 def pack_f16(low: V, high: V) -> V:
     return asm("cvt.rn.f16x2.f32 $0, $1, $2;", ["i32"], [high, low])[0]
 

@@ -18,7 +18,8 @@ from pallas_kernels import ptx
 from pallas_kernels.layout import Planes
 from pallas_kernels.ptx import V, f32, i32
 
-SMALLEST_SCALE = 2.0**-122
+SMALLEST_SCALE = 2.0**-24
+LARGEST_BITS = 0x477F477F  # `layout.LARGEST` in bfloat16, twice
 RUN = 32  # tokens of a run of value codes
 # Added to a quotient below 2²², it leaves the nearest integer, plus 8, in the low bits.
 ROUND_PLUS_8 = 1.5 * 2**23 + 8
@@ -32,25 +33,34 @@ def _smallest(a: V, b: V) -> V:
     return ptx.asm("min.bf16x2 $0, $1, $2;", ["i32"], [a, b])[0]
 
 
-def _numbers(low: V, high: V) -> tuple[V, V, V]:
-    """ŝ's bf16 bits, divisor ŝ/16 and its reciprocal for a group from `low` to `high`."""
-    span = high - low
+def _clamped(words: list[V]) -> list[V]:
+    """Nothing beyond ±LARGEST."""
+    most, least = i32(LARGEST_BITS), i32(LARGEST_BITS | 0x80008000)
+    return [_smallest(_largest(x, least), most) for x in words]
+
+
+def _numbers(low: V, high: V) -> tuple[V, V, V, V, V]:
+    """For a group from `low` to `high`: float16 bits of ŝ and of m̂; m̂, divisor ŝ/16 and its
+    reciprocal."""
+    minimum = ptx.f16_below(low)
+    m, _ = ptx.unpack_f16(minimum)
+    span = high - m
     some = span > 0.0
     fifteenth = ptx.asm("div.rn.f32 $0, $1, $2;", ["f32"], [span, f32(15.0)])[0]
-    exact = ptx.maximum(fifteenth, f32(SMALLEST_SCALE))
-    bits = ptx.select(some, (exact.bits() + 0xFFFF) & 0xFFFF0000, i32(0))
-    divisor = ptx.select(some, bits.as_float() * (1 / 16), f32(1.0))
+    scale = ptx.f16_above(ptx.maximum(fifteenth, f32(SMALLEST_SCALE)))
+    s, _ = ptx.unpack_f16(scale)
+    divisor = ptx.select(some, s * (1 / 16), f32(1.0))
     inverse = ptx.asm("rcp.rn.f32 $0, $1;", ["f32"], [divisor])[0]
-    return bits >> 16, divisor, inverse
+    return ptx.select(some, scale, i32(0)), minimum, m, divisor, inverse
 
 
 def _code(x: V, low: V, divisor: V, inverse: V) -> V:
-    """16 u + l + 8 in the low byte; the rest of the word is anything."""
+    """16 u + l + 8 in the low byte; the rest of the word is anything. The quotient is at most 240
+    but for its rounding, since ŝ was rounded up."""
     offset = x - low
     first = offset * inverse
     rest = ptx.fma(f32(0.0) - first, divisor, offset)
     quotient = ptx.fma(rest, inverse, first)
-    quotient = ptx.asm("min.f32 $0, $1, $2;", ["f32"], [quotient, f32(240.0)])[0]
     return (quotient + ROUND_PLUS_8).bits()
 
 
@@ -86,7 +96,7 @@ def _keys_body(head_dim: int, group_size: int):
         rows = []
         for i in range(turns):
             at = source + i * together * 2 * head_dim
-            rows.append(ptx.load(at, 4) + ptx.load(at + head_dim, 4))
+            rows.append(_clamped(ptx.load(at, 4) + ptx.load(at + head_dim, 4)))
         high, low = list(rows[0]), list(rows[0])
         for row in rows[1:]:
             high = [_largest(a, b) for a, b in zip(high, row, strict=True)]
@@ -116,16 +126,15 @@ def _keys_body(head_dim: int, group_size: int):
                     other = ptx.load(shared + (2 * w + kind) * (4 * words) + thread * 4)[0]
                     x = merge(x, other)
                 pairs.append(x)
-            scales = []
+            stored = []
             for i, part in enumerate((ptx.low_bf16, ptx.high_bf16)):
-                m = part(pairs[1])
-                bits, divisor, inverse = _numbers(m, part(pairs[0]))
-                scales.append(bits)
+                *two, m, divisor, inverse = _numbers(part(pairs[1]), part(pairs[0]))
+                stored.append(two)
                 for j, x in enumerate((m, divisor, inverse)):
                     ptx.store(numbers + j * (4 * head_dim) + thread * 8 + 4 * i, [x])
             target = tile * (2 * head_dim) + (thread * 4).to_i64()
-            ptx.store(scale + target, [scales[0] | (scales[1] << 16)])
-            ptx.store(minimum + target, [pairs[1]])
+            for where, low, high in zip((scale, minimum), *stored, strict=True):
+                ptx.store(where + target, [low | (high << 16)])
 
         ptx.when(thread < words, compute)
         ptx.sync_threads(i32(0), 128)
@@ -168,7 +177,7 @@ def _values_body(head_dim: int, group_size: int, groups: int, runs: int):
         def work() -> None:
             source = values + run.to_i64() * (RUN * 2 * head_dim)
             source = source + (lane * (4 * words)).to_i64()
-            rows = [ptx.load(source + t * 2 * head_dim, words) for t in range(RUN)]
+            rows = [_clamped(ptx.load(source + t * 2 * head_dim, words)) for t in range(RUN)]
             # Of each token the maximum and the negated minimum of this lane's channels, in a word.
             extremes = []
             for row in rows:
@@ -195,12 +204,12 @@ def _values_body(head_dim: int, group_size: int, groups: int, runs: int):
             place = (tile * groups + group).to_i64() * group_size + (part * RUN).to_i64()
             for i, x in enumerate(extremes):
                 token = mine * groups + i
-                m = f32(0.0) - ptx.high_bf16(x)
-                bits, divisor, inverse = _numbers(m, ptx.low_bf16(x))
+                low, high = f32(0.0) - ptx.high_bf16(x), ptx.low_bf16(x)
+                *stored, m, divisor, inverse = _numbers(low, high)
                 ptx.store(numbers + token * 16, [m, divisor, inverse, m])
                 at = (place + token.to_i64()) * 2
-                ptx.store_half(scale + at, bits)
-                ptx.store_half(minimum + at, m.bits() >> 16)
+                for where, bits in zip((scale, minimum), stored, strict=True):
+                    ptx.store_half(where + at, bits)
             ptx.sync_warp()
             channels = 2 * words
             packed: list[list[V]] = [[] for _ in range(channels)]
@@ -243,7 +252,7 @@ def quantize_keys(keys: jax.Array, group_size: int) -> Planes:
     b, k, t, d = keys.shape
     tiles = t // group_size
     codes = jax.ShapeDtypeStruct((b, k, tiles, group_size, d // 2), jnp.uint8)
-    numbers = jax.ShapeDtypeStruct((b, k, tiles, d), jnp.bfloat16)
+    numbers = jax.ShapeDtypeStruct((b, k, tiles, d), jnp.float16)
     kernel = ptx.kernel(
         _keys_body(d, group_size),
         [codes, codes, numbers, numbers],
@@ -260,7 +269,7 @@ def quantize_values(values: jax.Array, group_size: int) -> Planes:
     b, k, t, d = values.shape
     tiles, groups = t // group_size, -(-d // min(group_size, d))
     codes = jax.ShapeDtypeStruct((b, k, tiles, d, group_size // 2), jnp.uint8)
-    numbers = jax.ShapeDtypeStruct((b, k, tiles, groups, group_size), jnp.bfloat16)
+    numbers = jax.ShapeDtypeStruct((b, k, tiles, groups, group_size), jnp.float16)
     runs = b * k * t // RUN
     kernel = ptx.kernel(
         _values_body(d, group_size, groups, runs),

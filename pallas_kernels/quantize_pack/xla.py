@@ -1,45 +1,49 @@
 """Full-precision keys and values to two 4-bit planes, written from the formulas, in float32.
 
-    m̂ = min x rounded down to bf16      ŝ = (max x − m̂)/15 rounded up to bf16
+    m̂ = min x rounded down to f16       ŝ = (max x − m̂)/15 rounded up to f16
     u = clip(⌊(x − m̂)/ŝ + 17/32⌋, 0, 15)       l = clip(round((x − m̂ − ŝ u)/(ŝ/16)), −8, 7)
 
 Both codes are the digits of one number: round((x − m̂)/(ŝ/16)) = 16 u + l. Each operation below is
 one correctly rounded float32 operation, so what comes out does not depend on how a compiler
 arranges them, and a kernel that rounds its quotients correctly gets the same bits.
 
-|x − x8| ≤ ŝ/32 and |x − x4| ≤ ŝ/2 up to float32 rounding, 2⁻²²·max|x|, for |x| ≤ 2¹²⁶; numbers
-below 2⁻¹²⁶ count as zero, as XLA's arithmetic has it.
+|x − x8| ≤ ŝ/32 and |x − x4| ≤ ŝ/2 up to float32 rounding, 2⁻²²·max|x|, for |x| ≤ 65,280. Beyond
+that, where inference in float16 has no numbers either, x is read as if it were ±65,280. m̂ is less
+than max(2⁻¹⁰ |m̂|, 2⁻²⁴) below the minimum, and ŝ is as near to (max x − m̂)/15: what is as small as
+2⁻²⁴, float16's smallest number, is coded coarsely. Numbers below 2⁻¹²⁶ count as zero, as XLA's
+arithmetic has it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layout import Planes, pack_keys, pack_values
+from pallas_kernels.layout import LARGEST, Planes, pack_keys, pack_values
 
-# ŝ/16 has to be a normal float32 number: XLA flushes the others to zero.
-SMALLEST_SCALE = 2.0**-122
-
-
-def _bits(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+SMALLEST_SCALE = 2.0**-24  # float16's smallest number
 
 
-def _high_half(bits: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+def _to_float16s(x: jax.Array, whole: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """float32 x made a whole number of float16's steps at its place. (Not by a conversion and back:
+    XLA leaves out such.)"""
+    exponent = jax.lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7F800000)
+    power = jax.lax.bitcast_convert_type(exponent, jnp.float32)  # of two, not above |x|
+    step = jnp.maximum(power * 2.0**-10, 2.0**-24)
+    return whole(x / step) * step
 
 
-def round_down_to_bf16(x: jax.Array) -> jax.Array:
-    """The largest bf16 number ≤ x. A bf16 number is the upper half of a float32."""
-    bits = _bits(x)
-    return _high_half(jnp.where(x < 0, bits + np.uint32(0xFFFF), bits))
+def round_down_to_f16(x: jax.Array) -> jax.Array:
+    """The largest float16 number ≤ x, for |x| ≤ 65,504, as float32."""
+    return _to_float16s(x, jnp.floor)
 
 
-def round_up_to_bf16(x: jax.Array) -> jax.Array:
-    """The smallest bf16 number ≥ x, for x ≥ 0."""
-    return _high_half(_bits(x) + np.uint32(0xFFFF))
+def round_up_to_f16(x: jax.Array) -> jax.Array:
+    """The smallest float16 number ≥ x, for |x| ≤ 65,504, as float32."""
+    return _to_float16s(x, jnp.ceil)
 
 
 def _divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
@@ -65,22 +69,21 @@ def _quantize(
     x: jax.Array, axis: int, valid: np.ndarray | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Codes (u − 8, l) of x's shape, and (ŝ, m̂) with `axis` of length 1: a group along `axis`."""
-    x = _float32(x)
+    x = jnp.clip(_float32(x), -LARGEST, LARGEST)
     in_group = True if valid is None else valid
     low = jnp.min(x, axis, keepdims=True, initial=jnp.inf, where=in_group)
     high = jnp.max(x, axis, keepdims=True, initial=-jnp.inf, where=in_group)
-    minimum = round_down_to_bf16(low)
-    m = minimum.astype(jnp.float32)
+    m = round_down_to_f16(low)
     span = high - m
     smallest = jnp.maximum(_divide(span, 15), SMALLEST_SCALE)
-    scale = round_up_to_bf16(jnp.where(span > 0, smallest, 0.0))
+    scale = jnp.where(span > 0, round_up_to_f16(smallest), 0.0)
     # Where ŝ is 0 so is x − m̂: any divisor gives code 0.
-    s = jnp.where(span > 0, scale.astype(jnp.float32), 1.0)
+    s = jnp.where(span > 0, scale, 1.0)
     # x ≥ low; saying so keeps x − m̂ from being contracted with a product that x may be.
     offset = jnp.maximum(x, low) - m
     code = jnp.clip(jnp.round(_divide(offset, s / 16)), 0, 240).astype(jnp.uint8) + 8
     upper, lower = (code >> 4).astype(jnp.int8) - 8, (code & 15).astype(jnp.int8) - 8
-    return upper, lower, scale, minimum
+    return upper, lower, scale.astype(jnp.float16), m.astype(jnp.float16)
 
 
 def quantize_keys(keys: jax.Array, group_size: int) -> Planes:

@@ -272,8 +272,8 @@ def random_planes(
     return Planes(
         jax.random.bits(keys[0], code, jnp.uint8),
         jax.random.bits(keys[1], code, jnp.uint8),
-        (0.3 + 0.1 * jax.random.uniform(keys[2], number)).astype(jnp.bfloat16),
-        (-2.3 - 0.7 * jax.random.uniform(keys[3], number)).astype(jnp.bfloat16),
+        (0.3 + 0.1 * jax.random.uniform(keys[2], number)).astype(jnp.float16),
+        (-2.3 - 0.7 * jax.random.uniform(keys[3], number)).astype(jnp.float16),
     )
 
 

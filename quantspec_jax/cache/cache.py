@@ -61,7 +61,7 @@ def rollback(cache: KVCache, length: Each) -> KVCache:
 def flush_due(cache: KVCache) -> EachDue:
     """[B] bool: F2 is full. Never true where nothing is coded."""
     full = schedule.flush_due(cache.length, cache.quantized_length, cache.group_size)
-    return full & bool(planes_of(cache.layers[0]))
+    return full & (cache.codec.recodes or bool(planes_of(cache.layers[0])))
 
 
 def flush(cache: KVCache, backend: str = "auto", axes: Axes = ONE) -> KVCache:

@@ -47,9 +47,10 @@ class CacheConfig:
             self.group_size,
             "a multiple of 8",
         )
-        from quantspec_jax.cache.codecs import VIEWS  # codecs are made of what is here
+        from quantspec_jax.cache.codecs import LEARNED_VIEWS, VIEWS  # made of what is here
 
-        require(self.view in VIEWS, "view", self.view, ", ".join(VIEWS))
+        views = (*VIEWS, *LEARNED_VIEWS)
+        require(self.view in views, "view", self.view, ", ".join(views))
         object.__setattr__(self, "dtype", float_type(self.dtype))
         require(
             is_int(self.pass_width) and 1 <= self.pass_width <= self.group_size,

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantspec_jax.cache.codecs import VIEWS
 from quantspec_jax.checks import require
 from quantspec_jax.commands import terminal
 from quantspec_jax.commands.options import (
@@ -29,7 +28,7 @@ from quantspec_jax.commands.options import (
     seed,
 )
 from quantspec_jax.files import check_output
-from quantspec_jax.generate.config import BACKENDS, MODES, PREFILLS, GenerateConfig
+from quantspec_jax.generate.config import BACKENDS, KV, MODES, PREFILLS, GenerateConfig
 from quantspec_jax.generate.couplings import COUPLINGS
 from quantspec_jax.weights.formats import DraftConfig
 
@@ -99,7 +98,10 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     """What is the same for all sequences that decode together."""
     parser.add_argument("--mode", choices=MODES, default="quantspec", help="default: quantspec")
     parser.add_argument(
-        "--kv", choices=VIEWS, help="what the target reads of the cache; autoregressive: full"
+        "--kv",
+        choices=KV,
+        help="what the target reads of the cache; autoregressive: full. aqua: "
+        "by the predictors that `convert --kv aqua` stores, in the bytes of full",
     )
     parser.add_argument(
         "--gamma", type=gamma, metavar="N", help="tokens drafted a round, or auto (auto)"

@@ -486,7 +486,7 @@ class Engine:
         with tqdm(total=layers, desc="prompt", unit=" layers", leave=False, disable=disable) as bar:
             started, compiled = time.perf_counter(), self._runner.compile_seconds
             state = prefill(
-                self.model.params,
+                self.model.params_for(self.program.cache),
                 tokens,
                 lengths,
                 wants,

@@ -101,7 +101,7 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
     cache = CacheConfig(
         max_length=length,
         group_size=config.group_size,
-        view=config.target_view,
+        view=target_view(model, config),
         pass_width=max(gamma + 1, config.pass_width),
         dtype=model.dtype,
     )
@@ -120,11 +120,27 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
     return program, min(bucket(longest), length)
 
 
+def target_view(model: Model, config: GenerateConfig) -> str:
+    """The view of the cache that the target reads: of a codec that learns, the stored one's."""
+    view = config.target_view
+    if view != "aqua":
+        return view
+    converted = "a checkpoint that `quantspec convert --kv aqua` wrote"
+    require(model.kv is not None, "kv", view, converted)
+    if config.prefill == "tiles":
+        raise NotImplementedError(
+            "kv 'aqua' with prefill 'tiles' is not there: layers are coded together"
+        )
+    assert model.kv is not None
+    return model.kv.stored.name
+
+
 def check_over_mesh(config: GenerateConfig, mesh: Mesh) -> None:
     """NotImplementedError for what runs on one device alone."""
     view, tiles_split = config.target_view, mesh.shape.get("cp", 1) > 1
-    has_tiles = codec_of(view).num_tiles(1, config.group_size) > 0
+    has_tiles = view != "aqua" and codec_of(view).num_tiles(1, config.group_size) > 0
     reasons = {
+        f"kv '{view}'": mesh.size > 1 and view == "aqua",
         "prefill 'tiles'": mesh.size > 1 and config.prefill == "tiles",
         f"kv '{view}' with a mesh axis cp": tiles_split and not has_tiles,
         "draft_policy 'snapkv' with a mesh axis cp": tiles_split

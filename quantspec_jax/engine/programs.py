@@ -134,7 +134,8 @@ class Runner:
     def prepare(self, model: Model, state: Any, program: Program) -> None:
         """Make the executable of `decode`, for a state of these forms; in any thread."""
         drafts = model.draft_params if program.gamma else {}
-        PROGRAMS.compiled(DECODE, model.params, drafts, state, jnp.int32(0), program=program)
+        params = model.params_for(program.cache)
+        PROGRAMS.compiled(DECODE, params, drafts, state, jnp.int32(0), program=program)
 
     def decode(self, model: Model, state: Any, rounds: int, program: Program) -> tuple[Any, float]:
         """`generate_tokens`, and the seconds it ran; `state` is donated."""
@@ -142,7 +143,7 @@ class Runner:
         self.made("draft")
         if rounds not in self._numbers:
             self._numbers[rounds] = jnp.int32(rounds)
-        args = (model.params, drafts, state, self._numbers[rounds])
+        args = (model.params_for(program.cache), drafts, state, self._numbers[rounds])
         executable = self._decoders.get(program)
         if executable is None:
             executable = self._decoders[program] = self.ready(DECODE, *args, program=program)

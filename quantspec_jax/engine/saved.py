@@ -24,6 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from pallas_kernels.layout import CACHE_VERSION
 from quantspec_jax.cache import create
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.cache.tiles import get_tile
@@ -32,8 +33,6 @@ from quantspec_jax.engine import fingerprint
 from quantspec_jax.engine.prefixes import HostTile
 from quantspec_jax.files import exists, open_file, whole
 from quantspec_jax.loading import Model
-
-VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,7 @@ def identity(model: Model, cache: CacheConfig) -> dict[str, Any]:
     """What tiles depend on, and what has to be the same where they are read again."""
     codec = next(name for name, codec in _codecs().items() if codec == cache.codec)
     return {
-        "version": VERSION,
+        "version": CACHE_VERSION,
         "model": fingerprint.of_model(model),
         "tokenizer": fingerprint.of_tokenizer(model.tokenizer),
         "dtype": cache.dtype.name,

@@ -296,7 +296,7 @@ class Reader:
         if self.method.paired:
             other = text if other is None else self.text(other, rope, coded)
         made = self.method.read(learned, text, other)
-        read = self._with_sinks(text, self._keys(made, rotate, rope))
+        read = self._keys(self._with_sinks(text, made), rotate, rope)
         return Tokens(*(x[None].astype(past.keys.dtype) for x in read)), made
 
     def view(self, past: Past, rope: Any, learned: Any, coded: bool) -> View:

@@ -54,6 +54,8 @@ def attention(
     """`kv_attention` over the tiles of all devices: each reads its own, the first one the buffer,
     too, and the parts are merged by their log-sum-exp (Flash-Decoding, arXiv 2311.01282)."""
     axes, coded, start_here, dtype = program.axes, cache.quantized_length, start, q.dtype
+    if layer.keys is None:  # nothing is read from planes
+        coded = jnp.zeros_like(coded)
     if axes.cp > 1:
         assert layer.keys is not None  # `check_over_mesh`
         b, k, places = layer.keys.upper.shape[:3]

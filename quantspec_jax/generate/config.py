@@ -21,6 +21,7 @@ PREFILLS: tuple[Prefill, ...] = ("whole", "tiles")
 TARGET_VIEW = CODECS["hierarchical"].views[0]  # of mode quantspec
 PLAIN_VIEW = CODECS["full"].views[0]  # of autoregressive decoding, unless `kv` says otherwise
 PENALTIES = (1e-30, 1e30)  # beyond, a logit leaves float32
+KV = (*VIEWS, "aqua")  # of AQUA-KV, the bits that are stored with the checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ class GenerateConfig:
             is_int(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS
         )
         require(number, "logprobs", self.logprobs, f"an integer from 0 to {MOST_LOGPROBS}, or None")
-        require(self.kv in (None, *VIEWS), "kv", self.kv, ", ".join(VIEWS))
+        require(self.kv in (None, *KV), "kv", self.kv, ", ".join(KV))
         require(self.coupling in COUPLINGS, "coupling", self.coupling, ", ".join(COUPLINGS))
         self._check_policy()
         require(

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.kv_attention.read import Pages
 from quantspec_jax.cache import flush, flush_due, rollback, schedule
+from quantspec_jax.generate import recoded
 from quantspec_jax.generate.accept import Verdict, accept
 from quantspec_jax.generate.draft import draft, no_proposals
 from quantspec_jax.generate.logprobs import score
@@ -47,7 +48,8 @@ def generate_tokens(
 
     Args:
       params, draft_params: parameter trees; `draft_params` may hold packed kernels, and is not read
-        where `program.gamma` is 0.
+        where `program.gamma` is 0. Where the cache's codec learns, `params` holds what it has, too
+        (`Model.params_for`).
       state: from `prefill` or an earlier call. Donate it: the cache is updated in place.
       max_rounds: int32, may be traced.
     """
@@ -69,7 +71,11 @@ def generate_tokens(
     # would make XLA copy the buffers.
     def until_flush(carry: Carry) -> Carry:
         state, rounds = jax.lax.while_loop(no_flush_due, body, carry)
-        cache = flush(state.cache, program.backend, program.axes)
+        cache = state.cache
+        if cache.codec.recodes:
+            cache = recoded.flush(params["kv"], cache, program)
+        else:
+            cache = flush(cache, program.backend, program.axes)
         return dataclasses.replace(state, cache=cache), rounds
 
     return jax.lax.while_loop(unfinished, until_flush, (state, jnp.int32(0)))[0]

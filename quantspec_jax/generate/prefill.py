@@ -13,6 +13,7 @@ from pallas_kernels.rope_append.heads import Heads
 from pallas_kernels.shapes import Each, Ids, shaped
 from quantspec_jax.cache import KVCache, LayerCache, from_prompt
 from quantspec_jax.generate.logprobs import nothing, score
+from quantspec_jax.generate.recoded import recode_prompt
 from quantspec_jax.generate.requests import Requests, is_end
 from quantspec_jax.generate.sampling import Role, choose, not_finite
 from quantspec_jax.generate.split import own_tiles, split
@@ -57,9 +58,12 @@ def prefill(
       logprobs: how many alternatives it has room for at each; None: it keeps no log-probabilities.
     """
     x, h = run(begin, params, prompts, program=program)
-    layers, observed = [], []
+    layers, observed, below = [], [], None
     for i in range(program.model.num_layers):
         x, h, made, seen = run(layer, *block_params(params, i), x, h, lengths, program=program)
+        if program.cache.codec.recodes:
+            call = (params["kv"][i], made, below, prompts, lengths)
+            made, below = run(recode_prompt, *call, program=program)
         layers.append(made)
         observed.append(seen)
     room: dict[str, Any] = {"program": program, "capacity": capacity, "logprobs": logprobs}
@@ -196,6 +200,7 @@ def first_state(
 COMPILED: dict[Callable[..., Any], Any] = {
     begin: jax.jit(begin, static_argnames="program"),
     layer: jax.jit(layer, static_argnames="program", donate_argnames=("x", "h")),
+    recode_prompt: jax.jit(recode_prompt, static_argnames="program", donate_argnames="layer"),
     remember: jax.jit(remember, static_argnames="program"),
     end: jax.jit(end, static_argnames=("program", "capacity", "logprobs")),
 }

@@ -83,6 +83,7 @@ class Program:
         require(width > self.gamma, "pass_width", width, allowed)
         finest = self.cache.codec.views[0]
         drafts = self.cache.view == finest and finest != self.cache.codec.draft.view
+        drafts &= not self.cache.codec.recodes
         require(not self.gamma or drafts, "view (with gamma > 0)", self.cache.view, "int8")
         views = self.cache.codec.views
         possible = not self.gamma or self.draft_view in (None, *views)
@@ -96,7 +97,8 @@ class Program:
     @property
     def read(self) -> Read:
         """What the target reads of the cache."""
-        return Read(self.cache.view)
+        codec = self.cache.codec
+        return codec.draft if codec.recodes else Read(self.cache.view)
 
     @property
     def draft_read(self) -> Read:

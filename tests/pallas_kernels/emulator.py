@@ -7,6 +7,7 @@ says they do. Slow, so for small shapes; results poisoned where nothing was writ
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -262,6 +263,13 @@ def packed(number: Any) -> Callable[..., Lanes]:
     return lambda low, high: word(np.stack([low.array, high.array], 1).astype(number))
 
 
+def directed_f16(x: Lanes, towards: float) -> Lanes:
+    near = x.array.astype(np.float16)
+    passed = near < x.array if towards > 0 else near > x.array
+    bits = np.where(passed, np.nextafter(near, np.float16(towards)), near).view(np.uint16)
+    return Lanes(bits, "i32")
+
+
 INSTRUCTIONS = {
     "max.NaN.f32": lanes_of(np.maximum, "f32"),
     "min.f32": lanes_of(np.fmin, "f32"),
@@ -398,6 +406,9 @@ REPLACEMENTS: dict[str, Any] = {
     "permute_bytes": permute_bytes,
     "unpack_f16": lambda x: [Lanes(pieces(x, np.float16)[:, i], "f32") for i in range(2)],
     "pack_f16": packed(np.float16),
+    "f16_below": functools.partial(directed_f16, towards=-np.inf),
+    "f16_above": functools.partial(directed_f16, towards=np.inf),
+    "multiply_f16": lambda a, b: word(pieces(a, np.float16) * pieces(b, np.float16)),
     "pack_bf16": packed(ml_dtypes.bfloat16),
     "multiply_bf16": lambda a, b: word(
         pieces(a, ml_dtypes.bfloat16) * pieces(b, ml_dtypes.bfloat16)

@@ -335,7 +335,8 @@ def test_quantized_bit_for_bit(which, head_dim, group_size):
     spread = jnp.exp(2 * jax.random.normal(jax.random.key(1), (head_dim,)))
     x = jax.random.normal(jax.random.key(0), (2, 3, 4 * group_size, head_dim))
     x = x * spread[None, None, None]
-    x = x.at[:, 0, :group_size].set(0.5).astype(jnp.bfloat16)
+    x = x.at[:, 0, :group_size].set(0.5)
+    x = x.at[:, :, -3:, ::5].multiply(jnp.array([1e6, -1e30, 1e-7])[:, None]).astype(jnp.bfloat16)
     run = getattr(quantize, which)
     found = jax.jit(functools.partial(run, group_size=group_size, backend="mosaic_gpu"))(x)
     cpu = jax.devices("cpu")[0]

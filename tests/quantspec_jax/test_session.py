@@ -108,8 +108,8 @@ def test_another_model_or_form_is_refused_by_name(model, byte_fallback_tokenizer
 def test_another_version_and_what_is_no_cache_are_refused(model, saved_file, tmp_path, monkeypatch):
     config = config_of(MODES[0])
     with monkeypatch.context() as later:
-        later.setattr(saved, "VERSION", 2)
-        with pytest.raises(ValueError, match="of version 1, not 2"):
+        later.setattr(saved, "CACHE_VERSION", 1)
+        with pytest.raises(ValueError, match="of version 2, not 1"):
             qs.Session.load(saved_file, model, config)
     for name, content in {"empty": b"", "text": b"no cache" * 20}.items():
         (tmp_path / name).write_bytes(content)

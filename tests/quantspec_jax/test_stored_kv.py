@@ -60,6 +60,10 @@ def test_what_is_stored_is_what_eval_would_learn(
     chosen = evaluate.codecs(model, WORDS, ["aqua-3"], context=512, stored={"aqua-3": expected})
     assert printed["rows"] == chosen["rows"]
 
+    run = ["generate", "--model", "out", "--prompt", "The cache", "--mode", "autoregressive"]
+    assert cli.main([*run, "--kv", "aqua", "--max-new-tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kv"] == "aqua"
+
     damaged = next(p for p in (tmp_path / "out" / "kv").rglob("0") if p.is_file())
     damaged.write_bytes(damaged.read_bytes()[:-9] + b"x" * 9)
     with pytest.raises(ValueError, match="is damaged"):

@@ -33,6 +33,13 @@ class Rows:
                 loaded = ptx.load_wide(here + half, words)
                 out.append([ptx.select(valid, w, i32(0)) for w in loaded])
 
+    def float16(self) -> list[list[list[V]]]:
+        """`low` and `high` in words of two float16."""
+        return [
+            [[ptx.pack_f16(ptx.low_bf16(w), ptx.high_bf16(w)) for w in block] for block in half]
+            for half in (self.low, self.high)
+        ]
+
 
 class Queries:
     """Scaled queries of a warp as matrix operands, and the scores' bias, in registers."""

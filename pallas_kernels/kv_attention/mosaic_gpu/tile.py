@@ -54,6 +54,8 @@ class Tile:
         The bias is what the scores are short of, for key minima and the codes' offset. It also
         moves the codes' origin to their middle, where float16's rounding of the scaled queries
         weighs least: Σ x₁₆ (u − 8) + 8 Σ x, x the scaled queries and x₁₆ the rounded ones.
+
+        Queries become float16, as scales and minima are: exactly, from 2⁻¹⁴ to 65,504.
         """
         s = self.plan.shape
         here = tile + self.q * (s.head_dim // 4)
@@ -63,37 +65,15 @@ class Tile:
             for at in (scale_at, minimum_at)
         )
         operands, bias = [], []
-        for low, high in zip(rows.low, rows.high, strict=True):
-            steps = []
-            for i in range(self.words):
-                halves = (ptx.low_bf16, ptx.high_bf16)
-                for step in range(2):
-                    # Channels in the order of `fragments`: neighbours, or every other one.
-                    parts = (
-                        [(part, 2 * i + step) for part in halves]
-                        if self.both
-                        else [(halves[step], 2 * i), (halves[step], 2 * i + 1)]
-                    )
-                    pair = []
-                    for x, numbers, factor in (
-                        (low, scale[0], 1.0),
-                        (high, scale[1], self.high_factor),
-                    ):
-                        two = []
-                        for part, w in parts:
-                            value = part(x[w])
-                            if factor != 1.0:
-                                value = value * factor
-                            two.append(value * part(numbers[w]))
-                        pair.append(ptx.pack_f16(*two))
-                    steps.append(pair)
+        for low, high in zip(*rows.float16(), strict=True):
+            steps = self._scaled(low, high, scale)
             # Sums of their own, since each product waits for the last one of its sum.
             sums = [[f32(0.0)] * 4 for _ in range(6)]
             exact = ((low, minimum[0]), (high, minimum[1]), (low, scale[0]), (high, scale[1]))
             for j, (x, numbers) in enumerate(exact):
                 for w in range(0, 2 * self.words, 2):
                     a = [numbers[w], numbers[w], numbers[w + 1], numbers[w + 1]]
-                    sums[j] = ptx.mma("bf16", a, [x[w], x[w + 1]], sums[j])
+                    sums[j] = ptx.mma("f16", a, [x[w], x[w + 1]], sums[j])
             first = i32(0xC800C800)  # −8 twice
             second = first if self.both else i32(0xD800D800)  # −8 · 16
             for i, pair in enumerate(steps):
@@ -113,6 +93,23 @@ class Tile:
                 ]
             )
         return operands, bias
+
+    def _scaled(self, low: list[V], high: list[V], scale: list[list[V]]) -> list[list[V]]:
+        """Words of queries times scales, in pairs of a word of either half."""
+        if not self.both:
+            high = [ptx.multiply_f16(x, i32(0x2C002C00)) for x in high]  # high_factor twice
+        halves = [
+            [ptx.multiply_f16(a, b) for a, b in zip(x, numbers, strict=True)]
+            for x, numbers in zip((low, high), scale, strict=True)
+        ]
+        if self.both:
+            return [list(pair) for pair in zip(*halves, strict=True)]
+        # Channels in the order of `fragments`: every other one.
+        return [
+            [ptx.permute_bytes(x[w], x[w + 1], selector) for x in halves]
+            for w in range(0, 2 * self.words, 2)
+            for selector in (0x5410, 0x7632)
+        ]
 
     def numbers(self, where: V) -> V:
         """A word of this lane's two of the 16 numbers at `where`."""
@@ -190,11 +187,10 @@ class Tile:
             at = tile + first * 2 + v * 2 * s.group_size
             group_scale, group_minimum = [], []
             for half in range(2):
-                scale = self.numbers(at + scale_at + 32 * half)
-                minimum = self.numbers(at + minimum_at + 32 * half)
-                for part in (ptx.low_bf16, ptx.high_bf16):
-                    exact = part(scale)
-                    group_minimum.append(ptx.fma(exact, f32(-self.half), part(minimum)))
+                scale = ptx.unpack_f16(self.numbers(at + scale_at + 32 * half))
+                minimum = ptx.unpack_f16(self.numbers(at + minimum_at + 32 * half))
+                for exact, least in zip(scale, minimum, strict=True):
+                    group_minimum.append(ptx.fma(exact, f32(-self.half), least))
                     factor = self.to_sums * (self.high_factor if half else 1.0)
                     group_scale.append(exact * factor if factor != 1.0 else exact)
             scales.append(group_scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quantspec_jax.cache.codecs.aqua import AQUA
 from quantspec_jax.cache.codecs.codec import Codec
 from quantspec_jax.cache.codecs.float8 import Float8
 from quantspec_jax.cache.codecs.full import Full
@@ -9,6 +10,9 @@ from quantspec_jax.cache.codecs.hierarchical import EXACT_TILES, Hierarchical
 
 CODECS: dict[str, Codec] = {"full": Full(), "hierarchical": Hierarchical(), "float8": Float8()}
 VIEWS = tuple(view for codec in CODECS.values() for view in codec.views)
+# Of codecs that learn from a text; a checkpoint has what one of them has learned.
+LEARNED_VIEWS = tuple(AQUA)
+CODECS |= AQUA
 
 
 def codec_of(view: str) -> Codec:
@@ -16,4 +20,4 @@ def codec_of(view: str) -> Codec:
     return next(codec for codec in CODECS.values() if view in codec.views)
 
 
-__all__ = ["CODECS", "EXACT_TILES", "VIEWS", "Codec", "codec_of"]
+__all__ = ["CODECS", "EXACT_TILES", "LEARNED_VIEWS", "VIEWS", "Codec", "codec_of"]

@@ -17,6 +17,7 @@ class Codec(Protocol):
 
     views    what a pass may read of it, by name, the finest first
     draft    what a draft reads (its view may be the target's)
+    recodes  tokens are coded, all layers of them together, and lie in the buffer as they are read
     """
 
     @property
@@ -24,6 +25,9 @@ class Codec(Protocol):
 
     @property
     def draft(self) -> Read: ...
+
+    @property
+    def recodes(self) -> bool: ...
 
     def num_tiles(self, max_length: int, group_size: int) -> int:
         """Tiles of G tokens for `max_length` tokens."""

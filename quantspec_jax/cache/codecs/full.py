@@ -22,6 +22,7 @@ class Full:
 
     views: tuple[str, ...] = ("full",)
     draft: Read = FULL
+    recodes: bool = False
 
     def num_tiles(self, max_length: int, group_size: int) -> int:
         """None."""

@@ -43,6 +43,7 @@ class Hierarchical:
 
     views: tuple[str, ...] = ("int8", "int4")
     draft: Read = DRAFT
+    recodes: bool = False
 
     def num_tiles(self, max_length: int, group_size: int) -> int:
         """Enough for every token."""
@@ -174,9 +175,9 @@ class Hierarchical:
 
 def _write_tile(leaf: jax.Array, new: jax.Array, b: jax.Array, tile: jax.Array) -> jax.Array:
     """Write `new` [1, K, 1, ...] as tile number `tile` of sequence b."""
-    if leaf.dtype == jnp.bfloat16:  # as integers: XLA's CPU backend would convert the whole array
+    if leaf.dtype == jnp.float16:  # as integers: XLA's CPU backend would convert the whole array
         bits = jax.lax.bitcast_convert_type(leaf, jnp.uint16)
         bits = _write_tile(bits, jax.lax.bitcast_convert_type(new, jnp.uint16), b, tile)
-        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+        return jax.lax.bitcast_convert_type(bits, jnp.float16)
     at: tuple[Any, ...] = (b, 0, tile, *[0] * (leaf.ndim - 3))
     return jax.lax.dynamic_update_slice(leaf, new, at)
