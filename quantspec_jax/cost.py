@@ -20,6 +20,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from quantspec_jax.axes import ONE, Axes
 from quantspec_jax.cache.codecs import codec_of
 from quantspec_jax.cache.schedule import room
 from quantspec_jax.checks import require
@@ -163,14 +164,17 @@ def bytes_read(
     group_size: int = GROUP_SIZE,
     view: str = "int4",
     share: float = 1.0,
+    axes: Axes = ONE,
 ) -> Costs:
     """Bytes that a pass of each kind reads for `batch` sequences of `context` tokens. `view`,
-    `share`: what drafts read of the planes."""
-    weights = target_weight_bytes(model, itemsize)
-    drafted = draft_weight_bytes(model, draft, itemsize)
+    `share`: what drafts read of the planes; `axes`: over which devices it is split, of which each
+    reads so many bytes."""
+    weights = target_weight_bytes(model, itemsize) // axes.tp
+    drafted = draft_weight_bytes(model, draft, itemsize) // axes.tp
 
     def cache(view: str, share: float = 1.0) -> int:
-        return batch * cache_read_bytes(model, view, context, itemsize, group_size, share)
+        every = batch * cache_read_bytes(model, view, context, itemsize, group_size, share)
+        return every // axes.size
 
     return Costs(weights + cache("full"), drafted + cache(view, share), weights + cache("int8"))
 

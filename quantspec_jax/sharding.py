@@ -1,7 +1,8 @@
 """Where arrays lie on a mesh of devices: logical axes → axes of the mesh, by rules.
 
     tp  heads, the MLP's channels, the vocabulary    parameters, cache
-    cp  tiles of the planes: the context             cache
+    cp  tiles of the planes, positions that are      cache
+        not coded: the context
     dp  sequences                                    cache, the rest of the state
 
 A mesh has any of these axes; all other dimensions lie whole on each device. A packed weight is
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,7 @@ from pallas_kernels.layout import QuantizedWeight, TiledWeight
 from quantspec_jax.cache import KVCache, logical_axes
 from quantspec_jax.checks import require
 from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.module import initial
 from quantspec_jax.models.parameters import Params, flatten, nest, parameter_shapes
 
 if TYPE_CHECKING:
@@ -41,7 +44,8 @@ if TYPE_CHECKING:
     from quantspec_jax.loading import Model
 
 RULES: Mapping[str, str] = MappingProxyType(
-    dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), "tp") | {"tiles": "cp", "batch": "dp"}
+    dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), "tp")
+    | {"tiles": "cp", "positions": "cp", "batch": "dp"}
 )
 
 
@@ -218,6 +222,29 @@ def place(tree: Any, where: Any) -> Any:
         return x if there else jax.device_put(x, sharding)
 
     return jax.tree.map(one, tree, where)
+
+
+def init_params_over(config: ModelConfig, key: jax.Array, dtype: Any, mesh: Mesh) -> Params:
+    """Random parameters, as those of `init_params` are: each device makes its parts, so that none
+    ever holds the whole."""
+    specs = parameter_shapes(config)
+    shapes = {path: jax.ShapeDtypeStruct(spec.shape, dtype) for path, spec in specs.items()}
+    where = flatten(param_shardings(config, nest(shapes), mesh))
+    keys = dict(zip(specs, jax.random.split(key, len(specs)), strict=True))
+
+    def make(path: str) -> jax.Array:
+        name = path.rpartition(".")[2]
+        return _maker(name, specs[path].shape, dtype, where[path])(keys[path])
+
+    return nest({path: make(path) for path in specs})
+
+
+@functools.cache
+def _maker(
+    name: str, shape: tuple[int, ...], dtype: Any, where: Sharding
+) -> Callable[[jax.Array], jax.Array]:
+    """Compiled once for all layers."""
+    return jax.jit(lambda key: initial(name, shape, dtype, lambda: key), out_shardings=where)
 
 
 def place_params(config: ModelConfig, params: Params, mesh: Mesh) -> Params:

@@ -54,8 +54,11 @@ def attention(
     """`kv_attention` over the tiles of all devices: each reads its own, the first one the buffer,
     too, and the parts are merged by their log-sum-exp (Flash-Decoding, arXiv 2311.01282)."""
     axes, coded, start_here, dtype = program.axes, cache.quantized_length, start, q.dtype
-    if axes.cp > 1:
-        assert layer.keys is not None  # `check_over_mesh`
+    if axes.cp > 1 and layer.keys is None:
+        assert q.shape[1] == 1  # of several rows each would see another number of slots
+        start_here, dtype = axes.before(start + 1, cache.group_size) - 1, jnp.float32
+    elif axes.cp > 1:
+        assert layer.keys is not None
         b, k, places = layer.keys.upper.shape[:3]
         if pages is None:
             every = jnp.broadcast_to(jnp.arange(places, dtype=jnp.int32), (b, k, places))
@@ -96,9 +99,13 @@ def observed_pass(
     """`cache_pass`, which with `masses` gives of each layer [B, S, H, T/G] float32, the share of a
     row's attention that each page has."""
 
+    # Of tokens that are not coded each device has some: the others write to their next free slot,
+    # which they do not read before it has been written again.
+    slot = start if cache.layers[0].keys else program.axes.before(start, cache.group_size)
+
     def attend(state: Layer, heads: Heads) -> tuple[jax.Array, After]:
         layer, listed = state
-        q, layer = rope_append(heads, layer, start, backend=program.backend)
+        q, layer = rope_append(heads, layer, slot, backend=program.backend)
         found = attention(q, layer, cache, start, listed, read, program, masses)
         mass = None
         if found.page_log_sums is not None:
