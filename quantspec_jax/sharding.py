@@ -38,6 +38,7 @@ from quantspec_jax.checks import require
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.module import initial
 from quantspec_jax.models.parameters import Params, flatten, nest, parameter_shapes
+from quantspec_jax.weights.entries import quantize_params
 
 if TYPE_CHECKING:
     from quantspec_jax.generate.state import DecodeState
@@ -263,18 +264,28 @@ def place_state(state: DecodeState, mesh: Mesh) -> DecodeState:
 
 
 def place_model(model: Model, mesh: Mesh) -> Model:
-    """The model on a mesh, its draft too, which shares the arrays it has of the target."""
+    """The model on a mesh, its draft too, which shares the arrays it has of the target. A draft
+    that is not there yet is made of the parts, on the devices that have them."""
     config = heads_over(model.config, mesh)
     params = with_heads(model.config, model.params, config.num_kv_heads)
-    params = place_params(config, params, mesh)
-    target, placed = flatten(model.params), flatten(params)
-    own = with_heads(model.config, model.draft_params, config.num_kv_heads)
-    shared = flatten(model.draft_params)
-    draft = {
-        path: placed[path] if shared[path] is target.get(path) else leaf
-        for path, leaf in flatten(own).items()
-    }
     moved = copy.copy(model)
-    moved.config, moved.params = config, params
-    moved.draft_params = place_params(config, nest(draft), mesh)
+    moved.config, moved.params = config, place_params(config, params, mesh)
+    made = vars(moved).pop("draft_params", None)
+    if made is not None:
+        moved.draft_params = _placed_draft(model, moved, made, mesh)
+    elif model.draft_entries is not None:
+        moved.draft_entries = with_heads(model.config, model.draft_entries, config.num_kv_heads)
+    else:
+        shapes = jax.eval_shape(lambda: quantize_params(moved.params, model.draft))
+        param_shardings(config, shapes, mesh)  # refuses groups that the mesh does not divide
     return moved
+
+
+def _placed_draft(model: Model, moved: Model, draft: Params, mesh: Mesh) -> Params:
+    """A draft's tree, with the moved target's arrays where it has the target's."""
+    target, placed, shared = flatten(model.params), flatten(moved.params), flatten(draft)
+    own = flatten(with_heads(model.config, draft, moved.config.num_kv_heads))
+    tree = {
+        path: placed[path] if x is target.get(path) else own[path] for path, x in shared.items()
+    }
+    return place_params(moved.config, nest(tree), mesh)

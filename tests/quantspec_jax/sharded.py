@@ -35,7 +35,8 @@ from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 
 CONFIG = ModelConfig("qwen2", 96, 64, 128, 2, 8, 4, 16, 2048, qkv_bias=True)
 # What each logical axis is split over, said again.
-OVER = {"heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp", "tiles": "cp", "batch": "dp"}
+OVER = {"heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp"}
+OVER |= {"tiles": "cp", "positions": "cp", "batch": "dp"}
 
 
 def mesh(**sizes: int) -> Mesh:
@@ -108,7 +109,7 @@ def decode_state() -> None:
     tokens = jax.random.randint(jax.random.key(1), (4, 100), 0, CONFIG.vocab_size)
     wants = requests(GenerateConfig(), None, (), 4)
     for view in ("int8", "full"):
-        cache = CacheConfig(128, 16, view)
+        cache = CacheConfig(128 if view == "int8" else 123, 16, view)  # 128 places, and no more
         program = Program(CONFIG, cache, gamma=4 if view == "int8" else 0)
         run = jax.jit(functools.partial(prefill, program=program.prompt, capacity=8))
         state = run(model().params, tokens, jnp.full(4, 100), wants)
@@ -127,11 +128,12 @@ def data(x: jax.Array) -> jax.Array:
 
 def check_cache(cache: KVCache, sizes: dict[str, int]) -> None:
     names = CACHE_NAMES
+    slots = "slots" if cache.layers[0].keys else "positions"
     for x in (cache.length, cache.quantized_length):
         check_split(x, ("batch",), sizes)
     for layer in cache.layers:
         for buffer in (layer.key_buffer, layer.value_buffer):
-            check_split(buffer, names["key_buffer"], sizes)
+            check_split(buffer, ("batch", "kv_heads", slots, "head_dim"), sizes)
         for planes in (layer.keys, layer.values):
             for x in planes or ():
                 if x.ndim == 5:
@@ -141,7 +143,6 @@ def check_cache(cache: KVCache, sizes: dict[str, int]) -> None:
 
 
 CACHE_NAMES = {
-    "key_buffer": ("batch", "kv_heads", "slots", "head_dim"),
     "upper": ("batch", "kv_heads", "tiles", "rows", "bytes"),
     "scale": ("batch", "kv_heads", "tiles"),
 }
