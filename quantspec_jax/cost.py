@@ -208,11 +208,21 @@ def best_reading(
     return max(readings, key=speed_up)
 
 
-def operations(model: ModelConfig, context: float, rows: int, batch: int = 1) -> float:
-    """Multiplications and additions of a pass of `rows` tokens a sequence."""
-    products = 2 * target_weight_bytes(model, itemsize=1)
+def operations(
+    model: ModelConfig, context: float, rows: int, batch: int = 1, axes: Axes = ONE
+) -> float:
+    """Multiplications and additions of a pass of `rows` tokens a sequence, by each device of
+    `axes`: those of `cp` all multiply with the same weights."""
+    products = 2 * target_weight_bytes(model, itemsize=1) / axes.tp
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * context
-    return batch * rows * (products + attention)
+    return batch / axes.dp * rows * (products + attention / (axes.tp * axes.cp))
+
+
+def meetings(model: ModelConfig, axes: Axes) -> int:
+    """How often the devices meet in a pass: two sums a layer, one of the embedding and the logits
+    over `tp`, an exchange of partial attention a layer over `cp`."""
+    over_tp = 2 * model.num_layers + 2 if axes.tp > 1 else 0
+    return over_tp + (model.num_layers if axes.cp > 1 else 0)
 
 
 def expected_tokens(acceptance: float, gamma: int) -> float:

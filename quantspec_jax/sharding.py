@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import (
+    AbstractMesh,
     AxisType,
     Mesh,
     NamedSharding,
@@ -95,14 +96,14 @@ def shardings(tree: Any, axes: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree, axes)
 
 
-def _check_axes(mesh: Mesh) -> None:
+def _check_axes(mesh: Mesh | AbstractMesh) -> None:
     names = sorted(set(RULES.values()))
     require(set(mesh.axis_names) <= set(names), "mesh axes", mesh.axis_names, ", ".join(names))
     automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
     require(automatic, "mesh axis_types", mesh.axis_types, "AxisType.Auto")
 
 
-def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+def check_mesh(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     """ValueError unless the model can be split over the mesh, before anything of it is read."""
     _check_axes(mesh)
     config = heads_over(config, mesh)
@@ -124,7 +125,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     return mesh
 
 
-def _require_divided(what: str, size: int, mesh: Mesh, axis: str | None) -> None:
+def _require_divided(what: str, size: int, mesh: Mesh | AbstractMesh, axis: str | None) -> None:
     parts = mesh.shape.get(axis, 1)  # an axis that the mesh has not splits nothing
     require(size % parts == 0, what, size, f"multiples of {parts}, the mesh's {axis}")
 
@@ -152,7 +153,7 @@ def parameter_axes(config: ModelConfig, params: Params) -> Params:
     return nest({path: axes(path, leaf) for path, leaf in flatten(params).items()})
 
 
-def heads_over(config: ModelConfig, mesh: Mesh) -> ModelConfig:
+def heads_over(config: ModelConfig, mesh: Mesh | AbstractMesh) -> ModelConfig:
     """The model with as many key-value heads as devices, where it has fewer: each is there several
     times (`with_heads`)."""
     devices, heads = mesh.shape.get(RULES["kv_heads"], 1), config.num_kv_heads
