@@ -380,6 +380,7 @@ def measure(compiled: Compiled, setting: Setting) -> dict[str, Any]:
         begin = time.perf_counter()
         state = jax.block_until_ready(compiled.run(state, args.rounds))
         seconds.append((time.perf_counter() - begin) / args.rounds)
+    broken = bool(np.any(jax.device_get(state.broken)))
     made, accepted, proposed = (b - a for a, b in zip(before, _counters(state), strict=True))
 
     rounds = args.rounds * args.repeat
@@ -403,6 +404,7 @@ def measure(compiled: Compiled, setting: Setting) -> dict[str, Any]:
         "acceptance_is_simulated": isinstance(compiled.program.coupling, Simulated),
         "launches_a_token": launches * args.batch / tokens if launches else None,
         "fewest_bytes_a_round": setting.fewest_bytes(case, compiled.context, drafted),
+        "broken": broken,
         "profile": profile,
         "peak_bytes": peak_bytes(),
         **compiled.row,
@@ -631,6 +633,7 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['context']:>7} {row['mode']:<24} {row['milliseconds_a_round']:8.2f} ms a round, "
         f"floor {row['floor_milliseconds']:.2f} ({row['percent_of_floor']:.0f}%), "
         f"{row['tokens_per_second']:.1f} tokens/s"
+        f"{', ended: logits were not finite' if row['broken'] else ''}"
     )
 
 
