@@ -203,7 +203,7 @@ def logits() -> None:
 PROMPTS = [list(range(1, 60)), list(range(90, 12, -1))]  # of 59 and 78 tokens
 ONE_LAYER = dataclasses.replace(CONFIG, num_layers=1)
 SAMPLED = GenerateConfig(
-    max_new_tokens=24,
+    max_new_tokens=40,
     gamma=3,
     temperature=0.8,
     coupling="invariant",
