@@ -20,12 +20,13 @@ class Kernel(NamedTuple):
 
 
 def _kernels(folder: str) -> list[Kernel]:
-    """All kernels of a trace, in order of their start."""
+    """All kernels of the first device in a trace, in order of their start."""
     (file,) = glob.glob(folder + "/**/*.xplane.pb", recursive=True)
+    planes = jax.profiler.ProfileData.from_file(file).planes
+    devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     return sorted(
         Kernel(event.start_ns, event.duration_ns, event.name)
-        for plane in jax.profiler.ProfileData.from_file(file).planes
-        if plane.name.startswith("/device:GPU")
+        for plane in sorted(devices, key=lambda plane: plane.name)[:1]
         for line in plane.lines
         if line.name.startswith("Stream")
         for event in line.events

@@ -69,6 +69,13 @@ class Axes:
         does."""
         return tile if self.cp == 1 else (tile + self.cp - 1 - self.part("cp")) // self.cp
 
+    def before(self, position: jax.Array, size: int) -> jax.Array:
+        """How many of the positions 0 … `position` − 1 lie with this device, in tiles of `size`."""
+        if self.cp == 1:
+            return position
+        tile, rest = position // size, position % size
+        return self.tiles_before(tile) * size + jnp.where(self.has_tile(tile), rest, 0)
+
     def has_tile(self, tile: jax.Array) -> jax.Array | bool:
         """Whether a tile lies with this device."""
         return True if self.cp == 1 else tile % self.cp == self.part("cp")

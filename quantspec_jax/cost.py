@@ -20,6 +20,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from quantspec_jax.axes import ONE, Axes
 from quantspec_jax.cache.codecs import codec_of
 from quantspec_jax.cache.schedule import room
 from quantspec_jax.checks import require
@@ -163,14 +164,17 @@ def bytes_read(
     group_size: int = GROUP_SIZE,
     view: str = "int4",
     share: float = 1.0,
+    axes: Axes = ONE,
 ) -> Costs:
     """Bytes that a pass of each kind reads for `batch` sequences of `context` tokens. `view`,
-    `share`: what drafts read of the planes."""
-    weights = target_weight_bytes(model, itemsize)
-    drafted = draft_weight_bytes(model, draft, itemsize)
+    `share`: what drafts read of the planes; `axes`: over which devices it is split, of which each
+    reads so many bytes."""
+    weights = target_weight_bytes(model, itemsize) // axes.tp
+    drafted = draft_weight_bytes(model, draft, itemsize) // axes.tp
 
     def cache(view: str, share: float = 1.0) -> int:
-        return batch * cache_read_bytes(model, view, context, itemsize, group_size, share)
+        every = batch * cache_read_bytes(model, view, context, itemsize, group_size, share)
+        return every // axes.size
 
     return Costs(weights + cache("full"), drafted + cache(view, share), weights + cache("int8"))
 
@@ -204,11 +208,21 @@ def best_reading(
     return max(readings, key=speed_up)
 
 
-def operations(model: ModelConfig, context: float, rows: int, batch: int = 1) -> float:
-    """Multiplications and additions of a pass of `rows` tokens a sequence."""
-    products = 2 * target_weight_bytes(model, itemsize=1)
+def operations(
+    model: ModelConfig, context: float, rows: int, batch: int = 1, axes: Axes = ONE
+) -> float:
+    """Multiplications and additions of a pass of `rows` tokens a sequence, by each device of
+    `axes`: those of `cp` all multiply with the same weights."""
+    products = 2 * target_weight_bytes(model, itemsize=1) / axes.tp
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * context
-    return batch * rows * (products + attention)
+    return batch / axes.dp * rows * (products + attention / (axes.tp * axes.cp))
+
+
+def meetings(model: ModelConfig, axes: Axes) -> int:
+    """How often the devices meet in a pass: two sums a layer, one of the embedding and the logits
+    over `tp`, an exchange of partial attention a layer over `cp`."""
+    over_tp = 2 * model.num_layers + 2 if axes.tp > 1 else 0
+    return over_tp + (model.num_layers if axes.cp > 1 else 0)
 
 
 def expected_tokens(acceptance: float, gamma: int) -> float:

@@ -79,8 +79,15 @@ def contexts(config: ModelConfig) -> list[int]:
 def cache_sizes(config: ModelConfig, context: int) -> dict[str, int]:
     """`cache_bytes` of one sequence of `context` tokens; nothing is allocated."""
     cache_config = CacheConfig(max_length=context, dtype=CACHE_DTYPE)
-    cache = jax.eval_shape(functools.partial(create, config, cache_config, 1))
-    return {"context": context, **cache_bytes(cache, context)}
+
+    def sizes(layers: int) -> dict[str, int]:
+        model = dataclasses.replace(config, num_layers=layers)
+        cache = jax.eval_shape(functools.partial(create, model, cache_config, 1))
+        return cache_bytes(cache, context)
+
+    one, two = sizes(1), sizes(2)  # each further layer takes as much again
+    more = config.num_layers - 1
+    return {"context": context} | {k: one[k] + more * (two[k] - one[k]) for k in one}
 
 
 def table(result: dict[str, Any]) -> str:

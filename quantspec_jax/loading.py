@@ -68,17 +68,17 @@ class Model:
         if draft_entries is None:
             _check_made_at_load(config, self.draft)
         self.dtype = float_type(params["embedding"].dtype, "params dtype")
-        self._draft_entries = draft_entries
+        self.draft_entries = draft_entries
 
     @functools.cached_property
     def draft_params(self) -> Params:
         """The draft's tree: packed 4-bit kernels, every other array shared with `params`."""
-        entries = self._draft_entries
-        if entries is None:
+        entries, mesh = self.draft_entries, mesh_of(self.params)
+        if entries is None:  # of parts become parts
             entries = quantize_params(self.params, self.draft)
-        self._draft_entries = None  # may be held in another arrangement from now on
-        tree = draft_tree(self.params, entries)
-        return place_params(self.config, tree, mesh_of(self.params))
+        self.draft_entries = None  # may be held in another arrangement from now on
+        entries = place_params(self.config, entries, mesh)
+        return place_params(self.config, draft_tree(self.params, entries), mesh)
 
     def params_for(self, cache: CacheConfig) -> Params:
         """The parameters that decoding with the cache takes: with what its codec has learned."""
@@ -90,7 +90,7 @@ class Model:
     @property
     def has_draft_arrays(self) -> bool:
         """Whether the draft's own arrays exist already; else `draft_params` makes them."""
-        return "draft_params" in vars(self) or self._draft_entries is not None
+        return "draft_params" in vars(self) or self.draft_entries is not None
 
     def logits(self, tokens: Any) -> jax.Array:
         """Full-precision logits: token ids [B, S] → [B, S, N] float32."""

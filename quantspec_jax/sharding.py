@@ -1,7 +1,8 @@
 """Where arrays lie on a mesh of devices: logical axes → axes of the mesh, by rules.
 
     tp  heads, the MLP's channels, the vocabulary    parameters, cache
-    cp  tiles of the planes: the context             cache
+    cp  tiles of the planes, positions that are      cache
+        not coded: the context
     dp  sequences                                    cache, the rest of the state
 
 A mesh has any of these axes; all other dimensions lie whole on each device. A packed weight is
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import (
+    AbstractMesh,
     AxisType,
     Mesh,
     NamedSharding,
@@ -34,14 +37,17 @@ from pallas_kernels.layout import QuantizedWeight, TiledWeight
 from quantspec_jax.cache import KVCache, logical_axes
 from quantspec_jax.checks import require
 from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.module import initial
 from quantspec_jax.models.parameters import Params, flatten, nest, parameter_shapes
+from quantspec_jax.weights.entries import quantize_params
 
 if TYPE_CHECKING:
     from quantspec_jax.generate.state import DecodeState
     from quantspec_jax.loading import Model
 
 RULES: Mapping[str, str] = MappingProxyType(
-    dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), "tp") | {"tiles": "cp", "batch": "dp"}
+    dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), "tp")
+    | {"tiles": "cp", "positions": "cp", "batch": "dp"}
 )
 
 
@@ -90,14 +96,14 @@ def shardings(tree: Any, axes: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree, axes)
 
 
-def _check_axes(mesh: Mesh) -> None:
+def _check_axes(mesh: Mesh | AbstractMesh) -> None:
     names = sorted(set(RULES.values()))
     require(set(mesh.axis_names) <= set(names), "mesh axes", mesh.axis_names, ", ".join(names))
     automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
     require(automatic, "mesh axis_types", mesh.axis_types, "AxisType.Auto")
 
 
-def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+def check_mesh(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     """ValueError unless the model can be split over the mesh, before anything of it is read."""
     _check_axes(mesh)
     config = heads_over(config, mesh)
@@ -119,7 +125,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     return mesh
 
 
-def _require_divided(what: str, size: int, mesh: Mesh, axis: str | None) -> None:
+def _require_divided(what: str, size: int, mesh: Mesh | AbstractMesh, axis: str | None) -> None:
     parts = mesh.shape.get(axis, 1)  # an axis that the mesh has not splits nothing
     require(size % parts == 0, what, size, f"multiples of {parts}, the mesh's {axis}")
 
@@ -147,7 +153,7 @@ def parameter_axes(config: ModelConfig, params: Params) -> Params:
     return nest({path: axes(path, leaf) for path, leaf in flatten(params).items()})
 
 
-def heads_over(config: ModelConfig, mesh: Mesh) -> ModelConfig:
+def heads_over(config: ModelConfig, mesh: Mesh | AbstractMesh) -> ModelConfig:
     """The model with as many key-value heads as devices, where it has fewer: each is there several
     times (`with_heads`)."""
     devices, heads = mesh.shape.get(RULES["kv_heads"], 1), config.num_kv_heads
@@ -220,6 +226,29 @@ def place(tree: Any, where: Any) -> Any:
     return jax.tree.map(one, tree, where)
 
 
+def init_params_over(config: ModelConfig, key: jax.Array, dtype: Any, mesh: Mesh) -> Params:
+    """Random parameters, as those of `init_params` are: each device makes its parts, so that none
+    ever holds the whole."""
+    specs = parameter_shapes(config)
+    shapes = {path: jax.ShapeDtypeStruct(spec.shape, dtype) for path, spec in specs.items()}
+    where = flatten(param_shardings(config, nest(shapes), mesh))
+    keys = dict(zip(specs, jax.random.split(key, len(specs)), strict=True))
+
+    def make(path: str) -> jax.Array:
+        name = path.rpartition(".")[2]
+        return _maker(name, specs[path].shape, dtype, where[path])(keys[path])
+
+    return nest({path: make(path) for path in specs})
+
+
+@functools.cache
+def _maker(
+    name: str, shape: tuple[int, ...], dtype: Any, where: Sharding
+) -> Callable[[jax.Array], jax.Array]:
+    """Compiled once for all layers."""
+    return jax.jit(lambda key: initial(name, shape, dtype, lambda: key), out_shardings=where)
+
+
 def place_params(config: ModelConfig, params: Params, mesh: Mesh) -> Params:
     """The target's parameters, or a draft's."""
     return place(params, param_shardings(config, params, mesh))
@@ -236,18 +265,28 @@ def place_state(state: DecodeState, mesh: Mesh) -> DecodeState:
 
 
 def place_model(model: Model, mesh: Mesh) -> Model:
-    """The model on a mesh, its draft too, which shares the arrays it has of the target."""
+    """The model on a mesh, its draft too, which shares the arrays it has of the target. A draft
+    that is not there yet is made of the parts, on the devices that have them."""
     config = heads_over(model.config, mesh)
     params = with_heads(model.config, model.params, config.num_kv_heads)
-    params = place_params(config, params, mesh)
-    target, placed = flatten(model.params), flatten(params)
-    own = with_heads(model.config, model.draft_params, config.num_kv_heads)
-    shared = flatten(model.draft_params)
-    draft = {
-        path: placed[path] if shared[path] is target.get(path) else leaf
-        for path, leaf in flatten(own).items()
-    }
     moved = copy.copy(model)
-    moved.config, moved.params = config, params
-    moved.draft_params = place_params(config, nest(draft), mesh)
+    moved.config, moved.params = config, place_params(config, params, mesh)
+    made = vars(moved).pop("draft_params", None)
+    if made is not None:
+        moved.draft_params = _placed_draft(model, moved, made, mesh)
+    elif model.draft_entries is not None:
+        moved.draft_entries = with_heads(model.config, model.draft_entries, config.num_kv_heads)
+    else:
+        shapes = jax.eval_shape(lambda: quantize_params(moved.params, model.draft))
+        param_shardings(config, shapes, mesh)  # refuses groups that the mesh does not divide
     return moved
+
+
+def _placed_draft(model: Model, moved: Model, draft: Params, mesh: Mesh) -> Params:
+    """A draft's tree, with the moved target's arrays where it has the target's."""
+    target, placed, shared = flatten(model.params), flatten(moved.params), flatten(draft)
+    own = flatten(with_heads(model.config, draft, moved.config.num_kv_heads))
+    tree = {
+        path: placed[path] if x is target.get(path) else own[path] for path, x in shared.items()
+    }
+    return place_params(moved.config, nest(tree), mesh)

@@ -23,18 +23,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, Sharding
 
 from pallas_kernels.layout import PackedWeight
 from pallas_kernels.timing import traced
 from quantspec_jax.api import backend_in_use
+from quantspec_jax.axes import Axes
 from quantspec_jax.bench import record
 from quantspec_jax.bench.launches import launches_a_round
 from quantspec_jax.bench.profile import breakdown
 from quantspec_jax.bench.simulated import Simulated
 from quantspec_jax.cache import KVCache, cache_bytes, create
-from quantspec_jax.cache.codecs import VIEWS
+from quantspec_jax.cache.codecs import VIEWS, codec_of
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.checks import require
+from quantspec_jax.commands.options import add_mesh
+from quantspec_jax.commands.options import mesh as mesh_of_options
 from quantspec_jax.cost import Costs, bytes_read, cache_read_bytes, weight_bytes
 from quantspec_jax.dtypes import float_type
 from quantspec_jax.engine.adaptive import MOST_DRAFTED, PRIOR
@@ -43,7 +47,7 @@ from quantspec_jax.generate.config import BACKENDS, GenerateConfig
 from quantspec_jax.generate.couplings import REJECTION
 from quantspec_jax.generate.policies import POLICIES, Policy, policy
 from quantspec_jax.generate.requests import requests
-from quantspec_jax.generate.state import COUNTED, DecodeState, Program
+from quantspec_jax.generate.state import COUNTED, DecodeState, Program, axes_of
 from quantspec_jax.loading import Model
 from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
 from quantspec_jax.models.config import ModelConfig
@@ -51,12 +55,21 @@ from quantspec_jax.models.module import init_params
 from quantspec_jax.models.parameters import Params, parameter_count
 from quantspec_jax.models.presets import PRESETS
 from quantspec_jax.plotting import check_plot, save, short
+from quantspec_jax.sharding import (
+    cache_shardings,
+    check_mesh,
+    heads_over,
+    init_params_over,
+    mesh_of,
+    state_shardings,
+)
 from quantspec_jax.weights.formats import DraftConfig
 from quantspec_jax.weights.sizes import draft_bytes
 
 MODES = ("full", "int8", "int4", "draft", "verify", "quantspec")
 GROUP_SIZE = 128
 TRACED_ROUNDS = 5
+SIZES = (128, 1 << 20)  # room for new tokens, and how many there may be: no end is in sight
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft-group", type=int, default=128)
     parser.add_argument("--draft-symmetric", action="store_true")
     parser.add_argument("--draft-lm-head-bits", type=int, default=16, help="4 or 16")
+    add_mesh(parser)
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--rounds", type=int, default=20, help="rounds a measurement")
     parser.add_argument("--repeat", type=int, default=5, help="measurements; the median counts")
@@ -91,9 +105,15 @@ def gamma(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-@functools.partial(jax.jit, static_argnames=("name", "shape", "dtype"))
+@functools.cache
+def _maker(
+    name: str, shape: tuple[int, ...], dtype: Any, where: Sharding | None
+) -> Callable[[jax.Array], jax.Array]:
+    """Makes an array of the cache, each device its part; compiled once for all layers."""
+    return jax.jit(lambda key: _random_leaf(key, name, shape, dtype), out_shardings=where)
+
+
 def _random_leaf(key: jax.Array, name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """One array of the cache, compiled once for all layers."""
     if dtype == jnp.uint8:
         return jax.random.bits(key, shape, jnp.uint8)
     if name == "scale":
@@ -108,14 +128,19 @@ def random_state(
 ) -> DecodeState:
     """A state with `context` random tokens a sequence in the cache."""
 
-    def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def fill(path: Any, leaf: jax.ShapeDtypeStruct, where: Sharding | None) -> jax.Array:
         name = jax.tree_util.keystr(path)
         # A checksum, for `hash` differs from process to process.
         key = jax.random.fold_in(jax.random.key(1), zlib.crc32(name.encode()))
-        return _random_leaf(key, name.rpartition(".")[2], leaf.shape, leaf.dtype)
+        return _maker(name.rpartition(".")[2], leaf.shape, leaf.dtype, where)(key)
 
     empty = jax.eval_shape(lambda: create(program.model, program.cache, batch))
-    layers = jax.tree_util.tree_map_with_path(fill, empty.layers)
+    parts = (
+        jax.tree.map(lambda _: None, empty.layers)
+        if program.mesh is None
+        else cache_shardings(empty, program.mesh).layers
+    )
+    layers = jax.tree_util.tree_map_with_path(fill, empty.layers, parts)
     codec, g = program.cache.codec, program.cache.group_size
 
     def each(value: int, *shape: int, dtype: Any = jnp.int32) -> jax.Array:
@@ -128,7 +153,7 @@ def random_state(
     votes = [jax.random.uniform(key, shape) for key in keys]
     coded = codec.quantized_length(each(context), g)
     wants = requests(GenerateConfig(ignore_eos=True), jax.random.key(2), (), batch)
-    return DecodeState(
+    state = DecodeState(
         cache=KVCache(layers, each(context), coded, g, codec),
         requests=dataclasses.replace(wants, limit=each(limit)),
         memory=program.policy.start(votes, coded // g),
@@ -143,6 +168,21 @@ def random_state(
         accepted=each(0, COUNTED),
         draft_pages=each(0, 2),
         drafted=each(False, capacity, dtype=bool),
+    )
+    if program.mesh is None:
+        return state
+    return jax.device_put(state, state_shardings(state, program.mesh))
+
+
+def state_forms(program: Program, batch: int, context: int) -> DecodeState:
+    """What `Compiled.new_state` makes, as shapes, and where they lie."""
+    shapes = jax.eval_shape(lambda: random_state(program, batch, context, *SIZES))
+    if program.mesh is None:
+        return shapes
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        shapes,
+        state_shardings(shapes, program.mesh),
     )
 
 
@@ -201,6 +241,17 @@ class Setting:
         return self.loaded.draft_params
 
     @property
+    def mesh(self) -> Mesh | None:
+        """Of the devices; None: there is one."""
+        mesh = mesh_of(self.params)
+        return None if mesh.size == 1 else mesh
+
+    @property
+    def axes(self) -> Axes:
+        """Sizes of the mesh."""
+        return axes_of(self.mesh)
+
+    @property
     def itemsize(self) -> int:
         """Bytes of a number in full precision."""
         return self.loaded.dtype.itemsize
@@ -221,6 +272,10 @@ class Setting:
         args, alphas = self.args, self.args.simulate_acceptance
         rounds = args.rounds * (args.repeat + 1) + TRACED_ROUNDS
         length = context + 2 * GROUP_SIZE + rounds * (case.gamma + 1)
+        cp, tiles = self.axes.cp, codec_of(case.view).num_tiles(1, GROUP_SIZE)
+        if cp > 1:  # as many tiles a device; of positions that are not coded, a slot to spare
+            length = -(-length // (cp * GROUP_SIZE)) * cp * GROUP_SIZE
+            length += 0 if tiles else cp - case.width
         return Program(
             self.model,
             CacheConfig(length, GROUP_SIZE, case.view, case.width, self.loaded.dtype),
@@ -228,6 +283,7 @@ class Setting:
             policy=self.policy,
             coupling=Simulated(tuple(alphas)) if case.gamma and alphas else REJECTION,
             backend=args.backend,
+            mesh=self.mesh,
         )
 
     def costs(self, context: int) -> Costs:
@@ -239,14 +295,16 @@ class Setting:
             batch=self.args.batch,
             itemsize=self.itemsize,
             share=self.policy.share,
+            axes=self.axes,
         )
 
     def fewest_bytes(self, case: Case, context: int, drafted: float) -> float:
-        """Of a round that drafts so many tokens: weights and cache, each read once a pass."""
+        """Of a round that drafts so many tokens: a device's weights and cache, each read once a
+        pass."""
 
         def one_pass(weights: Params, view: str, share: float = 1.0) -> int:
             cache = cache_read_bytes(self.model, view, context, self.itemsize, share=share)
-            return weight_bytes(weights) + self.args.batch * cache
+            return weight_bytes(weights) + self.args.batch * cache // self.axes.size
 
         target = one_pass(self.draft if case.drafts else self.params, case.view)
         draft = one_pass(self.draft, "int4", self.policy.share)
@@ -273,7 +331,7 @@ class Compiled:
 
     def new_state(self, batch: int) -> DecodeState:
         """Random tokens in the cache, and no end of decoding in sight."""
-        return random_state(self.program, batch, self.context, 128, 1 << 20)
+        return random_state(self.program, batch, self.context, *SIZES)
 
     def run(self, state: DecodeState, rounds: int) -> DecodeState:
         """So many rounds; `state` is donated."""
@@ -284,7 +342,7 @@ def compile_case(case: Case, setting: Setting, context: int) -> Compiled:
     """Compile one case; may run in a thread of its own."""
     args = setting.args
     program = setting.program(case, context)
-    shapes = jax.eval_shape(lambda: random_state(program, args.batch, context, 128, 1 << 20))
+    shapes = state_forms(program, args.batch, context)
     setting.require_memory(case, context, {"cache": tree_bytes(shapes)})
     weights = (
         setting.draft if case.drafts else setting.params,
@@ -301,6 +359,12 @@ def compile_case(case: Case, setting: Setting, context: int) -> Compiled:
         "temporary_bytes": temporaries,
         "argument_bytes": memory.argument_size_in_bytes if memory else None,
         "cache_bytes": cache_bytes(shapes.cache, program.cache.max_length)["total"],
+        "device_bytes": {
+            "weights": tree_bytes(setting.params),
+            "draft": _own_bytes(setting.draft),
+            "cache": tree_bytes(shapes.cache),
+            "temporaries": temporaries,
+        },
         "compile_seconds": seconds,
     }
     return Compiled(case, context, program, compiled, weights, text, row)
@@ -316,6 +380,7 @@ def measure(compiled: Compiled, setting: Setting) -> dict[str, Any]:
         begin = time.perf_counter()
         state = jax.block_until_ready(compiled.run(state, args.rounds))
         seconds.append((time.perf_counter() - begin) / args.rounds)
+    broken = bool(np.any(jax.device_get(state.broken)))
     made, accepted, proposed = (b - a for a, b in zip(before, _counters(state), strict=True))
 
     rounds = args.rounds * args.repeat
@@ -339,7 +404,9 @@ def measure(compiled: Compiled, setting: Setting) -> dict[str, Any]:
         "acceptance_is_simulated": isinstance(compiled.program.coupling, Simulated),
         "launches_a_token": launches * args.batch / tokens if launches else None,
         "fewest_bytes_a_round": setting.fewest_bytes(case, compiled.context, drafted),
+        "broken": broken,
         "profile": profile,
+        "peak_bytes": peak_bytes(),
         **compiled.row,
     }
 
@@ -436,11 +503,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         lm_head_bits=args.draft_lm_head_bits,
     )
     dtype = float_type(args.dtype)
-    weights = parameter_count(model) * dtype.itemsize
-    require_memory(args.preset, {"weights": weights, "draft": draft_bytes(model, config)})
+    mesh = mesh_of_options(args)
+    if mesh is not None:
+        check_mesh(model, mesh)
+        model = heads_over(model, mesh)
+    check_parts(args, axes_of(mesh))
+    tp = axes_of(mesh).tp
+    weights = {
+        "weights": parameter_count(model) * dtype.itemsize // tp,
+        "draft": draft_bytes(model, config) // tp,
+    }
+    require_memory(args.preset, weights)
     ceiling = read_ceiling()
-    loaded = Model(model, init_params(model, jax.random.key(0), dtype), draft=config)
-    setting = Setting(loaded, args)
+    setting = Setting(Model(model, random_params(model, dtype, mesh), draft=config), args)
     rows: list[dict[str, Any]] = []
     predictions: list[dict[str, Any]] = []
     result = {
@@ -453,6 +528,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "simulated_acceptance": setting.alpha,
         "draft_policy": setting.policy.name,
         "draft_share": setting.policy.share,
+        "mesh": args.mesh,
+        "devices": [device.device_kind for device in ([] if mesh is None else mesh.devices.flat)],
         "read_ceiling_gb_per_second": ceiling / 1e9,
         "predictions": predictions,
     }
@@ -471,6 +548,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         plot(rows, f"{args.preset}, batch {args.batch}, {record.device_name()}", plot_path)
     device = {"device": record.device_name(), "versions": record.versions()}
     return {**result, **device, "rows": rows}
+
+
+def random_params(model: ModelConfig, dtype: np.dtype, mesh: Mesh | None) -> Params:
+    """On the default device, or each device's parts on it."""
+    key = jax.random.key(0)
+    if mesh is None or mesh.size == 1:
+        return init_params(model, key, dtype)
+    return init_params_over(model, key, dtype, mesh)
+
+
+def check_parts(args: argparse.Namespace, axes: Axes) -> None:
+    """ValueError or NotImplementedError for what cannot be split over the mesh."""
+    require(args.batch % axes.dp == 0, "--batch", args.batch, f"multiples of {axes.dp}, dp")
+    if axes.cp > 1 and args.draft_policy == "snapkv":
+        raise NotImplementedError("draft_policy 'snapkv' is not there with a mesh axis cp")
+
+
+def peak_bytes() -> list[int] | None:
+    """The most that each device ever held in this process; None where devices do not say."""
+    found = [device.memory_stats() for device in jax.local_devices()]
+    return [each["peak_bytes_in_use"] for each in found if each] or None
 
 
 def measure_context(setting: Setting, context: int, ceiling: float) -> list[dict[str, Any]]:
@@ -535,6 +633,7 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['context']:>7} {row['mode']:<24} {row['milliseconds_a_round']:8.2f} ms a round, "
         f"floor {row['floor_milliseconds']:.2f} ({row['percent_of_floor']:.0f}%), "
         f"{row['tokens_per_second']:.1f} tokens/s"
+        f"{', ended: logits were not finite' if row['broken'] else ''}"
     )
 
 

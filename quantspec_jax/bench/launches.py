@@ -10,7 +10,12 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-LAUNCHES = frozenset(("fusion", "custom-call", "copy", "sort"))
+LAUNCHES = frozenset(
+    (
+        *("fusion", "custom-call", "copy", "sort"),
+        *("all-reduce", "all-reduce-start", "all-gather", "all-gather-start"),
+    )
+)
 HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
 CALLED = r"{}=%?([\w.\-]+)"
 

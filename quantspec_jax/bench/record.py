@@ -58,6 +58,8 @@ def command(start: str, args: argparse.Namespace) -> str:
         if name in NOT_OPTIONS or option in there or value is None or value is False:
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
+        if isinstance(value, dict):  # sizes of a mesh
+            values = [",".join(f"{axis}={size}" for axis, size in value.items())]
         if name in FILES:
             values = [each if is_hub_id(name, each) else Path(each).name for each in values]
         if name in REPEATED:

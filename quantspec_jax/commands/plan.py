@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from quantspec_jax.checks import require
-from quantspec_jax.commands.options import command, preset
+from quantspec_jax.commands.options import add_mesh, command, preset
 
 if TYPE_CHECKING:
+    from quantspec_jax.axes import Axes
     from quantspec_jax.models.config import ModelConfig
     from quantspec_jax.planning.candidates import Candidate
     from quantspec_jax.planning.devices import Device, Efficiency
@@ -47,6 +48,14 @@ def add(commands: Any) -> None:
         "--device", metavar="NAME", help="figures of its data sheet: h200, a100, ..."
     )
     device.add_argument("--bandwidth", type=float, metavar="GB/s", help="of memory that is read")
+    add_mesh(parser)
+    device.add_argument(
+        "--meeting-microseconds",
+        type=float,
+        metavar="US",
+        help="what each meeting of the mesh's devices takes (12; 0 with --speed over this mesh, "
+        "which counts them)",
+    )
     device.add_argument("--memory", type=float, metavar="GiB", help="default: the device's")
     device.add_argument(
         "--speed", metavar="FILE", help="bandwidth and efficiencies, as `bench decode --json` wrote"
@@ -71,7 +80,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     candidates, source = candidates_and_source(
         args.acceptance, args.measured, stored, sampled=args.sampled
     )
-    setting = Setting(model, args.context, device, args.batch, efficiency)
+    model, axes = over_mesh(model, args.mesh or {})
+    meeting = meeting_microseconds(args)
+    setting = Setting(model, args.context, device, args.batch, efficiency, axes, **meeting)
     readings: Sequence[Reading] = READINGS
     if args.measured is not None:
         readings = measured_readings(args.measured, args.sampled)
@@ -87,6 +98,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "bandwidth_gb_per_second": device.bandwidth,
             "memory_gib": device.memory,
         },
+        "mesh": args.mesh,
+        "meeting_microseconds": setting.meeting_microseconds if axes.size > 1 else None,
         "efficiency": vars(efficiency),
         "acceptance_source": source,
         **found.to_dict(),
@@ -104,6 +117,33 @@ def planned_model(args: argparse.Namespace) -> tuple[str, ModelConfig, DraftConf
 
     checkpoint = convert.open_source(args.source)
     return str(args.source), checkpoint.config, checkpoint.draft_config
+
+
+def over_mesh(model: ModelConfig, sizes: dict[str, int]) -> tuple[ModelConfig, Axes]:
+    """The model as devices hold it together, and the mesh's sizes; no device is asked for.
+
+    Raises:
+      ValueError: the mesh does not divide the model.
+    """
+    from jax.sharding import AbstractMesh
+
+    from quantspec_jax.axes import Axes
+    from quantspec_jax.sharding import check_mesh, heads_over
+
+    require(min(sizes.values(), default=1) >= 1, "--mesh", sizes, "axes of 1 and more devices")
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    check_mesh(model, mesh)
+    return heads_over(model, mesh), Axes(**sizes)
+
+
+def meeting_microseconds(args: argparse.Namespace) -> dict[str, float]:
+    """What was given, or 0 where the measured speed counts it; nothing where it is unknown."""
+    from quantspec_jax.planning.recorded import measured_mesh
+
+    if args.meeting_microseconds is not None:
+        return {"meeting_microseconds": args.meeting_microseconds}
+    counted = args.speed is not None and args.mesh and measured_mesh(args.speed) == args.mesh
+    return {"meeting_microseconds": 0.0} if counted else {}
 
 
 def candidates_and_source(

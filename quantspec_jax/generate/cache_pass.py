@@ -56,8 +56,11 @@ def attention(
     axes, coded, start_here, dtype = program.axes, cache.quantized_length, start, q.dtype
     if layer.keys is None:  # nothing is read from planes
         coded = jnp.zeros_like(coded)
-    if axes.cp > 1:
-        assert layer.keys is not None  # `check_over_mesh`
+    if axes.cp > 1 and layer.keys is None:
+        assert q.shape[1] == 1  # of several rows each would see another number of slots
+        start_here, dtype = axes.before(start + 1, cache.group_size) - 1, jnp.float32
+    elif axes.cp > 1:
+        assert layer.keys is not None
         b, k, places = layer.keys.upper.shape[:3]
         if pages is None:
             every = jnp.broadcast_to(jnp.arange(places, dtype=jnp.int32), (b, k, places))
@@ -98,9 +101,13 @@ def observed_pass(
     """`cache_pass`, which with `masses` gives of each layer [B, S, H, T/G] float32, the share of a
     row's attention that each page has."""
 
+    # Of tokens that are not coded each device has some: the others write to their next free slot,
+    # which they do not read before it has been written again.
+    slot = start if cache.layers[0].keys else program.axes.before(start, cache.group_size)
+
     def attend(state: Layer, heads: Heads) -> tuple[jax.Array, After]:
         layer, listed = state
-        q, layer = rope_append(heads, layer, start, backend=program.backend)
+        q, layer = rope_append(heads, layer, slot, backend=program.backend)
         found = attention(q, layer, cache, start, listed, read, program, masses)
         mass = None
         if found.page_log_sums is not None:

@@ -138,7 +138,7 @@ def _add_bias(y: jax.Array, weights: Params) -> jax.Array:
 def products(
     x: Activations, layers: Sequence[Params], backend: str, out_dtype: Any = jnp.float32
 ) -> list[jax.Array]:
-    """x times each layer's kernel; of packed ones float32, or `out_dtype` where nothing is to be
+    """x times each layer's kernel, in `out_dtype`; of packed ones float32 where something is to be
     added. All packed ones that read x in the same order are one call."""
     found = _one_launch(x, layers, backend, out_dtype)
     if found is not None:
@@ -149,7 +149,12 @@ def products(
         if results[i] is not None:
             continue
         if not isinstance(weights["kernel"], PackedWeight):
-            results[i] = jnp.matmul(x, weights["kernel"], precision=precision(x.dtype))
+            results[i] = jnp.matmul(
+                x,
+                weights["kernel"],
+                precision=precision(x.dtype),
+                preferred_element_type=out_dtype,
+            )
             continue
         order = weights.get("order")
         together = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from quantspec_jax.models.config import ModelConfig
-from quantspec_jax.models.parameters import Params, Spec, nest, parameter_shapes
+from quantspec_jax.models.parameters import Params, nest, parameter_shapes
 
 
 class Decoder(nnx.Module):
@@ -20,7 +21,7 @@ class Decoder(nnx.Module):
         tree = nest(
             {
                 path: nnx.Param(
-                    _initial(path, spec, dtype, rngs),
+                    initial(path, spec.shape, dtype, rngs.params),
                     out_sharding=spec.axes,
                     eager_sharding=False,
                 )
@@ -31,12 +32,15 @@ class Decoder(nnx.Module):
             setattr(self, name, _as_module(node))
 
 
-def _initial(path: str, spec: Spec, dtype: Any, rngs: nnx.Rngs) -> jax.Array:
+def initial(
+    path: str, shape: tuple[int, ...], dtype: Any, key: Callable[[], jax.Array]
+) -> jax.Array:
+    """The parameter of this path, or of its last part; `key` where it is random."""
     if path.endswith("norm"):
-        return jnp.ones(spec.shape, dtype)
+        return jnp.ones(shape, dtype)
     if path.endswith("bias"):
-        return jnp.zeros(spec.shape, dtype)
-    return 0.02 * jax.random.normal(rngs.params(), spec.shape, dtype)
+        return jnp.zeros(shape, dtype)
+    return 0.02 * jax.random.normal(key(), shape, dtype)
 
 
 def _as_module(node: Any) -> Any:

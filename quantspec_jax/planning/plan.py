@@ -87,7 +87,8 @@ class Plan:
     def chosen(self) -> Plain | Drafted | None:
         """The fastest of what fits."""
         rows: tuple[Plain | Drafted, ...] = (*self.drafted, *self.plain)
-        fitting = [row for row in rows if row.fits is not False]
+        split = self.setting.axes.cp > 1  # `generate` splits tiles, and no other cache
+        fitting = [row for row in rows if row.fits is not False and not (split and _is_full(row))]
         return min(fitting, key=lambda row: row.milliseconds_a_token, default=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,9 +114,14 @@ def plan(setting: Setting, candidates: Sequence[Candidate]) -> Plan:
 
 def _plain_milliseconds(setting: Setting, view: str) -> float:
     """A token. The int8 view is what a verification reads, as fast as that does."""
+    meeting = setting.meeting_milliseconds
     share = setting.efficiency.plain if view == "full" else setting.efficiency.verify
     read = setting.read_bytes(target_weight_bytes(setting.model), view)
-    return setting.floor(read) / share
+    return setting.floor(read) / share + meeting
+
+
+def _is_full(row: Plain | Drafted) -> bool:
+    return isinstance(row, Plain) and row.view == "full"
 
 
 def _plain(setting: Setting, view: str, base: float) -> Plain:
@@ -132,10 +138,11 @@ def _drafted(setting: Setting, candidate: Candidate, base: float) -> Drafted:
     sizes = candidate.sizes(setting.model)
     read = setting.read_bytes(sizes.read, "int4", candidate.reading.share)
     both = setting.read_bytes(target_weight_bytes(setting.model), "int8")
-    draft = setting.floor(read) / setting.efficiency.draft
+    meeting = setting.meeting_milliseconds
+    draft = setting.floor(read) / setting.efficiency.draft + meeting
     gammas = []
     for gamma in range(1, MOST_GAMMA + 1):
-        verify = setting.floor(both, gamma + 1) / setting.efficiency.verify
+        verify = setting.floor(both, gamma + 1) / setting.efficiency.verify + meeting
         tokens = tokens_a_round(candidate.acceptance, gamma)
         milliseconds = (gamma * draft + verify) / tokens
         gammas.append(Gamma(gamma, verify, tokens, milliseconds, base / milliseconds))

@@ -59,6 +59,11 @@ def measured_readings(path: str, sampled: bool = False) -> tuple[Reading, ...]:
     return (ALL_PAGES, *found) if found else READINGS
 
 
+def measured_mesh(path: str) -> dict[str, int] | None:
+    """Over which mesh `quantspec bench decode` ran; None: on one device."""
+    return read_json(path).get("mesh")
+
+
 def measured_speed(path: str, context: int) -> tuple[float, Efficiency]:
     """GB/s read and efficiencies from what `quantspec bench decode --json` wrote, each from the row
     whose context is nearest.

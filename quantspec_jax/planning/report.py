@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from quantspec_jax.cost import meetings
 from quantspec_jax.planning.candidates import Candidate
 from quantspec_jax.planning.devices import AT_THE_LIMIT
 from quantspec_jax.planning.plan import Drafted, Plain, Plan, recommendation
@@ -31,6 +32,13 @@ def notes(setting: Setting) -> list[str]:
             "times are limits: bytes over bandwidth; give --speed, or --plain-efficiency, "
             "--draft-efficiency and --verify-efficiency, for what kernels reach (recorded runs: "
             "benchmarks/README.md)"
+        )
+    if setting.axes.size > 1:
+        lines.append(
+            f"bytes and times are those of each of {setting.axes.size} devices, which meet "
+            f"{meetings(setting.model, setting.axes)} times a pass: "
+            f"{setting.meeting_milliseconds:.3g} ms at {setting.meeting_microseconds:g} µs each "
+            "(--meeting-microseconds)"
         )
     if (reason := setting.device.without_kernels) is not None:
         lines.append(f"no kernel runs on this device: {reason}; XLA is far from these limits")
@@ -121,13 +129,14 @@ def table(plan: Plan, model: str, device: str, acceptance_source: str) -> str:
     """A plan for people."""
     setting = plan.setting
     there = f", {setting.device.memory:.1f} GiB" if setting.device.memory else ""
+    many = f"{setting.axes.size} × " if setting.axes.size > 1 else ""
     plain = {f"plain, {CACHES[row.view]} cache": row for row in plan.plain}
     drafts = {row.candidate.title: row for row in plan.formats}
     width = 1 + max(map(len, [*plain, *drafts]))
     head = "  bits  accept   γ  draft ms  verify ms  tokens  ms a token  speed-up     GiB"
     lines = [
         f"{model}, {setting.context:,} tokens, batch {setting.batch}; "
-        f"{device}: {setting.device.bandwidth:,.0f} GB/s{there}",
+        f"{many}{device}: {setting.device.bandwidth:,.0f} GB/s{there}",
         f"acceptance: {acceptance_source}",
         "",
         " " * width + head,

@@ -3,8 +3,10 @@ each check what went wrong, or nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import re
 import traceback
@@ -15,27 +17,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_lowered_loop as lowered_loop
 from jax.sharding import Mesh
 
 import quantspec_jax as qs
+from pallas_kernels import dispatch
 from pallas_kernels.layout import QuantizedWeight, TiledWeight, tile
-from quantspec_jax import sharding
+from quantspec_jax import cli, sharding
+from quantspec_jax.bench import decode as bench
+from quantspec_jax.bench.decode import random_state
 from quantspec_jax.cache import KVCache, create
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.engine.engine import Engine
+from quantspec_jax.engine.programs import DECODE
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.prefill import prefill
 from quantspec_jax.generate.requests import requests
-from quantspec_jax.generate.state import Program
+from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.loading import Model, full_logits
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.module import init_params
-from quantspec_jax.models.parameters import flatten, nest, parameter_shapes
+from quantspec_jax.models.parameters import flatten, nest, parameter_count, parameter_shapes
+from quantspec_jax.sharding import init_params_over
+from quantspec_jax.weights.entries import draft_tree, quantize_params
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
+from quantspec_jax.weights.sizes import draft_bytes
 
 CONFIG = ModelConfig("qwen2", 96, 64, 128, 2, 8, 4, 16, 2048, qkv_bias=True)
 # What each logical axis is split over, said again.
-OVER = {"heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp", "tiles": "cp", "batch": "dp"}
+OVER = {"heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp"}
+OVER |= {"tiles": "cp", "positions": "cp", "batch": "dp"}
 
 
 def mesh(**sizes: int) -> Mesh:
@@ -108,7 +119,7 @@ def decode_state() -> None:
     tokens = jax.random.randint(jax.random.key(1), (4, 100), 0, CONFIG.vocab_size)
     wants = requests(GenerateConfig(), None, (), 4)
     for view in ("int8", "full"):
-        cache = CacheConfig(128, 16, view)
+        cache = CacheConfig(128 if view == "int8" else 123, 16, view)  # 128 places, and no more
         program = Program(CONFIG, cache, gamma=4 if view == "int8" else 0)
         run = jax.jit(functools.partial(prefill, program=program.prompt, capacity=8))
         state = run(model().params, tokens, jnp.full(4, 100), wants)
@@ -127,11 +138,12 @@ def data(x: jax.Array) -> jax.Array:
 
 def check_cache(cache: KVCache, sizes: dict[str, int]) -> None:
     names = CACHE_NAMES
+    slots = "slots" if cache.layers[0].keys else "positions"
     for x in (cache.length, cache.quantized_length):
         check_split(x, ("batch",), sizes)
     for layer in cache.layers:
         for buffer in (layer.key_buffer, layer.value_buffer):
-            check_split(buffer, names["key_buffer"], sizes)
+            check_split(buffer, ("batch", "kv_heads", slots, "head_dim"), sizes)
         for planes in (layer.keys, layer.values):
             for x in planes or ():
                 if x.ndim == 5:
@@ -141,7 +153,6 @@ def check_cache(cache: KVCache, sizes: dict[str, int]) -> None:
 
 
 CACHE_NAMES = {
-    "key_buffer": ("batch", "kv_heads", "slots", "head_dim"),
     "upper": ("batch", "kv_heads", "tiles", "rows", "bytes"),
     "scale": ("batch", "kv_heads", "tiles"),
 }
@@ -270,10 +281,118 @@ def refused_over_a_mesh() -> None:
         sharding.make_mesh({"pp": 2})
 
 
+def plain_caches_over_devices() -> None:
+    """Positions that are not coded are dealt in tiles, as coded ones are: the tokens are those of
+    one device, whichever has the tile that a token falls into."""
+    g, tiles, slots = 16, 6, 56  # slots of a device: 3 tiles, and some to spare
+    alone = Program(ONE_LAYER, CacheConfig(tiles * g, g, "full", 1), 0)
+
+    def start(change: Callable[[jax.Array], Any]) -> DecodeState:
+        """Two sequences of 40 and 33 random tokens; it is donated."""
+        state = random_state(alone, 2, 40, 64, 1 << 20)
+        layers = jax.tree.map(change, state.cache.layers)
+        cache = dataclasses.replace(state.cache, layers=layers, length=jnp.array([40, 33]))
+        return dataclasses.replace(state, cache=cache)
+
+    def deal(x: jax.Array) -> np.ndarray:
+        dealt = np.zeros((*x.shape[:2], 2 * slots, x.shape[3]), x.dtype)
+        for i in range(tiles):
+            at = i % 2 * slots + i // 2 * g
+            dealt[:, :, at : at + g] = x[:, :, i * g : (i + 1) * g]
+        return dealt
+
+    there, params = mesh(cp=2, tp=2), decoder().params
+    over = Program(ONE_LAYER, CacheConfig(2 * slots - 1, g, "full", 1), 0, mesh=there)
+    parts = sharding.place_state(start(deal), there)
+    placed = sharding.place_params(ONE_LAYER, params, there)
+    found = DECODE(placed, {}, parts, jnp.int32(36), program=over)  # to positions 76 and 69
+    expected = DECODE(params, {}, start(jnp.copy), jnp.int32(36), program=alone)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    assert len(np.unique(expected.tokens)) > 10
+
+
+def measured_over_devices() -> None:
+    """`bench decode --mesh`: no device holds more than its share of weights, drafts and caches."""
+    sizes, tiny = {"tp": 2, "cp": 2}, dataclasses.replace(ONE_LAYER, max_context=4096)
+    options = "--preset tiny --context 640 --mode full --rounds 3 --repeat 1 --dtype float32"
+    options += " --draft-group 32 --draft-lm-head-bits 4 --mesh tp=2,cp=2 --json"
+    with pytest.MonkeyPatch.context() as patch, io.StringIO() as out:
+        patch.setitem(bench.PRESETS, "tiny", tiny)
+        patch.setattr(bench, "read_ceiling", lambda: 1e11)
+        with contextlib.redirect_stdout(out):
+            assert (
+                cli.main(["bench", "decode", *options.split(), "--mesh", "tp=2,cp=2", "--json"])
+                == 0
+            )
+        result = json.loads(out.getvalue())
+    assert (result["mesh"], len(result["devices"])) == (sizes, 4)
+    params = init_params_over(tiny, jax.random.key(0), jnp.dtype("float32"), mesh(**sizes))
+    for path, spec in parameter_shapes(tiny).items():
+        check_split(flatten(params)[path], spec.axes, sizes)
+    given = DraftConfig(group_size=32, lm_head_bits=4)
+    draft = flatten(Model(tiny, params, draft=given).draft_params)
+    for path, spec in parameter_shapes(tiny).items():
+        if isinstance(draft[path], QuantizedWeight):
+            check_split(draft[path].scale, spec.axes, sizes)
+    (row,) = result["rows"]
+    norms = 3 * tiny.hidden_size * 4  # lie whole on each device
+    half = (parameter_count(tiny) * 4 - norms) // 2 + norms
+    assert row["device_bytes"]["weights"] == half
+    assert row["device_bytes"]["draft"] == draft_bytes(tiny, given) // 2
+    assert row["device_bytes"]["cache"] < row["cache_bytes"] / 4 + 100
+    coded = Program(tiny, CacheConfig(1024, 128), 4, mesh=mesh(**sizes))
+    check_cache(bench.random_state(coded, 1, 640, 8, 8).cache, sizes)
+
+
+def kernels_on_each_device() -> None:
+    """Lowered for CUDA: the kernels are called inside the loop with a device's part of every
+    array, and the devices meet as often as on a CPU."""
+    shapes = dataclasses.replace(lowered_loop.MODEL, num_layers=2)
+    there = mesh(tp=2, cp=2)
+    program = Program(shapes, CacheConfig(2048, 128, "int8", 5, "bfloat16"), 4, mesh=there)  # type: ignore[arg-type]
+    params = jax.eval_shape(lambda: init_params(shapes, jax.random.key(0), jnp.bfloat16))
+
+    def place(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            tree,
+            sharding.param_shardings(shapes, tree, there),
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "device", lambda: lowered_loop.H200)
+        drafted = DraftConfig(group_size=64, lm_head_bits=4)
+        draft = jax.eval_shape(lambda p: draft_tree(p, quantize_params(p, drafted)), params)
+        assert isinstance(draft["lm_head"]["kernel"], TiledWeight)
+        state = bench.state_forms(program, 1, 1024)
+        traced = DECODE.trace(place(params), place(draft), state, jnp.int32(5), program=program)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    names = set(lowered_loop.names(text))
+    assert names == {
+        *("add_rms_norm", "int4_matmuls", "kv_attention"),
+        *("quantize_keys", "quantize_values", "rope_append"),
+    }
+    operands = {
+        name: re.findall(r"tensor<([^>]*)>", found)
+        for name, found in re.findall(r"func\.func private @(\w+)\((.*?)\) ->", text)
+    }
+    tp, cp, (h, k, d) = 2, 2, (shapes.num_heads, shapes.num_kv_heads, shapes.head_dim)
+    attention = [operands[name] for name in operands if name.startswith("kv_attention")]
+    assert sorted(x[0] for x in attention) == [f"1x{s}x{h // tp}x{d}xbf16" for s in (1, 5)]
+    for each in attention:
+        assert f"1x{k // tp}x{16 // cp}x128x{d // 2}xui8" in each
+    groups = shapes.intermediate_size // 64 // tp
+    assert any(f"{groups}x{shapes.hidden_size // 16}x576xui8" in x for x in operands.values())
+    passes, layers = 2, shapes.num_layers
+    assert len(re.findall(r"stablehlo\.all_reduce", text)) == passes * (2 * layers + 1)
+    assert len(re.findall(r"stablehlo\.all_gather", text)) == passes * (layers + 1)
+
+
 CHECKS = (
     *(parameters, packed_weights, tiled_weights, decode_state, refused, logits),
     *(heads_over_more_devices_than_there_are, tiles_and_heads_over_devices),
-    *(no_device_has_more_than_its_share, refused_over_a_mesh),
+    *(no_device_has_more_than_its_share, refused_over_a_mesh, plain_caches_over_devices),
+    *(measured_over_devices, kernels_on_each_device),
 )
 
 

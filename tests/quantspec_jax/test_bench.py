@@ -241,7 +241,11 @@ def test_bad_options_are_refused(wrong, tiny_preset, capsys):
 
 def test_the_recorded_command_gives_the_same_options():
     """An empty list is no option, and a zero is one."""
-    for line in ("kernels --kernel attention", "decode --simulate-acceptance 0 --context 512"):
+    for line in (
+        "kernels --kernel attention",
+        "decode --simulate-acceptance 0 --context 512",
+        "decode --mesh tp=2,cp=4",
+    ):
         given = make_parser().parse_args(["bench", *line.split()])
         typed = record.command(f"quantspec bench {given.bench}", given).split()[1:]
         assert make_parser().parse_args(typed) == given

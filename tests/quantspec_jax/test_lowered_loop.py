@@ -25,13 +25,13 @@ from quantspec_jax.weights.formats import DraftConfig
 MODEL = ModelConfig("llama", 512, 256, 512, 3, 4, 2, 64, 4096)
 
 
+H200 = types.SimpleNamespace(core_count=132, device_kind="NVIDIA H200", compute_capability="9.0")
+
+
 @pytest.fixture(autouse=True)
 def h200(monkeypatch):
     """A device to lower for."""
-    device = types.SimpleNamespace(
-        core_count=132, device_kind="NVIDIA H200", compute_capability="9.0"
-    )
-    monkeypatch.setattr(dispatch, "device", lambda: device)
+    monkeypatch.setattr(dispatch, "device", lambda: H200)
 
 
 def lowered(

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import math
 import re
 import shlex
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh
 
 from quantspec_jax import cli
+from quantspec_jax.axes import Axes
+from quantspec_jax.cache import create
+from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.commands.options import draft_config
 from quantspec_jax.commands.plan import candidates_and_source as candidates
+from quantspec_jax.commands.plan import meeting_microseconds, over_mesh
 from quantspec_jax.cost import (
     ALL_PAGES,
     READINGS,
@@ -22,6 +30,7 @@ from quantspec_jax.cost import (
     linear_weights,
     tokens_a_round,
 )
+from quantspec_jax.models.parameters import nest, parameter_shapes
 from quantspec_jax.models.presets import PRESETS
 from quantspec_jax.planning.candidates import (
     DEFAULT_FORMATS,
@@ -34,8 +43,10 @@ from quantspec_jax.planning.plan import plan, recommendation
 from quantspec_jax.planning.recorded import measured_readings, measured_speed
 from quantspec_jax.planning.report import notes, reasons
 from quantspec_jax.planning.setting import GIB, Setting
+from quantspec_jax.sharding import cache_shardings, param_shardings
+from quantspec_jax.weights.entries import quantize_params
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
-from quantspec_jax.weights.sizes import bits_per_weight
+from quantspec_jax.weights.sizes import bits_per_weight, draft_bytes
 
 LLAMA = dataclasses.replace(PRESETS["llama-2-7b"], num_layers=4)
 WEIGHTS = linear_weights(LLAMA)
@@ -248,14 +259,14 @@ def test_a_long_context_is_read_in_part_and_a_short_one_whole():
         assert found.formats[0] is best
 
 
-def write_speed(path):
+def write_speed(path, **more):
     modes = {"autoregressive full": 100, "draft step": 75, "verify step, gamma 4": 80}
     rows = [
         {"mode": mode, "context": context, "percent_of_floor": percent / divisor}
         for context, divisor in ((8192, 2), (131072, 1))
         for mode, percent in modes.items()
     ]
-    path.write_text(json.dumps({"read_ceiling_gb_per_second": 4400, "rows": rows}))
+    path.write_text(json.dumps({"read_ceiling_gb_per_second": 4400, "rows": rows, **more}))
     return str(path)
 
 
@@ -403,6 +414,9 @@ def test_options_override_files_and_data_sheets(tmp_path, capsys):
         ([*PLAN, "--device", "h200", "--memory", "-1"], "memory is -1.0"),
         ([*PLAN, "--device", "h200", "--acceptance", "2"], "acceptance is 2.0"),
         ([*PLAN, "--device", "h200", "--batch", "0"], "batch is 0"),
+        ([*PLAN, "--device", "h200", "--mesh", "tp=3"], "num_heads is 32; allowed: multiples of 3"),
+        ([*PLAN, "--device", "h200", "--mesh", "dp=2"], "batch is 1; allowed: multiples of 2"),
+        ([*PLAN, "--device", "h200", "--mesh", "tp=0"], "--mesh is {'tp': 0}"),
         ([*PLAN, "--device", "h200", "--draft-efficiency", "1.5"], "draft efficiency is 1.5"),
         ([*PLAN, "--device", "h200", "--measured", "gone.json"], "gone.json: No such file"),
         ([*PLAN, "--device", "h200", "--measured", "f", "--acceptance", "1"], "not allowed with"),
@@ -417,6 +431,69 @@ def test_wrong_options_are_named(argv, words, capsys):
     assert words in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 4}, {"cp": 4}, {"tp": 16, "cp": 2}])
+def test_memory_of_a_mesh_is_what_its_arrays_take_on_a_device(sizes):
+    """16 devices have the 8 key-value heads twice."""
+    shapes = dataclasses.replace(PRESETS["llama-3.1-70b"], num_layers=2)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    model, axes = over_mesh(shapes, sizes)
+    setting = Setting(model, 131072, DEVICE, axes=axes)
+    draft = DraftConfig(group_size=64)
+    params = nest(
+        {
+            path: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16)
+            for path, spec in parameter_shapes(model).items()
+        }
+    )
+    own = jax.eval_shape(lambda: quantize_params(params, draft))
+    for view, drafts in (("int8", own), ("full", {})):
+        config = CacheConfig(131072, 128, view, dtype=jnp.bfloat16)
+        if view == "full":  # without room for a pass
+            config = dataclasses.replace(config, max_length=131072 - config.pass_width)
+        cache = jax.eval_shape(lambda config=config: create(model, config, 1))
+        where = cache_shardings(cache, mesh)
+        parts = [(cache, where), (params, param_shardings(model, params, mesh))]
+        parts.append((drafts, param_shardings(model, drafts, mesh)))
+        taken = sum(
+            math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
+            for tree, places in parts
+            for x, place in zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
+        )
+        needed = setting.needed_bytes(draft_bytes(model, draft) if drafts else 0, view)
+        assert needed == pytest.approx(taken, rel=1e-3)
+
+
+def test_devices_read_their_parts_and_meet():
+    one, four = Setting(LLAMA, 32768, DEVICE), Setting(LLAMA, 32768, DEVICE, axes=Axes(tp=4))
+    alone, together = (plan(setting, [candidate(0.9)]) for setting in (one, four))
+    meeting = four.meeting_milliseconds
+    assert meeting == (2 * 4 + 2) * 0.012
+    assert one.meeting_milliseconds == 0
+    for row, part in zip(alone.plain, together.plain, strict=True):
+        quarter = row.milliseconds_a_token / 4
+        assert part.milliseconds_a_token == pytest.approx(quarter + meeting)
+        assert part.fits is None
+    draft, part = alone.drafted[0], together.drafted[0]
+    assert part.draft_milliseconds == pytest.approx(draft.draft_milliseconds / 4 + meeting)
+    assert part.best.gamma <= draft.best.gamma
+    split = Setting(LLAMA, 32768, DEVICE, axes=Axes(cp=2))
+    assert split.meeting_milliseconds == 4 * 0.012
+    poor = plan(split, [candidate(0.0)])
+    assert poor.chosen is poor.plain[1], "a cache that is not coded is not split by `generate`"
+
+
+def test_speed_measured_over_the_mesh_counts_meetings(tmp_path, capsys):
+    speed = write_speed(tmp_path / "speed.json", mesh={"tp": 2})
+    options = ["--device", "h100", "--speed", speed, "--json"]
+    assert cli.main([*PLAN, *options, "--mesh", "tp=2"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["mesh"], result["meeting_microseconds"]) == ({"tp": 2}, 0.0)
+    assert any("each of 2 devices, which meet 66 times a pass" in note for note in result["notes"])
+    for mesh, given, found in (({"tp": 4}, None, {}), ({"tp": 2}, 5.0, 5.0), (None, None, {})):
+        args = argparse.Namespace(speed=speed, mesh=mesh, meeting_microseconds=given)
+        assert meeting_microseconds(args) == (found and {"meeting_microseconds": found})
 
 
 def test_default_acceptance_is_that_of_the_recorded_sweeps():

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import LayerCache
-from quantspec_jax.cache.codecs.codec import BUFFER_AXES, fit, values_per_token
+from quantspec_jax.cache.codecs.codec import fit, values_per_token
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.models.config import ModelConfig
 
 FULL = Read("full")
+POSITIONS: Any = ("batch", "kv_heads", "positions", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,5 +75,5 @@ class Full:
         return int(values_per_token(model) * context * itemsize)
 
     def logical_axes(self, layer: LayerCache) -> LayerCache:
-        """Of the buffer."""
-        return LayerCache(None, None, BUFFER_AXES, BUFFER_AXES)
+        """Of the buffer, whose slots are positions."""
+        return LayerCache(None, None, POSITIONS, POSITIONS)
