@@ -1,7 +1,7 @@
 """Where arrays lie on a mesh of devices: logical axes → axes of the mesh, by rules.
 
     tp  heads, the MLP's channels, the vocabulary    parameters, cache
-    cp  tiles of the planes: the context             cache
+    cp  tiles of the planes: the context             cache; of a prompt that is read, its rows
     dp  sequences                                    cache, the rest of the state
 
 A mesh has any of these axes; all other dimensions lie whole on each device. A packed weight is
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from quantspec_jax.loading import Model
 
 RULES: Mapping[str, str] = MappingProxyType(
-    dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), "tp") | {"tiles": "cp", "batch": "dp"}
+    dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), "tp")
+    | {"tiles": "cp", "rows": "cp", "batch": "dp"}
 )
 
 
