@@ -17,7 +17,7 @@ from quantspec_jax.generate.requests import Requests, is_end
 from quantspec_jax.generate.sampling import Role, choose, not_finite
 from quantspec_jax.generate.split import own_tiles, split
 from quantspec_jax.generate.state import COUNTED, DecodeState, PromptProgram
-from quantspec_jax.models.attention import part_of_prompt_attention, prompt_attention
+from quantspec_jax.models.attention import part_of_prompt_attention, prompt_attention, uses_cudnn
 from quantspec_jax.models.decoder import block_params, embed, run_block, unembed
 from quantspec_jax.models.parameters import Params
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
@@ -99,9 +99,14 @@ def layer(
         if axes.cp > 1:
             both = axes.all_rows(jnp.stack([k, v], 2))
             k, v = both[:, :, 0], both[:, :, 1]
-            part = jnp.int32(axes.part("cp"))
-            out = part_of_prompt_attention(q, k, v, sm_scale, part, axes.cp, program.backend)
-            q = axes.all_rows(q) if program.policy.observes else q
+            by_heads = uses_cudnn(q.dtype, config.head_dim, program.backend)
+            every = axes.all_rows(q) if by_heads or program.policy.observes else q
+            if by_heads:  # cuDNN's log-sum-exps come rounded to bfloat16: too coarse to merge by
+                out = attention_by_heads(every, k, v, sm_scale, program)
+            else:
+                part = jnp.int32(axes.part("cp"))
+                out = part_of_prompt_attention(q, k, v, sm_scale, part, axes.cp)
+            q = every
         else:
             out = prompt_attention(q, k, v, sm_scale, program.backend)
         made = from_prompt(
@@ -123,6 +128,24 @@ def layer(
     options: dict[str, Any] = {"backend": program.backend, "axes": axes}
     x, h, (made, seen) = run_block(block, next_norm, config, x, h, rope, None, attend, **options)
     return x, h, made, seen
+
+
+def attention_by_heads(
+    q: jax.Array, k: jax.Array, v: jax.Array, sm_scale: float, program: PromptProgram
+) -> jax.Array:
+    """`prompt_attention` of all rows, some heads on each device of `cp` where these divide them
+    (DeepSpeed-Ulysses, arXiv 2309.14509); of the result a device's own rows."""
+    axes = program.axes
+    shared = k.shape[2] % axes.cp == 0
+
+    def own(x: jax.Array) -> jax.Array:
+        size = x.shape[2] // axes.cp
+        return jax.lax.dynamic_slice_in_dim(x, axes.part("cp") * size, size, 2) if shared else x
+
+    out = prompt_attention(own(q), own(k), own(v), sm_scale, program.backend)
+    if shared:
+        out = jax.lax.all_gather(out, "cp", axis=2, tiled=True)
+    return axes.own_rows(out)
 
 
 @split("pages batch", "memory")

@@ -58,9 +58,8 @@ def part_of_prompt_attention(
     sm_scale: float,
     part: jax.Array,
     parts: int,
-    backend: str = "auto",
 ) -> jax.Array:
-    """`prompt_attention` of the rows that one of several devices has (`Axes.own_rows`): as many
+    """`causal_attention` of the rows that one of several devices has (`Axes.own_rows`): as many
     products for each of them, merged by log-sum-exp.
 
     Args:
@@ -69,17 +68,14 @@ def part_of_prompt_attention(
     """
     b, s, h, d = q.shape
     run = s // 2
-    cudnn = uses_cudnn(q.dtype, d, backend)
-    block = run if cudnn else math.gcd(run, QUERY_BLOCK) if run > QUERY_BLOCK else run
+    block = math.gcd(run, QUERY_BLOCK) if run > QUERY_BLOCK else run
     pairs = jnp.asarray(_pairs_of_parts(parts, run // block))[part]
     queries = q.reshape(b, s // block, block, h, d).swapaxes(0, 1)
 
     def attend(causal: bool) -> Callable[..., tuple[jax.Array, jax.Array]]:
         def call(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
             options: dict[str, Any] = {"scale": sm_scale, "is_causal": causal}
-            options |= {"implementation": "cudnn" if cudnn else "xla", "return_residual": True}
-            if cudnn:
-                return jax.nn.dot_product_attention(*operands, **options)
+            options |= {"implementation": "xla", "return_residual": True}
             wide = (x.astype(jnp.float32) for x in operands)
             with jax.default_matmul_precision("float32" if q.dtype == jnp.float32 else "default"):
                 return jax.nn.dot_product_attention(*wide, **options)

@@ -88,16 +88,6 @@ def test_parts_of_a_prompt_make_the_whole(run):
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
 
 
-def test_a_part_of_a_prompt_is_cudnns_too(h200, monkeypatch):
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
-    q, k = (jax.ShapeDtypeStruct((2, s, n, 64), jnp.bfloat16) for s, n in ((256, 8), (512, 2)))
-    traced = jax.jit(lambda q, k, v: part_of_prompt_attention(q, k, v, 0.1, jnp.int32(1), 2))
-    text = traced.trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
-    calls = re.findall(r"stablehlo.custom_call @__cudnn\$fmhaSoftmax.*", text)
-    causal = [bool(re.search(r"mask_type[^A-Z]*CAUSAL\b", call)) for call in calls]
-    assert sorted(causal) == [False, True], "a run's own keys, and those before"
-
-
 # A whole text's attention, as evaluation and calibration have it.
 
 G = 16
