@@ -237,7 +237,7 @@ def tiles_and_heads_over_devices() -> None:
     assert qs.generate(placed, PROMPTS, SAMPLED).tokens == alone()
     placed = sharding.place_model(decoder(), mesh(cp=2))
     config = dataclasses.replace(SAMPLED, draft_policy="snapkv")
-    with mock.patch.object(stages, "uses_cudnn", lambda *_: True):  # devices share heads then
+    with mock.patch.object(stages, "uses_cudnn", return_value=True):  # devices share heads then
         observed = qs.generate(placed, PROMPTS, config)
     assert observed.tokens == alone()
     read = [each["draft_read_share"] for each in observed.stats]
