@@ -102,8 +102,9 @@ class Checkpoint(ABC):
     @abstractmethod
     def _load(self, dtype: np.dtype, device: Any, progress: bool) -> dict[str, Any]: ...
 
-    def load_draft(self) -> tuple[DraftConfig, dict[str, Any]] | None:
-        """The stored draft: its configuration and, in the same tree, its quantized kernels."""
+    def load_draft(self, device: Any = None) -> tuple[DraftConfig, dict[str, Any]] | None:
+        """The stored draft: its configuration and, in the same tree, its quantized kernels; on a
+        device, or a mesh whose devices read their parts."""
         return None
 
     def load_kv(self) -> tuple[StoredKV, list[Any]] | None:
@@ -217,10 +218,10 @@ class ConvertedCheckpoint(Checkpoint):
         sums = self._header.checksums
         return converted.load_weights(self.directory, self.config, dtype, device, sums)
 
-    def load_draft(self) -> tuple[DraftConfig, dict[str, Any]] | None:
+    def load_draft(self, device: Any = None) -> tuple[DraftConfig, dict[str, Any]] | None:
         if self._header.draft is None:
             return None
-        return self._header.draft, converted.load_draft(self.directory, self._header)
+        return self._header.draft, converted.load_draft(self.directory, self._header, device)
 
     def load_kv(self) -> tuple[StoredKV, list[Any]] | None:
         if self._header.kv is None:

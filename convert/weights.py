@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, Sharding
 from tqdm import tqdm
 
 from convert.files.tensors import FLOATS, QUANTIZED, StoredTensor
@@ -207,7 +207,8 @@ def load_parameters(
 ) -> dict[str, Any]:
     """Streams each tensor to the device: the nested tree of `parameter_shapes`, in `dtype`.
 
-    On the host there is never more than one tensor that is not yet part of the result.
+    On the host there is never more than one tensor that is not yet part of the result; on a mesh,
+    of that what its devices hold.
     """
     parameters = list(parameters)
     mesh = one_device(device)
@@ -225,13 +226,33 @@ def load_parameters(
         )
         stack.enter_context(bar)
         for parameter in parameters:
-            array = read_parameter(parameter, files[parameter.tensor.file], dtype)
-            # On the CPU the array takes over the aligned buffer; elsewhere wait until it is copied.
-            flat[parameter.path] = jax.device_put(array, where[parameter.path])
-            if mesh.devices.flat[0].platform != "cpu":
-                flat[parameter.path].block_until_ready()
+            flat[parameter.path] = _placed(
+                parameter, files[parameter.tensor.file], dtype, where[parameter.path]
+            )
             bar.update(parameter.tensor.num_bytes)
     return nest(flat)
+
+
+def _placed(parameter: Parameter, stream: BinaryIO, dtype: np.dtype, where: Sharding) -> jax.Array:
+    """One parameter where it is to lie: of one that is split, each device's part is read by itself,
+    and what lies with several devices once."""
+    if isinstance(where, NamedSharding):
+        parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            sizes = zip(index or (), parameter.spec.shape, strict=True)
+            key = tuple(one.indices(size)[:2] for one, size in sizes)
+            if key not in parts:
+                parts[key] = read_parameter(parameter, stream, dtype, key)
+            return parts[key]
+
+        return jax.make_array_from_callback(parameter.spec.shape, where, part).block_until_ready()
+    # On the CPU the array takes over the aligned buffer; elsewhere wait until it is copied.
+    array = jax.device_put(read_parameter(parameter, stream, dtype), where)
+    (there,) = array.devices()
+    if there.platform != "cpu":
+        array.block_until_ready()
+    return array
 
 
 class _Files(dict[Path, BinaryIO]):
@@ -245,26 +266,41 @@ class _Files(dict[Path, BinaryIO]):
         return self[path]
 
 
-def read_parameter(parameter: Parameter, stream: BinaryIO, dtype: np.dtype) -> np.ndarray:
-    """One parameter as an array of its spec's shape, decoded chunk by chunk."""
-    spec, tensor = parameter.spec, parameter.tensor
-    array = _aligned_empty(spec.shape, dtype)
+def read_parameter(
+    parameter: Parameter,
+    stream: BinaryIO,
+    dtype: np.dtype,
+    part: tuple[tuple[int, int], ...] | None = None,
+) -> np.ndarray:
+    """One parameter as an array of its spec's shape, or of a part of it from (begin, end) of each
+    dimension; decoded chunk by chunk."""
+    tensor = parameter.tensor
     rows, columns = tensor.matrix_shape
-    target = array.T if parameter.transposed else array.reshape(rows, columns)
-    heads = parameter.interleaved_heads
-    is_vector = len(tensor.shape) == 1
+    heads, is_vector = parameter.interleaved_heads, len(tensor.shape) == 1
+    part = part or tuple((0, size) for size in parameter.spec.shape)
+    array = _aligned_empty(tuple(end - begin for begin, end in part), dtype)
+    target = array.reshape(1, -1) if is_vector else array.T if parameter.transposed else array
+    of_rows, of_columns = ((0, 1), *part)[-2:] if is_vector else part
+    if parameter.transposed and not is_vector:
+        of_rows, of_columns = of_columns, of_rows
+    begin, end = of_rows
     step = max(1, _CHUNK // columns)
     if heads and not is_vector:
         head_rows = rows // heads
         step = max(step // head_rows, 1) * head_rows  # whole heads
-    for start in range(0, rows, step):
+        begin -= begin % head_rows
+    for start in range(begin, end, step):
         stop = min(start + step, rows)
+        if not heads:
+            stop = min(stop, end)
         chunk = tensor.read_rows(stream, start, stop)
         if heads and is_vector:
             chunk = deinterleave(chunk.reshape(-1, 1), heads).reshape(1, -1)
         elif heads:
             chunk = deinterleave(chunk, (stop - start) // head_rows)
-        target[start:stop] = _cast(chunk, dtype, tensor)
+        first, last = max(start, of_rows[0]), min(stop, end)
+        found = chunk[first - start : last - start, slice(*of_columns)]
+        target[first - of_rows[0] : last - of_rows[0]] = _cast(found, dtype, tensor)
     return array
 
 

@@ -2,12 +2,18 @@
 
     tp  heads, the MLP's channels, the vocabulary    o, down and the embedding are summed, logits
                                                      joined (Megatron-LM, arXiv 1909.08053)
-    cp  tiles of the planes, dealt in turn           parts of attention are merged by log-sum-exp;
-                                                     everything else each device does by itself
+    cp  tiles of the planes, dealt in turn           parts of attention are merged by log-sum-exp
+        rows of a prompt                             a layer's keys and values are gathered
     dp  sequences                                    nowhere
 
 Tile t lies with device t mod cp, in its place t div cp: so every device works at every length. Each
 device appends to a buffer of its own, which all have alike; the first one reads it.
+
+A prompt is cut into 2 cp runs of rows, of which device i has number i and the i-th from the end, so
+that all have as many keys to read before their rows:
+
+    run      0   1   2   3   4   5   6   7          cp 4
+    device   0   1   2   3   3   2   1   0
 """
 
 from __future__ import annotations
@@ -16,6 +22,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+
+ROWS = 256  # of a prompt, a block of queries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +87,45 @@ class Axes:
     def has_tile(self, tile: jax.Array) -> jax.Array | bool:
         """Whether a tile lies with this device."""
         return True if self.cp == 1 else tile % self.cp == self.part("cp")
+
+    def prompt_rows(self, number: int) -> int:
+        """To how many rows a prompt is padded: runs are alike, and long ones whole blocks."""
+        if self.cp == 1:
+            return number
+        runs = 2 * self.cp
+        multiple = runs * ROWS if number > runs * ROWS else runs
+        return -(-number // multiple) * multiple
+
+    def own_rows(self, x: jax.Array) -> jax.Array:
+        """This device's rows of a prompt's, [B, P, ...] → [B, P/cp, ...]."""
+        if self.cp == 1:
+            return x
+        size = x.shape[1] // (2 * self.cp)
+        first = self.part("cp")
+        runs = [jax.lax.dynamic_slice_in_dim(x, i * size, size, 1) for i in self._runs(first)]
+        return jnp.concatenate(runs, 1)
+
+    def _runs(self, part: jax.Array | int) -> tuple[jax.Array | int, jax.Array | int]:
+        return part, 2 * self.cp - 1 - part
+
+    def all_rows(self, x: jax.Array) -> jax.Array:
+        """The inverse of `own_rows`."""
+        if self.cp == 1:
+            return x
+        both = x.reshape(x.shape[0], 2, x.shape[1] // 2, *x.shape[2:])
+        parts = jax.lax.all_gather(both, "cp", axis=1)  # [B, cp, 2, P/2cp, ...]
+        runs = jnp.concatenate([parts[:, :, 0], parts[:, ::-1, 1]], 1)
+        return runs.reshape(x.shape[0], x.shape[1] * self.cp, *x.shape[2:])
+
+    def row_at(self, x: jax.Array, row: jax.Array) -> jax.Array:
+        """One row [B, ...] of each prompt, from those of all devices [B, P/cp, ...]."""
+        each = jnp.arange(len(x))
+        if self.cp == 1:
+            return x[each, row]
+        positions = self.own_rows(jnp.arange(x.shape[1] * self.cp)[None])
+        here = (positions == row[:, None])[..., *(None,) * (x.ndim - 2)]
+        found = jnp.where(here, x, jnp.zeros_like(x)).astype(jnp.float32).sum(1)
+        return jax.lax.psum(found, "cp").astype(x.dtype)
 
     def of_all_tiles(self, number: jax.Array) -> jax.Array:
         """The sum of what each device counts among its tiles."""

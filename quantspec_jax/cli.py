@@ -30,7 +30,7 @@ from quantspec_jax.commands import (
     serve,
     terminal,
 )
-from quantspec_jax.commands.options import Parser
+from quantspec_jax.commands.options import Parser, join, leave, silent
 from quantspec_jax.commands.version import Version
 
 COMMANDS = (convert, info, generate, chat, serve, evaluate, plan, bench)
@@ -45,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is not for our users
     unraisable, sys.unraisablehook = sys.unraisablehook, _keep_interruption
+    args: argparse.Namespace | None = None
     try:
         args = make_parser().parse_args(argv)
         with _terminable(), terminal.plain_warnings():
+            join(args)
             result = _run(args)
         if args.json:
             print(json.dumps(result))
@@ -65,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()
-        return terminal.fail(terminal.describe(error), terminal.status_of(error))
+        status = terminal.fail(terminal.describe(error), terminal.status_of(error))
+        leave(args, status)
+        return status
     finally:
         sys.unraisablehook = unraisable
 
@@ -114,9 +118,14 @@ def _terminable() -> Iterator[None]:
 
 
 def _run(args: argparse.Namespace) -> Any:
-    """The command's result. With --json whatever else prints goes to standard error."""
-    elsewhere = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
-    with elsewhere:
+    """The command's result. With --json whatever else prints goes to standard error; of several
+    processes the first one prints."""
+    with contextlib.ExitStack() as stack:
+        if silent(args):
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        if args.json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         return args.run(args)
 
 

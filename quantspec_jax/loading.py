@@ -189,7 +189,7 @@ def load(
     else:
         if draft is not None:
             _check_made_at_load(config, draft)
-        stored = checkpoint.load_draft() if draft is None else None
+        stored = checkpoint.load_draft(mesh) if draft is None else None
         params = checkpoint.load(dtype, device=mesh)
         model = Model(config, params, checkpoint.tokenizer, *(stored or (draft,)))
     if (kv := checkpoint.load_kv()) is not None:

@@ -1,7 +1,7 @@
 """Where arrays lie on a mesh of devices: logical axes → axes of the mesh, by rules.
 
     tp  heads, the MLP's channels, the vocabulary    parameters, cache
-    cp  tiles of the planes, positions that are      cache
+    cp  tiles of the planes, positions that are      cache; of a prompt that is read, its rows
         not coded: the context
     dp  sequences                                    cache, the rest of the state
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 RULES: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), "tp")
-    | {"tiles": "cp", "positions": "cp", "batch": "dp"}
+    | {"tiles": "cp", "positions": "cp", "rows": "cp", "batch": "dp"}
 )
 
 
@@ -120,6 +120,10 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     number, there = math.prod(sizes.values()), len(jax.devices())
     require(min(sizes.values()) >= 1, "mesh", dict(sizes), "axes of 1 and more devices")
     require(number <= there, "mesh", dict(sizes), f"at most {there} devices, as many as there are")
+    part = jax.process_count() > 1 and number < there  # a process must not be left out
+    require(
+        not part, "mesh", dict(sizes), f"all {there} devices of {jax.process_count()} processes"
+    )
     mesh = Mesh(np.array(jax.devices()[:number]).reshape(tuple(sizes.values())), tuple(sizes))
     _check_axes(mesh)
     return mesh
@@ -221,7 +225,12 @@ def place(tree: Any, where: Any) -> Any:
 
     def one(x: jax.Array, sharding: Sharding) -> jax.Array:
         there = isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim)
-        return x if there else jax.device_put(x, sharding)
+        if there or sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+            return x if there else jax.device_put(x, sharding)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(x), sharding))
+        own = np.asarray(x)  # of several processes each has all of it, and keeps its part
+        return jax.make_array_from_callback(own.shape, sharding, lambda index: own[index])
 
     return jax.tree.map(one, tree, where)
 

@@ -23,7 +23,8 @@ from convert.files.tensors import StoredTensor
 from pallas_kernels.int4_matmul.xla import dequantize
 from pallas_kernels.layout import QuantizedWeight, pack
 from quantspec_jax.models.config import ModelConfig
-from quantspec_jax.models.parameters import LINEAR_LAYERS, linear_layers, nest
+from quantspec_jax.models.parameters import LINEAR_LAYERS, flatten, linear_layers, nest
+from quantspec_jax.sharding import mesh_of, place_params
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 from quantspec_jax.weights.rounding import quantize_linear
 
@@ -120,7 +121,8 @@ class QuantizedCheckpoint(ABC):
         entries: dict[str, Any] = {}
         for i in tqdm(blocks, desc="importing the draft", unit="layer", disable=not progress):
             block = self.block(i, params["layers"][str(i)])
-            entries |= {f"layers.{i}.{path}": array for path, array in block.items()}
+            flat = {f"layers.{i}.{path}": array for path, array in block.items()}
+            entries |= flatten(place_params(self.config, nest(flat), mesh_of(dict(params))))
         formats = {layer: _format(entries, layer) for layer in linear_layers(self.config)}
         return draft_config(formats), nest(entries)
 

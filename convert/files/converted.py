@@ -369,8 +369,10 @@ def plain_arrays(tree: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]
     }
 
 
-def load_draft(directory: Path, header: Header, device: jax.Device | None = None) -> dict[str, Any]:
-    """The stored draft, as `save_draft` was given it."""
+def load_draft(
+    directory: Path, header: Header, device: jax.Device | Mesh | None = None
+) -> dict[str, Any]:
+    """The stored draft, as `save_draft` was given it; each device of a mesh reads its part."""
     draft = header.draft
     assert draft is not None
     shapes = flatten(

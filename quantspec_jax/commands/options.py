@@ -156,6 +156,17 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
         help="devices that hold the model together, such as tp=2,cp=2: tp splits heads, channels "
         "and vocabulary, cp the context, dp the prompts (one device)",
     )
+    group = parser.add_argument_group("several processes", "one a host, each with this command")
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where process 0 listens; auto: what Slurm, Open MPI or Kubernetes say",
+    )
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="this one's number, from 0 on")
+    group.add_argument(
+        "--process-timeout", type=int, metavar="S", help="seconds until one counts as failed (45)"
+    )
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -167,6 +178,38 @@ def mesh_sizes(text: str) -> dict[str, int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not tp=N,cp=N,dp=N or some of these")
         sizes[axis] = int(number)
     return sizes
+
+
+def join(args: argparse.Namespace) -> None:
+    """Meet the other processes that the options name."""
+    options = given(args, "num_processes", "process_id", "process_timeout")
+    if getattr(args, "coordinator", None) is None:
+        refuse(options, "one process: name --coordinator")
+        return
+    require(args.mesh is not None, "--mesh", args.mesh, "the devices of all, with --coordinator")
+    from quantspec_jax import processes
+
+    seconds = processes.SECONDS if args.process_timeout is None else args.process_timeout
+    processes.join(args.coordinator, args.num_processes, args.process_id, seconds)
+    if not processes.is_first() and hasattr(args, "output"):
+        args.output = None
+
+
+def silent(args: argparse.Namespace) -> bool:
+    """Whether another process prints what this one would."""
+    if getattr(args, "coordinator", None) is None:
+        return False
+    from quantspec_jax import processes
+
+    return not processes.is_first()
+
+
+def leave(args: argparse.Namespace | None, status: int) -> None:
+    """End at once after an error where there are other processes."""
+    if getattr(args, "coordinator", None) is not None:
+        from quantspec_jax import processes
+
+        processes.leave(status)
 
 
 def mesh(args: argparse.Namespace) -> Mesh | None:

@@ -49,6 +49,7 @@ from quantspec_jax.generate.tiles import (
 )
 from quantspec_jax.loading import Model
 from quantspec_jax.models.decoder import block_params
+from quantspec_jax.processes import agreed, everywhere
 from quantspec_jax.sharding import mesh_of, place_cache
 
 TRIAL_PAYS = 64  # new tokens; fewer are decoded sooner than the cost of a draft step is known
@@ -558,7 +559,7 @@ class Engine:
         cost = self.config.draft_cost
         if cost is None:
             key = draft_cost.key_of(self.model, program, self.slots)
-            cost = draft_cost.known(key)
+            cost = agreed(draft_cost.known(key))
             if cost is None and self.config.max_new_tokens < TRIAL_PAYS:
                 cost = draft_cost.by_bytes(self.model, program, self.slots)
             if cost is None:
@@ -566,6 +567,7 @@ class Engine:
                 self._state, cost = draft_cost.measured(self._state, program, self._decode)
                 spent = time.perf_counter() - started
                 self.clock.trial += spent - (self.clock.compile - compiled)
+                cost = agreed(cost) or cost
                 draft_cost.keep(key, cost)
         self.adaptive = AdaptiveGamma(cost, self.program.cache.group_size, self.program.gamma)
 
@@ -574,7 +576,9 @@ class Engine:
         each sequence."""
         assert self._state is not None
         names = ("count", "finished", "broken", *COUNTERS)
-        self._seen = jax.device_get({name: getattr(self._state, name) for name in names})
+        mesh = mesh_of(self.model.params)
+        counts = {name: getattr(self._state, name) for name in names}
+        self._seen = jax.device_get(everywhere(counts, mesh))
         reading = {prompt.slot for prompt in self._prompts}
         known = np.array([len(slot.tokens) if slot else 0 for slot in self._slots], np.int32)
         width = min(bucket(most), self.capacity)
@@ -582,7 +586,7 @@ class Engine:
         state = self._state
         call = ((state.tokens, state.drafted, state.logprobs), jnp.asarray(start))
         window = self._runner.ready(WINDOW, *call, width=width)(*call)
-        tokens, drafted, logprobs = jax.device_get(window)
+        tokens, drafted, logprobs = jax.device_get(everywhere(window, mesh))
         for i, slot in enumerate(self._slots):
             if slot is None or i in reading:
                 continue

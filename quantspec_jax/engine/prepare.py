@@ -143,8 +143,6 @@ def check_over_mesh(config: GenerateConfig, mesh: Mesh) -> None:
         f"kv '{view}'": mesh.size > 1 and view == "aqua",
         "prefill 'tiles'": mesh.size > 1 and config.prefill == "tiles",
         f"kv '{view}' with a mesh axis cp": tiles_split and not has_tiles,
-        "draft_policy 'snapkv' with a mesh axis cp": tiles_split
-        and config.draft_policy == "snapkv",
     }
     for what, asked in reasons.items():
         if asked:

@@ -34,7 +34,7 @@ from quantspec_jax.models.parameters import Params
 NO_END = jnp.iinfo(jnp.int32).max
 
 
-@split("params params state whole", "state")
+@split("params params state whole", "state", like=2)
 def generate_tokens(
     params: Params,
     draft_params: Params,

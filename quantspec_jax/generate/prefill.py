@@ -18,7 +18,7 @@ from quantspec_jax.generate.requests import Requests, is_end
 from quantspec_jax.generate.sampling import Role, choose, not_finite
 from quantspec_jax.generate.split import own_tiles, split
 from quantspec_jax.generate.state import COUNTED, DecodeState, PromptProgram
-from quantspec_jax.models.attention import prompt_attention
+from quantspec_jax.models.attention import part_of_prompt_attention, prompt_attention, uses_cudnn
 from quantspec_jax.models.decoder import block_params, embed, run_block, unembed
 from quantspec_jax.models.parameters import Params
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
@@ -73,15 +73,17 @@ def prefill(
     return dataclasses.replace(state, cache=cache, memory=memory)
 
 
-@split("params batch", "batch batch")
+@split("params batch", "rows rows")
 def begin(
     params: Params, prompts: jax.Array, *, program: PromptProgram
 ) -> tuple[jax.Array, jax.Array]:
     """[B, P] prompts → the residual stream and its norm before the first block, [B, P, E]."""
-    return embed(params, program.model, prompts, program.axes)
+    axes, missing = program.axes, program.axes.prompt_rows(prompts.shape[1]) - prompts.shape[1]
+    prompts = axes.own_rows(jnp.pad(prompts, ((0, 0), (0, missing))))
+    return embed(params, program.model, prompts, axes)
 
 
-@split("block whole batch batch batch", "batch batch layer pages")
+@split("block whole rows rows batch", "rows rows layer pages")
 def layer(
     block: Params,
     next_norm: jax.Array,
@@ -93,30 +95,61 @@ def layer(
 ) -> tuple[jax.Array, jax.Array, LayerCache, jax.Array | None]:
     """One block on whole prompts: the stream and its norm after it, the layer's cache, and what the
     draft policy wants to know of it (`Policy.observe`)."""
-    config, cache = program.model, program.cache
+    config, cache, axes = program.model, program.cache, program.axes
     sm_scale = config.head_dim**-0.5
 
     def attend(_: None, heads: Heads) -> tuple[jax.Array, tuple[LayerCache, jax.Array | None]]:
         q, k, v = heads.finished()
-        out = prompt_attention(q, k, v, sm_scale, program.backend)
+        if axes.cp > 1:
+            both = axes.all_rows(jnp.stack([k, v], 2))
+            k, v = both[:, :, 0], both[:, :, 1]
+            by_heads = uses_cudnn(q.dtype, config.head_dim, program.backend)
+            every = axes.all_rows(q) if by_heads or program.policy.observes else q
+            if by_heads:  # cuDNN's log-sum-exps come rounded to bfloat16: too coarse to merge by
+                out = attention_by_heads(every, k, v, sm_scale, program)
+            else:
+                part = jnp.int32(axes.part("cp"))
+                out = part_of_prompt_attention(q, k, v, sm_scale, part, axes.cp)
+            q = every
+        else:
+            out = prompt_attention(q, k, v, sm_scale, program.backend)
         made = from_prompt(
             k.swapaxes(1, 2), v.swapaxes(1, 2), lengths, program.cache, program.backend
         )
         sizes = {"group_size": cache.group_size, "tiles": cache.num_tiles}
         seen = program.policy.observe(q, k, lengths, sm_scale=sm_scale, **sizes)
-        made = own_tiles(made, program.axes.dealt)
-        seen = None if seen is None else program.axes.dealt(seen)
+        made = own_tiles(made, axes.dealt)
+        seen = None if seen is None else axes.dealt(seen)
         # The next block waits for this one's planes: else XLA, given all blocks at once, may keep
         # their keys and values in full precision (64 GiB of Llama-2-7B's at 131,072 tokens).
         out, made, seen = jax.lax.optimization_barrier((out, made, seen))
         return out, (made, seen)
 
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    positions = axes.own_rows(jnp.arange(x.shape[1] * axes.cp, dtype=jnp.int32)[None])
+    positions = jnp.broadcast_to(positions, x.shape[:2])
     frequencies = rope_frequencies(config.rope, config.head_dim, program.cache.max_length)
     rope = rope_tables(*frequencies, positions)
-    options: dict[str, Any] = {"backend": program.backend, "axes": program.axes}
+    options: dict[str, Any] = {"backend": program.backend, "axes": axes}
     x, h, (made, seen) = run_block(block, next_norm, config, x, h, rope, None, attend, **options)
     return x, h, made, seen
+
+
+def attention_by_heads(
+    q: jax.Array, k: jax.Array, v: jax.Array, sm_scale: float, program: PromptProgram
+) -> jax.Array:
+    """`prompt_attention` of all rows, some heads on each device of `cp` where these divide them
+    (DeepSpeed-Ulysses, arXiv 2309.14509); of the result a device's own rows."""
+    axes = program.axes
+    shared = k.shape[2] % axes.cp == 0
+
+    def own(x: jax.Array) -> jax.Array:
+        size = x.shape[2] // axes.cp
+        return jax.lax.dynamic_slice_in_dim(x, axes.part("cp") * size, size, 2) if shared else x
+
+    out = prompt_attention(own(q), own(k), own(v), sm_scale, program.backend)
+    if shared:
+        out = jax.lax.all_gather(out, "cp", axis=2, tiled=True)
+    return axes.own_rows(out)
 
 
 @split("pages batch", "memory")
@@ -128,7 +161,7 @@ def remember(observed: Sequence[jax.Array], lengths: jax.Array, *, program: Prom
     return program.policy.start(observed, program.axes.tiles_before(coded))
 
 
-@split("params batch batch batch batch", "state")
+@split("params batch rows batch batch", "state")
 def end(
     params: Params,
     prompts: jax.Array,
@@ -144,7 +177,8 @@ def end(
     first round, the cache's layers left out."""
     b, p = prompts.shape
     rows = jnp.arange(b)
-    logits = unembed(params, hidden[rows, lengths - 1], program.backend, program.axes)
+    last = program.axes.row_at(hidden, lengths - 1)
+    logits = unembed(params, last, program.backend, program.axes)
     in_prompt = jnp.arange(p)[None] < lengths[:, None]
     seen = jnp.zeros((b, program.model.vocab_size), bool)
     seen = seen.at[rows[:, None], prompts].max(in_prompt)

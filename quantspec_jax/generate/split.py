@@ -40,16 +40,20 @@ KINDS: Mapping[str, Describe] = MappingProxyType(
         "memory": _each(memory_axes),
         "pages": _each(lambda x: ("batch", "kv_heads", "tiles")),
         "batch": _each(lambda x: ("batch", *["whole"] * (x.ndim - 1))),
+        "rows": _each(lambda x: ("batch", "rows", *["whole"] * (x.ndim - 2))),
         "whole": _each(lambda x: ()),
     }
 )
 
 
-def split(given: str, made: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def split(
+    given: str, made: str, like: int | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a pure function of arrays run over the mesh of its `program`, where that has one.
 
     Args:
       given, made: of each positional argument and of each result what it is, one of KINDS.
+      like: which argument has the form of the only result; None: the program says what it makes.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,8 +62,13 @@ def split(given: str, made: str) -> Callable[[Callable[..., Any]], Callable[...,
             run = functools.partial(function, program=program, **static)
             if program.mesh is None:
                 return run(*args)
-            alone = dataclasses.replace(program, mesh=None)
-            shapes = jax.eval_shape(functools.partial(function, program=alone, **static), *args)
+            if like is None:
+                alone = functools.partial(
+                    function, program=dataclasses.replace(program, mesh=None), **static
+                )
+                shapes = jax.eval_shape(alone, *args)
+            else:
+                shapes = args[like]
             several = len(made.split()) > 1
             out = _specs(program, made, shapes if several else (shapes,))
             return jax.shard_map(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +49,67 @@ def prompt_attention(
             q, k, v, scale=sm_scale, is_causal=True, implementation="cudnn"
         )
     return causal_attention(q, k, v, sm_scale)
+
+
+def part_of_prompt_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sm_scale: float,
+    part: jax.Array,
+    parts: int,
+) -> jax.Array:
+    """`causal_attention` of the rows that one of several devices has (`Axes.own_rows`): as many
+    products for each of them, merged by log-sum-exp.
+
+    Args:
+      q: [B, P/parts, H, D], two runs of rows; k, v: [B, P, K, D], all.
+      part: [] int32, which device this is.
+    """
+    b, s, h, d = q.shape
+    run = s // 2
+    block = math.gcd(run, QUERY_BLOCK) if run > QUERY_BLOCK else run
+    pairs = jnp.asarray(_pairs_of_parts(parts, run // block))[part]
+    queries = q.reshape(b, s // block, block, h, d).swapaxes(0, 1)
+
+    def attend(causal: bool) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        def call(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+            options: dict[str, Any] = {"scale": sm_scale, "is_causal": causal}
+            options |= {"implementation": "xla", "return_residual": True}
+            wide = (x.astype(jnp.float32) for x in operands)
+            with jax.default_matmul_precision("float32" if q.dtype == jnp.float32 else "default"):
+                return jax.nn.dot_product_attention(*wide, **options)
+
+        return call
+
+    def visit(state: tuple[jax.Array, jax.Array], pair: jax.Array) -> tuple[Any, None]:
+        i, j, own = pair
+        keys, values = (jax.lax.dynamic_slice_in_dim(x, j * block, block, 1) for x in (k, v))
+        query = jax.lax.dynamic_index_in_dim(queries, i, 0, False)
+        found, log_sum = jax.lax.cond(own == 1, attend(True), attend(False), query, keys, values)
+        outs, sums = state
+        out, before = (jax.lax.dynamic_index_in_dim(x, i, 0, False) for x in (outs, sums))
+        after = jnp.logaddexp(before, log_sum)
+        out = out * jnp.exp(before - after)[..., None]
+        out += found.astype(jnp.float32) * jnp.exp(log_sum - after)[..., None]
+        update = jax.lax.dynamic_update_index_in_dim
+        return (update(outs, out, i, 0), update(sums, after, i, 0)), None
+
+    nothing = jnp.zeros(queries.shape, jnp.float32), jnp.full(queries.shape[:-1], -jnp.inf)
+    (outs, _), _ = jax.lax.scan(visit, nothing, pairs)
+    return outs.swapaxes(0, 1).reshape(b, s, h, d).astype(q.dtype)
+
+
+def _pairs_of_parts(parts: int, blocks: int) -> np.ndarray:
+    """Of each device (its block of queries, block of keys, whether that is its own), int32
+    [parts, n, 3], a run of rows being so many blocks; each query's own block first."""
+
+    def of(part: int) -> list[tuple[int, int, int]]:
+        runs = (part, 2 * parts - 1 - part)
+        own = [run * blocks + i for run in runs for i in range(blocks)]
+        return [(i, j, j == last) for i, last in enumerate(own) for j in range(last, -1, -1)]
+
+    return np.asarray([of(part) for part in range(parts)], np.int32)
 
 
 def uses_cudnn(dtype: np.dtype, head_dim: int, backend: str = "auto") -> bool:

@@ -12,6 +12,7 @@ import re
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +31,15 @@ from quantspec_jax.cache import KVCache, create
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.engine.programs import DECODE
+from quantspec_jax.generate import prefill as stages
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.prefill import prefill
 from quantspec_jax.generate.requests import requests
-from quantspec_jax.generate.state import DecodeState, Program
+from quantspec_jax.generate.state import DecodeState, Program, PromptProgram
 from quantspec_jax.loading import Model, full_logits
+from quantspec_jax.models.attention import _pairs_of_parts
 from quantspec_jax.models.config import ModelConfig
+from quantspec_jax.models.decoder import block_params
 from quantspec_jax.models.module import init_params
 from quantspec_jax.models.parameters import flatten, nest, parameter_count, parameter_shapes
 from quantspec_jax.sharding import init_params_over
@@ -239,8 +243,16 @@ def heads_over_more_devices_than_there_are() -> None:
 
 
 def tiles_and_heads_over_devices() -> None:
+    """With this coupling the text is that of no draft, whatever a policy's devices choose."""
     placed = sharding.place_model(decoder(), mesh(cp=4, tp=2))
     assert qs.generate(placed, PROMPTS, SAMPLED).tokens == alone()
+    placed = sharding.place_model(decoder(), mesh(cp=2))
+    config = dataclasses.replace(SAMPLED, draft_policy="snapkv")
+    with mock.patch.object(stages, "uses_cudnn", return_value=True):  # devices share heads then
+        observed = qs.generate(placed, PROMPTS, config)
+    assert observed.tokens == alone()
+    read = [each["draft_read_share"] for each in observed.stats]
+    assert 0.3 < min(read) < 1, read
 
 
 def no_device_has_more_than_its_share() -> None:
@@ -262,12 +274,43 @@ def no_device_has_more_than_its_share() -> None:
     assert not re.search("all-to-all|collective-permute|reduce-scatter", text)
 
 
+def a_prompt_is_read_in_parts() -> None:
+    """Each of four devices computes a quarter of a block, attention included, and meets the others
+    once, for the keys and values of all."""
+    tokens, lengths = jnp.zeros((1, 4096), jnp.int32), jnp.full(1, 4096)
+    made = []
+    for there in (None, mesh(cp=4)):
+        placed = decoder() if there is None else sharding.place_model(decoder(), there)
+        program = PromptProgram(placed.config, CacheConfig(4096, 16), mesh=there)
+        x, h = stages.COMPILED[stages.begin](placed.params, tokens, program=program)
+        call = (*block_params(placed.params, 0), x, h, lengths)
+        made.append(stages.COMPILED[stages.layer].lower(*call, program=program).compile())
+    whole, part = made
+    text = part.as_text()
+    assert len(re.findall(r" all-gather(?:-start)?\(", text)) == 1
+    assert not re.search("all-reduce|all-to-all|collective-permute|reduce-scatter", text)
+    assert part.cost_analysis()["flops"] < 0.35 * whole.cost_analysis()["flops"]
+    left, of_all = (each.memory_analysis().output_size_in_bytes for each in (part, whole))
+    assert left < 0.3 * of_all  # of the stream and of the cache
+    # What XLA does not see, it counts the steps of a loop once: all have as many products to make.
+    table = _pairs_of_parts(4, 2)
+    assert table.shape == (4, sum(range(1, 17)) // 4, 3)
+    read = {(int(i), int(j)) for part in range(4) for i, j in blocks_read(table[part], part)}
+    assert read == {(i, j) for i in range(16) for j in range(i + 1)}
+
+
+def blocks_read(pairs: np.ndarray, part: int) -> list[tuple[int, int]]:
+    """(block of queries, block of keys) among all of a prompt, with two blocks a run of eight."""
+    own = [2 * part, 2 * part + 1, 14 - 2 * part, 15 - 2 * part]
+    assert all((own[i] == j) == bool(diagonal) for i, j, diagonal in pairs)
+    return [(own[i], j) for i, j, _ in pairs]
+
+
 def refused_over_a_mesh() -> None:
     placed = sharding.place_model(decoder(), mesh(cp=2))
     for change, words in (
         ({"prefill": "tiles"}, "prefill 'tiles'"),
         ({"mode": "autoregressive", "draft_policy": "all", "draft_share": None}, "kv 'full'"),
-        ({"draft_policy": "snapkv"}, "draft_policy 'snapkv'"),
     ):
         with pytest.raises(NotImplementedError, match="^" + re.escape(words)):
             qs.generate(placed, PROMPTS, dataclasses.replace(SAMPLED, **change))
@@ -391,8 +434,8 @@ def kernels_on_each_device() -> None:
 CHECKS = (
     *(parameters, packed_weights, tiled_weights, decode_state, refused, logits),
     *(heads_over_more_devices_than_there_are, tiles_and_heads_over_devices),
-    *(no_device_has_more_than_its_share, refused_over_a_mesh, plain_caches_over_devices),
-    *(measured_over_devices, kernels_on_each_device),
+    *(no_device_has_more_than_its_share, a_prompt_is_read_in_parts, refused_over_a_mesh),
+    *(plain_caches_over_devices, measured_over_devices, kernels_on_each_device),
 )
 
 

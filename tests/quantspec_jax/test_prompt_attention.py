@@ -23,6 +23,7 @@ from quantspec_jax.models.attention import (
     QUERY_BLOCK,
     Tokens,
     causal_attention,
+    part_of_prompt_attention,
     prompt_attention,
     uses_cudnn,
 )
@@ -71,6 +72,20 @@ def test_without_such_a_device_it_is_the_blocked_one():
     np.testing.assert_array_equal(
         prompt_attention(q, k, v, 0.25, "auto"), causal_attention(q, k, v, 0.25)
     )
+
+
+@pytest.mark.parametrize("run", [24, 2 * QUERY_BLOCK])
+def test_parts_of_a_prompt_make_the_whole(run):
+    """Four runs of rows on two devices: the outer two, and the inner two."""
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (1, 4 * run, n, 16)) for i, n in enumerate((4, 2, 2))
+    )
+    whole = causal_attention(q, k, v, 0.25).reshape(4, run, 4, 16)
+    for part, runs in enumerate(([0, 3], [1, 2])):
+        rows = q.reshape(4, run, 4, 16)[np.array(runs)].reshape(1, 2 * run, 4, 16)
+        found = part_of_prompt_attention(rows, k, v, 0.25, jnp.int32(part), 2)
+        expected = whole[np.array(runs)].reshape(found.shape)
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
 
 
 # A whole text's attention, as evaluation and calibration have it.

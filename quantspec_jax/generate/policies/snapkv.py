@@ -26,8 +26,8 @@ OBSERVED, POOLED = 32, 7  # queries, and tokens of the max-pooling: the paper's 
 
 
 class Chosen(NamedTuple):
-    """tiles [B, L, K, P] int32, ascending, `number` [B] of them; prompt [B] int32, the pages that
-    there were to choose from."""
+    """tiles [B, L, K, P] int32, ascending, `number` [B, 1, 1, 1] of them; prompt [B, 1, 1, 1]
+    int32, the pages that there were to choose from. Of several devices each has its own."""
 
     tiles: jax.Array
     number: jax.Array
@@ -75,7 +75,7 @@ class SnapKV(Policy):
         count = budget(self.share, coded, 1)
         places = most_pages(self.share, tiles, 1)
         chosen = highest(jnp.where(possible, votes, -jnp.inf), count, places)
-        return Chosen(chosen, count, coded)
+        return Chosen(chosen, of_sequence(count), of_sequence(coded))
 
     def pages(self, memory: Chosen, coded: jax.Array, sizes: Sizes) -> tuple[Pages, ...]:
         """Those chosen, and all that were coded since:
@@ -83,8 +83,8 @@ class SnapKV(Policy):
         place  0 …      chosen − 1 | chosen …
         tile   the choice, sorted  | prompt …
         """
-        chosen, prompt = map(of_sequence, (memory.number, memory.prompt))
+        chosen, prompt = memory.number, memory.prompt
         place = places_of(sizes.tiles)
         pad = [(0, 0)] * 3 + [(0, sizes.tiles - memory.tiles.shape[-1])]
         listed = jnp.where(place < chosen, jnp.pad(memory.tiles, pad), prompt + place - chosen)
-        return by_layer(listed, memory.number + coded - memory.prompt)
+        return by_layer(listed, (chosen - prompt)[:, 0, 0, 0] + coded)
