@@ -3,7 +3,7 @@
     tokens            [n] int32, the prompt's and the text's after it
     tile.0.<name>     the arrays of `cache.tiles`, both views; tile 1, ...
     metadata          `quantspec`: an object of what the tiles depend on and a CRC-32 of each array,
-                      and `crc32`, its own
+                      and its own after it, in a line. (Of two keys the order would be random.)
 
 The file is written whole or not at all. Arrays go to it from where they lie, and come from it one
 after the other.
@@ -83,7 +83,7 @@ def save(
     about |= {"extra": extra, "crc32": sums}
     text = json.dumps(about)
     with whole(path) as partial:
-        save_file(arrays, partial, {"quantspec": text, "crc32": str(zlib.crc32(text.encode()))})
+        save_file(arrays, partial, {"quantspec": f"{text}\n{zlib.crc32(text.encode())}"})
 
 
 def _plain(x: np.ndarray) -> np.ndarray:
@@ -123,10 +123,12 @@ def load(path: str | Path, model: Model, cache: CacheConfig) -> Saved:
 
 
 def _about(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    text = metadata.get("quantspec")
-    if text is None:
+    if "quantspec" not in metadata:
         raise ValueError(f"{path} is no saved cache: its header says nothing of one")
-    if metadata.get("crc32") != str(zlib.crc32(text.encode())):
+    text, _, own = metadata["quantspec"].rpartition("\n")
+    if not text:  # of the first version, which is told below
+        text, own = own, metadata.get("crc32", "")
+    if own != str(zlib.crc32(text.encode())):
         raise ValueError(f"{path} is damaged: its header is not what was written")
     return json.loads(text)
 

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import quantspec_jax as qs
 from quantspec_jax.commands.generate import summary
@@ -119,6 +121,25 @@ def test_another_version_and_what_is_no_cache_are_refused(model, saved_file, tmp
         qs.Session.load(tmp_path / "absent", model, config)
     with pytest.raises(ValueError, match="a file in an existing directory"):
         qs.Session(model, config).save(tmp_path / "no" / "where")
+
+
+def test_the_same_cache_makes_the_same_bytes(model, saved_file, tmp_path):
+    """A file can be compared by its sum."""
+    session = qs.Session.load(saved_file, model, config_of(MODES[0]))
+    for i in range(8):
+        session.save(tmp_path / str(i))
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {saved_file.read_bytes()}
+
+
+def test_of_the_first_version_the_version_is_said(model, saved_file, tmp_path):
+    """Its header had its own sum beside it."""
+    with safe_open(saved_file, framework="np") as file:
+        text = file.metadata()["quantspec"].partition("\n")[0].replace(": 2,", ": 1,", 1)
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata = {"quantspec": text, "crc32": str(zlib.crc32(text.encode()))}
+    save_file(arrays, tmp_path / "old", metadata)
+    with pytest.raises(ValueError, match="of version 1, not 2"):
+        qs.Session.load(tmp_path / "old", model, config_of(MODES[0]))
 
 
 def test_a_flipped_bit_is_noticed_wherever_it_is(model, saved_file, tmp_path):
