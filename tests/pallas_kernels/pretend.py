@@ -27,7 +27,7 @@ _HELD = contextlib.ExitStack()
 def pretend(capability: str, shared_kib: int | None = None) -> devices.Device:
     """Take the default device for one of `capability`, for the rest of this process.
 
-    Configurations that were measured on the device at hand are not taken.
+    Configurations of attention that were measured on the device at hand are not taken.
     """
     gpu = jax.devices()[0] if jax.default_backend() == "gpu" else None
     named = types.SimpleNamespace(

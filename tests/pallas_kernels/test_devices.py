@@ -16,7 +16,7 @@ from jax.experimental.mosaic.gpu import utils as mosaic_utils
 from jax.experimental.mosaic.gpu.core import artificial_shared_memory_limit
 from kernel_cases import attention_call, random_weight, without_poison
 
-from pallas_kernels import devices, dispatch, ptx
+from pallas_kernels import devices, dispatch, ptx, tuned
 from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
 from pallas_kernels.int4_matmul.api import int4_matmul
@@ -184,6 +184,15 @@ def test_the_products_configurations_fit(monkeypatch, capability, rows):
         assert matmul.Plan(shape, found[0]).blocks >= min(
             sum(outputs) // 16, 0.7 * device.multiprocessors
         )
+
+
+@pytest.mark.parametrize("capability", ["8.0", "9.0"])
+def test_a_product_takes_what_was_measured_on_an_h200(monkeypatch, capability):
+    shape = matmul.Shape(1, 32, 128, (11008, 11008), False)
+    measured = tuned.find("NVIDIA H200", matmul_configs.KERNEL, matmul_configs.key(shape))
+    monkeypatch.setattr(dispatch, "target", lambda: devices.of(pretended(capability)))
+    assert vars(matmul_configs.choose(shape)) == measured
+    assert measured != vars(matmul_configs.candidates(shape)[0]), "the rule's is another one"
 
 
 def lowered(fn, *args) -> str:
