@@ -21,7 +21,7 @@ def found() -> dict[str, str]:
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     call = [sys.executable, sharded.__file__]
-    done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
