@@ -224,10 +224,10 @@ def loop(first, end, carry, body, step=1):
     return list(carry)
 
 
-I, H = np.arange(4)[:, None, None], np.arange(2)  # which word of a lane, which half of it
-OF_LEFT = np.broadcast_arrays(G[:, None] + 8 * (I % 2), 2 * Q[:, None] + 8 * (I // 2) + H)
-OF_RIGHT = np.broadcast_arrays(2 * Q[:, None] + 8 * I[:2] + H, G[:, None])
-OF_SUM = np.broadcast_arrays(G + 8 * (I[:, 0] // 2), 2 * Q + I[:, 0] % 2)
+WORD, HALF = np.arange(4)[:, None, None], np.arange(2)  # of a lane, and of its word
+OF_LEFT = np.broadcast_arrays(G[:, None] + 8 * (WORD % 2), 2 * Q[:, None] + 8 * (WORD // 2) + HALF)
+OF_RIGHT = np.broadcast_arrays(2 * Q[:, None] + 8 * WORD[:2] + HALF, G[:, None])
+OF_SUM = np.broadcast_arrays(G + 8 * (WORD[:, 0] // 2), 2 * Q + WORD[:, 0] % 2)
 
 
 def mma(kind, a, b, c):
