@@ -5,7 +5,7 @@ from __future__ import annotations
 import fuzz
 import seeds
 
-CASES = 108
+CASES = 54
 
 
 def test_damaged_checkpoints_load_or_are_refused_in_one_line():

@@ -32,7 +32,8 @@ class Lanes:
 
     def __init__(self, array: Any, kind: str):
         self.kind = kind
-        self.array = np.broadcast_to(np.asarray(array).astype(KINDS[kind]), (32,)).copy()
+        array = np.ascontiguousarray(array, KINDS[kind])
+        self.array = array if array.shape == (32,) else np.full(32, array)  # is never written to
 
     def like(self, other: Any) -> Lanes:
         if isinstance(other, Lanes):
@@ -170,19 +171,17 @@ def bank(where: Lanes) -> np.ndarray:
 def gather(where: Lanes, count: int) -> np.ndarray:
     """[32, count] bytes; lanes that are not active read zeros."""
     memory, out = bank(where), np.zeros((32, count), np.uint8)
-    for lane in active():
-        at = int(where.array[lane])
-        assert at + count <= memory.size, "a read outside of memory"
-        out[lane] = memory[at : at + count]
+    at = where.array[HERE.mask].astype(np.int64)
+    assert (at + count <= memory.size).all(), "a read outside of memory"
+    out[HERE.mask] = memory[at[:, None] + np.arange(count)]
     return out
 
 
 def scatter(where: Lanes, rows: np.ndarray) -> None:
-    memory = bank(where)
-    for lane in active():
-        at = int(where.array[lane])
-        assert at + rows.shape[1] <= memory.size, "a write outside of memory"
-        memory[at : at + rows.shape[1]] = rows[lane]
+    memory, count = bank(where), rows.shape[1]
+    at = where.array[HERE.mask].astype(np.int64)
+    assert (at + count <= memory.size).all(), "a write outside of memory"
+    memory[at[:, None] + np.arange(count)] = rows[HERE.mask]
 
 
 def load(where, words=1, kind="i32"):
@@ -226,19 +225,19 @@ def loop(first, end, carry, body, step=1):
     return list(carry)
 
 
+WORD, HALF = np.arange(4)[:, None, None], np.arange(2)  # of a lane, and of its word
+OF_LEFT = np.broadcast_arrays(G[:, None] + 8 * (WORD % 2), 2 * Q[:, None] + 8 * (WORD // 2) + HALF)
+OF_RIGHT = np.broadcast_arrays(2 * Q[:, None] + 8 * WORD[:2] + HALF, G[:, None])
+OF_SUM = np.broadcast_arrays(G + 8 * (WORD[:, 0] // 2), 2 * Q + WORD[:, 0] % 2)
+
+
 def mma(kind, a, b, c):
     number = np.float16 if kind == "f16" else ml_dtypes.bfloat16
     left, right, out = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
-    for i, x in enumerate(a):
-        for h in range(2):
-            left[G + 8 * (i % 2), 2 * Q + 8 * (i // 2) + h] = pieces(x, number)[:, h]
-    for i, x in enumerate(b):
-        for h in range(2):
-            right[2 * Q + 8 * i + h, G] = pieces(x, number)[:, h]
-    for i, x in enumerate(c):
-        out[G + 8 * (i // 2), 2 * Q + i % 2] = x.array
-    out = out + left @ right
-    return [Lanes(out[G + 8 * (i // 2), 2 * Q + i % 2], "f32") for i in range(4)]
+    left[*OF_LEFT] = np.stack([pieces(x, number) for x in a])
+    right[*OF_RIGHT] = np.stack([pieces(x, number) for x in b])
+    out[*OF_SUM] = np.stack([x.array for x in c])
+    return [Lanes(x, "f32") for x in (out + left @ right)[*OF_SUM]]
 
 
 def transpose_8x8(x):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,15 @@ def attention_call(
     What the pass may not read is poisoned: slots of the buffer that hold no position up to the
     pass's last are NaN, and tiles past the quantized ones have NaN scales.
     """
+    return _attention_call(
+        view, tuple(positions), kv_heads, group, tokens, head_dim, group_size, tiles, dtype, seed
+    )
+
+
+@functools.partial(jax.jit, static_argnums=range(10))  # op by op it takes four times as long
+def _attention_call(
+    view, positions, kv_heads, group, tokens, head_dim, group_size, tiles, dtype, seed
+):
     batch, full = len(positions), view == "full"
     start = np.array(positions)
     before = np.maximum(0, start // group_size - 1) * group_size
@@ -161,6 +171,7 @@ def with_other_lower_planes(cache: LayerCache) -> LayerCache:
     return dataclasses.replace(cache, keys=keys, values=values)
 
 
+@functools.partial(jax.jit, static_argnums=range(5))
 def random_weight(
     inputs: int, outputs: int, group: int, symmetric: bool, seed: int = 0
 ) -> QuantizedWeight:
@@ -189,8 +200,9 @@ HEADS = {  # what a pass of heads may be: batch, tokens, H, K, D, types of q, k,
 }
 
 
+@functools.partial(jax.jit, static_argnums=range(4))
 def heads_call(
-    case: str, planes: bool, start: Sequence[int], slots: int = 64
+    case: str, planes: bool, start: tuple[int, ...], slots: int = 64
 ) -> tuple[Heads, LayerCache, jax.Array]:
     """The arguments of `rope_append`; `start` a position for each of two sequences."""
     batch, tokens, h, k, d, types, bias, norm = HEADS[case]
@@ -221,6 +233,7 @@ def heads_call(
     return heads, LayerCache(some, some, *buffers), jnp.array(start[:batch], jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnums=range(6))
 def random_around(
     parts: str, rows: int, inputs: int, outputs: int, eps: float = 1e-3, seed: int = 9
 ) -> Around:

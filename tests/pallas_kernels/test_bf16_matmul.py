@@ -3,6 +3,7 @@ the emulator, and the XLA form, against formulas in float64."""
 
 from __future__ import annotations
 
+import functools
 import types
 
 import emulator
@@ -23,6 +24,7 @@ from pallas_kernels.layout import tile
 from pallas_kernels.products.around import Around, Form
 
 
+@functools.partial(jax.jit, static_argnums=range(5))
 def operands(rows, inputs, outputs, transposed, seed=0):
     keys = jax.random.split(jax.random.key(seed), len(outputs) + 1)
     x = (3 * jax.random.normal(keys[0], (rows, inputs))).astype(jnp.bfloat16)

@@ -21,6 +21,11 @@ from pallas_kernels.quantize_pack import mosaic_gpu as quantize
 from pallas_kernels.rope_append import mosaic_gpu as rope
 
 
+def shapes_of(make, *args, **options):
+    """Of what `make` returns: to lower for takes no numbers."""
+    return jax.eval_shape(lambda: make(*args, **options))
+
+
 def lower(fn, *args) -> str:
     """The program for CUDA, as text."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
@@ -41,7 +46,8 @@ def lower(fn, *args) -> str:
     ],
 )
 def test_attention(view, head_dim, group_size, group, tokens):
-    call = attention_call(
+    call = shapes_of(
+        attention_call,
         view,
         kv_heads=2,
         group=group,
@@ -71,8 +77,9 @@ def test_attention(view, head_dim, group_size, group, tokens):
 )
 def test_attention_to_pages(read, group, tokens, asked):
     """In two launches, too; page log-sums and lists at once are refused."""
-    call = attention_call(
-        read.view, kv_heads=2, group=group, tokens=tokens, head_dim=128, group_size=128, tiles=3,
+    call = shapes_of(
+        attention_call, read.view,
+        kv_heads=2, group=group, tokens=tokens, head_dim=128, group_size=128, tiles=3,
         positions=[384],
     )  # fmt: skip
     pages = random_pages([2], 2, [1], 2) if asked == "pages" else None
@@ -91,8 +98,9 @@ def test_attention_to_pages(read, group, tokens, asked):
 @pytest.mark.parametrize(("tokens", "exchange"), [(5, False), (8, True)])
 def test_attention_with_rounded_output(tokens, exchange):
     """And with three and four blocks of query rows, and probabilities in shared memory."""
-    call = attention_call(
-        "int8", kv_heads=2, group=4, tokens=tokens, head_dim=128, group_size=128, tiles=3,
+    call = shapes_of(
+        attention_call, "int8",
+        kv_heads=2, group=4, tokens=tokens, head_dim=128, group_size=128, tiles=3,
         positions=[384],
     )  # fmt: skip
     options = {"read": Read("int8"), "sm_scale": 0.1, "strict": False}
@@ -109,7 +117,9 @@ def test_attention_with_rounded_output(tokens, exchange):
     ("rows", "outputs", "cluster"), [(1, (512, 512), 1), (16, (576,), 1), (3, (256, 64, 64), 2)]
 )
 def test_int4_matmul(rows, outputs, cluster, group, symmetric):
-    weights = [tile(random_weight(576, n, group, symmetric)) for n in outputs]
+    weights = [
+        shapes_of(lambda n=n: tile(random_weight(576, n, group, symmetric))) for n in outputs
+    ]
     x = jnp.zeros((rows, 576), jnp.bfloat16)
     assert matmul.unsupported(x, weights) is None
     found = matmul_configs.candidates(matmul.shape_of(x, weights))
@@ -130,9 +140,10 @@ def test_quantize(kernel, head_dim, group_size):
 
 
 def test_what_the_kernels_cannot_do_is_named():
-    call = attention_call(
-        "int8", kv_heads=1, group=1, tokens=1, head_dim=80, group_size=128, tiles=1, positions=[5]
-    )
+    call = shapes_of(
+        attention_call, "int8", kv_heads=1, group=1, tokens=1, head_dim=80, group_size=128, tiles=1,
+        positions=[5],
+    )  # fmt: skip
     options = {"read": Read("int8"), "sm_scale": 0.1, "strict": False}
     shape = mosaic_gpu.shape_of(*call[:2], **options)
     assert "head_dim is 80" in (mosaic_gpu.unsupported(shape, (jnp.bfloat16,)) or "")
@@ -175,7 +186,7 @@ def test_add_rms_norm(channels, y_dtype):
 @pytest.mark.parametrize("case", HEADS)
 def test_rope_append(case):
     """One launch, that writes the buffers where they lie."""
-    call = heads_call(case, True, (5, 97))
+    call = shapes_of(heads_call, case, True, (5, 97))
     assert rope.unsupported(*call[:2]) is None
     text = lower(rope.rope_append, *call)
     assert text.count("custom_call @mosaic_gpu") == 1

@@ -117,8 +117,10 @@ DRAFTS = {
 
 @pytest.fixture(scope="module")
 def source(make_tiny_llama, tmp_path_factory) -> Path:
-    """A head_dim that all kernels take."""
-    return make_tiny_llama(tmp_path_factory.mktemp("llama"), head_dim=64)
+    """A head_dim that all kernels take, and a context that calibration soon fills."""
+    return make_tiny_llama(
+        tmp_path_factory.mktemp("llama"), head_dim=64, max_position_embeddings=512
+    )
 
 
 @pytest.fixture(params=DRAFTS)
