@@ -136,10 +136,10 @@ def test_another_gamma_or_coupling_compiles_no_prefill(model, monkeypatch):
     stats = qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 2})).stats[0]
     kept = len(programs.PROGRAMS)
     assert stats["programs"] == {"kept": kept, "most": programs.MOST_PROGRAMS, "made": kept}
-    before = set(programs.PROGRAMS._kept)
+    before = set(programs.PROGRAMS._by_form)
     qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 3}))
     qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 2}, coupling="invariant"))
-    new = set(programs.PROGRAMS._kept) - before
+    new = set(programs.PROGRAMS._by_form) - before
     assert {key[0] for key in new} == {id(programs.DECODE)}
     assert len(new) == 2
 

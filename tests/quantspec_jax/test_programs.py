@@ -55,7 +55,7 @@ def test_an_engine_keeps_none_that_was_forgotten(monkeypatch) -> None:
     kept = Programs(most=2)
     monkeypatch.setattr(programs, "PROGRAMS", kept)
     monkeypatch.setattr(programs, "DECODE", jax.jit(decoded, static_argnames="program"))
-    model: Any = SimpleNamespace(params={})
+    model: Any = SimpleNamespace(params={}, params_for=lambda cache: {})
     runner = programs.Runner(model, Step(0), 1)  # type: ignore[arg-type]
     jnp.int32(1)
     before = on_the_device()
