@@ -386,7 +386,7 @@ def test_a_round_of_sampling_follows_the_target(gamma, name, policy):
     )
     draft = merge(cut, quantize_params(noisy, DraftConfig(group_size=32)))
     # Every draw has a cache.
-    p = program(gamma, max_length=80, coupling=coupling(name), policy=policy)
+    p = program(gamma, max_length=128, coupling=coupling(name), policy=policy)
     p = dataclasses.replace(p, model=small)
     generate = GenerateConfig(temperature=0.8, top_k=4)
     length = 3 * G + 5
