@@ -406,7 +406,7 @@ def test_a_round_of_sampling_follows_the_target(gamma, name, policy):
         third, counted = jax.lax.scan(step, begun, length=3)
         return third.tokens[0, 1:4], *(each[0] for each in counted)
 
-    keys = jax.random.split(jax.random.key(11), draws)
+    keys = jax.random.split(jax.random.key(12), draws)
     tokens, accepted, proposed = jax.jit(lambda k: jax.lax.map(draw, k, batch_size=500))(keys)
     rate = accepted.sum() / proposed.sum()
     assert 0.3 < rate < 0.8
