@@ -144,7 +144,7 @@ def measured(state: DecodeState, program: Program, decode: Decode) -> tuple[Deco
         rounds = min(most, math.ceil(LEAST_SECONDS / max(one, 1e-9)))
         if rounds == 1:
             return one
-        spent(rounds, trial)  # a device makes its graphs in the first runs
+        spent(rounds, trial)  # a first run of so many rounds, too, may take longer
         runs = [(spent(1, trial), spent(rounds, trial)) for _ in range(REPEATS)]
         short, long = map(min, zip(*runs, strict=True))
         return max(long - short, 1e-9) / (rounds - 1)

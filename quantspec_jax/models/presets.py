@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from quantspec_jax.models.config import ModelConfig, RopeConfig
 
+LLAMA_8B = ModelConfig(
+    "llama",
+    128256,
+    4096,
+    14336,
+    32,
+    32,
+    8,
+    128,
+    131072,
+    1e-5,
+    RopeConfig("llama3", 500000.0, 8.0, 8192, 1.0, 4.0),
+)
 PRESETS: dict[str, ModelConfig] = {
     "llama-2-7b": ModelConfig("llama", 32000, 4096, 11008, 32, 32, 32, 128, 131072, 1e-5),
-    "llama-3.1-8b": ModelConfig(
-        "llama",
-        128256,
-        4096,
-        14336,
-        32,
-        32,
-        8,
-        128,
-        131072,
-        1e-5,
-        RopeConfig("llama3", 500000.0, 8.0, 8192, 1.0, 4.0),
-    ),
-    "llama-3-8b-1048k": ModelConfig(
-        "llama",
-        128256,
-        4096,
-        14336,
-        32,
-        32,
-        8,
-        128,
-        1048576,
-        1e-5,
-        RopeConfig(theta=3580165449.0),
+    "llama-3.1-8b": LLAMA_8B,
+    "llama-3-8b-1048k": dataclasses.replace(
+        LLAMA_8B, max_context=1048576, rope=RopeConfig(theta=3580165449.0)
     ),
     "llama-3.1-70b": ModelConfig(
         "llama",
