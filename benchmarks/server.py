@@ -8,8 +8,9 @@ streams   all at once, of different lengths, greedy and sampled; each text again
           rows: with other row counts XLA's sums differ in their last bits, and a tie may fall to
           the other side)
 leaving   every fifth client hangs up midway; rounds until its slot is free
-soak      requests of all kinds for a time, once the memory for prompts that come again
-          (--cache-bytes) is full; the server's memory after a tenth of it, and the most after that
+soak      at least so many requests of all kinds, and for at least so long, once the memory for
+          prompts that come again (--cache-bytes) is full; the server's memory after a tenth of the
+          time, and the most after that
 malformed wrong bodies, bytes that are no HTTP, clients that stop halfway (tests/fuzz/clients.py)
 signals   SIGTERM without and with a request that runs
 """
@@ -20,6 +21,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -329,7 +331,7 @@ def soak(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, Any
     kinds: dict[str, int] = {}
     values: list[tuple[float, int, int]] = []
     started = 0.0
-    numbers = iter(range(args.soak_requests))
+    numbers = itertools.count()
 
     def so_far() -> dict[str, Any]:
         seconds = values[-1][0]
@@ -389,7 +391,7 @@ def soak(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, Any
 
     async def worker(client: openai.AsyncOpenAI) -> None:
         for i in numbers:
-            if time.perf_counter() - started > args.soak_seconds:
+            if i >= args.soak_requests and time.perf_counter() - started > args.soak_seconds:
                 return
             await one(client, i)
 
