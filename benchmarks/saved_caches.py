@@ -63,21 +63,31 @@ def bits(session: qs.Session) -> dict[bytes, list[bytes]]:
     }
 
 
+def passed(what: str, since: float) -> float:
+    """Say how long it took; the time now."""
+    now = time.perf_counter()
+    print(f"{what}: {now - since:.2f} s", file=sys.stderr, flush=True)
+    return now
+
+
 def goes_on(model: qs.Model, args: argparse.Namespace, mode: dict[str, Any]) -> dict[str, Any]:
     """With a file between two turns, and without."""
     ids = script.tokens(model, args.text, args.context)
     config = config_of(mode, args.context, args.new_tokens)
-    qs.Session(model, config).generate(ids[:300])  # compiles
+    now = time.perf_counter()
+    warm = qs.Session(model, config).generate(ids[:300])  # compiles
+    now = passed("programs and a short prompt", now)
     session = qs.Session(model, config)
     first = session.generate(ids, jax.random.key(0))
+    passed("the first turn", now)
     question = [*ids, *first.tokens, *model.tokenizer("\nAnd then?\n")["input_ids"]]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
         began = time.perf_counter()
         session.save(path)
-        written = time.perf_counter()
+        written = passed("saved", began)
         again = qs.Session.load(path, model, config)
-        loaded = time.perf_counter()
+        loaded = passed("loaded", written)
         size = path.stat().st_size
     kept, found = bits(session), bits(again)
     same_file = all(kept[name] == tile for name, tile in found.items())
@@ -95,6 +105,7 @@ def goes_on(model: qs.Model, args: argparse.Namespace, mode: dict[str, Any]) -> 
         "same_tokens_as_never_stopped": second.tokens == never.tokens,
         "same_tokens_as_a_fresh_run": second.tokens == other.tokens,
         "same_bits": same_file and planes["a"] == planes["b"] == planes["c"],
+        "compile_seconds": warm.stats["compile_seconds"],
         "tiles": len(found),
         "cached_tokens": second.stats["cached_tokens"],
         "prompt_tokens": second.stats["prompt_tokens"],
