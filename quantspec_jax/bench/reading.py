@@ -11,6 +11,7 @@ from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.plotting import save, short
 
 MARKERS = {"int4": "o", "int8": "s"}
+LINES = ("-", "--", ":", "-.")  # shares, from the smallest on
 
 
 def megabytes(row: dict[str, Any], model: ModelConfig) -> float:
@@ -37,6 +38,7 @@ def plot(rows: list[dict[str, Any]], model: ModelConfig, title: str, path: Path)
     settings = ("policy", "view", "context", "gamma", "temperature")
     several = [name for name in settings[2:] if len({row[name] for row in drafting}) > 1]
     policies = dict.fromkeys(row["policy"] for row in drafting)
+    shares = sorted({row["share"] for row in drafting if row["share"] is not None})
     colours = {policy: f"C{i}" for i, policy in enumerate(policies)}
     for group in dict.fromkeys(tuple(row[name] for name in settings) for row in drafting):
         points = [row for row in drafting if tuple(row[name] for name in settings) == group]
@@ -50,9 +52,15 @@ def plot(rows: list[dict[str, Any]], model: ModelConfig, title: str, path: Path)
         for row in points:
             places = row["accepted_by_position"]
             share = "" if row["share"] is None else f" {row['share']:g}"
-            style = {"color": colour, "label": label + share}
-            by_place.plot(range(1, len(places) + 1), places, MARKERS[view] + "-", **style)
+            line = LINES[shares.index(row["share"]) % len(LINES)] if share else LINES[0]
+            style = {"color": colour, "label": label + share, "linestyle": line}
+            by_place.plot(range(1, len(places) + 1), places, MARKERS[view], **style)
     against.set_xscale("log")
+    ticks = sorted({float(f"{megabytes(row, model):.2g}") for row in drafting})
+    against.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+    against.minorticks_off()
+    most = max((len(row["accepted_by_position"]) for row in drafting), default=0)
+    by_place.set_xticks(range(1, most + 1))
     against.set_xlabel("MB of the cache that a pass of the draft reads")
     against.set_ylabel("proposals that are accepted")
     by_place.set_xlabel("place in the round, where those before were accepted")
