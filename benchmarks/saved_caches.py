@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ import script
 import quantspec_jax as qs
 from quantspec_jax.bench import record
 from quantspec_jax.engine import saved
+
+Note = Callable[[dict[str, Any]], None]  # writes a row that is not finished
 
 MODES: dict[str, dict[str, Any]] = {
     "quantspec": {"gamma": 4, "coupling": "invariant", "temperature": 0.8},
@@ -127,9 +130,20 @@ def saved_file(model: qs.Model, args: argparse.Namespace, path: Path) -> qs.Sess
     return session
 
 
-def kills(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
-    """Until so many writers were killed in the middle."""
+def kills(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, Any]:
+    """Until so many writers were killed in the middle: a moment after a file was begun."""
     rng, whole, midway, tries = random.Random(0), 0, 0, 0
+
+    def so_far() -> dict[str, Any]:
+        return {
+            "what": "kill -9 of writers",
+            "context": args.context,
+            "kills": tries,
+            "in_the_middle_of_a_save": midway,
+            "files_that_loaded_as_they_were": whole,
+            "seconds": time.perf_counter() - started,
+        }
+
     with tempfile.TemporaryDirectory() as folder:
         base, path = Path(folder) / "base.safetensors", Path(folder) / "a.safetensors"
         wanted = bits(saved_file(model, args, base))
@@ -137,13 +151,14 @@ def kills(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-c", SAVING, str(Path(__file__).parent), str(args.model)]
         command += [str(base), str(path), str(args.context)]
         started = time.perf_counter()
-        base.with_name("b.safetensors").write_bytes(base.read_bytes())
         while midway < args.kills and tries < 3 * args.kills:
             tries += 1
             child = subprocess.Popen(command, stdout=subprocess.PIPE)
             assert child.stdout is not None
             assert child.stdout.readline() == b"ready\n"
-            time.sleep(rng.uniform(0, 0.5))
+            while not list(Path(folder).glob(".*partial*")):
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, args.within))
             os.kill(child.pid, signal.SIGKILL)
             child.wait()
             child.stdout.close()
@@ -154,14 +169,8 @@ def kills(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
             for each in partial:
                 each.unlink()
             path.unlink()
-        seconds = time.perf_counter() - started
-    return {
-        "what": "kill -9 of writers",
-        "kills": tries,
-        "in_the_middle_of_a_save": midway,
-        "files_that_loaded_as_they_were": whole,
-        "seconds": seconds,
-    }
+            note(script.show(so_far()))
+    return so_far()
 
 
 def flips(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
@@ -200,6 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=4000)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--within", type=float, default=0.1, help="seconds")
     parser.add_argument("--flips", type=int, default=100)
     return parser
 
@@ -210,15 +220,21 @@ def main() -> None:
     model = qs.load(args.model)
     about = {"model": record.model_name(args.model), "dtype": model.dtype.name}
     rows: list[dict[str, Any]] = []
+
+    def note(row: dict[str, Any]) -> None:
+        cores = len(os.sched_getaffinity(0))
+        script.write(__file__, args, [*rows, row], **about, cores=cores)
+
     steps = {
         "goes-on": [lambda mode=mode: goes_on(model, args, MODES[mode]) for mode in args.modes],
-        "kills": [lambda: kills(model, args)],
+        "kills": [lambda: kills(model, args, note)],
         "flips": [lambda: flips(model, args)],
     }
     for name in args.what:
         for step in steps[name]:
-            rows.append(script.show(step()))
-            script.write(__file__, args, rows, **about, cores=len(os.sched_getaffinity(0)))
+            row = script.show(step())
+            note(row)
+            rows.append(row)
 
 
 if __name__ == "__main__":
