@@ -156,8 +156,8 @@ def kills(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, An
             child = subprocess.Popen(command, stdout=subprocess.PIPE)
             assert child.stdout is not None
             assert child.stdout.readline() == b"ready\n"
-            while not list(Path(folder).glob(".*partial*")):
-                time.sleep(0.001)
+            while not any("partial" in name for name in os.listdir(folder)):
+                pass  # a file is whole after some milliseconds
             time.sleep(rng.uniform(0, args.within))
             os.kill(child.pid, signal.SIGKILL)
             child.wait()
@@ -209,7 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=4000)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--within", type=float, default=0.1, help="seconds")
+    parser.add_argument("--within", type=float, default=0.001, help="seconds")
     parser.add_argument("--flips", type=int, default=100)
     return parser
 
