@@ -22,7 +22,8 @@ PROMPTS = ("The cache is stored once", "in two planes of four bits each.")
 def start(model: Path, devices: int, *options: str) -> subprocess.Popen[str]:
     call = [sys.executable, "-m", "quantspec_jax.cli", "generate", "--model", str(model)]
     call += [part for prompt in PROMPTS for part in ("--prompt", prompt)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{FLAGS}{devices}"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}{devices}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([*call, *DECODING, *options], env=environment, text=True, **pipes)
 
