@@ -101,7 +101,7 @@ def _keep_interruption(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _send_again(number: int) -> None:
+def _send_again(number: signal.Signals) -> None:
     """A moment later, when what was collected is gone."""
     time.sleep(0.05)
     _thread.interrupt_main(number)

@@ -218,13 +218,14 @@ def test_the_lower_plane_is_the_targets_alone():
 
     _, params, draft_params = tiny_model()
 
-    def run_pass(layers, read, weights):
-        cache = dataclasses.replace(state.cache, layers=layers)
-        tokens, at = state.pending[:, None], state.cache.length
-        return jax.jit(lambda cache: cache_pass(weights, p, cache, tokens, at, read)[0])(cache)
-
     def difference(tiles, read, weights):
-        before, after = (run_pass(x, read, weights) for x in (state.cache.layers, scrambled(tiles)))
+        @jax.jit
+        def run_pass(layers):
+            cache = dataclasses.replace(state.cache, layers=layers)
+            tokens, at = state.pending[:, None], state.cache.length
+            return cache_pass(weights, p, cache, tokens, at, read)[0]
+
+        before, after = (run_pass(x) for x in (state.cache.layers, scrambled(tiles)))
         return np.abs(before - after).max(-1)
 
     later, whole = slice(EXACT_TILES, None), slice(None)
