@@ -559,9 +559,10 @@ def test_a_disk_that_fills_up_in_a_calibration_leaves_its_layers(calibrating, tm
 # Interruption.
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from convert.files import converted
 from quantspec_jax import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests' parent ignores it
 save = converted.save_tree
 def slow(*arguments):
     print("writing", flush=True)
