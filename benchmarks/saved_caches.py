@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ import script
 import quantspec_jax as qs
 from quantspec_jax.bench import record
 from quantspec_jax.engine import saved
+
+Note = Callable[[dict[str, Any]], None]  # writes a row that is not finished
 
 MODES: dict[str, dict[str, Any]] = {
     "quantspec": {"gamma": 4, "coupling": "invariant", "temperature": 0.8},
@@ -63,21 +66,31 @@ def bits(session: qs.Session) -> dict[bytes, list[bytes]]:
     }
 
 
+def passed(what: str, since: float) -> float:
+    """Say how long it took; the time now."""
+    now = time.perf_counter()
+    print(f"{what}: {now - since:.2f} s", file=sys.stderr, flush=True)
+    return now
+
+
 def goes_on(model: qs.Model, args: argparse.Namespace, mode: dict[str, Any]) -> dict[str, Any]:
     """With a file between two turns, and without."""
     ids = script.tokens(model, args.text, args.context)
     config = config_of(mode, args.context, args.new_tokens)
-    qs.Session(model, config).generate(ids[:300])  # compiles
+    now = time.perf_counter()
+    warm = qs.Session(model, config).generate(ids[:300])  # compiles
+    now = passed("programs and a short prompt", now)
     session = qs.Session(model, config)
     first = session.generate(ids, jax.random.key(0))
+    passed("the first turn", now)
     question = [*ids, *first.tokens, *model.tokenizer("\nAnd then?\n")["input_ids"]]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors"
         began = time.perf_counter()
         session.save(path)
-        written = time.perf_counter()
+        written = passed("saved", began)
         again = qs.Session.load(path, model, config)
-        loaded = time.perf_counter()
+        loaded = passed("loaded", written)
         size = path.stat().st_size
     kept, found = bits(session), bits(again)
     same_file = all(kept[name] == tile for name, tile in found.items())
@@ -95,6 +108,7 @@ def goes_on(model: qs.Model, args: argparse.Namespace, mode: dict[str, Any]) -> 
         "same_tokens_as_never_stopped": second.tokens == never.tokens,
         "same_tokens_as_a_fresh_run": second.tokens == other.tokens,
         "same_bits": same_file and planes["a"] == planes["b"] == planes["c"],
+        "compile_seconds": warm.stats["compile_seconds"],
         "tiles": len(found),
         "cached_tokens": second.stats["cached_tokens"],
         "prompt_tokens": second.stats["prompt_tokens"],
@@ -116,9 +130,20 @@ def saved_file(model: qs.Model, args: argparse.Namespace, path: Path) -> qs.Sess
     return session
 
 
-def kills(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
-    """Until so many writers were killed in the middle."""
+def kills(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, Any]:
+    """Until so many writers were killed in the middle: a moment after a file was begun."""
     rng, whole, midway, tries = random.Random(0), 0, 0, 0
+
+    def so_far() -> dict[str, Any]:
+        return {
+            "what": "kill -9 of writers",
+            "context": args.context,
+            "kills": tries,
+            "in_the_middle_of_a_save": midway,
+            "files_that_loaded_as_they_were": whole,
+            "seconds": time.perf_counter() - started,
+        }
+
     with tempfile.TemporaryDirectory() as folder:
         base, path = Path(folder) / "base.safetensors", Path(folder) / "a.safetensors"
         wanted = bits(saved_file(model, args, base))
@@ -126,13 +151,14 @@ def kills(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-c", SAVING, str(Path(__file__).parent), str(args.model)]
         command += [str(base), str(path), str(args.context)]
         started = time.perf_counter()
-        base.with_name("b.safetensors").write_bytes(base.read_bytes())
         while midway < args.kills and tries < 3 * args.kills:
             tries += 1
             child = subprocess.Popen(command, stdout=subprocess.PIPE)
             assert child.stdout is not None
             assert child.stdout.readline() == b"ready\n"
-            time.sleep(rng.uniform(0, 0.5))
+            while not any("partial" in name for name in os.listdir(folder)):
+                pass  # a file is whole after some milliseconds
+            time.sleep(rng.uniform(0, args.within))
             os.kill(child.pid, signal.SIGKILL)
             child.wait()
             child.stdout.close()
@@ -143,14 +169,8 @@ def kills(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
             for each in partial:
                 each.unlink()
             path.unlink()
-        seconds = time.perf_counter() - started
-    return {
-        "what": "kill -9 of writers",
-        "kills": tries,
-        "in_the_middle_of_a_save": midway,
-        "files_that_loaded_as_they_were": whole,
-        "seconds": seconds,
-    }
+            note(script.show(so_far()))
+    return so_far()
 
 
 def flips(model: qs.Model, args: argparse.Namespace) -> dict[str, Any]:
@@ -189,6 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=int, default=4000)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--within", type=float, default=0.001, help="seconds")
     parser.add_argument("--flips", type=int, default=100)
     return parser
 
@@ -199,15 +220,21 @@ def main() -> None:
     model = qs.load(args.model)
     about = {"model": record.model_name(args.model), "dtype": model.dtype.name}
     rows: list[dict[str, Any]] = []
+
+    def note(row: dict[str, Any]) -> None:
+        cores = len(os.sched_getaffinity(0))
+        script.write(__file__, args, [*rows, row], **about, cores=cores)
+
     steps = {
         "goes-on": [lambda mode=mode: goes_on(model, args, MODES[mode]) for mode in args.modes],
-        "kills": [lambda: kills(model, args)],
+        "kills": [lambda: kills(model, args, note)],
         "flips": [lambda: flips(model, args)],
     }
     for name in args.what:
         for step in steps[name]:
-            rows.append(script.show(step()))
-            script.write(__file__, args, rows, **about, cores=len(os.sched_getaffinity(0)))
+            row = script.show(step())
+            note(row)
+            rows.append(row)
 
 
 if __name__ == "__main__":

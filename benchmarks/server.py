@@ -8,8 +8,9 @@ streams   all at once, of different lengths, greedy and sampled; each text again
           rows: with other row counts XLA's sums differ in their last bits, and a tie may fall to
           the other side)
 leaving   every fifth client hangs up midway; rounds until its slot is free
-soak      requests of all kinds for a time, once the memory for prompts that come again
-          (--cache-bytes) is full; the server's memory after a tenth of it, and the most after that
+soak      requests of all kinds, twice as many at once as there are slots, spread over a time,
+          once the memory for prompts that come again (--cache-bytes) is full; the server's memory
+          after a tenth of it, and the most after that
 malformed wrong bodies, bytes that are no HTTP, clients that stop halfway (tests/fuzz/clients.py)
 signals   SIGTERM without and with a request that runs
 """
@@ -20,6 +21,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -92,7 +94,7 @@ class Server:
         return int(pages) * resource.getpagesize()
 
     def metrics(self) -> dict[str, float]:
-        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        lines = httpx.get(f"{self.url}/metrics", timeout=600).text.splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
@@ -329,7 +331,7 @@ def soak(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, Any
     kinds: dict[str, int] = {}
     values: list[tuple[float, int, int]] = []
     started = 0.0
-    numbers = iter(range(args.soak_requests))
+    numbers, at_once = itertools.count(), 2 * args.slots
 
     def so_far() -> dict[str, Any]:
         seconds = values[-1][0]
@@ -389,7 +391,9 @@ def soak(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, Any
 
     async def worker(client: openai.AsyncOpenAI) -> None:
         for i in numbers:
-            if time.perf_counter() - started > args.soak_seconds:
+            due = (i - i % at_once) * args.soak_seconds / args.soak_requests
+            await asyncio.sleep(max(0, started + due - time.perf_counter()))
+            if i >= args.soak_requests:
                 return
             await one(client, i)
 
@@ -422,7 +426,7 @@ def soak(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, Any
             await fill(client, server)
             started = time.perf_counter()
             watching = asyncio.create_task(watch(server, done))
-            await asyncio.gather(*(worker(client) for _ in range(2 * args.slots)))
+            await asyncio.gather(*(worker(client) for _ in range(at_once)))
         done.set()
         await watching
 

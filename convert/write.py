@@ -26,6 +26,7 @@ from quantspec_jax.checks import require
 from quantspec_jax.claim import claim
 from quantspec_jax.dtypes import STORED, float_type
 from quantspec_jax.files import read_json, sync, write_json
+from quantspec_jax.interrupts import held
 from quantspec_jax.models.config import RopeScaling
 from quantspec_jax.notices import notice
 from quantspec_jax.stored_kv import StoredKV
@@ -151,8 +152,8 @@ def _partial_directory(out: Path) -> Iterator[Path]:
             out.parent.mkdir(parents=True, exist_ok=True)
             file = out.with_name(f".{out.name}.claim")
             claimed = stack.enter_context(claim(file, "out_dir", out))
-            if claimed.dead is not None:
-                _recover(out, claimed.dead)
+            for dead in claimed.dead:
+                _recover(out, dead)
             stack.callback(_clear, out, claimed.token)
             partial, _ = _temporary(out, claimed.token)
             partial.mkdir(0o700)
@@ -190,17 +191,18 @@ def _recover(out: Path, token: str) -> None:
 def _clear(out: Path, token: str) -> None:
     """Nothing stays of a claim but what lies at `out`: the new checkpoint, else the old one."""
     partial, old = _temporary(out, token)
-    _remove(partial)
-    with contextlib.suppress(OSError):  # the new one lies there, or there is no old one
-        old.rename(out)
-    with contextlib.suppress(OSError, ValueError):
-        if _is_replaceable(old):
-            old.rename(partial)  # half of an old one could not be told from something precious
-            _remove(partial)
+    with held():  # what is cut off here, nobody would find again
+        _remove(partial)
+        with contextlib.suppress(OSError):  # the new one lies there, or there is no old one
+            old.rename(out)
+        with contextlib.suppress(OSError, ValueError):
+            if _is_replaceable(old):
+                old.rename(partial)  # half of an old one could not be told from something precious
+                _remove(partial)
 
 
 def _remove(directory: Path) -> None:
-    """Writers that an interrupt left running may add files meanwhile: try for a while."""
+    """Writers that an error left running may add files meanwhile: try for a while."""
     for _ in range(50):
         shutil.rmtree(directory, ignore_errors=True)
         if not directory.exists():
@@ -303,10 +305,11 @@ def _move_into_place(partial: Path, out: Path, overwrite: bool) -> None:
     partial.chmod(0o777 & ~_umask())
     _sync(partial)
     try:
-        if overwrite and out.exists():
-            _replace(partial, out)
-        else:
-            _rename(partial, out)
+        with held():  # an empty directory at `out` would be in the way of the same command
+            if overwrite and out.exists():
+                _replace(partial, out)
+            else:
+                _rename(partial, out)
     except _OccupiedError as error:
         aside = _keep_aside(partial, out)
         raise ValueError(

@@ -6,7 +6,8 @@ that ends, however it ends. What the file says is for the others:
     {"pid": 4711, "host": "a", "boot": "5f0c…", "since": "2026-01-31 12:00:00", "token": "9be1d07c"}
 
 The token is new with each claim. What its owner makes for the time being has the token in its name,
-so whoever takes over a dead claim knows what that one left, and that nobody else made it.
+so whoever takes over a dead claim knows what that one left, and that nobody else made it. `dead`
+lists the tokens of dead claims before it, whose leftovers its owner may not have removed yet.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from quantspec_jax.interrupts import held
+
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _MOST_BYTES = 4096
+_MOST_DEAD = 64  # owners killed one after the other, each before it removed what they had left
 
 
 class Claim(NamedTuple):
-    """`token` of this claim, and that of the dead one that it took over; None: there was none."""
+    """`token` of this claim, and those of the dead ones that it took over."""
 
     token: str
-    dead: str | None
+    dead: tuple[str, ...]
 
 
 @contextlib.contextmanager
@@ -43,20 +47,25 @@ def claim(path: Path, argument: str, given: str | Path) -> Iterator[Claim]:
       ValueError: another process has it, or may have it for all that can be known here: says which,
         naming `argument` and what was `given` for it.
     """
-    descriptor, dead = _taken(path, argument, given)
-    try:
-        ours = _ourselves()
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(ours).encode(), 0)
+    with contextlib.ExitStack() as stack:
+        with held():
+            descriptor, dead = _taken(path, argument, given)
+            stack.callback(_give_up, path, descriptor)
+            ours = _ourselves(dead)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(ours).encode(), 0)
         yield Claim(ours["token"], dead)
-    finally:
-        path.unlink(missing_ok=True)  # while it is locked: nobody else's
-        os.close(descriptor)
 
 
-def _ourselves() -> dict[str, Any]:
+def _give_up(path: Path, descriptor: int) -> None:
+    path.unlink(missing_ok=True)  # while it is locked: nobody else's
+    os.close(descriptor)
+
+
+def _ourselves(dead: tuple[str, ...]) -> dict[str, Any]:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {"pid": os.getpid(), **_machine(), "since": since, "token": secrets.token_hex(4)}
+    ours = {"pid": os.getpid(), **_machine(), "since": since, "token": secrets.token_hex(4)}
+    return ours | {"dead": list(dead)}
 
 
 def _machine() -> dict[str, str]:
@@ -64,8 +73,8 @@ def _machine() -> dict[str, str]:
     return {"host": platform.node(), "boot": boot}
 
 
-def _taken(path: Path, argument: str, given: str | Path) -> tuple[int, str | None]:
-    """The open file, locked, and the token that it held."""
+def _taken(path: Path, argument: str, given: str | Path) -> tuple[int, tuple[str, ...]]:
+    """The open file, locked, and the tokens that it held."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
@@ -76,7 +85,7 @@ def _taken(path: Path, argument: str, given: str | Path) -> tuple[int, str | Non
                     f"to wait for it, or another name. If it is dead, delete {path}"
                 )
             if _is_the_same(path, descriptor):
-                return descriptor, _token(owner)
+                return descriptor, _tokens(owner)
         except BaseException:
             os.close(descriptor)
             raise
@@ -92,10 +101,12 @@ def _read(descriptor: int) -> dict[str, Any]:
         return {"pid": None}  # nobody that we know
 
 
-def _token(owner: dict[str, Any]) -> str | None:
-    """What becomes a part of names, so it is nothing else than a token."""
-    token = owner.get("token")
-    return token if isinstance(token, str) and re.fullmatch("[0-9a-f]{8}", token) else None
+def _tokens(owner: dict[str, Any]) -> tuple[str, ...]:
+    """What becomes a part of names, so it is nothing else than tokens."""
+    before = owner.get("dead")
+    every = [*(before if isinstance(before, list) else []), owner.get("token")]
+    tokens = [x for x in every if isinstance(x, str) and re.fullmatch("[0-9a-f]{8}", x)]
+    return tuple(tokens[-_MOST_DEAD:])
 
 
 def _is_free(descriptor: int, owner: dict[str, Any]) -> bool:

@@ -28,6 +28,12 @@ def temporary_bytes(executable: Any) -> int:
     return found.temp_size_in_bytes if found else 0
 
 
+def code_bytes(executable: Any) -> int:
+    """Bytes of a compiled program's code; 0 where the backend does not say, as XLA's for CPUs."""
+    found = executable.memory_analysis()
+    return found.generated_code_size_in_bytes if found else 0
+
+
 def give_back() -> None:
     """Freed memory of the host to the system, where its allocator keeps it (glibc): compilers free
     hundreds of megabytes."""

@@ -185,11 +185,21 @@ def save_tree(directory: Path, tree: dict[str, Any]) -> None:
         except KeyboardInterrupt:
             stop.set()
             with contextlib.redirect_stderr(io.StringIO()):
-                while not saved.done():
-                    for path in directory.parent.glob(f"{directory.name}*"):
-                        shutil.rmtree(path, ignore_errors=True)
-                    concurrent.futures.wait([saved], timeout=0.1)
+                _take_away(directory, saved)
             raise
+
+
+def _take_away(directory: Path, saved: concurrent.futures.Future[None]) -> None:
+    """Remove what is written until nobody writes. One array's error ends the save, while others'
+    files may still be on their way in TensorStore, which makes directories that are missing: so
+    the last of it has been gone for half a second."""
+    gone = 0
+    while gone < 5:
+        found = list(directory.parent.glob(f"{directory.name}*"))
+        for path in found:
+            shutil.rmtree(path, ignore_errors=True)
+        gone = gone + 1 if saved.done() and not found else 0
+        time.sleep(0.1)
 
 
 def _restore_tree(directory: Path, tree: dict[str, Any], sums: Mapping[str, str]) -> dict[str, Any]:

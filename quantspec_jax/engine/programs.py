@@ -20,19 +20,21 @@ from quantspec_jax.engine.draft_cost import with_gamma
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.state import Program
 from quantspec_jax.loading import Model
-from quantspec_jax.memory import free_bytes, require_memory, temporary_bytes, tree_bytes
+from quantspec_jax.memory import code_bytes, free_bytes, require_memory, temporary_bytes, tree_bytes
 from quantspec_jax.weights.sizes import draft_bytes
 
 MOST_PROGRAMS = 32  # on a CPU, one takes up to 75 MB and some 500 memory maps
+MOST_CODE_BYTES = 2 << 30  # of all of them, where the backend says how many
 DECODE = jax.jit(generate_tokens, static_argnames="program", donate_argnames="state")
 
 
 class Programs:
-    """The programs that were used last, by function, static arguments and forms of the others."""
+    """The programs that were used last, by function, static arguments and forms of the others: at
+    most so many, and so many bytes of code."""
 
-    def __init__(self, most: int = MOST_PROGRAMS):
-        self.most = most
-        self.made = 0
+    def __init__(self, most: int = MOST_PROGRAMS, most_bytes: int = MOST_CODE_BYTES):
+        self.most, self.most_bytes = most, most_bytes
+        self.made = self.bytes = 0
         self._by_form: dict[Any, Any] = {}
         # The same with their forms, the one that was used last at the end.
         self._kept: collections.OrderedDict[Any, Any] = collections.OrderedDict()
@@ -42,8 +44,9 @@ class Programs:
         return len(self._kept)
 
     def statistics(self) -> dict[str, int]:
-        """Of this process: programs that are kept, how many may be, and how many were ever made."""
-        return {"kept": len(self), "most": self.most, "made": self.made}
+        """Of this process: programs that are kept, how many may be, how many were ever made, and
+        bytes of the code of those that are kept."""
+        return {"kept": len(self), "most": self.most, "made": self.made, "bytes": self.bytes}
 
     def compiled(self, function: Any, *args: Any, **static: Any) -> tuple[Any, float]:
         """The executable for arguments of these forms (arrays or their shapes), and the seconds it
@@ -60,15 +63,21 @@ class Programs:
         function.clear_cache()  # JAX would keep it for as long as the function is there
         with self._lock:
             self.made += 1
-            executable = self._by_form.setdefault(
-                key, executable
-            )  # another thread's, if it has one
-            self._kept[executable] = key
-            self._kept.move_to_end(executable)
-            while len(self._kept) > self.most:
-                _, forgotten = self._kept.popitem(last=False)
-                del self._by_form[forgotten]
+            executable = self._keep(key, executable)
         return executable, time.perf_counter() - started
+
+    def _keep(self, key: Any, executable: Any) -> Any:
+        """The executable, or another thread's of the same form, as the one that was used last."""
+        executable = self._by_form.setdefault(key, executable)
+        if executable not in self._kept:
+            self.bytes += code_bytes(executable)
+        self._kept[executable] = key
+        self._kept.move_to_end(executable)
+        while len(self) > self.most or (self.bytes > self.most_bytes and len(self) > 1):
+            forgotten, form = self._kept.popitem(last=False)
+            self.bytes -= code_bytes(forgotten)
+            del self._by_form[form]
+        return executable
 
     def used(self, executable: Any) -> None:
         """Keep it for longer than those that were used before, if it is kept."""

@@ -595,6 +595,13 @@ def test_a_merge_of_what_are_no_tokens_is_named(merge, gguf, capfd):
 
 # Chat templates.
 
+GGUF_FILES = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "qwen2",
+    "tokenizer.ggml.tokens": ["a", "b", "ab"],
+    "tokenizer.ggml.merges": ["a b"],
+}
+
 
 @pytest.mark.parametrize(
     ("template", "words"),
@@ -615,19 +622,19 @@ def test_a_merge_of_what_are_no_tokens_is_named(merge, gguf, capfd):
 )
 def test_a_template_has_bounded_time_and_size(template, words, monkeypatch):
     monkeypatch.setattr(templates, "SECONDS", 2.0)
-    files = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "qwen2",
-        "tokenizer.ggml.tokens": ["a", "b", "ab"],
-        "tokenizer.ggml.merges": ["a b"],
-        "tokenizer.chat_template": template,
-    }
-    tokenizer = gguf_tokenizer(files)
+    tokenizer = gguf_tokenizer(GGUF_FILES | {"tokenizer.chat_template": template})
     with pytest.raises(ValueError, match=f"the chat template fails with .*{words}") as caught:
         chat_text("ab", tokenizer)
     assert len(terminal.describe(caught.value).splitlines()) == 1
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert chat_text("x" * 10**6, tokenizer) == "x" * 10**6
+
+
+def test_a_template_reaches_nothing_of_python():
+    template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    tokenizer = gguf_tokenizer(GGUF_FILES | {"tokenizer.chat_template": template})
+    with pytest.raises(ValueError, match=r"the chat template .*'__class__' .* is unsafe"):
+        chat_text("ab", tokenizer)
 
 
 # Regular expressions of a tokenizer.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import _thread
 import dataclasses
 import errno
 import functools
@@ -13,12 +13,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from trees import ORBAX_THREADS, assert_equal_trees, contents, make_directory
 
@@ -560,39 +563,85 @@ def test_a_disk_that_fills_up_in_a_calibration_leaves_its_layers(calibrating, tm
 
 # Interruption.
 
-SLOW = """
-import signal, sys, time
-from convert.files import converted
-from quantspec_jax import cli
-signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests' parent ignores it
-save = converted.save_tree
-def slow(*arguments):
-    print("writing", flush=True)
-    save(*arguments)
-    time.sleep(60)
-converted.save_tree = slow
-sys.exit(cli.main(["convert", sys.argv[1], sys.argv[2]]))
-"""
+
+@pytest.fixture
+def strikes_at(monkeypatch):
+    """Lets a signal come at a moment of the next conversion."""
+
+    def at(moment: str, strike: Callable[[], None]) -> None:
+        save, mkdir, rmtree = converted_io.save_tree, Path.mkdir, shutil.rmtree
+
+        def slow(directory, *args):
+            left = sorted(p.suffix for p in directory.parents[1].iterdir())
+            assert left == [".claim", ".partial"]
+            threading.Timer(0.1, strike).start()
+            save(directory, *args)
+            time.sleep(60)
+
+        def made(path, *args, **more):
+            mkdir(path, *args, **more)
+            if path.name == "out":
+                strike()
+
+        def removing(directory, **more):
+            if Path(directory).exists():
+                strike()
+            rmtree(directory, **more)
+
+        name, target, instead = {
+            "while arrays are written": ("save_tree", converted_io, slow),
+            "when its name is taken": ("mkdir", Path, made),
+            "while the old one is removed": ("rmtree", shutil, removing),
+        }[moment]
+        monkeypatch.setattr(target, name, instead)
+
+    return at
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_leaves_nothing(number, status, llama_dir, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(llama_dir), str(tmp_path / "out")],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    with process.stdout as output:
-        assert output.readline() == "writing\n"
-        assert sorted(p.suffix for p in tmp_path.iterdir()) == [".claim", ".partial"]
-        time.sleep(0.2)
-        for _ in range(3):  # Python loses an interrupt that strikes in a destructor: then again
-            process.send_signal(number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=20)
-                break
-    assert process.returncode == status
+@pytest.mark.parametrize(
+    ("moment", "left"),
+    [
+        ("while arrays are written", []),
+        ("when its name is taken", ["out"]),
+        ("while the old one is removed", ["out"]),
+    ],
+)
+def test_an_interrupt_leaves_nothing_or_all(
+    moment, left, number, status, llama_dir, tmp_path, strikes_at
+):
+    options = []
+    if moment == "while the old one is removed":
+        (tmp_path / "out").mkdir()
+        options = ["--overwrite"]
+    strikes_at(moment, functools.partial(os.kill, os.getpid(), number))
+    assert cli.main(["convert", str(llama_dir), str(tmp_path / "out"), *options]) == status
+    assert [p.name for p in tmp_path.iterdir()] == left
+    for out in tmp_path.iterdir():
+        assert isinstance(convert.open_source(out), ConvertedCheckpoint)
+
+
+def test_files_that_were_on_their_way_when_a_save_failed_are_removed(tmp_path, monkeypatch):
+    """TensorStore makes their directories again, for as long as its threads run."""
+    directory = tmp_path / "weights"
+
+    def late():
+        for _ in range(3):
+            time.sleep(0.15)
+            (directory / "d").mkdir(parents=True, exist_ok=True)
+
+    writer = threading.Thread(target=late)
+
+    def fails(write):
+        writer.start()
+        _thread.interrupt_main()
+        time.sleep(0.1)
+        raise OSError("an array")
+
+    monkeypatch.setattr(converted_io, "_quietly", fails)
+    with pytest.raises(KeyboardInterrupt):
+        converted_io.save_tree(directory, {"a": np.zeros(1)})
+    assert not writer.is_alive()
     assert list(tmp_path.iterdir()) == []
 
 

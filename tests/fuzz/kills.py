@@ -2,13 +2,14 @@
 
     python tests/fuzz/kills.py --kills 200 [--seed 0] [--job plain convert overwrite calibrate ...]
 
-A command is killed with SIGKILL, SIGTERM or SIGINT at a moment of its run, then the same one runs
-to its end. Afterwards the checkpoint is, byte for byte but for two dates and a name that Orbax
-notes, that of a run which nobody killed; nothing is left beside it; and what others have there was
-not touched. After SIGTERM and SIGINT nothing but finished layers is left even before. A tenth as
-often two are started, the second at a moment of the first's run: one wins, and the other says so;
-of half of these pairs the first is killed, and the same command then goes through. Prints a line a
-job, and exits with 1 at the first thing that is otherwise.
+A command is killed with SIGKILL, SIGTERM or SIGINT at a moment of its run, some a second time when
+they are run again, then the same one runs to its end. Afterwards the checkpoint is, byte for byte
+but for two dates and a name that Orbax notes, that of a run which nobody killed; nothing is left
+beside it; and what others have there was not touched. After SIGTERM and SIGINT nothing but finished
+layers is left even before. A tenth as often two are started, the second at a moment of the first's
+run: one wins, and the other says so; of half of these pairs the first is killed, and the same
+command then goes through. Prints a line a job, and exits with 1 at the first thing that is
+otherwise.
 
 Each run is a fork of this process, which has imported everything and started nothing of JAX's.
 """
@@ -26,7 +27,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +69,22 @@ JOBS = {
 ALWAYS = ("overwrite", "cache")  # go through where their output is there
 
 
-def forked(work: Callable[[], int], log: Path) -> int:
-    """The process that does it, silently."""
+def forked(work: Callable[[], int], log: Path | None = None) -> int:
+    """The process that does it, silently where there is a log."""
     child = os.fork()
     if child:
         return child
     status = 70
     try:
-        stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(stream, 1)
-        os.dup2(stream, 2)
+        if log is not None:
+            stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(stream, 1)
+            os.dup2(stream, 2)
         status = work()
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
@@ -137,7 +142,7 @@ class Job:
     def __init__(self, name: str, model: Path, work: Path):
         self.name, self.place, self.log = name, work / name, work / f"{name}.log"
         self.out = self.place / "out"
-        text = work / "text.txt"
+        text = work / f"{name}.txt"
         text.write_text(TEXT * 300)
         more = {"calibrate": ("--draft-text", str(text)), "imported": (str(work / "gptq"),)}
         self.command = ["convert", str(model), str(self.out), *JOBS[name], *more.get(name, ())]
@@ -180,22 +185,33 @@ class Job:
         status = ended(forked(lambda: cli.main(self.command), self.log))
         assert status == (2 if whole else 0), self._said()
 
-    def kill(self, number: signal.Signals, moment: float) -> bool:
-        """Start anew, kill, and do it again; whether the signal came in time."""
+    def kill(self, blows: list[tuple[signal.Signals, float]]) -> list[bool]:
+        """Start anew, kill as often, and do it again; whether the signals came in time."""
         self._start_anew()
+        early = [self._struck(number, moment) for number, moment in blows]
+        self._run()
+        self._check_left()
+        assert contents(self.out) == self.expected, f"{self.name}: other bytes"
+        return early
+
+    def _struck(self, number: signal.Signals, moment: float) -> bool:
+        """A run that is killed; one that finds the checkpoint whole says so before it is."""
+        whole = self.name not in ALWAYS and self.out.exists()
+        whole = whole and contents(self.out) == self.expected
+        finished = {".out.calibration"} if self.name == "calibrate" else set()
+        clean = self._strays() <= finished
         child = forked(lambda: cli.main(self.command), self.log)
         time.sleep(moment)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
         status = ended(child)
-        allowed = (0, -number, 128 + number)
+        allowed = (2 if whole else 0, -number, 128 + number)
         assert status in allowed, f"{self._said()} exit status {status}"
-        if status in HANDLED:
-            self._check_left(*([".out.calibration"] if self.name == "calibrate" else []))
-        self._run()
-        self._check_left()
-        assert contents(self.out) == self.expected, f"{self.name}: other bytes"
-        return status != 0
+        if clean and status in HANDLED:
+            self._check_left(*finished)
+        if status == 0:  # later runs are faster than the first: so the next signals come earlier
+            self.seconds *= 0.9
+        return status not in (0, 2)
 
     def race(self, moment: float, number: signal.Signals | None) -> bool:
         """Two at once; with a signal, for the first. Whether the second was told who works."""
@@ -227,21 +243,27 @@ class Job:
         """Others' things, untouched, `out` and what is allowed."""
         for name, data in FOREIGN.items():
             assert (self.place / name).read_bytes() == data, f"{self.name}: {name} was touched"
-        known = {Path(name).parts[0] for name in FOREIGN} | {"out", *allowed}
-        strays = {path.name for path in self.place.iterdir()} - known
+        strays = self._strays() - set(allowed)
         assert not strays, f"{self.name}: left {sorted(strays)}"
+
+    def _strays(self) -> set[str]:
+        """What lies there beside `out` and is not others'."""
+        known = {Path(name).parts[0] for name in FOREIGN} | {"out"}
+        return {path.name for path in self.place.iterdir()} - known
 
 
 def killed(job: Job, rng: random.Random, kills: int, seconds: float) -> dict[str, Any]:
     """Kills and pairs, at random moments; the kills end after some seconds."""
-    early, started = [0] * len(SIGNALS), time.monotonic()
-    for k in range(kills):
-        if time.monotonic() - started > seconds:
-            kills = k
-            break
-        early[k % 3] += job.kill(SIGNALS[k % 3], rng.uniform(0, 1.05 * job.seconds))
-        if k % 10 == 9:
-            print(f"{job.name}: {k + 1} of {kills} kills", file=sys.stderr, flush=True)
+    early, started, done, twice = [0] * len(SIGNALS), time.monotonic(), 0, 0
+    while done < kills and time.monotonic() - started <= seconds:
+        numbers = [done % 3] if done % 4 else [done % 3, rng.randrange(3)]
+        blows = [(SIGNALS[n], rng.uniform(0, 1.05 * job.seconds)) for n in numbers]
+        for n, in_time in zip(numbers, job.kill(blows), strict=True):
+            early[n] += in_time
+        done += len(blows)
+        twice += len(blows) == 2
+        print(f"{job.name}: {done} of {kills} kills", file=sys.stderr, flush=True)
+    kills = done
     races = max(2, kills // 10)
     told = sum(
         job.race(rng.uniform(0, job.seconds), SIGNALS[k // 2 % 3] if k % 2 else None)
@@ -254,7 +276,7 @@ def killed(job: Job, rng: random.Random, kills: int, seconds: float) -> dict[str
     )
     in_time = {f"{number.name}_in_time": n for number, n in zip(SIGNALS, early, strict=True)}
     pairs = {"pairs": races, "pairs_at_once": told, "seconds_a_run": round(job.seconds, 1)}
-    return {"job": job.name, "kills": kills, **in_time, **pairs}
+    return {"job": job.name, "kills": kills, "two_in_a_row": twice, **in_time, **pairs}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -263,25 +285,47 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--job", nargs="+", choices=JOBS, default=list(JOBS)[1:])
     parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="stop there")
+    parser.add_argument("--together", action="store_true", help="all jobs at once, a core each")
     parser.add_argument("--output", type=Path, help="a JSON record")
     return parser
 
 
 def main() -> int:
     """The command line."""
-    args, rows = make_parser().parse_args(), []
-    rng = random.Random(args.seed)
+    args = make_parser().parse_args()
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         work = Path(name)
         jax.config.update("jax_compilation_cache_dir", str(work / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         assert ended(forked(lambda: make_model(work / "model"), work / "model.log")) == 0
-        for i, name in enumerate(args.job):
-            kills = len(range(i, args.kills, len(args.job)))
-            job = Job(name, work / "model", work)
-            rows.append(killed(job, rng, kills, args.seconds / len(args.job)))
-            if args.output:
-                record.write(args.output, record.command("python tests/fuzz/kills.py", args), rows)
+        if not args.together:
+            return max(done(args, work, [i]) for i in range(len(args.job)))
+        return done(args, work, range(len(args.job)))
+
+
+def done(args: argparse.Namespace, work: Path, numbers: Sequence[int]) -> int:
+    """These jobs side by side, each in a fork that leaves a row; the record, so far."""
+    children = [forked(lambda i=i: one(args, work, i)) for i in numbers]
+    status = max(ended(child) != 0 for child in children)
+    rows = [json.loads(file.read_text()) for file in sorted(work.glob("row-*.json"))]
+    if args.output:
+        assert ended(forked(lambda: recorded(args, rows), work / "record.log")) == 0
+    return int(status)
+
+
+def one(args: argparse.Namespace, work: Path, i: int) -> int:
+    """The i-th job."""
+    name, kills = args.job[i], len(range(i, args.kills, len(args.job)))
+    seconds = args.seconds if args.together else args.seconds / len(args.job)
+    rng = random.Random(f"{args.seed} {name}")
+    row = killed(Job(name, work / "model", work), rng, kills, seconds)
+    (work / f"row-{i}.json").write_text(json.dumps(row))
+    return 0
+
+
+def recorded(args: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
+    """Write the record, in a fork: it asks JAX for the device, and JAX is nothing to fork after."""
+    record.write(args.output, record.command("python tests/fuzz/kills.py", args), rows)
     return 0
 
 

@@ -10,7 +10,7 @@ process 65,530, are bounded by the programs that are kept; further calls leave n
 Tokens: a model decodes prompts of changing texts, lengths and batches. The device's memory is what
 it was, and the first prompts, asked again at the end, give the same tokens.
 
-Prints what it saw; exit status 1 where it grew.
+Prints what it saw, and records it as it goes; exit status 1 where it grew.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ def call(model: qs.Model, shape: tuple[int, int, str, int], seed: int) -> None:
     assert all(1 <= len(tokens) <= 8 for tokens in out.tokens)
 
 
-def soak_shapes(model: qs.Model, count: int, deadline: float) -> dict[str, Any]:
-    """Each shape once: up to four programs each, so the kept ones are soon full."""
+def soak_shapes(model: qs.Model, count: int, deadline: float) -> Iterator[dict[str, Any]]:
+    """Each shape once: up to four programs each, so the kept ones are soon full. Yields what was
+    seen so far."""
     seen: list[tuple[int, int]] = []
     for i, shape in enumerate(itertools.islice(shapes(), count)):
         if time.monotonic() > deadline:
@@ -97,6 +98,11 @@ def soak_shapes(model: qs.Model, count: int, deadline: float) -> dict[str, Any]:
         seen.append((resident_bytes(), maps()))
         if (i + 1) % 20 == 0:
             print(f"{i + 1} shapes: {seen[-1][0]:,} bytes, {seen[-1][1]:,} maps", flush=True)
+            yield _of_shapes(seen)
+    yield _of_shapes(seen)
+
+
+def _of_shapes(seen: list[tuple[int, int]]) -> dict[str, Any]:
     row = {"kind": "shapes", "shapes": len(seen), "programs_made": PROGRAMS.made}
     row |= _compared("resident_bytes", [a for a, _ in seen], 1.1)
     row |= _compared("maps", [b for _, b in seen], 1.1)
@@ -115,7 +121,7 @@ def _compared(name: str, values: list[int], most: float) -> dict[str, Any]:
     }
 
 
-def soak_calls(model: qs.Model, count: int, deadline: float) -> dict[str, Any]:
+def soak_calls(model: qs.Model, count: int, deadline: float) -> Iterator[dict[str, Any]]:
     """Seven of the shapes again and again; the first tenth is to warm up."""
     chosen = list(itertools.islice(shapes(), 7))
     values: list[int] = []
@@ -127,6 +133,11 @@ def soak_calls(model: qs.Model, count: int, deadline: float) -> dict[str, Any]:
             values.append(resident_bytes())
         if i % 100 == 99:
             print(f"{i + 1} calls: {values[-1]:,} bytes", flush=True)
+            yield _of_calls(values)
+    yield _of_calls(values)
+
+
+def _of_calls(values: list[int]) -> dict[str, Any]:
     warm = values[len(values) // 10 :]
     growth = max(warm) / warm[0]
     row = {"kind": "calls", "calls": 10 * len(values), "resident_bytes": warm[0]}
@@ -139,8 +150,8 @@ def soak_calls(model: qs.Model, count: int, deadline: float) -> dict[str, Any]:
 class Prompts:
     """Pieces of texts, in batches of two forms. What the n-th batch is depends on n alone."""
 
-    def __init__(self, tokenizer: Any, files: list[Path], rows: int):
-        self._rows = rows
+    def __init__(self, tokenizer: Any, files: list[Path], rows: int, new_tokens: int):
+        self._rows, self._new = rows, new_tokens
         texts = [file.read_text(encoding="utf-8")[:400_000] for file in files]
         self._ids = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
 
@@ -155,11 +166,13 @@ class Prompts:
             rows.append(ids[start : start + length])
         temperature = 0.0 if greedy else 0.8
         more = {"ignore_eos": True, "max_length": 3072}
-        config = qs.GenerateConfig(512, 4, temperature=temperature, **more)
+        config = qs.GenerateConfig(self._new, 4, temperature=temperature, **more)
         return rows, config
 
 
-def soak_tokens(model: qs.Model, prompts: Prompts, count: int, seconds: float) -> dict[str, Any]:
+def soak_tokens(
+    model: qs.Model, prompts: Prompts, count: int, seconds: float
+) -> Iterator[dict[str, Any]]:
     """`count` tokens and more; the first four batches once again at the end."""
 
     def run(number: int) -> list[list[int]]:
@@ -170,26 +183,35 @@ def soak_tokens(model: qs.Model, prompts: Prompts, count: int, seconds: float) -
     first = [run(i) for i in range(warm)]  # makes all programs
     devices, hosts = [device_bytes()], [resident_bytes()]
     new, number = sum(len(tokens) for rows in first for tokens in rows), warm
+
+    def so_far() -> dict[str, Any]:
+        return {
+            "kind": "tokens",
+            "tokens": new,
+            "batches": number,
+            "seconds": round(time.monotonic() - started, 1),
+            "device_bytes": devices[0],
+            "device_bytes_growth": max(devices) - devices[0],
+            "host_bytes_growth": round(max(hosts) / hosts[0], 4),
+            "peak_bytes": (memory.device().memory_stats() or {}).get("peak_bytes_in_use"),
+            "flat": max(devices) - devices[0] <= 1 << 20 and max(hosts) <= 1.05 * hosts[0],
+        }
+
     while new < count and time.monotonic() - started < seconds:
         new += sum(map(len, run(number)))
         number += 1
         devices.append(device_bytes())
         hosts.append(resident_bytes())
-        print(f"{new:,} tokens: device {devices[-1]:,}, host {hosts[-1]:,} bytes", flush=True)
+        print(
+            f"{time.monotonic() - started:.0f} s, {new:,} tokens: device {devices[-1]:,}, host "
+            f"{hosts[-1]:,} bytes",
+            flush=True,
+        )
+        yield so_far()
+    row = so_far()
     repeated = [run(i) == rows for i, rows in enumerate(first)]
-    row = {
-        "kind": "tokens",
-        "tokens": new,
-        "batches": number,
-        "seconds": round(time.monotonic() - started, 1),
-        "device_bytes": devices[0],
-        "device_bytes_growth": max(devices) - devices[0],
-        "host_bytes_growth": round(max(hosts) / hosts[0], 4),
-        "first_batches_repeated": sum(repeated),
-        "peak_bytes": (memory.device().memory_stats() or {}).get("peak_bytes_in_use"),
-    }
-    flat = max(devices) - devices[0] <= 1 << 20 and max(hosts) <= 1.05 * hosts[0]
-    return row | {"flat": flat and all(repeated)}
+    flat = row["flat"] and all(repeated)
+    yield row | {"first_batches_repeated": sum(repeated), "flat": flat}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -203,6 +225,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokens", type=int, metavar="N", help="of --model, in place of shapes")
     parser.add_argument("--rows", type=int, default=64, metavar="B", help="of the larger batches")
+    parser.add_argument("--new-tokens", type=int, default=512, metavar="N", help="of a prompt")
     parser.add_argument("--model", help="as in `quantspec generate`")
     parser.add_argument("--text", type=Path, nargs="+", help="UTF-8 files")
     parser.add_argument("--output", help="a JSON record")
@@ -210,29 +233,32 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What was seen, again and again as there is more; the last one of a kind is all."""
     if args.tokens:
         model = qs.load(args.model)
-        prompts = Prompts(model.tokenizer, args.text, args.rows)
-        yield soak_tokens(model, prompts, args.tokens, args.seconds)
+        prompts = Prompts(model.tokenizer, args.text, args.rows, args.new_tokens)
+        yield from soak_tokens(model, prompts, args.tokens, args.seconds)
         return
     model = qs.Model(TINY, init_params(TINY, jax.random.key(0)), None, qs.DraftConfig(None, 32))
     started = time.monotonic()
     if args.shapes:
-        yield soak_shapes(model, args.shapes, started + args.seconds)
+        yield from soak_shapes(model, args.shapes, started + args.seconds)
     if args.calls:
-        yield soak_calls(model, args.calls, started + args.seconds)
+        yield from soak_calls(model, args.calls, started + args.seconds)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     check_output(args.output)
-    found = []
+    found: dict[str, dict[str, Any]] = {}
     for row in rows(args):
+        found[row["kind"]] = row
+        if args.output:
+            command = record.command("python tests/fuzz/soak.py", args)
+            record.write(Path(args.output), command, list(found.values()))
+    for row in found.values():
         print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-        found.append(row)
-    if args.output:
-        record.write(Path(args.output), record.command("python tests/fuzz/soak.py", args), found)
-    return 0 if all(row["flat"] for row in found) else 1
+    return 0 if all(row["flat"] for row in found.values()) else 1
 
 
 if __name__ == "__main__":

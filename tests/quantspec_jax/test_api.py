@@ -135,7 +135,8 @@ def test_another_gamma_or_coupling_compiles_no_prefill(model, monkeypatch):
     prompt = [list(range(1, 90))]
     stats = qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 2})).stats[0]
     kept = len(programs.PROGRAMS)
-    assert stats["programs"] == {"kept": kept, "most": programs.MOST_PROGRAMS, "made": kept}
+    most = programs.MOST_PROGRAMS
+    assert stats["programs"] == {"kept": kept, "most": most, "made": kept, "bytes": 0}
     before = set(programs.PROGRAMS._by_form)
     qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 3}))
     qs.generate(model, prompt, qs.GenerateConfig(**{**FAST, "gamma": 2}, coupling="invariant"))
@@ -154,7 +155,7 @@ def test_compiled_programs_are_bounded_and_the_last_used_stay():
     assert kept.compiled(double, forms[0])[1] == 0
     assert kept.compiled(double, forms[2])[1] == 0
     assert kept.compiled(double, forms[1])[1] > 0
-    assert kept.statistics() == {"kept": 2, "most": 2, "made": 4}
+    assert kept.statistics() == {"kept": 2, "most": 2, "made": 4, "bytes": 0}
 
 
 def test_streaming_gives_the_text_in_pieces(model):

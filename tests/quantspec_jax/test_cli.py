@@ -390,8 +390,11 @@ class TestGenerate:
         first, again, other = (run_json(*argv, "--seed", seed)["tokens"] for seed in (1, 1, 2))
         assert first == again != other
 
-        sampled = run_json(*argv, "--gamma", 2, "--draft-bits", "none", "--dtype", "bfloat16")
+        argv += ["--gamma", 2, "--draft-bits", "none", "--dtype", "bfloat16", "--logprobs", 2]
+        sampled = run_json(*argv)
         assert (sampled["gamma"], sampled["dtype"]) == (2, "bfloat16")
+        assert [len(score["top"]) for score in sampled["logprobs"]] == [2] * len(sampled["tokens"])
+        assert all(score["own"] <= score["top"][0][1] for score in sampled["logprobs"])
 
     def test_stop_ids_end_the_text_with_them(self, run_json, tiny_llama_dir):
         argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24]

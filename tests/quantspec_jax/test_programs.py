@@ -31,8 +31,21 @@ def test_programs_that_are_forgotten_are_freed() -> None:
     before = on_the_device()
     for by in range(1, 13):
         kept.compiled(function, form, by=by)
-    assert kept.statistics() == {"kept": 3, "most": 3, "made": 12}
+    assert kept.statistics() == {"kept": 3, "most": 3, "made": 12, "bytes": 0}
     assert on_the_device() - before == 3
+
+
+def test_the_code_of_programs_is_bounded(monkeypatch) -> None:
+    """XLA's CPU backend does not say how long it is: so it is made up here. The newest is kept."""
+    sizes: dict[Any, int] = {}
+    monkeypatch.setattr(programs, "code_bytes", lambda x: sizes.setdefault(x, 10 * len(sizes) + 10))
+    kept, function = Programs(most=9, most_bytes=60), jax.jit(scaled, static_argnames="by")
+    form = jax.ShapeDtypeStruct((3,), np.float32)
+    found = []
+    for by in range(1, 8):  # 10, 20, ... bytes
+        kept.compiled(function, form, by=by)
+        found.append((len(kept), kept.statistics()["bytes"]))
+    assert found == [(1, 10), (2, 30), (3, 60), (1, 40), (1, 50), (1, 60), (1, 70)]
 
 
 def decoded(params: Any, drafts: Any, state: jax.Array, rounds: Any, *, program: Any) -> jax.Array:
@@ -61,7 +74,7 @@ def test_an_engine_keeps_none_that_was_forgotten(monkeypatch) -> None:
     before = on_the_device()
     for number in (1, 2, 3, 4, 3, 5, 3):
         runner.decode(model, np.zeros(3, np.float32), 1, Step(number))  # type: ignore[arg-type]
-    assert kept.statistics() == {"kept": 2, "most": 2, "made": 5}
+    assert kept.statistics() == {"kept": 2, "most": 2, "made": 5, "bytes": 0}
     assert on_the_device() - before == 2
 
 

@@ -363,6 +363,12 @@ def test_errors_are_openais(client, url):
         assert plain.get("/metrics").status_code == 401
 
 
+METRICS = (
+    *("tokens_per_second", "queue", "slots_in_use", "cache_bytes", "kept_bytes"),
+    *("time_to_first_token_seconds_count", "queue_seconds_count", "programs_kept", "programs_made"),
+)
+
+
 def test_models_tokenize_and_metrics(client, model, url):
     assert [m.id for m in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
@@ -384,6 +390,8 @@ def test_models_tokenize_and_metrics(client, model, url):
     assert hits > 0
     assert 0 < float(values["quantspec_acceptance_rate"]) <= 1
     assert values["quantspec_slots"] == "4.0"
+    also = {f"quantspec_{name}" for name in METRICS}
+    assert also <= values.keys()
 
 
 def test_many_at_once_get_each_what_they_get_alone_and_slots_of_those_who_leave_are_free(
@@ -541,6 +549,7 @@ def test_sigterm_ends_the_command_and_what_runs(tiny_llama_dir):
     ):
         stack.callback(server.kill)
         url = server.stderr.readline().split()[1]
+        assert url.startswith("http://127.0.0.1:"), "unless it is told"
         while True:
             with contextlib.suppress(httpx.ConnectError):
                 assert httpx.get(f"{url}/health").json() == {"status": "ok"}
@@ -556,7 +565,8 @@ def test_sigterm_ends_the_command_and_what_runs(tiny_llama_dir):
             assert last == "data: [DONE]" or "error" in json.loads(last[6:])
         assert server.wait(30) == 0
         assert time.monotonic() - began < 15
-        assert "Traceback" not in server.stderr.read()
+        said = server.stderr.read()
+        assert not any(words in said for words in ("Traceback", "POST", "/v1/", "prompt"))
 
 
 @pytest.mark.browser
