@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +47,7 @@ from quantspec_jax.models.decoder import block_params, run_block, unembed
 from quantspec_jax.models.linear import precision
 from quantspec_jax.models.parameters import Params
 from quantspec_jax.planning.devices import DEVICES
+from quantspec_jax.weights.calibrate.programs import program
 from quantspec_jax.weights.calibrate.text import calibration_tokens
 
 COUNTED_AT = 131072  # tokens at which what does not grow with them is spread
@@ -289,15 +289,16 @@ class Reader:
 
     def older(
         self, past: Past, rope: Any, learned: Any, other: Any, coded: bool
-    ) -> tuple[Tokens, Layer]:
-        """What is read of a layer, and what the layer above is given. `other`: what the layer below
-        was given, or, where layers are read in pairs, the other's past."""
+    ) -> tuple[Tokens, Layer | None]:
+        """What is read of a layer, and what a stacked method is given above it. `other`: what it
+        was given here, or, where layers are read in pairs, the other's past."""
         text = self.text(past, rope, coded)
         if self.method.paired:
             other = text if other is None else self.text(other, rope, coded)
         made = self.method.read(learned, text, other)
         read = self._keys(self._with_sinks(text, made), rotate, rope)
-        return Tokens(*(x[None].astype(past.keys.dtype) for x in read)), made
+        tokens = Tokens(*(x[None].astype(past.keys.dtype) for x in read))
+        return tokens, made if self.method.stacked else None
 
     def view(self, past: Past, rope: Any, learned: Any, coded: bool) -> View:
         """What is read of whole tiles of a layer, where the method selects."""
@@ -317,7 +318,7 @@ class Reader:
         return Layer(*(jnp.where(sink, *both) for both in zip(text, read, strict=True)))
 
 
-@partial(jax.jit, static_argnames="reader")
+@program("reader")
 def _block(
     block: Params,
     norm: jax.Array,
@@ -360,7 +361,7 @@ def _block(
     return Stream(x, h), held, made
 
 
-@jax.jit
+@program()
 def _measure(head: Params, hidden: tuple[jax.Array, jax.Array], following: jax.Array) -> Measured:
     def measure(hidden: tuple[jax.Array, jax.Array], following: jax.Array) -> Measured:
         p, q = (jax.nn.log_softmax(unembed(head, x, "xla")) for x in hidden)

@@ -93,6 +93,10 @@ class Skvq(Method):
         codes = (math.log2(self.key_levels + 1) + math.log2(self.value_levels + 1)) / 2
         return codes + 16 * self._groups(n) / n + shared_bits(2 * n, model, tokens)
 
+    def learner(self) -> Skvq:
+        """A group's channels, whatever its levels and bounds."""
+        return Skvq(group=self.group, before_rope=self.before_rope, sinks=self.sinks)
+
     def fit(
         self, text: Layer, below: Layer | None, gradient: Layer | None = None
     ) -> tuple[Any, Layer]:
