@@ -243,13 +243,18 @@ class Bench:
         return {name: float(np.mean(x, dtype=np.float64)) for name, x in flat.items()}
 
     def through(
-        self, method: Method, learned: Learned | None = None, pasts: Sequence[Past] | None = None
+        self,
+        method: Method,
+        learned: Learned | None = None,
+        pasts: Sequence[Past] | None = None,
+        before: Sequence[Past] | None = None,
     ) -> tuple[jax.Array, list[Past]]:
         """Hidden states [1, T, E] after the last norm, each position reading by `method`: its own
         keys and values, or those of `pasts` as the 8-bit view has them. And the keys and values of
-        each layer."""
+        each layer. `before`: those of the text's first tokens, whole tiles; T are what follow."""
         params, config = self.model.params, self.model.config
-        stream = embedded(params, jnp.asarray([self.ids], jnp.int32), config)
+        first = before[0].keys.shape[1] if before else 0
+        stream = embedded(params, jnp.asarray([self.ids[first:]], jnp.int32), config)
         reader = Reader(config, method, self.group_size, self.prompt)
         other: Layer | Past | None = None
         found: list[Past] = []
@@ -260,7 +265,7 @@ class Bench:
                 of = found if pasts is None else pasts
                 other = of[source] if source != i else None
             past = pasts[i] if pasts else None
-            given = (known, other, past)
+            given = (known, other, past, before[i] if before else None)
             stream, past, other = _block(*block_params(params, i), stream, *given, reader=reader)
             found.append(past)
         return stream.h, found
@@ -275,9 +280,13 @@ class Reader:
     group_size: int
     prompt: int
 
-    def held(self, own: Tokens, q: jax.Array) -> Past:
+    def held(self, own: Tokens, q: jax.Array, before: Past | None) -> Past:
         """What a pass of the target leaves to others."""
-        return Past(*own, q[:, max(0, self.prompt - OBSERVED) : self.prompt])
+        if before is None:
+            return Past(*own, q[:, max(0, self.prompt - OBSERVED) : self.prompt])
+        keys = jnp.concatenate([before.keys, own.keys], 1)
+        values = jnp.concatenate([before.values, own.values], 1)
+        return Past(keys, values, before.queries)
 
     def text(self, past: Past, rope: Any, coded: bool) -> Layer:
         """Keys and values [T, K, D] that the method is given. `coded`: no more of them than the
@@ -326,21 +335,24 @@ def _block(
     learned: Any,
     other: Any,
     past: Past | None,
+    before: Past | None,
     *,
     reader: Reader,
 ) -> tuple[Stream, Past, Layer | None]:
-    config, length = reader.model, stream.x.shape[1]
+    config, first = reader.model, 0 if before is None else before.keys.shape[1]
+    length = first + stream.x.shape[1]
+    rope = cos, sin = whole_tables(config, length)
     with jax.ensure_compile_time_eval():
-        coded = schedule.quantized_length(jnp.arange(length), reader.group_size)
+        coded = schedule.quantized_length(jnp.arange(first, length), reader.group_size)
         older_length = np.asarray(coded)
 
     def attend(past: Past | None, heads: Heads) -> tuple[jax.Array, tuple[Past, Layer | None]]:
         q, k, v = heads.finished()
         own, draft = Tokens(k, v), past is not None
-        held = reader.held(own, q) if past is None else past
+        held = reader.held(own, q, before) if past is None else past
         exact, scale = precision(q.dtype), config.head_dim**-0.5
         if reader.method.selects:
-            view = reader.view(held, heads.rope, learned, draft)
+            view = reader.view(held, rope, learned, draft)
             one, recent = (Tokens(x[0][0], x[1][0]) for x in (own, held))
             out = attend_by_blocks(
                 *(q[0], one, recent, view, reader.method),
@@ -350,13 +362,14 @@ def _block(
                 exact=exact,
             )
             return out[None], (held, None)
-        older, made = reader.older(held, heads.rope, learned, other, draft)
+        older, made = reader.older(held, rope, learned, other, draft)
         recent = Tokens(held.keys, held.values)
         out = sequence_attention(q, own, recent, older, older_length, sm_scale=scale, exact=exact)
         return out, (held, made)
 
+    own_rope = (cos[:, first:], sin[:, first:])
     x, h, (held, made) = run_block(
-        block, norm, config, *stream, whole_tables(config, length), past, attend, backend="xla"
+        block, norm, config, *stream, own_rope, past, attend, backend="xla"
     )
     return Stream(x, h), held, made
 
