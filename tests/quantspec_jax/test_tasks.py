@@ -90,7 +90,7 @@ def test_right_is_what_greedy_decoding_says(model, monkeypatch):
     assert found[0][1] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["int8", "snapkv-25", "minicache"])
+@pytest.mark.parametrize("name", ["int8", "snapkv-25"])
 def test_what_follows_a_prompt_reads_as_in_one_pass(model, name):
     """Given keys and values of the first tokens, the others' hidden states are those of a pass over
     all of them."""
