@@ -295,6 +295,9 @@ def table(run: Run) -> str:
         f"**{run.title}** · {record['device']} · {record['date']} · {versions(record)}",
         *("", about, ""),
     ]
+    plot = run.path.with_suffix(".png")
+    if plot.exists():
+        lines += [f"![{run.title}]({plot.name})", ""]
     if "floor_milliseconds" in columns:
         lines.append("Its rows are in the table above.")
         return "\n".join(lines) + "\n"

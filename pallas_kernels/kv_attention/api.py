@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,7 +51,8 @@ def kv_attention(
       page_log_sums: give those, too.
       strict: leave out the row's own position.
       out_dtype: of the output; with bf16 queries the kernel writes float32 or bfloat16.
-      backend: `auto`, `mosaic_gpu` or `xla`.
+      backend: `auto`, `mosaic_gpu` or `xla`. A pass of more rows than the kernel takes (256 query
+        rows a key-value head, 128 of head_dim 256) is several launches.
 
     Returns:
       Output, log-sum-exp of the scores (−∞ and output 0 where a row sees nothing), and, where
@@ -59,6 +62,10 @@ def kv_attention(
     operands = (q, cache, quantized_length, start)
     options: dict[str, Any] = {"read": read, "sm_scale": sm_scale, "strict": strict}
     options |= {"pages": pages, "page_log_sums": page_log_sums}
+    most = _most_tokens(q, cache, options, backend)
+    if most < q.shape[1]:
+        given: dict[str, Any] = {**options, "out_dtype": out_dtype, "backend": backend}
+        return in_parts(functools.partial(kv_attention, **given), *operands, most)
     if _mosaic_gpu(q, cache, options, backend):
         from pallas_kernels.kv_attention import configs, mosaic_gpu
 
@@ -84,6 +91,38 @@ def kv_attention(
     return found._replace(out=found.out.astype(out_dtype))
 
 
+def in_parts(
+    attend: Callable[..., Attended],
+    q: jax.Array,
+    cache: LayerCache,
+    quantized_length: jax.Array,
+    start: jax.Array,
+    most: int,
+) -> Attended:
+    """`attend` to parts of the pass, of up to `most` tokens each, as even as they can be."""
+    parts = -(-q.shape[1] // most)
+    each = -(-q.shape[1] // parts)
+    found = [
+        attend(q[:, i : i + each], cache, quantized_length, start + i)
+        for i in range(0, q.shape[1], each)
+    ]
+    columns = zip(*found, strict=True)
+    return Attended(*(None if x[0] is None else jnp.concatenate(x, 1) for x in columns))
+
+
+def _most_tokens(q: jax.Array, cache: LayerCache, options: dict[str, Any], backend: str) -> int:
+    """How many tokens of the pass a launch takes: all where the kernel does not run anyway."""
+    if backend == "xla" or dispatch.device() is None:
+        return q.shape[1]
+    from pallas_kernels.kv_attention import mosaic_gpu
+
+    b, s, h, d = q.shape
+    most = max(1, mosaic_gpu.most_rows(d) // (h // cache.key_buffer.shape[1]))
+    part = jax.ShapeDtypeStruct((b, min(s, most), h, d), q.dtype)
+    possible = _reason(part, cache, options) is None
+    return most if possible else s
+
+
 def _check_pages(pages: Pages | None, cache: LayerCache) -> None:
     """A list for each sequence and key-value head, of tiles that the cache has."""
     if pages is None:
@@ -101,10 +140,15 @@ def _mosaic_gpu(q: jax.Array, cache: LayerCache, options: dict[str, Any], backen
     """Whether the Pallas kernel takes the call. CUDA code is imported only where it can."""
     if backend == "xla" or dispatch.device() is None:
         return dispatch.use_mosaic_gpu(backend, "kv_attention", None)
+    return dispatch.use_mosaic_gpu(backend, "kv_attention", _reason(q, cache, options))
+
+
+def _reason(q: Any, cache: LayerCache, options: dict[str, Any]) -> str | None:
+    """Why the kernel cannot do a call, or None."""
     from pallas_kernels.kv_attention import configs, mosaic_gpu
 
     shape = mosaic_gpu.shape_of(q, cache, **options)
     reason = mosaic_gpu.unsupported(shape, (q.dtype, cache.key_buffer.dtype))
     if reason is None and configs.choose(shape) is None:
-        reason = "no configuration fits the shape into shared memory"
-    return dispatch.use_mosaic_gpu(backend, "kv_attention", reason)
+        return "no configuration fits the shape into shared memory"
+    return reason

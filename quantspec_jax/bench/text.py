@@ -28,7 +28,7 @@ import numpy as np
 import quantspec_jax as qs
 from pallas_kernels.timing import traced
 from quantspec_jax.api import backend_in_use
-from quantspec_jax.bench import record
+from quantspec_jax.bench import reading, record
 from quantspec_jax.bench.profile import breakdown
 from quantspec_jax.cache import KVCache, flush, rollback
 from quantspec_jax.cache.codecs import VIEWS
@@ -61,6 +61,7 @@ from quantspec_jax.generate.state import Program
 from quantspec_jax.loading import Model
 from quantspec_jax.memory import device
 from quantspec_jax.models.parameters import Params
+from quantspec_jax.plotting import check_plot
 from quantspec_jax.text.prompts import encode, read_text
 
 QUANTSPEC, BASELINE, TARGET = "quantspec", "full", "int8"
@@ -126,6 +127,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeat", type=int, default=1, metavar="N", help="measurements; the median counts (1)"
     )
     parser.add_argument("--output", metavar="FILE", help="record the run as JSON")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw acceptance against what drafts read of the cache"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +181,10 @@ def cases(args: argparse.Namespace, temperature: float) -> list[Case]:
         return plain
     couplings = args.coupling if temperature > 0 else args.coupling[:1]  # greedy, all are the same
     return plain + [
-        Case(QUANTSPEC, gamma, policy, coupling, share, args.draft_view)
+        Case(QUANTSPEC, gamma, policy, coupling, share, view)
         for coupling in couplings
         for policy in args.draft_policy or ["all"]
+        for view in args.draft_view or [None]
         for share in shares(policy, args.draft_share)
         for gamma in args.gamma
     ]
@@ -469,6 +474,7 @@ def line(row: dict[str, Any]) -> str:
     name = row["mode"] if row["gamma"] is None else f"{row['mode']}, gamma {row['gamma']}"
     if row["policy"] not in (None, "all"):
         name += f", {row['policy']}" + ("" if row["share"] is None else f" {row['share']:g}")
+    name += "" if row["view"] is None else f", {row['view']}"
     more = [f"{row['tokens_per_second']:.1f} tokens/s"]
     if row["speed_up"] is not None:
         more.append(f"{row['speed_up']:.2f} × {BASELINE}")
@@ -491,6 +497,8 @@ def check(args: argparse.Namespace) -> None:
     require(args.new_tokens >= 2, "--new-tokens", args.new_tokens, "an integer ≥ 2")
     require(args.repeat >= 1, "--repeat", args.repeat, "an integer ≥ 1")
     check_output(args.output)
+    if args.plot:
+        check_plot(args.plot)
     rope(args)
     for temperature in args.temperature:
         for case in cases(args, temperature):
@@ -521,4 +529,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             record.write(
                 Path(args.output), record.command("quantspec bench text", args), rows, **result
             )
+    if args.plot:
+        title = f"{bench.name}, {result['text']}, {record.device_name()}"
+        together = [row for row in rows if row["prompts"] == len(bench.prompts)]
+        reading.plot(together, model.config, title, Path(args.plot))
     return {**result, "versions": record.versions(), "rows": rows}

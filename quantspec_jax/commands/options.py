@@ -275,6 +275,7 @@ def add_reading(parser: argparse.ArgumentParser, *, several: bool = False) -> No
         "--draft-view",
         choices=CODECS["hierarchical"].views,
         help="in 4 bits, or in 8 as the target does (int4)",
+        **many,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
 from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
-from pallas_kernels.kv_attention import configs, mosaic_gpu
+from pallas_kernels.kv_attention import api, configs, mosaic_gpu
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import tile
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
@@ -109,6 +110,22 @@ def test_attention_with_rounded_output(tokens, exchange):
         mosaic_gpu.kv_attention, **options, config=config, out_dtype=jnp.bfloat16
     )
     assert lower(run, *call).count("custom_call @mosaic_gpu") == 2
+
+
+def test_a_tile_of_a_prompt_is_several_launches(monkeypatch):
+    """Of 128 tokens × 6 query heads a head a launch takes 42 tokens; none is left to XLA."""
+    h200 = types.SimpleNamespace(
+        core_count=132, device_kind="NVIDIA H200", compute_capability="9.0"
+    )
+    monkeypatch.setattr(dispatch, "device", lambda: h200)
+    call = shapes_of(
+        attention_call, "int8", kv_heads=2, group=6, tokens=128, head_dim=128, group_size=128,
+        tiles=3, positions=[256],
+    )  # fmt: skip
+    run = functools.partial(api.kv_attention, read=Read("int8"), sm_scale=0.1)
+    text = lower(run, *call)
+    assert text.count("call @kv_attention") == 4
+    assert "dot_general" not in text
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

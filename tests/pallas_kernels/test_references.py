@@ -21,7 +21,7 @@ from kernel_cases import (
 from pallas_kernels.int4_matmul import api as matmul
 from pallas_kernels.int4_matmul import xla as matmul_reference
 from pallas_kernels.kv_attention import xla as attention_reference
-from pallas_kernels.kv_attention.api import kv_attention
+from pallas_kernels.kv_attention.api import in_parts, kv_attention
 from pallas_kernels.kv_attention.read import Pages, Read
 
 
@@ -73,6 +73,21 @@ def test_attention_to_chosen_pages(view, listed, exact_tiles):
     if pages is not None:
         assert {0, 1} & set(np.asarray(pages.tiles)[1, :, 0].tolist())
     check(call, Read(view, exact_tiles), pages=pages)
+
+
+@pytest.mark.parametrize(("view", "strict"), [("int8", False), ("full", True)])
+def test_attention_in_parts_is_that_of_the_whole_pass(view, strict):
+    """Parts that are not even, of ragged sequences, with the log-sums of pages."""
+    call = attention_call(
+        view, kv_heads=2, group=2, tokens=7, head_dim=32, group_size=8, tiles=6,
+        positions=[3, 30], dtype=jnp.float32,
+    )  # fmt: skip
+    options = {"read": Read(view), "sm_scale": 0.3, "strict": strict, "page_log_sums": True}
+    run = functools.partial(kv_attention, **options, backend="xla")
+    whole, parts = run(*call), in_parts(run, *call, 3)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_of_a_list_nothing_but_the_listed_tiles_is_read():

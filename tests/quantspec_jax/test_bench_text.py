@@ -13,7 +13,7 @@ import pytest
 
 import quantspec_jax as qs
 from pallas_kernels.timing import Kernel
-from quantspec_jax.bench import record
+from quantspec_jax.bench import reading, record
 from quantspec_jax.bench import text as bench
 from quantspec_jax.cli import main, make_parser
 from quantspec_jax.engine.programs import PROGRAMS
@@ -181,6 +181,24 @@ def test_greedy_decoding_is_measured_with_one_coupling() -> None:
     greedy, sampled = (bench.cases(args, t)[2:] for t in (0, 0.5))
     assert [(c.gamma, c.coupling) for c in greedy] == [(1, "block"), ("auto", "block")]
     assert [c.coupling for c in sampled] == ["block"] * 2 + ["rejection"] * 2
+
+
+def test_each_policy_is_measured_at_each_share_in_each_view() -> None:
+    options = ["--draft-policy", "all", "window", "--draft-share", "0.5", "0.25"]
+    options += ["--draft-view", "int4", "int8", "--gamma", "4", "--mode", "quantspec"]
+    found = [(c.policy, c.view, c.share) for c in bench.cases(parse("--context", "8", *options), 0)]
+    windows = [("window", view, share) for view in ("int4", "int8") for share in (0.5, 0.25)]
+    assert found == [("all", "int4", None), ("all", "int8", None), *windows]
+
+
+def test_what_is_read_is_drawn(recorded: dict, model: Model, tmp_path: Path) -> None:
+    """A point a share, half as many bytes where half of the pages are read."""
+    found = [row for row in recorded["rows"] if row["prompts"] == 2]
+    half = [row | {"policy": "window", "share": 0.5, "draft_read_share": 0.5} for row in found]
+    whole, part = (reading.megabytes(rows[-1], model.config) for rows in (found, half))
+    assert part == whole / 2 > 0
+    reading.plot([*found, *half], model.config, "tiny", tmp_path / "read.svg")
+    assert "window int4 temperature 0.8 0.5" in (tmp_path / "read.svg").read_text()
 
 
 # Ties.

@@ -69,7 +69,12 @@ rounding leaves would be exact, and take 1 to 13% more time; codes counted from 
 the error (`Tile.queries`).
 """
 
-from pallas_kernels.kv_attention.mosaic_gpu.kernel import kv_attention, shape_of, unsupported
+from pallas_kernels.kv_attention.mosaic_gpu.kernel import (
+    kv_attention,
+    most_rows,
+    shape_of,
+    unsupported,
+)
 from pallas_kernels.kv_attention.mosaic_gpu.plan import Config, Plan, Shape
 
-__all__ = ["Config", "Plan", "Shape", "kv_attention", "shape_of", "unsupported"]
+__all__ = ["Config", "Plan", "Shape", "kv_attention", "most_rows", "shape_of", "unsupported"]

@@ -23,7 +23,7 @@ from pallas_kernels.layout import LayerCache
 
 
 def shape_of(
-    q: jax.Array,
+    q: Any,
     cache: LayerCache,
     *,
     read: Read,
@@ -54,6 +54,11 @@ def shape_of(
     )
 
 
+def most_rows(head_dim: int) -> int:
+    """Query rows of a key-value head that a launch takes."""
+    return 256 if head_dim <= 128 else 128
+
+
 def unsupported(shape: Shape, dtypes: Sequence[Any]) -> str | None:
     """Why the kernel cannot do a call, or None."""
     if any(d != jnp.bfloat16 for d in dtypes):
@@ -62,8 +67,9 @@ def unsupported(shape: Shape, dtypes: Sequence[Any]) -> str | None:
         return f"head_dim is {shape.head_dim}; it takes multiples of 32 up to 256"
     if shape.planes and (shape.group_size % 32 or shape.buffer_length % 64):
         return f"group_size is {shape.group_size}; it takes multiples of 32"
-    if shape.rows > 256:
-        return f"a key-value head has {shape.rows} query rows; it takes up to 256"
+    most = most_rows(shape.head_dim)
+    if shape.rows > most:
+        return f"a key-value head has {shape.rows} query rows; it takes up to {most}"
     if shape.listed and shape.page_log_sums:
         return "it gives page log-sums only where it reads all pages"
     return None
