@@ -14,8 +14,9 @@ SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-# setuptools warns about every editable installation.
-INSTALL := PYTHONWARNINGS=ignore $(PIP) install --quiet --disable-pip-version-check
+# setuptools warns about every editable installation. Python compiles what is imported, and pip would
+# compile all that is installed: a minute of it.
+INSTALL := PYTHONWARNINGS=ignore $(PIP) install --quiet --disable-pip-version-check --no-compile
 
 # The first interpreter that is new enough; PYTHON=... names another.
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import dataclasses
 import functools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.typing import DTypeLike
+from tqdm import tqdm
 
 from convert.files import converted, hub
+from convert.files.deferred import Deferred
 from convert.files.gguf import GgufFile, read_gguf
 from convert.files.safetensors import read_directory, weight_files_exist
 from convert.files.tensors import FLOATS
@@ -24,13 +29,14 @@ from convert.weights import (
     derivable,
     gguf_parameters,
     hf_parameters,
+    load_parameter,
     load_parameters,
 )
 from quantspec_jax.checks import require, within
 from quantspec_jax.dtypes import BFLOAT16, FLOAT32, STORED, float_type
 from quantspec_jax.files import exists, open_file, read_json
 from quantspec_jax.models.config import ModelConfig, RopeScaling
-from quantspec_jax.models.parameters import parameter_count
+from quantspec_jax.models.parameters import Spec, nest, parameter_count, parameter_shapes
 from quantspec_jax.stored_kv import StoredKV
 from quantspec_jax.text.tokenizer import gguf_tokenizer, pretrained_tokenizer, saved_tokenizer
 from quantspec_jax.weights.formats import DraftConfig
@@ -102,6 +108,13 @@ class Checkpoint(ABC):
     @abstractmethod
     def _load(self, dtype: np.dtype, device: Any, progress: bool) -> dict[str, Any]: ...
 
+    def read(self, path: str, dtype: np.dtype) -> jax.Array:
+        """One parameter (`layers.3.down.kernel`), on the host's CPU."""
+        return self._read(path, dtype, jax.local_devices(backend="cpu")[0])
+
+    @abstractmethod
+    def _read(self, path: str, dtype: np.dtype, device: jax.Device) -> jax.Array: ...
+
     def load_draft(self, device: Any = None) -> tuple[DraftConfig, dict[str, Any]] | None:
         """The stored draft: its configuration and, in the same tree, its quantized kernels; on a
         device, or a mesh whose devices read their parts."""
@@ -110,6 +123,60 @@ class Checkpoint(ABC):
     def load_kv(self) -> tuple[StoredKV, list[Any]] | None:
         """The stored codec of the cache, and what it has learned of each layer."""
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A checkpoint's weights, in one float type, on their way to the disk: one at a time, or all.
+
+    progress  a bar on standard error
+    """
+
+    checkpoint: Checkpoint
+    dtype: np.dtype
+    progress: bool = False
+
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """The tree, of shapes."""
+        specs = parameter_shapes(self.checkpoint.config)
+        return nest(
+            {path: jax.ShapeDtypeStruct(spec.shape, self.dtype) for path, spec in specs.items()}
+        )
+
+    def kernel(self, layer: str) -> jax.Array:
+        """Of a linear layer, or of lm_head, tied or not."""
+        if layer == "lm_head" and self.checkpoint.config.tie_embeddings:
+            return self.checkpoint.read("embedding", self.dtype).T
+        return self.checkpoint.read(f"{layer}.kernel", self.dtype)
+
+    @functools.cached_property
+    def params(self) -> dict[str, Any]:
+        """The tree; held from now on."""
+        cpu = jax.local_devices(backend="cpu")[0]
+        return self.checkpoint.load(self.dtype, device=cpu, progress=self.progress)
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[dict[str, Any]]:
+        """The tree, each array read when it is written; the one that is held, where there is."""
+        if "params" in vars(self):
+            yield self.params
+            return
+        specs = parameter_shapes(self.checkpoint.config)
+        total = sum(spec.size for spec in specs.values()) * self.dtype.itemsize
+        with tqdm(
+            total=total, desc="reading", unit="B", unit_scale=True, disable=not self.progress
+        ) as bar:
+
+            def deferred(path: str, spec: Spec) -> Deferred:
+                def make() -> jax.Array:
+                    array = self.checkpoint.read(path, self.dtype)
+                    bar.update(array.nbytes)
+                    return array
+
+                return Deferred(spec.shape, self.dtype, make)
+
+            yield nest({path: deferred(path, spec) for path, spec in specs.items()})
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -156,6 +223,9 @@ class HuggingFaceCheckpoint(Checkpoint):
     def _load(self, dtype: np.dtype, device: Any, progress: bool) -> dict[str, Any]:
         return load_parameters(self._parameters, dtype, device=device, progress=progress)
 
+    def _read(self, path: str, dtype: np.dtype, device: jax.Device) -> jax.Array:
+        return load_parameter(self._parameters, path, dtype, device)
+
     def _load_tokenizer(self) -> Any | None:
         return pretrained_tokenizer(self.directory, self._values)
 
@@ -190,6 +260,9 @@ class GgufCheckpoint(Checkpoint):
     def _load(self, dtype: np.dtype, device: Any, progress: bool) -> dict[str, Any]:
         return load_parameters(self._parameters, dtype, device=device, progress=progress)
 
+    def _read(self, path: str, dtype: np.dtype, device: jax.Device) -> jax.Array:
+        return load_parameter(self._parameters, path, dtype, device)
+
     def _load_tokenizer(self) -> Any | None:
         return gguf_tokenizer(self._file.metadata, str(self._file.path))
 
@@ -217,6 +290,9 @@ class ConvertedCheckpoint(Checkpoint):
     def _load(self, dtype: np.dtype, device: Any, progress: bool) -> dict[str, Any]:
         sums = self._header.checksums
         return converted.load_weights(self.directory, self.config, dtype, device, sums)
+
+    def _read(self, path: str, dtype: np.dtype, device: jax.Device) -> jax.Array:
+        return converted.load_weight(self.directory, self._header, path, dtype, device)
 
     def load_draft(self, device: Any = None) -> tuple[DraftConfig, dict[str, Any]] | None:
         if self._header.draft is None:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
 from convert.files.tensors import FLOATS, QUANTIZED, StoredTensor
@@ -231,6 +231,15 @@ def load_parameters(
             )
             bar.update(parameter.tensor.num_bytes)
     return nest(flat)
+
+
+def load_parameter(
+    parameters: Iterable[Parameter], path: str, dtype: np.dtype, device: jax.Device
+) -> jax.Array:
+    """The one of this path."""
+    (parameter,) = (p for p in parameters if p.path == path)
+    with open_file(parameter.tensor.file) as stream:
+        return _placed(parameter, stream, dtype, SingleDeviceSharding(device))
 
 
 def _placed(parameter: Parameter, stream: BinaryIO, dtype: np.dtype, where: Sharding) -> jax.Array:

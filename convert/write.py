@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -22,7 +21,7 @@ from convert.files import converted
 from convert.files.checksums import checksums
 from convert.kv import KVSource
 from convert.kv import prepare as prepare_kv
-from convert.sources import Checkpoint, HuggingFaceCheckpoint, open_source
+from convert.sources import Checkpoint, HuggingFaceCheckpoint, Weights, open_source
 from quantspec_jax.checks import require
 from quantspec_jax.claim import claim
 from quantspec_jax.dtypes import STORED, float_type
@@ -49,6 +48,10 @@ def convert(
     progress: bool = True,
 ) -> Path:
     """Writes `source` (anything `open_source` takes) as a checkpoint that `qs.load` opens fast.
+
+    Weights are read, and a draft is rounded, an array at a time: the host's memory holds a few
+    arrays, however large the model is. What learns from a text, and what takes another checkpoint's
+    codes, holds all weights.
 
     Args:
       source: what to convert.
@@ -277,17 +280,17 @@ def _write_weights(
     cache: KVSource | None,
     progress: bool,
 ) -> None:
-    cpu = jax.local_devices(backend="cpu")[0]
-    params = checkpoint.load(dtype, device=cpu, progress=progress)
+    weights = Weights(checkpoint, dtype, progress)
     header = converted.Header(checkpoint.config, dtype)
     if draft is not None:
-        config, entries = draft.make(params, progress)
+        config, entries = draft.make(weights, progress)
         converted.save_draft(partial, entries)
         header = converted.Header(checkpoint.config, dtype, config, converted.plain_arrays(entries))
     if cache is not None:
-        converted.save_kv(partial, cache.make(checkpoint, params, progress))
+        converted.save_kv(partial, cache.make(checkpoint, weights.params, progress))
         header = dataclasses.replace(header, kv=cache.kv)
-    converted.save_tree(partial / "weights", params)
+    with weights.in_turn() as tree:
+        converted.save_tree(partial / "weights", tree)
     header = dataclasses.replace(header, checksums=checksums(partial))
     write_json(partial / "config.json", header.to_dict(), indent=2)
 

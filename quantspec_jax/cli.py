@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -94,9 +95,16 @@ def _keep_interruption(unraisable: Any) -> None:
     """Send a signal again where it came during garbage collection, which would lose it."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         lost = signal.SIGTERM if unraisable.exc_type is Terminated else signal.SIGINT
-        threading.Timer(0.05, _thread.interrupt_main, [lost]).start()
+        # A Thread's start waits: what is sent meanwhile would be raised here, and lost again.
+        _thread.start_new_thread(_send_again, (lost,))
     else:
         sys.__unraisablehook__(unraisable)
+
+
+def _send_again(number: signal.Signals) -> None:
+    """A moment later, when what was collected is gone."""
+    time.sleep(0.05)
+    _thread.interrupt_main(number)
 
 
 @contextlib.contextmanager

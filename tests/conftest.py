@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +25,31 @@ shapes.checker = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=Tr
 # nothing here may promote a type or a rank in silence. Programs that tests start keep the defaults.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tests compile for longer than they compute, those of a real model too.
+UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# The emitters that XLA has by default run MLIR's passes for each fusion: without them, and in one
+# part, a program takes it a third of the time.
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+
+
+def _compile_quickly_in_all_processes() -> None:
+    """Here, before JAX has read the variable, and in what is started from here, which are pytest's
+    own workers too."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if UNOPTIMIZED not in given:
+        flags = f"{given} {UNOPTIMIZED}".strip()
+        os.environ["XLA_FLAGS"] = f"{flags} {QUICK}" if _is_known(QUICK) else flags
+
+
+def _is_known(flags: str) -> bool:
+    """XLA aborts where it does not know a flag: a process of its own tries."""
+    trial = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    call = [sys.executable, "-c", "import jax; jax.devices()"]
+    return subprocess.run(call, env=trial, capture_output=True).returncode == 0
+
+
+_compile_quickly_in_all_processes()
 
 TEXTS = (
     "The cache is stored once, in two planes of four bits each.",
@@ -111,22 +139,18 @@ TOKENIZERS = {
 }
 
 
+LONGEST = (
+    "test_notebooks.py",
+    "test_smollm2.py",
+    "test_loop.py",
+    "test_sharding.py",
+    "test_api.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of few and long tests begin first, so that no process waits for them at the end."""
-    long = ("test_notebooks.py", "test_smollm2.py")
-    items.sort(key=lambda item: item.path.name not in long)
-
-
-# A real model on a real text computes for longer than it compiles.
-COMPUTING = ("test_smollm2.py", "test_model_parity.py", "test_demo.py")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tiny models compute for a moment and compile for minutes: LLVM need not optimize for them."""
-    jax.config.update("jax_disable_most_optimizations", request.path.name not in COMPUTING)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    """The longest files begin first, so that no process waits for them at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,21 +12,25 @@ from typing import Any
 import jax
 
 from convert.drafts.open import open_draft
-from convert.sources import Checkpoint
-from quantspec_jax.models.parameters import parameter_shapes
+from convert.files.deferred import Deferred
+from convert.sources import Checkpoint, Weights
+from pallas_kernels.layout import QuantizedWeight
+from quantspec_jax.models.parameters import flatten, nest, parameter_shapes
 from quantspec_jax.weights.entries import quantize_params
-from quantspec_jax.weights.formats import DraftConfig
-from quantspec_jax.weights.sizes import draft_bytes, layer_formats
+from quantspec_jax.weights.formats import DraftConfig, WeightFormat
+from quantspec_jax.weights.rounding import quantize_linear
+from quantspec_jax.weights.sizes import draft_bytes, layer_formats, lm_head_format
 
 Made = tuple[DraftConfig, dict[str, Any]]  # the draft's configuration and its entries of the tree
 
 
 @dataclasses.dataclass(frozen=True)
 class DraftSource:
-    """A draft that can be made: what it takes on the disk, about, and `make(params, progress)`."""
+    """A draft that can be made: what it takes on the disk, about, and `make(weights, progress)`,
+    whose arrays may be deferred."""
 
     num_bytes: int
-    make: Callable[[dict[str, Any], bool], Made]
+    make: Callable[[Weights, bool], Made]
 
 
 def check_arguments(draft: DraftConfig | None, text: str | None, source: str | Path | None) -> None:
@@ -61,18 +66,44 @@ def prepare(
     if source is not None:
         quantized = open_draft(source, config)
         size = draft_bytes(config, quantized.draft_config())
-        return DraftSource(size, lambda params, progress: quantized.load(params, progress=progress))
+        return DraftSource(
+            size, lambda weights, progress: quantized.load(weights.params, progress=progress)
+        )
     if draft is None:
         return None
     layer_formats(config, draft)  # refuses names that fit no layer
     if draft.method == "gptq":
         return _calibrated(checkpoint, draft, text, finished)
 
-    def rounded(params: dict[str, Any], progress: bool) -> Made:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            return draft, quantize_params(params, draft)
+    return DraftSource(
+        draft_bytes(config, draft), lambda weights, progress: (draft, _rounded(weights, draft))
+    )
 
-    return DraftSource(draft_bytes(config, draft), rounded)
+
+def _rounded(weights: Weights, draft: DraftConfig) -> dict[str, Any]:
+    """`quantize_params` of the weights; each layer is read and rounded when its arrays are to be
+    written, which come one after the other."""
+
+    @functools.lru_cache(1)
+    def rounded(layer: str) -> dict[str, QuantizedWeight]:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return quantize_linear(weights.kernel(layer), format_of(layer))
+
+    def format_of(layer: str) -> WeightFormat:
+        return lm_head_format(draft) if layer == "lm_head" else draft.format_of(layer)
+
+    def deferred(path: str, leaf: QuantizedWeight) -> QuantizedWeight:
+        layer, _, part = path.rpartition(".")
+
+        def array(field: str) -> Any:
+            shape = getattr(leaf, field)
+            make = lambda: getattr(rounded(layer)[part], field)  # noqa: E731
+            return None if shape is None else Deferred(shape.shape, shape.dtype, make)
+
+        return QuantizedWeight(*map(array, QuantizedWeight._fields))
+
+    shapes = jax.eval_shape(lambda params: quantize_params(params, draft), weights.shapes)
+    return nest({path: deferred(path, leaf) for path, leaf in flatten(shapes).items()})
 
 
 def _calibrated(
@@ -91,9 +122,11 @@ def _calibrated(
     length = min(LENGTH, config.max_context)
     tokens = calibration_tokens(checkpoint.tokenizer, text, length=length)
 
-    def calibrated(params: dict[str, Any], progress: bool) -> Made:
+    def calibrated(weights: Weights, progress: bool) -> Made:
         resumed = finished.exists()
-        there = jax.device_put(params, jax.devices()[0])  # conversion itself works on the host
+        there = jax.device_put(
+            weights.params, jax.devices()[0]
+        )  # conversion itself works on the host
         try:
             return calibrate(config, there, tokens, draft, progress=progress, resume=finished)
         except ValueError:  # it would fail again; but what was there before may be of another call

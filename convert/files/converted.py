@@ -21,6 +21,7 @@ import logging
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from convert.files.checksums import verified
+from convert.files.deferred import SourceError, registry
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
 from quantspec_jax.checks import is_int, require, within
 from quantspec_jax.dtypes import STORED, float_type
@@ -159,13 +161,14 @@ def check_layer_count(directory: Path, config: ModelConfig) -> None:
 
 
 def save_tree(directory: Path, tree: dict[str, Any]) -> None:
-    """Writes one Orbax checkpoint."""
+    """Writes one Orbax checkpoint of arrays and `Deferred` ones, which are made in turn."""
     import orbax.checkpoint as ocp
 
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+    stop = threading.Event()
 
     def write() -> None:
-        with _checkpointer(tree) as checkpointer:
+        with _checkpointer(tree, stop) as checkpointer:
             checkpointer.save(directory, args=ocp.args.PyTreeSave(tree, save_args=save_args))
 
     def save() -> None:
@@ -177,7 +180,10 @@ def save_tree(directory: Path, tree: dict[str, Any]) -> None:
         saved = pool.submit(save)
         try:
             saved.result()
+        except SourceError as error:
+            raise error.__cause__ or error from None
         except KeyboardInterrupt:
+            stop.set()
             with contextlib.redirect_stderr(io.StringIO()):
                 _take_away(directory, saved)
             raise
@@ -197,7 +203,8 @@ def _take_away(directory: Path, saved: concurrent.futures.Future[None]) -> None:
 
 
 def _restore_tree(directory: Path, tree: dict[str, Any], sums: Mapping[str, str]) -> dict[str, Any]:
-    """Reads one Orbax checkpoint into the shapes, dtypes and shardings of `tree`."""
+    """Reads one Orbax checkpoint, or a part of it, into the shapes, dtypes and shardings of
+    `tree`."""
     import orbax.checkpoint as ocp
 
     _check_files(directory, tree)
@@ -206,7 +213,10 @@ def _restore_tree(directory: Path, tree: dict[str, Any], sums: Mapping[str, str]
     def read() -> dict[str, Any]:
         with _checkpointer(tree) as checkpointer:
             return checkpointer.restore(
-                directory, args=ocp.args.PyTreeRestore(item=tree, restore_args=restore_args)
+                directory,
+                args=ocp.args.PyTreeRestore(
+                    item=tree, restore_args=restore_args, partial_restore=True
+                ),
             )
 
     with verified(_expected(directory, tree, sums)):
@@ -249,8 +259,9 @@ def _check_files(directory: Path, tree: dict[str, Any]) -> None:
             raise ValueError(f"{directory} is damaged: {path} {what}; convert the source again")
 
 
-def _checkpointer(tree: dict[str, Any]) -> Any:
-    """zarr3 without OCDBT or compression, few bytes in flight: nothing is held twice."""
+def _checkpointer(tree: dict[str, Any], stop: threading.Event | None = None) -> Any:
+    """zarr3 without OCDBT or compression, few bytes in flight: nothing is held twice. `stop`: of
+    `deferred.registry`."""
     import orbax.checkpoint as ocp
 
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
@@ -263,6 +274,7 @@ def _checkpointer(tree: dict[str, Any]) -> Any:
             use_compression=False,
             save_concurrent_gb=gigabytes,
             restore_concurrent_gb=gigabytes,
+            type_handler_registry=registry(stop or threading.Event()),
         )
     )
 
@@ -280,6 +292,7 @@ def _quietly(work: Callable[[], Result]) -> Result:
 
     Raises:
       OrbaxError: in place of any exception of Orbax's.
+      SourceError: a deferred array could not be made.
     """
     with contextlib.ExitStack() as stack:
         for name in ("absl", "asyncio"):
@@ -289,6 +302,8 @@ def _quietly(work: Callable[[], Result]) -> Result:
         with contextlib.redirect_stderr(io.StringIO()) as printed:
             try:
                 result, said = work(), None
+            except SourceError:
+                raise
             except Exception as error:  # Orbax raises plain Exception, too
                 result, said = None, str(error) or repr(error)
             if said is not None:
@@ -333,6 +348,16 @@ def load_weights(
         )
     shapes = _on(device, config, _weight_shapes(config, dtype))
     return _restore_tree(directory / "weights", shapes, sums)
+
+
+def load_weight(
+    directory: Path, header: Header, path: str, dtype: np.dtype, device: jax.Device
+) -> jax.Array:
+    """One parameter in `dtype`."""
+    shape = parameter_shapes(header.config)[path].shape
+    where = jax.sharding.SingleDeviceSharding(device)
+    tree = nest({path: jax.ShapeDtypeStruct(shape, dtype, sharding=where)})
+    return flatten(_restore_tree(directory / "weights", tree, header.checksums))[path]
 
 
 def _weight_shapes(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:

@@ -106,8 +106,7 @@ def in_parts(
         attend(q[:, i : i + each], cache, quantized_length, start + i)
         for i in range(0, q.shape[1], each)
     ]
-    columns = zip(*found, strict=True)
-    return Attended(*(None if x[0] is None else jnp.concatenate(x, 1) for x in columns))
+    return jax.tree.map(lambda *x: jnp.concatenate(x, 1), *found)
 
 
 def _most_tokens(q: jax.Array, cache: LayerCache, options: dict[str, Any], backend: str) -> int:

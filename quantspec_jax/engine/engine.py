@@ -431,7 +431,8 @@ class Engine:
             at = (where[0], jnp.int32(prompt.position // g))
             tile = self._run(get_tile, self._state.cache.layers, *at, group_size=g)
             whole = prompt.tokens[: prompt.position + g]
-            self.prefixes.keep(whole, g, jax.device_get(tile))
+            kept = everywhere(tile, mesh_of(self.model.params))
+            self.prefixes.keep(whole, g, jax.device_get(kept))
         prompt.position += len(part)
         if prompt.position == len(prompt.tokens):
             self._end_prompt(prompt, h, len(part) - 1)

@@ -35,14 +35,16 @@ def attend_by_blocks(
     sm_scale: float,
     exact: jax.lax.Precision | None,
 ) -> jax.Array:
-    """[T, H, D] queries, `own` and `recent` keys and values [T, K, D], the view of whole tiles.
-    `prompt`: tokens before which a method that compresses a prompt has done nothing, whole tiles.
-    Returns [T, H, D] float32."""
-    t, h, d = q.shape
+    """[S, H, D] queries of the last positions, from a tile's first on, with `own` keys and values
+    [S, K, D]; `recent` ones [T, K, D] of all; the view of whole tiles. `prompt`: tokens before
+    which a method that compresses a prompt has done nothing, whole tiles. Returns [S, H, D]
+    float32."""
+    s, h, d = q.shape
     g, k = group_size, recent.keys.shape[1]
+    first = len(recent.keys) - s
     q, own_keys, own_values = (padded(x.astype(jnp.float32), g) for x in (q, *own))
     recent = Tokens(*(padded(x.astype(jnp.float32), g) for x in recent))
-    tokens = jnp.arange(len(q))
+    tokens = jnp.arange(len(recent.keys))
 
     def einsum(equation: str, *operands: jax.Array) -> jax.Array:
         return jnp.einsum(equation, *operands, precision=exact)
@@ -51,7 +53,7 @@ def attend_by_blocks(
         def at(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, start, size)
 
-        mine = at(q, i * g, g)
+        mine = at(q, i * g - first, g)
         queries = heads_of(mine, k)  # [K, R, G, D]
         bound = g * jnp.maximum(0, i - 1)
         before = (i * g < prompt) & method.from_prompt
@@ -68,7 +70,7 @@ def attend_by_blocks(
         place = i * g + jnp.arange(g)
         seen = (bound + jnp.arange(2 * g))[None] < place[:, None]
         newer = jnp.where(seen[None, None], newer, -jnp.inf)
-        self_keys, self_values = (at(x, i * g, g) for x in (own_keys, own_values))
+        self_keys, self_values = (at(x, i * g - first, g) for x in (own_keys, own_values))
         alone = einsum("krgd,gkd->krg", queries, self_keys)[..., None] * sm_scale
         weights = jax.nn.softmax(jnp.concatenate([older, newer, alone], -1), -1)
         n = older.shape[-1]
@@ -78,4 +80,5 @@ def attend_by_blocks(
         return out.transpose(2, 0, 1, 3).reshape(g, h, d)
 
     longer = Tokens(*(jnp.pad(x, ((0, g), (0, 0), (0, 0))) for x in recent))
-    return jax.lax.map(block, jnp.arange(len(q) // g)).reshape(-1, h, d)[:t]
+    tiles = jnp.arange(first // g, len(tokens) // g)
+    return jax.lax.map(block, tiles).reshape(-1, h, d)[:s]

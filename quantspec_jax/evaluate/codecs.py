@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +47,7 @@ from quantspec_jax.models.decoder import block_params, run_block, unembed
 from quantspec_jax.models.linear import precision
 from quantspec_jax.models.parameters import Params
 from quantspec_jax.planning.devices import DEVICES
+from quantspec_jax.weights.calibrate.programs import program
 from quantspec_jax.weights.calibrate.text import calibration_tokens
 
 COUNTED_AT = 131072  # tokens at which what does not grow with them is spread
@@ -243,13 +243,18 @@ class Bench:
         return {name: float(np.mean(x, dtype=np.float64)) for name, x in flat.items()}
 
     def through(
-        self, method: Method, learned: Learned | None = None, pasts: Sequence[Past] | None = None
+        self,
+        method: Method,
+        learned: Learned | None = None,
+        pasts: Sequence[Past] | None = None,
+        before: Sequence[Past] | None = None,
     ) -> tuple[jax.Array, list[Past]]:
         """Hidden states [1, T, E] after the last norm, each position reading by `method`: its own
         keys and values, or those of `pasts` as the 8-bit view has them. And the keys and values of
-        each layer."""
+        each layer. `before`: those of the text's first tokens, whole tiles; T are what follow."""
         params, config = self.model.params, self.model.config
-        stream = embedded(params, jnp.asarray([self.ids], jnp.int32), config)
+        first = before[0].keys.shape[1] if before else 0
+        stream = embedded(params, jnp.asarray([self.ids[first:]], jnp.int32), config)
         reader = Reader(config, method, self.group_size, self.prompt)
         other: Layer | Past | None = None
         found: list[Past] = []
@@ -260,7 +265,7 @@ class Bench:
                 of = found if pasts is None else pasts
                 other = of[source] if source != i else None
             past = pasts[i] if pasts else None
-            given = (known, other, past)
+            given = (known, other, past, before[i] if before else None)
             stream, past, other = _block(*block_params(params, i), stream, *given, reader=reader)
             found.append(past)
         return stream.h, found
@@ -275,9 +280,13 @@ class Reader:
     group_size: int
     prompt: int
 
-    def held(self, own: Tokens, q: jax.Array) -> Past:
+    def held(self, own: Tokens, q: jax.Array, before: Past | None) -> Past:
         """What a pass of the target leaves to others."""
-        return Past(*own, q[:, max(0, self.prompt - OBSERVED) : self.prompt])
+        if before is None:
+            return Past(*own, q[:, max(0, self.prompt - OBSERVED) : self.prompt])
+        keys = jnp.concatenate([before.keys, own.keys], 1)
+        values = jnp.concatenate([before.values, own.values], 1)
+        return Past(keys, values, before.queries)
 
     def text(self, past: Past, rope: Any, coded: bool) -> Layer:
         """Keys and values [T, K, D] that the method is given. `coded`: no more of them than the
@@ -289,15 +298,16 @@ class Reader:
 
     def older(
         self, past: Past, rope: Any, learned: Any, other: Any, coded: bool
-    ) -> tuple[Tokens, Layer]:
-        """What is read of a layer, and what the layer above is given. `other`: what the layer below
-        was given, or, where layers are read in pairs, the other's past."""
+    ) -> tuple[Tokens, Layer | None]:
+        """What is read of a layer, and what a stacked method is given above it. `other`: what it
+        was given here, or, where layers are read in pairs, the other's past."""
         text = self.text(past, rope, coded)
         if self.method.paired:
             other = text if other is None else self.text(other, rope, coded)
         made = self.method.read(learned, text, other)
         read = self._keys(self._with_sinks(text, made), rotate, rope)
-        return Tokens(*(x[None].astype(past.keys.dtype) for x in read)), made
+        tokens = Tokens(*(x[None].astype(past.keys.dtype) for x in read))
+        return tokens, made if self.method.stacked else None
 
     def view(self, past: Past, rope: Any, learned: Any, coded: bool) -> View:
         """What is read of whole tiles of a layer, where the method selects."""
@@ -317,7 +327,7 @@ class Reader:
         return Layer(*(jnp.where(sink, *both) for both in zip(text, read, strict=True)))
 
 
-@partial(jax.jit, static_argnames="reader")
+@program("reader")
 def _block(
     block: Params,
     norm: jax.Array,
@@ -325,21 +335,24 @@ def _block(
     learned: Any,
     other: Any,
     past: Past | None,
+    before: Past | None,
     *,
     reader: Reader,
 ) -> tuple[Stream, Past, Layer | None]:
-    config, length = reader.model, stream.x.shape[1]
+    config, first = reader.model, 0 if before is None else before.keys.shape[1]
+    length = first + stream.x.shape[1]
+    rope = cos, sin = whole_tables(config, length)
     with jax.ensure_compile_time_eval():
-        coded = schedule.quantized_length(jnp.arange(length), reader.group_size)
+        coded = schedule.quantized_length(jnp.arange(first, length), reader.group_size)
         older_length = np.asarray(coded)
 
     def attend(past: Past | None, heads: Heads) -> tuple[jax.Array, tuple[Past, Layer | None]]:
         q, k, v = heads.finished()
         own, draft = Tokens(k, v), past is not None
-        held = reader.held(own, q) if past is None else past
+        held = reader.held(own, q, before) if past is None else past
         exact, scale = precision(q.dtype), config.head_dim**-0.5
         if reader.method.selects:
-            view = reader.view(held, heads.rope, learned, draft)
+            view = reader.view(held, rope, learned, draft)
             one, recent = (Tokens(x[0][0], x[1][0]) for x in (own, held))
             out = attend_by_blocks(
                 *(q[0], one, recent, view, reader.method),
@@ -349,18 +362,19 @@ def _block(
                 exact=exact,
             )
             return out[None], (held, None)
-        older, made = reader.older(held, heads.rope, learned, other, draft)
+        older, made = reader.older(held, rope, learned, other, draft)
         recent = Tokens(held.keys, held.values)
         out = sequence_attention(q, own, recent, older, older_length, sm_scale=scale, exact=exact)
         return out, (held, made)
 
+    own_rope = (cos[:, first:], sin[:, first:])
     x, h, (held, made) = run_block(
-        block, norm, config, *stream, whole_tables(config, length), past, attend, backend="xla"
+        block, norm, config, *stream, own_rope, past, attend, backend="xla"
     )
     return Stream(x, h), held, made
 
 
-@jax.jit
+@program()
 def _measure(head: Params, hidden: tuple[jax.Array, jax.Array], following: jax.Array) -> Measured:
     def measure(hidden: tuple[jax.Array, jax.Array], following: jax.Array) -> Measured:
         p, q = (jax.nn.log_softmax(unembed(head, x, "xla")) for x in hidden)

@@ -22,6 +22,7 @@ from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.decoder import block_params, run_block, unembed
 from quantspec_jax.models.parameters import Params
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
+from quantspec_jax.weights.calibrate.programs import program
 
 
 def loss_gradients(model: Model, chunks: np.ndarray, *, progress: bool = False) -> list[Layer]:
@@ -50,7 +51,7 @@ def _chunk_gradients(model: Model, tokens: np.ndarray) -> list[Layer]:
     return found[::-1]
 
 
-@jax.jit
+@program()
 def _loss_gradient(head: Params, stream: Stream, ids: jax.Array) -> Stream:
     """Of the summed negative log-likelihood of the tokens that follow."""
 
@@ -86,12 +87,12 @@ def _tables(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:
     return rope_tables(*frequencies, jnp.arange(length)[None])
 
 
-@partial(jax.jit, static_argnames="config")
+@program("config")
 def _up(block: Params, norm: jax.Array, stream: Stream, *, config: ModelConfig) -> Stream:
     return _run(block, norm, config, stream, None)
 
 
-@partial(jax.jit, static_argnames="config")
+@program("config")
 def _down(
     block: Params, norm: jax.Array, stream: Stream, gradient: Stream, *, config: ModelConfig
 ) -> tuple[Stream, Layer]:

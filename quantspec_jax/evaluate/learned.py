@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,12 @@ from quantspec_jax.models.linear import precision
 from quantspec_jax.models.parameters import Params, flatten
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 from quantspec_jax.notices import notice
+from quantspec_jax.weights.calibrate.programs import program
 
 Learned = list[Any]  # a pytree a layer
 Chunks = Callable[[], np.ndarray]
 WEIGHTED = slice(None, None, 2)  # chunks that weighted methods read: gradients take their time
+AT_ONCE = 8  # methods that learn side by side: their programs take long to compile
 SAMPLE = 1024  # numbers of each weight that tell a model from another
 
 
@@ -58,7 +60,8 @@ def fitted(
         return found
     weighted = any(method.weighted for method in learning.values())
     gradients = loss_gradients(model, chunks()[WEIGHTED], progress=progress) if weighted else None
-    below: dict[str, Layer | None] = dict.fromkeys(learning)
+    learners = {name: method.learner() for name, method in learning.items()}
+    below: dict[Method, Layer | None] = dict.fromkeys(learners.values())
     shape = chunks().shape
     anywhere = np.random.default_rng(0).integers(0, context, shape)
     turn = rope_tables(
@@ -70,18 +73,34 @@ def fitted(
         total=model.config.num_layers,
         disable=not progress,
     )
-    for i, made in enumerate(layers):
-        slopes = None if gradients is None else gradients[i]
-        for name, method in learning.items():
-            own, at, weights = made, turn, None
-            if method.weighted:
-                own, at = jax.tree.map(lambda x: x[WEIGHTED], (made, turn))
-                weights = slopes
-            found[name][i], below[name] = _fit(own, weights, below[name], at, method=method)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for i, made in enumerate(layers):
+            known = _fit_all(pool, below, made, turn, None if gradients is None else gradients[i])
+            for name, learner in learners.items():
+                found[name][i], below[learner] = known[learner]
     return found
 
 
-@partial(jax.jit, static_argnames="method")
+def _fit_all(
+    pool: ThreadPoolExecutor,
+    below: Mapping[Method, Layer | None],
+    made: tuple[jax.Array, jax.Array],
+    turn: tuple[jax.Array, jax.Array],
+    gradient: Layer | None,
+) -> dict[Method, tuple[Any, Layer | None]]:
+    """`_fit` of a layer, by method."""
+    weighed = None if gradient is None else jax.tree.map(lambda x: x[WEIGHTED], (made, turn))
+
+    def fit(method: Method) -> tuple[Any, Layer | None]:
+        if not method.weighted:
+            return _fit(made, None, below[method], turn, method=method)
+        assert weighed is not None
+        return _fit(weighed[0], gradient, below[method], weighed[1], method=method)
+
+    return dict(zip(below, pool.map(fit, below), strict=True))
+
+
+@program("method")
 def _fit(
     made: tuple[jax.Array, jax.Array],
     gradient: Layer | None,
@@ -89,8 +108,9 @@ def _fit(
     turn: tuple[jax.Array, jax.Array] | None,
     *,
     method: Method,
-) -> tuple[Any, Layer]:
-    """Learn from keys before RoPE and values [chunks, length, K, D], but the first tokens'."""
+) -> tuple[Any, Layer | None]:
+    """Learn from keys before RoPE and values [chunks, length, K, D], but the first tokens'; and,
+    where the layer above needs it, what this one comes to."""
 
     def kept(keys: jax.Array, values: jax.Array) -> Layer:
         if not method.before_rope:
@@ -99,7 +119,8 @@ def _fit(
         return Layer(*(x[:, method.sinks :].reshape(-1, *x.shape[2:]) for x in (keys, values)))
 
     slopes = None if gradient is None else kept(*(x.astype(jnp.float32) for x in gradient))
-    return method.fit(kept(*made), below, slopes)
+    learned, read = method.fit(kept(*made), below, slopes)
+    return learned, read if method.stacked else None
 
 
 def calibrated(
@@ -144,14 +165,16 @@ def _signature(model: Model, method: Method, chunks: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _save(directory: Path, signature: str, learned: Learned, stream: Stream, below: Layer) -> None:
+def _save(
+    directory: Path, signature: str, learned: Learned, stream: Stream, below: Layer | None
+) -> None:
     """One file, whole or not at all: leaves of what was learned, the stream, what the last layer
     came to."""
     directory.mkdir(parents=True, exist_ok=True)
     arrays = {f"learned.{i}.{n}": x for i, one in enumerate(learned)
               for n, x in enumerate(jax.tree.leaves(one))}  # fmt: skip
     arrays |= {f"stream.{n}": x.astype(jnp.float32) for n, x in enumerate(stream)}
-    arrays |= {f"below.{n}": x for n, x in enumerate(below)}
+    arrays |= {f"below.{n}": x for n, x in enumerate(below or ())}
     held = {name: np.asarray(x) for name, x in arrays.items()}
     with whole(directory / "layers.npz") as partial_file, partial_file.open("wb") as stream_file:
         held |= {"signature": np.array(signature), "layers": np.array(len(learned))}
@@ -177,7 +200,8 @@ def _load(
               for i in range(layers)]  # fmt: skip
     learned = [Predictors(*map(jnp.asarray, one)) if one else () for one in leaves]
     stream = Stream(*(jnp.asarray(found[f"stream.{n}"], dtype) for n in range(2)))
-    return learned, stream, Layer(*(jnp.asarray(found[f"below.{n}"]) for n in range(2)))
+    below = [jnp.asarray(found[name]) for name in sorted(found) if name.startswith("below.")]
+    return learned, stream, Layer(*below) if below else None
 
 
 def activations(model: Model, chunks: np.ndarray) -> Iterator[tuple[jax.Array, jax.Array]]:
@@ -189,7 +213,7 @@ def activations(model: Model, chunks: np.ndarray) -> Iterator[tuple[jax.Array, j
         yield made
 
 
-@partial(jax.jit, static_argnames="config")
+@program("config")
 def _plain_block(
     block: Params, norm: jax.Array, stream: Stream, *, config: ModelConfig
 ) -> tuple[Stream, tuple[jax.Array, jax.Array]]:

@@ -1,7 +1,9 @@
 """`quantspec eval quality`: tasks about long contexts, over what a method keeps of the cache.
 
-The context is compressed before a question is seen: methods that work from a prompt take the
-context as theirs, the others what the schedule has in codes. An answer is right where each of its
+The context is compressed before a question is seen. Its keys and values are made in full precision,
+once for all methods, as a prompt's are when a model decodes; what comes after it reads what a
+method keeps of them: methods that work from a prompt take the context as theirs, the others what
+the schedule has in codes. An answer is right where each of its
 tokens is the model's first choice after those before it, which is where greedy decoding gives it.
 """
 
@@ -19,14 +21,15 @@ from tqdm import tqdm
 
 from quantspec_jax.checks import require
 from quantspec_jax.evaluate import data_tasks
-from quantspec_jax.evaluate.codecs import Bench, by_tiles, causal
+from quantspec_jax.evaluate.codecs import Bench, Past, by_tiles, causal
 from quantspec_jax.evaluate.learned import Learned, fitted
 from quantspec_jax.evaluate.tasks import TASKS, Sample, Turn, fitting, turn_texts
 from quantspec_jax.evaluate.teacher_forced import at_tokens, lm_head_of
 from quantspec_jax.loading import Model
-from quantspec_jax.methods import METHODS
+from quantspec_jax.methods import METHODS, Planes
 from quantspec_jax.models.decoder import unembed
 from quantspec_jax.models.parameters import Params
+from quantspec_jax.weights.calibrate.programs import program
 from quantspec_jax.weights.calibrate.text import calibration_tokens
 
 MODES = ("questions", "multi-turn")
@@ -116,26 +119,32 @@ def quality(
         require(whole, "codec", name, "methods that a model can decode from layer by layer")
     asked = {
         task: [
-            each
+            _asked(model, task, (seed, number), context, prompt, mode, haystack)
             for number in range(samples)
-            for each in _asked(model, task, (seed, number), context, prompt, mode, haystack)
         ]
         for task in tasks
     }
-    passes = sum(map(len, asked.values())) * len(chosen)
-    with tqdm(total=passes, desc="quality", disable=not progress) as bar:
-        for task, all_asked in asked.items():
-            for name, method in chosen.items():
-                found = []
-                for each in all_asked:
-                    bench = Bench(model, each.ids, prompt, group_size)
-                    found += _answered(bench, each, method, learned[name])
-                    bar.update()
-                right, loss = (float(np.mean(x)) for x in zip(*found, strict=True))
-                row = {"task": task, "codec": name, "correct": right, "answers": len(found)}
+    with tqdm(total=samples * len(tasks), desc="quality", disable=not progress) as bar:
+        for task, contexts in asked.items():
+            found: dict[str, list[tuple[bool, float]]] = {name: [] for name in chosen}
+            for questions in contexts:
+                before = _before(model, questions[0], prompt, group_size)
+                for name, method in chosen.items():
+                    for each in questions:
+                        bench = Bench(model, each.ids, prompt, group_size)
+                        found[name] += _answered(bench, each, method, learned[name], before)
+                bar.update()
+            for name, answers in found.items():
+                right, loss = (float(np.mean(x)) for x in zip(*answers, strict=True))
+                row = {"task": task, "codec": name, "correct": right, "answers": len(answers)}
                 rows.append(row | {"answer_nll": loss})
-                on_row(result)
+            on_row(result)
     return result
+
+
+def _before(model: Model, asked: Asked, prompt: int, group_size: int) -> list[Past]:
+    """Of the context that all its questions have before them."""
+    return Bench(model, asked.ids[:prompt], prompt, group_size).through(Planes("full"))[1]
 
 
 def _asked(
@@ -171,23 +180,23 @@ def _laid_out(sample: Sample, turns: Sequence[Turn], encoded: Any, context: int)
 
 
 def _answered(
-    bench: Bench, asked: Asked, method: Any, learned: Learned
+    bench: Bench, asked: Asked, method: Any, learned: Learned, before: list[Past]
 ) -> list[tuple[bool, float]]:
     """Of each answer whether it is right, and its negative log-probability."""
-    hidden, _ = bench.through(method, learned)
+    hidden, _ = bench.through(method, learned, before=before)
     at = np.arange(bench.prompt, len(asked.ids))
     following = jnp.asarray([*asked.ids[bench.prompt + 1 :], 0], jnp.int32)
-    top, log_prob = _predicted(lm_head_of(bench.model.params), hidden[0, bench.prompt :], following)
+    top, log_prob = _predicted(lm_head_of(bench.model.params), hidden[0], following)
     top, log_prob = np.asarray(top), np.asarray(log_prob)
     found = []
     for answer in asked.answers:
-        before = np.isin(at + 1, np.asarray(answer))
-        right = bool((top[before] == np.asarray(asked.ids)[np.asarray(answer)]).all())
-        found.append((right, float(-log_prob[before].sum())))
+        asking = np.isin(at + 1, np.asarray(answer))
+        right = bool((top[asking] == np.asarray(asked.ids)[np.asarray(answer)]).all())
+        found.append((right, float(-log_prob[asking].sum())))
     return found
 
 
-@jax.jit
+@program()
 def _predicted(
     head: Params, hidden: jax.Array, following: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -11,6 +11,8 @@ prompt is, on what lies in other slots, or on how many tiles were read before it
 another request. (A prefill of the whole prompt, `generate.prefill`, attends in full precision to
 all of it and is faster on a GPU; a prompt of at most G tokens is read alike by both.)
 
+Over a mesh the heads are split, and neither tiles nor sequences.
+
 The rows go straight into the sequence's slot of the running cache. While they do, the slot's
 sequence counts as finished, and its length is a multiple of G: what rounds write there for nobody
 lies in the tile that is written next.
@@ -32,19 +34,22 @@ from quantspec_jax.cache.codecs.codec import planes_of
 from quantspec_jax.cache.tiles import get_tile, put_tile
 from quantspec_jax.generate.prefill import first_state
 from quantspec_jax.generate.requests import Requests
+from quantspec_jax.generate.split import split
 from quantspec_jax.generate.state import DecodeState, PromptProgram
 from quantspec_jax.models.decoder import embed, run_block, unembed
 from quantspec_jax.models.parameters import Params
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
 
+@split("params whole", "whole whole")
 def tile_begin(
     params: Params, tokens: jax.Array, *, program: PromptProgram
 ) -> tuple[jax.Array, jax.Array]:
     """[1, G] tokens → the residual stream and its norm before the first block, [1, G, E]."""
-    return embed(params, program.model, tokens)
+    return embed(params, program.model, tokens, program.axes)
 
 
+@split("block whole whole whole layer whole whole whole", "whole whole layer")
 def tile_layer(
     block: Params,
     next_norm: jax.Array,
@@ -91,7 +96,8 @@ def tile_layer(
 
     frequencies = rope_frequencies(config.rope, config.head_dim, cache.max_length)
     rope = rope_tables(*frequencies, positions)
-    return run_block(block, next_norm, config, x, h, rope, layer, attend, backend=program.backend)
+    options: dict[str, Any] = {"backend": program.backend, "axes": program.axes}
+    return run_block(block, next_norm, config, x, h, rope, layer, attend, **options)
 
 
 def _write(
@@ -113,6 +119,7 @@ def _write(
     )
 
 
+@split("params whole whole batch batch batch", "state")
 def tile_end(
     params: Params,
     hidden: jax.Array,
@@ -132,18 +139,20 @@ def tile_end(
       row: [] int32, the last token's in the tile.
       seen: [1, N] bool, the prompt's tokens; length: [1] int32, how many.
     """
-    logits = unembed(params, hidden[:, row], program.backend)
+    logits = unembed(params, hidden[:, row], program.backend, program.axes)
     state = first_state(
         logits, seen, length, requests, program=program, capacity=capacity, logprobs=logprobs
     )
-    return dataclasses.replace(state, memory=memory_of_unseen(program, 1))
+    heads = program.model.num_kv_heads // program.axes.tp
+    return dataclasses.replace(state, memory=memory_of_unseen(program, 1, heads))
 
 
-def memory_of_unseen(program: PromptProgram, batch: int) -> Any:
+def memory_of_unseen(program: PromptProgram, batch: int, kv_heads: int | None = None) -> Any:
     """What a draft policy remembers of prompts that it did not look at: no page has a vote. One
-    that lets verifications vote knows the pages after the first of them."""
+    that lets verifications vote knows the pages after the first of them. `kv_heads`: a device's;
+    None: all."""
     model, cache = program.model, program.cache
-    nothing = jnp.zeros((batch, model.num_kv_heads, cache.num_tiles))
+    nothing = jnp.zeros((batch, kv_heads or model.num_kv_heads, cache.num_tiles))
     return program.policy.start([nothing] * model.num_layers, jnp.zeros(batch, jnp.int32))
 
 

@@ -67,6 +67,7 @@ class Aqua(Method):
     first_width: int = 4
     before_rope: bool = dataclasses.field(default=True, kw_only=True)
     learns: bool = dataclasses.field(default=True, kw_only=True)
+    stacked: bool = dataclasses.field(default=True, kw_only=True)
     sinks: int = dataclasses.field(default=4, kw_only=True)
 
     def bits(self, model: ModelConfig, tokens: int) -> float:

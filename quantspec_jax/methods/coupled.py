@@ -42,12 +42,11 @@ def codebooks(x: jax.Array, weight: jax.Array, width: int, steps: int) -> jax.Ar
 
 @dataclasses.dataclass(frozen=True)
 class Coupled(Method):
-    """group: channels with one code; width: bits of its code; fisher: whether the gradient weighs.
-    steps: of k-means."""
+    """group: channels with one code; width: bits of its code; steps: of k-means. `weighted`: by the
+    gradient, else every token counts alike."""
 
     group: int
     width: int = 8
-    fisher: bool = True
     steps: int = 12
     before_rope: bool = dataclasses.field(default=True, kw_only=True)
     learns: bool = dataclasses.field(default=True, kw_only=True)
@@ -67,7 +66,7 @@ class Coupled(Method):
         for i, x in enumerate(text):
             groups = groups_of(x, self.group)
             weight = jnp.ones(groups.shape[:2])
-            if gradient is not None and self.fisher:
+            if gradient is not None:
                 slopes = groups_of(gradient[i], self.group)
                 weight = (slopes * slopes).sum(-1)
             learned.append(codebooks(groups, weight, self.width, self.steps))

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantspec_jax.checks import require
+from quantspec_jax.methods.kmeans import by_chunks, greatest
 from quantspec_jax.methods.method import Layer, Method, channels, rows
 from quantspec_jax.models.config import ModelConfig
 
 GRIDS = Path(__file__).with_name("grids.json")  # made by benchmarks/grids.py
 LARGEST_BLOCK = 1024
-POINTS_AT_ONCE = 1 << 22  # distances that exist at a time
 
 
 @functools.cache
@@ -71,14 +71,10 @@ def _nearest(pairs: jax.Array, points: jax.Array) -> jax.Array:
     """The number of the point that is nearest to each pair."""
 
     def of(some: jax.Array) -> jax.Array:
-        off = some[:, None] - points[None]
-        return jnp.argmin((off * off).sum(-1), -1)
+        first, second = (jnp.square(some[:, i, None] - points[None, :, i]) for i in range(2))
+        return greatest(-(first + second))
 
-    rows = max(1, POINTS_AT_ONCE // len(points))
-    if len(pairs) <= rows:
-        return of(pairs)
-    whole = jnp.pad(pairs, ((0, -len(pairs) % rows), (0, 0)))
-    return jax.lax.map(of, whole.reshape(-1, rows, 2)).reshape(-1)[: len(pairs)]
+    return by_chunks(of, pairs, len(points))
 
 
 def code_bits(width: int, channels: int) -> float:

@@ -41,6 +41,7 @@ class Method:
     learns        from a text, before it reads another
     weighted      by the gradient of the loss on that text
     of_planes     it reads views of this package's planes
+    stacked       what a layer's codes build on is what the layer below came to
     paired        it reads a layer together with the one that `partner` names
     from_prompt   it compresses once, what a prompt has when it ends; what comes later stays
     selects       it does not read all tokens, or changes their scores: `keep` and `weigh` are asked
@@ -51,6 +52,7 @@ class Method:
     learns: bool = False
     weighted: bool = False
     of_planes: bool = False
+    stacked: bool = False
     paired: bool = False
     from_prompt: bool = False
     selects: bool = False
@@ -78,10 +80,14 @@ class Method:
     def fit(
         self, text: Layer, below: Layer | None, gradient: Layer | None = None
     ) -> tuple[Any, Layer]:
-        """Learn a layer from a text's rows [N, K, D]. `below`: what the layer below came to, None
-        in the first. `gradient`: of the loss, at these rows. Returns what was learned, a pytree of
-        arrays, and what this layer comes to."""
+        """Learn a layer from a text's rows [N, K, D]. `below`: what the layer below came to, where
+        the method is stacked, None in the first. `gradient`: of the loss, at these rows. Returns
+        what was learned, a pytree of arrays, and what this layer comes to."""
         return (), self.read((), text, below)
+
+    def learner(self) -> Method:
+        """The method that learns what this one does: the same of all that differ elsewhere."""
+        return self
 
     def partner(self, known: Any, layer: int, layers: int) -> int:
         """The layer that this one is read with (`paired`)."""
@@ -89,8 +95,8 @@ class Method:
 
     def read(self, learned: Any, text: Layer, other: Layer | None) -> Layer:
         """What later positions read in place of a text's keys and values. `other`: what was read of
-        the layer below, None in the first; where the method is paired, the keys and values of the
-        partner."""
+        the layer below, where the method is stacked, None in the first; where it is paired, the
+        keys and values of the partner."""
         raise NotImplementedError
 
     def compress(self, learned: Any, text: Layer, queries: jax.Array, prompt: int) -> View:

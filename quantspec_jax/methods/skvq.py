@@ -75,13 +75,15 @@ def _eight_bits(x: jax.Array) -> jax.Array:
 @dataclasses.dataclass(frozen=True)
 class Skvq(Method):
     """key_levels, value_levels: steps between bounds, 3 of them in 2 bits; 2, which the paper calls
-    1.5 bits, are three codes. group: channels, in the mean."""
+    1.5 bits, are three codes. group: channels, in the mean. sorts: groups are learned, else they
+    are neighbours."""
 
     key_levels: int = 3
     value_levels: int = 3
     group: int = 64
     clip: float = 0.92
     centred: bool = False
+    sorts: bool = True
     before_rope: bool = dataclasses.field(default=True, kw_only=True)
     learns: bool = dataclasses.field(default=True, kw_only=True)
     sinks: int = dataclasses.field(default=5, kw_only=True)
@@ -93,13 +95,21 @@ class Skvq(Method):
         codes = (math.log2(self.key_levels + 1) + math.log2(self.value_levels + 1)) / 2
         return codes + 16 * self._groups(n) / n + shared_bits(2 * n, model, tokens)
 
+    def learner(self) -> Skvq:
+        """A group's channels, whatever its levels and bounds."""
+        learnt = ("group", "sorts", "before_rope", "sinks")
+        return Skvq(**{name: getattr(self, name) for name in learnt})
+
     def fit(
         self, text: Layer, below: Layer | None, gradient: Layer | None = None
     ) -> tuple[Any, Layer]:
         """The groups of keys' and of values' channels."""
-        found = [rows(x) for x in text]
-        learned = tuple(grouping(x, self._groups(x.shape[1])) for x in found)
+        learned = tuple(self._labels(rows(x)) for x in text)
         return learned, self.read(learned, text, None)
+
+    def _labels(self, x: jax.Array) -> jax.Array:
+        n, groups = x.shape[1], self._groups(x.shape[1])
+        return grouping(x, groups) if self.sorts else jnp.arange(n) * groups // n
 
     def read(self, learned: Any, text: Layer, other: Layer | None) -> Layer:
         """Of all heads of a token together."""

@@ -143,18 +143,19 @@ def sequence_attention(
     sm_scale: float,
     exact: jax.lax.Precision | None,
 ) -> jax.Array:
-    """Attention of the positions 0..S−1 of a sequence, all at once:
+    """Attention of the last S positions of a sequence of T tokens, all at once:
 
         token      0 ............... older_length[t] ............... t − 1    t
         read of    older             recent                                   own
 
     Products are in the operands' type, their sums and the softmax in float32. Blocks of keys are
     merged by the online softmax (arXiv 1805.02867), blocks that no query of a block reads are not
-    visited, and memory is linear in S.
+    visited, and memory is linear in T.
 
     Args:
       q: [B, S, H, D].
-      own, recent, older: [B, S, K, D] each.
+      own: [B, S, K, D].
+      recent, older: [B, T, K, D] each.
       older_length: [S], grows with the position.
       older_pages: [B, S, K, n] bool, which pages of `page_size` tokens a position reads of those;
         None: all.
@@ -166,9 +167,11 @@ def sequence_attention(
     b, s, h, d = q.shape
     kv_heads = own.keys.shape[2]
     rep = h // kv_heads
+    tokens = recent.keys.shape[1]
+    first = tokens - s
     times = GPU_BLOCKS if jax.default_backend() == "gpu" else 1
-    block, wide = min(times * QUERY_BLOCK, s), min(times * KEY_BLOCK, s)
-    tiles, blocks = -(-s // block), -(-s // wide)
+    block, wide = min(times * QUERY_BLOCK, s), min(times * KEY_BLOCK, tokens)
+    tiles, blocks = -(-s // block), -(-tokens // wide)
     limits = np.zeros(tiles * block, np.int32)
     if older_length is not None:
         limits[:s] = older_length
@@ -179,15 +182,16 @@ def sequence_attention(
         x = x.reshape(b, tiles, block, kv_heads, rep, d).transpose(1, 0, 3, 4, 2, 5)
         return x.reshape(tiles, b, kv_heads, rep * block, d)
 
-    def by_head(x: jax.Array) -> jax.Array:  # [B, S, K, D] → [B, K, blocks · wide, D]
-        x = jnp.pad(x, ((0, 0), (0, blocks * wide - s), (0, 0), (0, 0)))
+    def by_head(x: jax.Array) -> jax.Array:  # [B, T, K, D] → [B, K, blocks · wide, D]
+        x = jnp.pad(x, ((0, 0), (0, blocks * wide - tokens), (0, 0), (0, 0)))
         return x.transpose(0, 2, 1, 3)
 
     # The blocks of `recent`, and after them those of `older`.
     sources = [recent] if older is None else [recent, older]
     keys, values = (jnp.concatenate([*map(by_head, x)], 2) for x in zip(*sources, strict=True))
     queries = rows(q)
-    at = jnp.tile(jnp.arange(tiles * block, dtype=jnp.int32).reshape(tiles, block), (1, rep))
+    at = first + jnp.arange(tiles * block, dtype=jnp.int32).reshape(tiles, block)
+    at = jnp.tile(at, (1, rep))
     first_recent = jnp.tile(jnp.asarray(limits).reshape(tiles, block), (1, rep))
 
     if older_pages is not None:  # [tiles, B, K, block, n]
@@ -225,7 +229,7 @@ def sequence_attention(
     own_key, own_value = (rows(jnp.repeat(x.astype(jnp.float32), rep, 2)) for x in own)
     score = (queries.astype(jnp.float32) * own_key).sum(-1) * sm_scale
     start = State(score, jnp.ones_like(score), own_value)
-    pairs = jnp.asarray(_pairs(limits, s, block, wide, blocks))
+    pairs = jnp.asarray(_pairs(limits, first, tokens, block, wide, blocks))
     (_, total, output), _ = jax.lax.scan(visit, start, pairs)
     out = (output / total[..., None]).reshape(tiles, b, kv_heads, rep, block, d)
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(b, tiles * block, h, d)[:, :s]
@@ -237,13 +241,16 @@ def _einsum(
     return jnp.einsum(equation, x, y, precision=exact, preferred_element_type=jnp.float32)
 
 
-def _pairs(limits: np.ndarray, s: int, block: int, wide: int, blocks: int) -> np.ndarray:
+def _pairs(
+    limits: np.ndarray, first: int, tokens: int, block: int, wide: int, blocks: int
+) -> np.ndarray:
     """(block of queries, block of keys) of every product, int32 [n, 2]; from `blocks` on the blocks
-    of keys are those of the older tokens, which reach up to limits [S]."""
+    of keys are those of the older tokens, which reach up to limits [S]. `first`: the first query's
+    position."""
     pairs = []
     for i in range(len(limits) // block):
-        last = min((i + 1) * block, s) - 1
-        begin, end = limits[i * block], limits[last]
+        last = min(first + (i + 1) * block, tokens) - 1
+        begin, end = limits[i * block], limits[last - first]
         pairs += [(i, j) for j in range(begin // wide, -(-last // wide))]
         pairs += [(i, blocks + j) for j in range(-(-end // wide))]
     return np.asarray(pairs, np.int32).reshape(-1, 2)

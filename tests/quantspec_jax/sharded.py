@@ -30,12 +30,14 @@ from quantspec_jax.bench.decode import random_state
 from quantspec_jax.cache import KVCache, create
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.engine.engine import Engine
+from quantspec_jax.engine.prepare import prepare
 from quantspec_jax.engine.programs import DECODE
 from quantspec_jax.generate import prefill as stages
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.prefill import prefill
 from quantspec_jax.generate.requests import requests
 from quantspec_jax.generate.state import DecodeState, Program, PromptProgram
+from quantspec_jax.generate.tiles import TILE_STAGES, tile_begin, tile_end, tile_layer
 from quantspec_jax.loading import Model, full_logits
 from quantspec_jax.models.attention import _pairs_of_parts
 from quantspec_jax.models.config import ModelConfig
@@ -255,6 +257,45 @@ def tiles_and_heads_over_devices() -> None:
     assert 0.3 < min(read) < 1, read
 
 
+def prompts_in_tiles() -> None:
+    """Each device reads its heads' part: prompts beside each other, in slots of their own,
+    leave the cache and the first tokens of one device."""
+    read = dataclasses.replace(SAMPLED, prefill="tiles", temperature=2.0)
+    keys, tokens = jax.random.key(5), np.arange(6 * 40).reshape(6, 40) * 7 % 96
+    made = []
+    for there in (decoder(), sharding.place_model(decoder(), mesh(tp=4))):
+        program = prepare(there, [[1] * 40], read).program.prompt
+        cache = sharding.place_cache(
+            create(there.config, program.cache, 6), sharding.mesh_of(there.params)
+        )
+        layer, firsts = cache.layers[0], []
+        for slot, prompt in enumerate(tokens):
+            for start in range(0, 40, 16):
+                tile = jnp.zeros((1, 16), int).at[0, : 40 - start].set(prompt[start : start + 16])
+                call = (*block_params(there.params, 0), *begin_tile(there, tile, program), layer)
+                where = (jnp.int32(slot), jnp.int32(start), jnp.int32(40))
+                _, h, layer = TILE_STAGES[tile_layer](*call, *where, program=program)
+            wants = requests(read, jax.random.fold_in(keys, slot), (), 1)
+            last = (h, jnp.int32(7), jnp.zeros((1, 96), bool), jnp.full(1, 40), wants)
+            state = TILE_STAGES[tile_end](there.params, *last, program=program, capacity=8)
+            firsts.append(int(state.pending[0]))
+        made.append((firsts, layer, state.memory))
+    (expected, whole, _), (found, parts, memory) = made
+    assert found == expected
+    assert len(set(found)) > 3
+    (votes,) = jax.tree.leaves(memory)
+    check_split(votes, ("batch", "layers", "kv_heads", "tiles"), {"tp": 4})
+    for x, y in zip(*map(jax.tree.leaves, (whole, parts)), strict=True):
+        names = ("batch", "kv_heads", *["whole"] * (x.ndim - 2))
+        check_split(y, names, {"tp": 4})
+        x, y = (np.asarray(a).astype(np.float32) for a in (x, y))
+        assert np.isclose(x, y, rtol=1e-3, atol=1e-5).mean() > 0.999
+
+
+def begin_tile(there: Model, tile: jax.Array, program: PromptProgram) -> Any:
+    return TILE_STAGES[tile_begin](there.params, tile, program=program)
+
+
 def no_device_has_more_than_its_share() -> None:
     """Nor do devices meet more often than they have to."""
     sizes = {"dp": 2, "cp": 2, "tp": 2}
@@ -309,7 +350,7 @@ def blocks_read(pairs: np.ndarray, part: int) -> list[tuple[int, int]]:
 def refused_over_a_mesh() -> None:
     placed = sharding.place_model(decoder(), mesh(cp=2))
     for change, words in (
-        ({"prefill": "tiles"}, "prefill 'tiles'"),
+        ({"prefill": "tiles"}, "prefill 'tiles' with a mesh axis cp or dp"),
         ({"mode": "autoregressive", "draft_policy": "all", "draft_share": None}, "kv 'full'"),
     ):
         with pytest.raises(NotImplementedError, match="^" + re.escape(words)):
@@ -433,7 +474,7 @@ def kernels_on_each_device() -> None:
 
 CHECKS = (
     *(parameters, packed_weights, tiled_weights, decode_state, refused, logits),
-    *(heads_over_more_devices_than_there_are, tiles_and_heads_over_devices),
+    *(heads_over_more_devices_than_there_are, tiles_and_heads_over_devices, prompts_in_tiles),
     *(no_device_has_more_than_its_share, a_prompt_is_read_in_parts, refused_over_a_mesh),
     *(plain_caches_over_devices, measured_over_devices, kernels_on_each_device),
 )

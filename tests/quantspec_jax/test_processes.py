@@ -14,7 +14,7 @@ import pytest
 
 import quantspec_jax as qs
 
-FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
+DEVICES = "--xla_force_host_platform_device_count="
 DECODING = ("--max-new-tokens", "8", "--gamma", "2", "--ignore-eos", "--json")
 PROMPTS = ("The cache is stored once", "in two planes of four bits each.")
 
@@ -22,7 +22,8 @@ PROMPTS = ("The cache is stored once", "in two planes of four bits each.")
 def start(model: Path, devices: int, *options: str) -> subprocess.Popen[str]:
     call = [sys.executable, "-m", "quantspec_jax.cli", "generate", "--model", str(model)]
     call += [part for prompt in PROMPTS for part in ("--prompt", prompt)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{FLAGS}{devices}"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}{devices}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([*call, *DECODING, *options], env=environment, text=True, **pipes)
 

@@ -90,6 +90,13 @@ def test_kvquant_keeps_outliers_and_codes_the_rest_by_its_table():
     assert kept[np.arange(400), ends.argmin(1)].all()
 
 
+@pytest.mark.parametrize(("channels", "outliers"), [(4096, 42), (1024, 12), (256, 4), (128, 2)])
+def test_kvquant_counts_a_tokens_outliers_by_interpolated_quantiles(channels, outliers):
+    values = normal(4, 3, channels)
+    found = jax.jit(KVQuant(2)._ranged_values)(values)
+    assert found.outlier.sum(1).tolist() == [outliers] * 3
+
+
 def test_kvquant_gradients_draw_points_to_where_they_matter():
     x = jnp.linspace(-1, 1, 64).reshape(64, 1) * jnp.ones((1, 8))
     whole = ranged(x, jnp.full_like(x, -1.0), jnp.full_like(x, 1.0), jnp.zeros_like(x, bool))
@@ -150,16 +157,22 @@ def test_skvq_clips_to_the_middle_where_asked():
 
 
 def test_coupled_codes_err_less_the_more_channels_share_one():
-    """AR(1) channels: 1 bit each."""
+    """AR(1) channels: 1 bit each, and 2 bits."""
     rng = np.random.default_rng(12)
     x = rng.standard_normal((40_000, 8))
     for i in range(1, 8):
         x[:, i] = 0.8 * x[:, i - 1] + 0.6 * x[:, i]
     train, test = (jnp.asarray(part, jnp.float32) for part in (x[:20_000], x[20_000:]))
     found = []
-    for size, expected in ((1, 0.363), (2, 0.207), (4, 0.153)):
+    for size, bits, steps, expected in (
+        (1, 1, 25, 0.363),
+        (2, 2, 25, 0.207),
+        (4, 4, 25, 0.153),
+        (8, 8, 4, 0.131),
+        (4, 8, 4, 0.046),
+    ):
         split = [part.reshape(len(part), -1, size).swapaxes(0, 1) for part in (train, test)]
-        (book,) = codebooks(split[0][:1], jnp.ones((1, 20_000)), size, 25)
+        (book,) = codebooks(split[0][:1], jnp.ones((1, 20_000)), bits, steps)
         found.append(error(book[nearest(split[1][0], book)], split[1][0]))
         assert found[-1] == pytest.approx(expected, rel=0.03)
     assert found == sorted(found, reverse=True)

@@ -93,6 +93,9 @@ def test_a_selection_keeps_to_its_budget(method, text):
         DBudgetKV(**EXACT, whole_layers=0, tolerance=0.0),
         SnapKV(1.0, **EXACT),
         TopPages(1.0, **EXACT, page=8, whole_layers=0),
+        Streaming(1.0, **EXACT),
+        L2Norm(1.0, **EXACT, whole_layers=0),
+        TileClusters(1.0, **EXACT, whole_layers=0),
     ],
     ids=lambda method: type(method).__name__,
 )

@@ -18,7 +18,7 @@ from quantspec_jax.models.parameters import flatten
 @pytest.fixture(scope="module")
 def found() -> dict[str, str]:
     """What went wrong in each check of sharded.py."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     call = [sys.executable, sharded.__file__]
     done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=600)

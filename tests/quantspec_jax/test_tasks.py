@@ -12,8 +12,8 @@ import pytest
 
 import quantspec_jax as qs
 from quantspec_jax import cli, evaluate
-from quantspec_jax.evaluate.codecs import Bench
-from quantspec_jax.evaluate.quality import Asked, _answered
+from quantspec_jax.evaluate.codecs import Bench, by_tiles
+from quantspec_jax.evaluate.quality import Asked, _answered, _before
 from quantspec_jax.evaluate.tasks import TASKS, fitting, turn_texts
 from quantspec_jax.methods import METHODS
 from quantspec_jax.weights.formats import DraftConfig
@@ -82,12 +82,26 @@ def test_right_is_what_greedy_decoding_says(model, monkeypatch):
     found = []
     for answer in (own, wrong):
         asked = Asked([*prompt, *answer, 0, 0], [range(150, 154)])
-        bench = Bench(model, asked.ids, 64, 32)
-        found += _answered(bench, asked, METHODS["full"], [()] * 2)
+        bench, before = Bench(model, asked.ids, 64, 32), _before(model, asked, 64, 32)
+        found += _answered(bench, asked, METHODS["full"], [()] * 2, before)
     assert [right for right, _ in found] == [True, False]
     log_prob = jax.nn.log_softmax(model.logits(np.array([[*prompt, *own]]))[0, 149:153])
     expected = -np.asarray(log_prob)[range(4), own].sum()
     assert found[0][1] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["int8", "snapkv-25"])
+def test_what_follows_a_prompt_reads_as_in_one_pass(model, name):
+    """Given keys and values of the first tokens, the others' hidden states are those of a pass over
+    all of them."""
+    ids = np.random.default_rng(1).integers(5, 300, 170).tolist()
+    bench = Bench(model, ids, 96, 32)
+    method = by_tiles(METHODS[name], 32)
+    learned = method.prepare(model, None)
+    whole, pasts = bench.through(method, learned)
+    before = [past._replace(keys=past.keys[:, :96], values=past.values[:, :96]) for past in pasts]
+    after, _ = bench.through(method, learned, before=before)
+    np.testing.assert_allclose(after, whole[:, 96:], atol=1e-5)
 
 
 def test_command(tmp_path, monkeypatch, tiny_llama_dir, capsys):
