@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -62,6 +63,15 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python raises KeyboardInterrupt where nobody has changed that: a shell's job in the
+    background ignores SIGINT from its beginning, and so would the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def make_byte_level_tokenizer(vocab_size: int = 320):

@@ -565,7 +565,7 @@ def test_a_disk_that_fills_up_in_a_calibration_leaves_its_layers(calibrating, tm
 
 
 @pytest.fixture
-def strikes_at(monkeypatch):
+def strikes_at(monkeypatch, interruptible):
     """Lets a signal come at a moment of the next conversion."""
 
     def at(moment: str, strike: Callable[[], None]) -> None:
@@ -621,7 +621,9 @@ def test_an_interrupt_leaves_nothing_or_all(
         assert isinstance(convert.open_source(out), ConvertedCheckpoint)
 
 
-def test_files_that_were_on_their_way_when_a_save_failed_are_removed(tmp_path, monkeypatch):
+def test_files_that_were_on_their_way_when_a_save_failed_are_removed(
+    tmp_path, monkeypatch, interruptible
+):
     """TensorStore makes their directories again, for as long as its threads run."""
     directory = tmp_path / "weights"
 

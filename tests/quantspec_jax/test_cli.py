@@ -230,14 +230,6 @@ class TestErrors:
         assert err.count("\n") == 1
         assert message in err
 
-    @pytest.fixture
-    def interruptible(self):
-        """Python raises KeyboardInterrupt where nobody has changed that: a shell's job in the
-        background ignores SIGINT from its beginning, and so would the tests."""
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        yield
-        signal.signal(signal.SIGINT, before)
-
     @pytest.mark.usefixtures("interruptible")
     def test_an_interruption_during_garbage_collection_is_not_lost(self, run, monkeypatch):
         class Interrupted:
