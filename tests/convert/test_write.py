@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -645,6 +646,24 @@ def test_files_that_were_on_their_way_when_a_save_failed_are_removed(
         converted_io.save_tree(directory, {"a": np.zeros(1)})
     assert not writer.is_alive()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_orbax_leaves_behind_says_nothing_later(monkeypatch):
+    """Nor does that hide what others leave."""
+    said: list = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    with pytest.raises(converted_io.OrbaxError, match="an array"):
+        converted_io._quietly(lambda: int("an array"))
+    files = ("/lib/orbax/checkpoint/a.py", "/lib/other/a.py")
+    left = [
+        types.SimpleNamespace(
+            object=types.SimpleNamespace(cr_code=types.SimpleNamespace(co_filename=x))
+        )
+        for x in files
+    ]
+    for unraisable in [*left, types.SimpleNamespace(object=None)]:
+        sys.unraisablehook(unraisable)
+    assert [getattr(x.object, "cr_code", None) for x in said] == [left[1].object.cr_code, None]
 
 
 # Progress and memory.
