@@ -7,6 +7,8 @@ import json
 import pathlib
 from typing import Any
 
+from pallas_kernels import devices
+
 FOLDER = pathlib.Path(__file__).parent / "configs"
 
 
@@ -24,6 +26,12 @@ def _load(device: str) -> dict[str, Any]:
 def find(device: str, kernel: str, key: str) -> dict[str, int] | None:
     """The configuration measured best, or None."""
     return _load(device).get(kernel, {}).get(key)
+
+
+def nearest(device: str, kernel: str, key: str) -> list[dict[str, Any]]:
+    """What was measured best on the device, and on an H200, as far as there is."""
+    found = [find(name, kernel, key) for name in dict.fromkeys((device, devices.DEFAULT.name))]
+    return [config for config in found if config is not None]
 
 
 def save(device: str, kernel: str, found: dict[str, dict[str, int]]) -> None:

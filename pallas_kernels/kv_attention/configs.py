@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
-from pallas_kernels import devices, dispatch, tuned
+from pallas_kernels import dispatch, tuned
 from pallas_kernels.kv_attention.mosaic_gpu import Config, Plan, Shape
 
 KERNEL = "kv_attention"
@@ -44,7 +43,7 @@ def candidates(shape: Shape) -> Iterator[Config]:
         few = column_blocks > 1 or shape.head_dim > 128
         token_warps_first = (4, 2, 1) if exchange or column_blocks > 2 else (2, 4, 1)
         # On an H100 and 30,000 to 33,000 tokens, drafts took 20% less time with two warpgroups than
-        # with three: more stages fit.
+        # with three.
         two_first = few or shape.view == "int4"
         for warpgroups in (2, 3, 1) if shared else (2, 3, 4, 1) if two_first else (3, 2, 4, 1):
             for token_warps in (1,) if shape.view == "full" else token_warps_first:
@@ -67,10 +66,7 @@ def choose(shape: Shape) -> Config | None:
     """The configuration measured on the device, else on an H200, where it fits; else the first that
     does; None where none does."""
     device = dispatch.target()
-    for name in (device.name, devices.DEFAULT.name):
-        found: Any = tuned.find(name, KERNEL, key(shape))
-        if found is None:
-            continue
+    for found in tuned.nearest(device.name, KERNEL, key(shape)):
         config = Config(**found)
         if Plan(shape, config, 1).shared_bytes + OWN_BYTES <= device.usable_bytes:
             return config
