@@ -242,7 +242,7 @@ class _Ring:
 
     def leave(self, turn: V) -> None:
         """The piece of a turn has been read: its place is for the next one."""
-        ptx.sync_warp()
+        self.copies.leave()
         following = turn + self.stages
         more = self.copies.orders(following < self.turns)
         ptx.when(more, functools.partial(self._copy, following))

@@ -34,6 +34,7 @@ from pallas_kernels.ptx.copies import (
     commit_copies,
     copies_of,
     fence_barrier_init,
+    fence_reads,
     unit_copy,
     wait_copies,
 )
@@ -117,6 +118,7 @@ __all__ = [
     "f16_below",
     "f32",
     "fence_barrier_init",
+    "fence_reads",
     "fma",
     "high_bf16",
     "i32",

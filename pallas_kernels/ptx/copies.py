@@ -77,6 +77,17 @@ def bulk_copy(target: V, source: V, num_bytes: V, barrier: V) -> None:
     )
 
 
+def fence_reads() -> None:
+    """Until this thread's reads of shared memory are done, for the copy engine too.
+
+    An arrival at a barrier does not wait for reads that are under way. Other threads' writes come
+    after them all the same, but not those of the copy engine, which are of another proxy (PTX ISA,
+    "Proxies"): where eight warps' `load_matrices_transposed` hit the same banks, a bulk copy that
+    the arrival had allowed was seen to overtake them.
+    """
+    asm("fence.proxy.async.shared::cta;", [], [], effects=True)
+
+
 def unit_copy(target: V, source: V, line: int = 0) -> None:
     """16 bytes from global to shared memory, past the L1 cache, while the thread goes on. `line`:
     bytes around them, 64, 128 or 256, that L2 may fetch at once."""
@@ -151,6 +162,11 @@ class BulkCopies:
         """Until the barrier's phase of a parity is complete."""
         barrier_wait(barrier, parity)
 
+    def leave(self) -> None:
+        """The warp has read a stage, which may then be filled anew."""
+        fence_reads()
+        sync_warp()
+
 
 class UnitCopies(BulkCopies):
     """Pieces that the threads bring themselves: thread i the units i, i + threads, … of each."""
@@ -189,6 +205,9 @@ class UnitCopies(BulkCopies):
 
     def wait(self, barrier: V, parity: V) -> None:
         barrier_poll(barrier, parity)
+
+    def leave(self) -> None:
+        sync_warp()
 
 
 def _unit(target: V, source: V, offset: int) -> None:

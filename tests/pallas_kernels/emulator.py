@@ -7,7 +7,9 @@ says they do. Slow, so for small shapes; results poisoned where nothing was writ
 
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -141,6 +143,8 @@ class Block:
         self.changed = threading.Condition()
         self.named: dict[tuple[int, int], threading.Barrier] = {}
         self.votes: dict[tuple[int, int], list[bool]] = {}
+        # Of each warp, first and last addresses of reads since its last fence.
+        self.reads: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
 
     def named_barrier(self, number: int, threads: int) -> threading.Barrier:
         with self.changed:
@@ -185,10 +189,22 @@ def scatter(where: Lanes, rows: np.ndarray) -> None:
 
 
 def load(where, words=1, kind="i32"):
+    _reads(where)
     assert not (where.array[HERE.mask] % (4 * words)).any(), "a misaligned read"
     rows = gather(where, 4 * words).view(np.uint32)
     out = [Lanes(rows[:, i], "i32") for i in range(words)]
     return out if kind == "i32" else [x.as_float() for x in out]
+
+
+def _reads(where: Lanes) -> None:
+    """A read of shared memory may be under way until the warp's next fence."""
+    if where.kind == "i32":
+        at = where.array[HERE.mask].astype(np.int64)
+        HERE.block.reads[HERE.warp].append((at.min(), at.max()))
+
+
+def fence_reads():
+    HERE.block.reads[HERE.warp] = []
 
 
 def store(where, values):
@@ -246,6 +262,7 @@ def transpose_8x8(x):
 
 
 def load_matrices_transposed(where):
+    _reads(where)
     rows = gather(where, 16).view(np.uint16).reshape(4, 8, 8)
     return [word(np.ascontiguousarray(m.T).reshape(32, 2)) for m in rows]
 
@@ -324,6 +341,8 @@ def bulk_copy(target, source, num_bytes, barrier):
     to, at, count = one(target), one(source), one(num_bytes)
     assert (to | at | count) % 16 == 0, "a bulk copy moves units of 16 bytes"
     assert at + count <= HERE.block.memory.size
+    reads = itertools.chain(*HERE.block.reads.values())
+    assert all(last < to or to + count <= first for first, last in reads), "it may overtake reads"
     HERE.block.shared[to : to + count] = HERE.block.memory[at : at + count]
     _update(barrier, 0, -count)
 
@@ -428,6 +447,7 @@ REPLACEMENTS: dict[str, Any] = {
     "store_half": lambda where, x: scatter(where, pieces(x, np.uint8)[:, :2]),
     "barrier_init": barrier_init,
     "fence_barrier_init": lambda: None,
+    "fence_reads": fence_reads,
     "barrier_arrive": lambda barrier: _update(barrier, len(active()), 0),
     "barrier_expect": lambda barrier, n: _update(barrier, 1, one(n)),
     "barrier_wait": barrier_wait,

@@ -182,7 +182,7 @@ class _Head:
             own.append(stage)
             stage, phase = pipeline.next(stage, phase)
         compute(unit, state, [pipeline.data(x) for x in own], prepared)
-        ptx.sync_warp()
+        pipeline.copies.leave()
 
         def leave() -> None:
             for x in own:
