@@ -63,7 +63,8 @@ class DraftConfig:
       formats: layers that are stored otherwise than `bits`, `group_size` and `symmetric` say, by
         name (`layers.3.down`): what a mixed-precision search or an import found.
       lm_head_bits: 16: the draft's logits come from the target's lm_head (or tied embedding). 4:
-        from a copy of it, rounded to nearest in groups as above; pays off for a large vocabulary.
+        from a copy of it in groups as above, rounded or calibrated as `method` says; pays off for a
+        large vocabulary.
     """
 
     bits: int | None = 4

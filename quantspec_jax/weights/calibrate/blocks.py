@@ -17,12 +17,11 @@ from quantspec_jax.checks import require
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.linear import unpacked
 from quantspec_jax.models.parameters import LINEAR_LAYERS, Params
-from quantspec_jax.weights.calibrate import gptq, mixed_precision, streams
+from quantspec_jax.weights.calibrate import gptq, head, mixed_precision, streams
 from quantspec_jax.weights.calibrate.gptq import Moments
 from quantspec_jax.weights.calibrate.programs import program
 from quantspec_jax.weights.calibrate.resume import Finished, finished_blocks
 from quantspec_jax.weights.calibrate.streams import Block, Pair
-from quantspec_jax.weights.entries import quantize_lm_head
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 from quantspec_jax.weights.sizes import layer_formats
 
@@ -76,8 +75,9 @@ def _calibrated(
         formats = finished.formats(lambda: _mixed(config, params, tokens, formats, draft))
         draft = _with_formats(draft, formats)
     blocks = range(config.num_layers)
-    entries = [finished.load(i) for i in blocks]
-    if None in entries:
+    entries = [finished.load(f"block-{i}") for i in blocks]
+    parts = head.kept_parts(config, draft, finished)
+    if None in entries or None in parts:
         hidden = _embedded(params["embedding"], tokens)
         for i in tqdm(blocks, desc="calibrating", unit=" blocks", disable=not progress):
             here = {name: formats[f"layers.{i}.{name}"] for name in LINEAR_LAYERS}
@@ -85,12 +85,14 @@ def _calibrated(
             if entry is None:
                 make = functools.partial(_quantize, f"layers.{i}", block, here)
                 entry, hidden = _through(config, block, hidden, make)
-                finished.save(i, entry)
+                finished.save(f"block-{i}", entry)
                 entries[i] = entry
             else:
                 _, hidden = _through(config, block, hidden, functools.partial(_kept, entry))
+    if None in parts:
+        parts = head.quantize_parts(config, params, hidden, draft, parts, finished, progress)
     own = {str(i): entry for i, entry in enumerate(entries) if entry}
-    return draft, ({"layers": own} if own else {}) | quantize_lm_head(params, draft)
+    return draft, ({"layers": own} if own else {}) | head.joined(config, parts)
 
 
 def _checked(config: ModelConfig, tokens: Any) -> jax.Array:
@@ -176,7 +178,7 @@ def _quantize(
     if not names:
         return {}
     sums = moments()
-    if not bool(_finite(sums)):
+    if not bool(gptq.finite(sums)):
         layers = ", ".join(f"{prefix}.{name}" for name in names)
         raise ValueError(f"{layers}: the activations are not finite (NaN or infinity)")
     factor, change = gptq.factorize(sums.gram), gptq.correction(sums)
@@ -188,11 +190,6 @@ def _quantize(
         found = gptq.quantize_layers(kernels, change, sums.gram, factor, stored, shared)
         made |= dict(zip(alike, found, strict=True))
     return made
-
-
-@program()
-def _finite(sums: Moments) -> jax.Array:
-    return jnp.isfinite(sums.gram).all() & jnp.isfinite(sums.miss).all()
 
 
 def _by_format(names: tuple[str, ...], formats: dict[str, WeightFormat]) -> list[tuple[str, ...]]:

@@ -56,8 +56,8 @@ def _check_signature(directory: Path, ours: dict[str, Any]) -> None:
     path = directory / "signature.json"
     kept = _read(path, "all layers are calibrated again") if path.exists() else None
     if kept is None:  # nobody can say whose the blocks are
-        for block in (*directory.glob("block-*.npz"), directory / "formats.json"):
-            block.unlink(missing_ok=True)
+        for kept_file in (*directory.glob("*.npz"), directory / "formats.json"):
+            kept_file.unlink(missing_ok=True)
         _write(path, ours)
     elif kept != ours:
         raise ValueError(
@@ -74,6 +74,7 @@ class Finished:
     formats.json     the formats of mixed precision, once they are chosen
     block-<i>.npz    the entries of block i: <layer>.<part>.{packed,scale,minimum}; the format has a
                      checksum for each array, which NumPy verifies as it reads
+    lm_head-<i>.npz  a part of lm_head, alike
     """
 
     def __init__(self, directory: Path | None):
@@ -91,9 +92,9 @@ class Finished:
         _write(path, {name: dataclasses.asdict(f) for name, f in formats.items()})
         return formats
 
-    def load(self, i: int) -> dict[str, Any] | None:
-        """The entries of block i, or None where it is not finished."""
-        path = None if self.directory is None else self.directory / f"block-{i}.npz"
+    def load(self, name: str) -> dict[str, Any] | None:
+        """The entries of `block-<i>` or `lm_head-<i>`, or None where they are not finished."""
+        path = None if self.directory is None else self.directory / f"{name}.npz"
         if path is None or not path.exists():
             return None
         try:
@@ -101,11 +102,12 @@ class Finished:
         except OSError:
             raise
         except Exception as error:  # zipfile, zlib and NumPy have a dozen kinds
-            notice(f"{path} is damaged ({type(error).__name__}): block {i} is calibrated again")
+            again = f"{name.replace('-', ' ')} is calibrated again"
+            notice(f"{path} is damaged ({type(error).__name__}): {again}")
             return None
 
-    def save(self, i: int, entries: dict[str, Any]) -> None:
-        """Keep the entries of block i."""
+    def save(self, name: str, entries: dict[str, Any]) -> None:
+        """Keep the entries of `name`, as `load` gives them."""
         if self.directory is None:
             return
         arrays = {
@@ -114,7 +116,7 @@ class Finished:
             for field, value in weight._asdict().items()
             if value is not None
         }
-        with whole(self.directory / f"block-{i}.npz") as partial:
+        with whole(self.directory / f"{name}.npz") as partial:
             np.savez(partial, allow_pickle=False, **arrays)
 
 
