@@ -19,7 +19,7 @@ same ones:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,7 +103,7 @@ def _rows_of(embedding: jax.Array, tokens: jax.Array, axes: Axes) -> jax.Array:
     return axes.summed(rows)
 
 
-def block_params(params: Params, i: int) -> tuple[Params, jax.Array]:
+def block_params(params: Mapping[str, Any], i: int) -> tuple[Params, jax.Array]:
     """What `run_block` takes for block i: its parameters, and the norm that comes after it."""
     layers = params["layers"]
     following = layers.get(str(i + 1))
@@ -183,8 +183,17 @@ def mlp_part(block: Params, h: Activations, *, backend: str) -> jax.Array:
 def unembed(
     params: Params, hidden: Activations, backend: str = "auto", axes: Axes = ONE
 ) -> jax.Array:
-    """[..., E] hidden states → [..., N] float32 logits."""
-    return axes.joined(_logits(params, hidden, backend))
+    """[..., E] hidden states → [..., N] float32 logits.
+
+    A draft's lm_head may have, beside its packed `kernel`, the target's own columns [E, R] of the
+    first R tokens as `first`: their logits come from those.
+    """
+    logits = axes.joined(_logits(params, hidden, backend))
+    first = params.get("lm_head", {}).get("first")
+    if first is None:
+        return logits
+    own = _product(computed(hidden), first, 0)
+    return jnp.concatenate([own, logits[..., own.shape[-1] :]], -1)
 
 
 def _logits(params: Params, hidden: Activations, backend: str) -> jax.Array:
@@ -197,11 +206,15 @@ def _logits(params: Params, hidden: Activations, backend: str) -> jax.Array:
     x, around = apart_from_norm(hidden)
     if bf16.takes(x, [weight], around, tied, backend):
         return bf16.bf16_matmuls(x, [weight], around, transposed=tied, backend=backend)[0]
-    hidden = computed(hidden)
+    return _product(computed(hidden), weight, 1 if tied else 0)
+
+
+def _product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
+    """[..., Kin] times a weight whose dimension `inputs` is Kin, in float32."""
     return jax.lax.dot_general(
-        hidden,
+        x,
         weight,
-        (((hidden.ndim - 1,), (1 if tied else 0,)), ((), ())),
-        precision=precision(hidden.dtype),
+        (((x.ndim - 1,), (inputs,)), ((), ())),
+        precision=precision(x.dtype),
         preferred_element_type=jnp.float32,
     )

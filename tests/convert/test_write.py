@@ -177,7 +177,7 @@ def calibrating(monkeypatch, tiny_llama_dir, tmp_path):
             entries["layers"]["1"]["q"]["order"] = order
             return found, entries
 
-        monkeypatch.setattr("quantspec_jax.weights.calibrate.calibrate", calibrate)
+        monkeypatch.setattr("quantspec_jax.weights.calibrate.calibrate_in_turn", calibrate)
         convert.convert(tiny_llama_dir, tmp_path / "out", draft=draft, **kwargs)
 
     run.found = found
@@ -216,7 +216,7 @@ def test_calibrated_weights_are_stored_as_they_are_found(
     chunks = tokens(checkpoint.tokenizer, text, length=64)  # the model's context
     expected = calibrate(checkpoint.config, checkpoint.load("float32"), chunks, draft)
     monkeypatch.setattr(
-        "quantspec_jax.weights.calibrate.calibrate", lambda *_: pytest.fail("again")
+        "quantspec_jax.weights.calibrate.calibrate_in_turn", lambda *_: pytest.fail("again")
     )
     config, entries = convert.open_source(out).load_draft()
     assert config == expected[0]
@@ -265,7 +265,8 @@ def test_a_text_that_calibrates_nothing_is_refused_before_weights_are_read(
     calibrating, llama_dir, tiny_llama_dir, tmp_path, monkeypatch
 ):
     checkpoint = type(convert.open_source(llama_dir))
-    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("read the weights"))
+    for name in ("load", "read", "read_below"):
+        monkeypatch.setattr(checkpoint, name, lambda *_, **__: pytest.fail("read the weights"))
     with pytest.raises(ValueError, match=r"calibration text is .* tokens"):
         calibrating(draft_text="too short", progress=False)
     mixed = DraftConfig(method="gptq", average_bits=4.1)

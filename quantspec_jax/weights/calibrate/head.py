@@ -9,6 +9,7 @@ the whole is made. Parts are equally wide; the last one begins early enough to b
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,6 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from quantspec_jax.models.config import ModelConfig
-from quantspec_jax.models.parameters import Params
 from quantspec_jax.weights.calibrate import gptq, streams
 from quantspec_jax.weights.calibrate.programs import program
 from quantspec_jax.weights.calibrate.resume import Finished
@@ -28,25 +28,24 @@ PART = 1 << 24  # weights that are rounded at a time, about
 Entry = dict[str, Any]
 
 
-def kept_parts(config: ModelConfig, draft: DraftConfig, finished: Finished) -> list[Entry | None]:
-    """The parts of lm_head, those that are not finished None; no parts where the draft has the
-    target's."""
+def parts(config: ModelConfig, draft: DraftConfig) -> list[str]:
+    """The names that finished parts are kept by; none where the draft has the target's lm_head."""
     if draft.lm_head_bits == 16:
         return []
     count = -(-config.vocab_size * config.hidden_size // PART)
-    return [finished.load(f"lm_head-{i}") for i in range(count)]
+    return [f"lm_head-{i}" for i in range(count)]
 
 
-def quantize_parts(
+def finish(
     config: ModelConfig,
-    params: Params,
+    params: Mapping[str, Any],
     hidden: Pair,
     draft: DraftConfig,
-    parts: list[Entry | None],
+    missing: Collection[str],
     finished: Finished,
     progress: bool,
-) -> list[Entry]:
-    """All parts, those that are None calibrated on the streams after the last block.
+) -> None:
+    """Calibrate the parts that are missing, on the streams after the last block.
 
     Raises:
       ValueError: activations are not finite.
@@ -57,28 +56,24 @@ def quantize_parts(
     shared = gptq.correction(sums), sums.gram, gptq.factorize(sums.gram)
     tied = "lm_head" not in params
     weight = params["embedding"] if tied else params["lm_head"]["kernel"]
-    options = {"columns": _columns(config, len(parts)), "tied": tied}
-    made = []
-    title = "calibrating lm_head"
-    for i, part in enumerate(tqdm(parts, desc=title, unit=" parts", disable=not progress)):
-        if part is None:
-            begin = jnp.int32(i * options["columns"])
-            part = {"lm_head": _part(weight, begin, *shared, lm_head_format(draft), **options)}
-            finished.save(f"lm_head-{i}", part)
-        made.append(part)
-    return made
+    names, columns = parts(config, draft), _columns(config, draft)
+    bar = tqdm(names, desc="calibrating lm_head", unit=" parts", disable=not progress)
+    for i, name in enumerate(bar):
+        if name in missing:
+            call = (weight, jnp.int32(i * columns), *shared, lm_head_format(draft))
+            finished.save(name, {"lm_head": _part(*call, columns=columns, tied=tied)})
 
 
-def joined(config: ModelConfig, parts: list[Entry]) -> Entry:
-    """The draft's own entries of the tree: {"lm_head": {"kernel": 4-bit groups}}, or {}."""
-    if not parts:
-        return {}
-    twice = len(parts) * _columns(config, len(parts)) - config.vocab_size
-    return jax.tree.map(lambda *x: jnp.concatenate([*x[:-1], x[-1][..., twice:]], -1), *parts)
+def joined(config: ModelConfig, draft: DraftConfig, finished: Finished) -> Entry:
+    """The draft's own lm_head, {"kernel": 4-bit groups}."""
+    names = parts(config, draft)
+    twice = len(names) * _columns(config, draft) - config.vocab_size
+    found = [finished.entries(name)["lm_head"] for name in names]
+    return jax.tree.map(lambda *x: jnp.concatenate([*x[:-1], x[-1][..., twice:]], -1), *found)
 
 
-def _columns(config: ModelConfig, parts: int) -> int:
-    return -(-config.vocab_size // parts)
+def _columns(config: ModelConfig, draft: DraftConfig) -> int:
+    return -(-config.vocab_size // len(parts(config, draft)))
 
 
 @program("stored", "columns", "tied")
