@@ -37,7 +37,7 @@ from convert.weights import hf_name
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
 from quantspec_jax import cli
 from quantspec_jax.models.parameters import flatten, parameter_shapes
-from quantspec_jax.weights.calibrate import calibrate, calibration_tokens
+from quantspec_jax.weights.calibrate import calibrate, calibration_tokens, resume
 from quantspec_jax.weights.entries import quantize_params
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 
@@ -200,19 +200,29 @@ def test_a_calibrated_draft_is_stored_with_its_formats(calibrating, tmp_path):
 def test_calibrated_weights_are_stored_as_they_are_found(
     make_tiny_llama, tmp_path, tmp_path_factory, monkeypatch
 ):
-    """The real calibration, on a short text; loading repeats nothing of it."""
+    """The real calibration, on a short text; loading repeats nothing of it. Of the weights it holds
+    two blocks at most and what is read next, of the draft's entries two."""
     tokens = functools.partial(calibration_tokens, chunks=2)
     monkeypatch.setattr("quantspec_jax.weights.calibrate.calibration_tokens", tokens)
     source = make_tiny_llama(
-        tmp_path_factory.mktemp("hf"), num_hidden_layers=1, max_position_embeddings=64
+        tmp_path_factory.mktemp("hf"), num_hidden_layers=6, max_position_embeddings=64
     )
-    draft = DraftConfig(method="gptq", group_size=32, layers="*.down")
+    draft = DraftConfig(method="gptq", group_size=32, layers="*.down", lm_head_bits=4)
     text = "the cat sat on a mat. " * 60
+    read = held_bytes(monkeypatch, sources.Checkpoint, "read")
+    made = held_bytes(monkeypatch, resume, "_load_block")
+    monkeypatch.setattr(sources.Checkpoint, "load", lambda *_, **__: pytest.fail("read them all"))
     out = convert.convert(
         source, tmp_path / "out", draft=draft, draft_text=text, dtype="float32", progress=False
     )
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    monkeypatch.undo()
+    monkeypatch.setattr("quantspec_jax.weights.calibrate.calibration_tokens", tokens)
     checkpoint = convert.open_source(source)
+    sizes = {path: 4 * spec.size for path, spec in parameter_shapes(checkpoint.config).items()}
+    block = sum(size for path, size in sizes.items() if path.startswith("layers.0."))
+    assert 2 * block < max(read) <= 2 * block + max(sizes.values()) < sum(sizes.values()) / 2
+    assert max(made) < 3 * block / 4
     chunks = tokens(checkpoint.tokenizer, text, length=64)  # the model's context
     expected = calibrate(checkpoint.config, checkpoint.load("float32"), chunks, draft)
     monkeypatch.setattr(
@@ -677,6 +687,22 @@ def test_progress_goes_to_standard_error(llama_dir, tmp_path, capfd):
     assert loud.out == ""
     convert.convert(llama_dir, tmp_path / "silent", progress=False)
     assert capfd.readouterr() == ("", "")
+
+
+def held_bytes(monkeypatch, owner, name: str) -> list[int]:
+    """After each call of a function, how many bytes of the arrays that it made are still there."""
+    function, alive, found = getattr(owner, name), {}, []
+
+    def counted(*args, **options):
+        made = function(*args, **options)
+        for array in jax.tree.leaves(made):
+            alive[id(array)] = array.nbytes
+            weakref.finalize(array, alive.pop, id(array))
+        found.append(sum(alive.values()))
+        return made
+
+    monkeypatch.setattr(owner, name, counted)
+    return found
 
 
 # VmHWM rather than getrusage: the latter begins at the parent's peak.

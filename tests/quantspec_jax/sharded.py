@@ -92,7 +92,8 @@ def parameters() -> None:
 def packed_weights() -> None:
     sizes = {"tp": 4}
     formats = (("layers.0.o", WeightFormat(8, 32)), ("layers.1.up", WeightFormat(4, 16, True)))
-    own = model(DraftConfig(group_size=32, formats=formats, lm_head_bits=4))
+    draft = DraftConfig(group_size=32, formats=formats, lm_head_bits=4, lm_head_first=10)
+    own = model(draft)
     placed = sharding.place_model(own, mesh(**sizes))
     given, found = flatten(own.draft_params), flatten(placed.draft_params)
     specs = parameter_shapes(CONFIG)
@@ -100,6 +101,9 @@ def packed_weights() -> None:
     assert found["layers.1.up.kernel"].minimum is None
     for path, weight in found.items():
         jax.tree.map(np.testing.assert_array_equal, weight, given[path])
+        if path == "lm_head.first":
+            check_split(weight, ("whole", "whole"), sizes)
+            continue
         if not isinstance(weight, QuantizedWeight):
             assert weight is flatten(placed.params)[path]
             continue
@@ -222,7 +226,8 @@ SAMPLED = GenerateConfig(
 
 @functools.cache
 def decoder() -> Model:
-    draft = DraftConfig(group_size=16, formats=(("layers.0.o", WeightFormat(8, 16)),))
+    formats = (("layers.0.o", WeightFormat(8, 16)),)
+    draft = DraftConfig(group_size=16, formats=formats, lm_head_bits=4, lm_head_first=10)
     return Model(ONE_LAYER, init_params(ONE_LAYER, jax.random.key(0)), draft=draft)
 
 
