@@ -192,7 +192,7 @@ def unembed(
     first = params.get("lm_head", {}).get("first")
     if first is None:
         return logits
-    own = _product(computed(hidden), first, 0)
+    own = _whole_product(hidden, first, False, backend)
     return jnp.concatenate([own, logits[..., own.shape[-1] :]], -1)
 
 
@@ -200,21 +200,22 @@ def _logits(params: Params, hidden: Activations, backend: str) -> jax.Array:
     """Those of this device's part of the vocabulary."""
     if "lm_head" in params and isinstance(params["lm_head"]["kernel"], PackedWeight):
         return products(hidden, [params["lm_head"]], backend)[0]
-    # A tied embedding is [N, E]: contract its second axis, so that nothing is transposed.
     tied = "lm_head" not in params
     weight = params["embedding"] if tied else params["lm_head"]["kernel"]
+    return _whole_product(hidden, weight, tied, backend)
+
+
+def _whole_product(hidden: Activations, weight: jax.Array, tied: bool, backend: str) -> jax.Array:
+    """Hidden states times lm_head [E, N], or a tied embedding [N, E]: its second axis is contracted
+    as it lies, so that nothing is transposed."""
     x, around = apart_from_norm(hidden)
     if bf16.takes(x, [weight], around, tied, backend):
         return bf16.bf16_matmuls(x, [weight], around, transposed=tied, backend=backend)[0]
-    return _product(computed(hidden), weight, 1 if tied else 0)
-
-
-def _product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
-    """[..., Kin] times a weight whose dimension `inputs` is Kin, in float32."""
+    hidden = computed(hidden)
     return jax.lax.dot_general(
-        x,
+        hidden,
         weight,
-        (((x.ndim - 1,), (inputs,)), ((), ())),
-        precision=precision(x.dtype),
+        (((hidden.ndim - 1,), (1 if tied else 0,)), ((), ())),
+        precision=precision(hidden.dtype),
         preferred_element_type=jnp.float32,
     )

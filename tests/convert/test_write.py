@@ -209,6 +209,7 @@ def test_calibrated_weights_are_stored_as_they_are_found(
     )
     draft = DraftConfig(method="gptq", group_size=32, layers="*.down", lm_head_bits=4)
     text = "the cat sat on a mat. " * 60
+    monkeypatch.setattr(deferred, "BATCH_BYTES", 1)
     read = held_bytes(monkeypatch, sources.Checkpoint, "read")
     made = held_bytes(monkeypatch, resume, "_load_block")
     monkeypatch.setattr(sources.Checkpoint, "load", lambda *_, **__: pytest.fail("read them all"))
