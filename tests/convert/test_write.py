@@ -201,7 +201,7 @@ def test_calibrated_weights_are_stored_as_they_are_found(
     make_tiny_llama, tmp_path, tmp_path_factory, monkeypatch
 ):
     """The real calibration, on a short text; loading repeats nothing of it. Of the weights it holds
-    two blocks at most and what is read next, of the draft's entries two."""
+    two blocks and the one that is read, of the draft's own one and the next."""
     tokens = functools.partial(calibration_tokens, chunks=2)
     monkeypatch.setattr("quantspec_jax.weights.calibrate.calibration_tokens", tokens)
     source = make_tiny_llama(
@@ -210,8 +210,11 @@ def test_calibrated_weights_are_stored_as_they_are_found(
     draft = DraftConfig(method="gptq", group_size=32, layers="*.down", lm_head_bits=4)
     text = "the cat sat on a mat. " * 60
     monkeypatch.setattr(deferred, "BATCH_BYTES", 1)
-    read = held_bytes(monkeypatch, sources.Checkpoint, "read")
-    made = held_bytes(monkeypatch, resume, "_load_block")
+    checkpoint = convert.open_source(source)
+    shapes = {spec.shape for spec in parameter_shapes(checkpoint.config).values()}
+    held = held_bytes(monkeypatch, sources.Checkpoint, "read", shapes)
+    down = (3, 16, 64)  # packed
+    own = held_bytes(monkeypatch, resume, "_load_block", {down})
     monkeypatch.setattr(sources.Checkpoint, "load", lambda *_, **__: pytest.fail("read them all"))
     out = convert.convert(
         source, tmp_path / "out", draft=draft, draft_text=text, dtype="float32", progress=False
@@ -219,11 +222,10 @@ def test_calibrated_weights_are_stored_as_they_are_found(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     monkeypatch.undo()
     monkeypatch.setattr("quantspec_jax.weights.calibrate.calibration_tokens", tokens)
-    checkpoint = convert.open_source(source)
-    sizes = {path: 4 * spec.size for path, spec in parameter_shapes(checkpoint.config).items()}
-    block = sum(size for path, size in sizes.items() if path.startswith("layers.0."))
-    assert 2 * block < max(read) <= 2 * block + max(sizes.values()) < sum(sizes.values()) / 2
-    assert max(made) < 3 * block / 4
+    specs = parameter_shapes(checkpoint.config)
+    block = sum(4 * spec.size for path, spec in specs.items() if path.startswith("layers.0."))
+    assert 2 * block < max(held) <= 3 * block + 2 * 4 * 320 * 64 < 6 * block
+    assert 0 < max(own) <= 2 * np.prod(down)
     chunks = tokens(checkpoint.tokenizer, text, length=64)  # the model's context
     expected = calibrate(checkpoint.config, checkpoint.load("float32"), chunks, draft)
     monkeypatch.setattr(
@@ -690,16 +692,17 @@ def test_progress_goes_to_standard_error(llama_dir, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def held_bytes(monkeypatch, owner, name: str) -> list[int]:
-    """After each call of a function, how many bytes of the arrays that it made are still there."""
-    function, alive, found = getattr(owner, name), {}, []
+def held_bytes(monkeypatch, owner, name: str, shapes: set[tuple[int, ...]]) -> list[int]:
+    """After each call of a function, the bytes of the arrays of these shapes that have come to be
+    since; two that share their memory count once."""
+    function, found, before = getattr(owner, name), [], jax.live_arrays()
+    known = {x.unsafe_buffer_pointer() for x in before if x.shape in shapes}
 
     def counted(*args, **options):
         made = function(*args, **options)
-        for array in jax.tree.leaves(made):
-            alive[id(array)] = array.nbytes
-            weakref.finalize(array, alive.pop, id(array))
-        found.append(sum(alive.values()))
+        alive = (x for x in jax.live_arrays() if x.shape in shapes)
+        sizes = {x.unsafe_buffer_pointer(): x.nbytes for x in alive}
+        found.append(sum(size for at, size in sizes.items() if at not in known))
         return made
 
     monkeypatch.setattr(owner, name, counted)
