@@ -19,8 +19,7 @@ import script
 
 from quantspec_jax.models.module import init_params
 from quantspec_jax.models.presets import PRESETS
-from quantspec_jax.weights.calibrate import blocks, calibrate
-from quantspec_jax.weights.calibrate.resume import Finished
+from quantspec_jax.weights.calibrate import calibrate, resume
 from quantspec_jax.weights.formats import DraftConfig
 
 
@@ -43,14 +42,14 @@ def main() -> int:
     tokens = jax.random.randint(jax.random.key(0), shape, 0, model.vocab_size)
     ends = []
 
-    class Timed(Finished):
-        def save(self, i: int, entries: dict) -> None:
+    class Timed(resume.Finished):
+        def save(self, name: str, entries: dict) -> None:
             jax.block_until_ready(entries)
             ends.append(time.perf_counter())
-            print(f"block {i}", file=sys.stderr, flush=True)
+            print(name, file=sys.stderr, flush=True)
 
     begin = time.perf_counter()
-    with mock.patch.object(blocks, "Finished", Timed):
+    with mock.patch.object(resume, "Finished", Timed):
         calibrate(model, params, tokens, DraftConfig(method="gptq"))
     seconds = [end - start for start, end in zip([begin, *ends], ends, strict=False)]
     later = sum(seconds[1:]) / len(seconds[1:])

@@ -41,6 +41,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "calibrated, mixed 4.28": {"average_bits": 4.28, "method": "gptq"},
     "calibrated, mixed 4.5": {"average_bits": 4.5, "method": "gptq"},
     "calibrated, mixed 5": {"average_bits": 5.0, "method": "gptq"},
+    "calibrated, asymmetric 64, lm_head": {"method": "gptq", "lm_head_bits": 4},
+    "calibrated, asymmetric 64, lm_head after the first 4096": {
+        "method": "gptq",
+        "lm_head_bits": 4,
+        "lm_head_first": 4096,
+    },
     # The cache's side, with full weights.
     "full weights, cache group 64": {"bits": None},
     "full weights, rotated keys": {"bits": None},

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.sources import Checkpoint
+from convert.sources import Checkpoint, Weights
 from quantspec_jax.checks import require
 from quantspec_jax.methods.method import channels
 from quantspec_jax.methods.stored import check_model, to_arrays
@@ -30,25 +30,24 @@ class KVSource:
         between = self.tokens.size * (2 * checkpoint.config.hidden_size + 2 * n)
         return 6 * layers * 3 * n * n + 4 * between
 
-    def make(
-        self, checkpoint: Checkpoint, params: dict[str, Any], progress: bool
-    ) -> dict[str, Any]:
+    def make(self, weights: Weights, progress: bool) -> dict[str, Any]:
         """The arrays to store. Computed in float32 where the weights are not bfloat16 (float16 is
         a type of storage)."""
         import jax.numpy as jnp
 
         from quantspec_jax.evaluate.learned import calibrated
-        from quantspec_jax.loading import Model
         from quantspec_jax.methods import METHODS
-        from quantspec_jax.weights.formats import DraftConfig
 
-        def held(x: jax.Array) -> jax.Array:
-            return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+        def placed(x: jax.Array) -> jax.Array:
+            held = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+            return jax.device_put(held, jax.devices()[0])
 
-        there = jax.device_put(jax.tree.map(held, params), jax.devices()[0])
-        model = Model(checkpoint.config, there, draft=DraftConfig(bits=None))
-        method = METHODS[self.kv.name]
-        learned = calibrated(model, method, self.tokens, resume=self.finished, progress=progress)
+        model, params = weights.checkpoint.config, weights.by_block(placed)
+        learned = calibrated(
+            *(model, params, METHODS[self.kv.name], self.tokens),
+            resume=self.finished,
+            progress=progress,
+        )
         return to_arrays(learned)
 
 

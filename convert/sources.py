@@ -36,7 +36,13 @@ from quantspec_jax.checks import require, within
 from quantspec_jax.dtypes import BFLOAT16, FLOAT32, STORED, float_type
 from quantspec_jax.files import exists, open_file, read_json
 from quantspec_jax.models.config import ModelConfig, RopeScaling
-from quantspec_jax.models.parameters import Spec, nest, parameter_count, parameter_shapes
+from quantspec_jax.models.parameters import (
+    InTurn,
+    Spec,
+    nest,
+    parameter_count,
+    parameter_shapes,
+)
 from quantspec_jax.stored_kv import StoredKV
 from quantspec_jax.text.tokenizer import gguf_tokenizer, pretrained_tokenizer, saved_tokenizer
 from quantspec_jax.weights.formats import DraftConfig
@@ -115,6 +121,18 @@ class Checkpoint(ABC):
     @abstractmethod
     def _read(self, path: str, dtype: np.dtype, device: jax.Device) -> jax.Array: ...
 
+    def read_below(self, prefix: str, dtype: np.dtype) -> Any:
+        """The node of the tree at a path, such as `layers.3` or `embedding`: its parameters, on the
+        host's CPU."""
+        paths = [p for p in parameter_shapes(self.config) if f"{p}.".startswith(f"{prefix}.")]
+        node = nest(self._read_several(paths, dtype))
+        for name in prefix.split("."):
+            node = node[name]
+        return node
+
+    def _read_several(self, paths: list[str], dtype: np.dtype) -> dict[str, jax.Array]:
+        return {path: self.read(path, dtype) for path in paths}
+
     def load_draft(self, device: Any = None) -> tuple[DraftConfig, dict[str, Any]] | None:
         """The stored draft: its configuration and, in the same tree, its quantized kernels; on a
         device, or a mesh whose devices read their parts."""
@@ -127,7 +145,8 @@ class Checkpoint(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A checkpoint's weights, in one float type, on their way to the disk: one at a time, or all.
+    """A checkpoint's weights, in one float type, on their way to the disk: read when they are
+    asked for, and not held.
 
     progress  a bar on standard error
     """
@@ -150,18 +169,23 @@ class Weights:
             return self.checkpoint.read("embedding", self.dtype).T
         return self.checkpoint.read(f"{layer}.kernel", self.dtype)
 
-    @functools.cached_property
-    def params(self) -> dict[str, Any]:
-        """The tree; held from now on."""
-        cpu = jax.local_devices(backend="cpu")[0]
-        return self.checkpoint.load(self.dtype, device=cpu, progress=self.progress)
+    def by_block(self, placed: Callable[[jax.Array], jax.Array] = lambda x: x) -> InTurn:
+        """The tree, each block and each array outside of them `placed` when it is asked for. The
+        last two blocks are kept, as a walk through the model asks for one and its neighbour."""
+        config = self.checkpoint.config
+
+        def node(prefix: str) -> Any:
+            return jax.tree.map(placed, self.checkpoint.read_below(prefix, self.dtype))
+
+        block = functools.lru_cache(2)(lambda i: node(f"layers.{i}"))
+        blocks = {str(i): functools.partial(block, i) for i in range(config.num_layers)}
+        outside = {path.split(".")[0] for path in parameter_shapes(config)} - {"layers"}
+        made = {name: functools.partial(node, name) for name in outside}
+        return InTurn({**made, "layers": lambda: InTurn(blocks)})
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[dict[str, Any]]:
-        """The tree, each array read when it is written; the one that is held, where there is."""
-        if "params" in vars(self):
-            yield self.params
-            return
+        """The tree, each array read when it is written."""
         specs = parameter_shapes(self.checkpoint.config)
         total = sum(spec.size for spec in specs.values()) * self.dtype.itemsize
         with tqdm(
@@ -292,7 +316,11 @@ class ConvertedCheckpoint(Checkpoint):
         return converted.load_weights(self.directory, self.config, dtype, device, sums)
 
     def _read(self, path: str, dtype: np.dtype, device: jax.Device) -> jax.Array:
-        return converted.load_weight(self.directory, self._header, path, dtype, device)
+        return converted.load_some(self.directory, self._header, [path], dtype, device)[path]
+
+    def _read_several(self, paths: list[str], dtype: np.dtype) -> dict[str, jax.Array]:
+        cpu = jax.local_devices(backend="cpu")[0]
+        return converted.load_some(self.directory, self._header, paths, dtype, cpu)
 
     def load_draft(self, device: Any = None) -> tuple[DraftConfig, dict[str, Any]] | None:
         if self._header.draft is None:

@@ -51,7 +51,7 @@ def convert(
 
     Weights are read, and a draft is rounded, an array at a time: the host's memory holds a few
     arrays, however large the model is. What learns from a text, and what takes another checkpoint's
-    codes, holds all weights.
+    codes, holds a block or two of the model, and reads the weights once or twice more.
 
     Args:
       source: what to convert.
@@ -287,7 +287,7 @@ def _write_weights(
         converted.save_draft(partial, entries)
         header = converted.Header(checkpoint.config, dtype, config, converted.plain_arrays(entries))
     if cache is not None:
-        converted.save_kv(partial, cache.make(checkpoint, weights.params, progress))
+        converted.save_kv(partial, cache.make(weights, progress))
         header = dataclasses.replace(header, kv=cache.kv)
     with weights.in_turn() as tree:
         converted.save_tree(partial / "weights", tree)

@@ -68,7 +68,8 @@ def draft_weight_bytes(model: ModelConfig, draft: DraftConfig, itemsize: int = B
         if stored.bits != 16
     )
     if draft.lm_head_bits == 4:
-        replaced += model.hidden_size * model.vocab_size
+        whole = min(draft.lm_head_first, model.vocab_size)
+        replaced += model.hidden_size * (model.vocab_size - whole)
     return target_weight_bytes(model, itemsize) - itemsize * replaced + draft_bytes(model, draft)
 
 

@@ -23,7 +23,7 @@ from quantspec_jax.models.decoder import forward, unembed
 from quantspec_jax.models.parameters import Params, check_params
 from quantspec_jax.sharding import check_mesh, mesh_of, place_model, place_params
 from quantspec_jax.stored_kv import StoredKV
-from quantspec_jax.weights.entries import draft_tree, quantize_params
+from quantspec_jax.weights.entries import draft_tree, quantize_params, with_first
 from quantspec_jax.weights.formats import DraftConfig
 from quantspec_jax.weights.sizes import layer_formats
 
@@ -76,6 +76,7 @@ class Model:
         entries, mesh = self.draft_entries, mesh_of(self.params)
         if entries is None:  # of parts become parts
             entries = quantize_params(self.params, self.draft)
+        entries = with_first(self.params, entries, self.draft)
         self.draft_entries = None  # may be held in another arrangement from now on
         entries = place_params(self.config, entries, mesh)
         return place_params(self.config, draft_tree(self.params, entries), mesh)

@@ -123,8 +123,11 @@ class QuantizedCheckpoint(ABC):
             block = self.block(i, params["layers"][str(i)])
             flat = {f"layers.{i}.{path}": array for path, array in block.items()}
             entries |= flatten(place_params(self.config, nest(flat), mesh_of(dict(params))))
-        formats = {layer: _format(entries, layer) for layer in linear_layers(self.config)}
-        return draft_config(formats), nest(entries)
+        return self.found_config(entries), nest(entries)
+
+    def found_config(self, entries: Mapping[str, Any]) -> DraftConfig:
+        """The draft's, by its entries of the tree by path, or their shapes."""
+        return draft_config({name: _format(entries, name) for name in linear_layers(self.config)})
 
     def block(self, i: int, target: Mapping[str, Any]) -> dict[str, Any]:
         """The draft's arrays of one block by their path in it, checked against the target's."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
+from convert.drafts.codes import QuantizedCheckpoint
 from convert.drafts.open import open_draft
 from convert.files.deferred import Deferred
 from convert.sources import Checkpoint, Weights
 from pallas_kernels.layout import QuantizedWeight
-from quantspec_jax.models.parameters import flatten, nest, parameter_shapes
+from quantspec_jax.models.parameters import InTurn, flatten, nest, parameter_shapes
 from quantspec_jax.weights.entries import quantize_params
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 from quantspec_jax.weights.rounding import quantize_linear
@@ -67,7 +69,7 @@ def prepare(
         quantized = open_draft(source, config)
         size = draft_bytes(config, quantized.draft_config())
         return DraftSource(
-            size, lambda weights, progress: quantized.load(weights.params, progress=progress)
+            size, lambda weights, progress: _imported(quantized, weights.by_block(), progress)
         )
     if draft is None:
         return None
@@ -106,10 +108,51 @@ def _rounded(weights: Weights, draft: DraftConfig) -> dict[str, Any]:
     return nest({path: deferred(path, leaf) for path, leaf in flatten(shapes).items()})
 
 
+def _imported(quantized: QuantizedCheckpoint, params: Mapping[str, Any], progress: bool) -> Made:
+    """Another checkpoint's codes: each block is read and checked at once, and read again when it is
+    written."""
+    blocks = range(quantized.config.num_layers)
+
+    def entries(i: int) -> dict[str, Any]:
+        return nest(quantized.block(i, params["layers"][str(i)]))
+
+    layers = InTurn({str(i): functools.partial(entries, i) for i in blocks})
+    found = _deferred({"layers": layers}, "importing the draft" if progress else None)
+    return quantized.found_config(flatten(found)), found
+
+
+def _deferred(tree: Mapping[str, Any], title: str | None = None) -> dict[str, Any]:
+    """A draft's entries to be written in turn: each block is made for its shapes, and again when it
+    is written. `title`: of a bar on standard error."""
+
+    @functools.lru_cache(1)
+    def part(name: str) -> dict[str, Any]:
+        node = functools.reduce(lambda node, step: node[step], name.split("."), tree)
+        return {f"{name}.{path}": leaf for path, leaf in flatten(node).items()}
+
+    def array(name: str, path: str, field: str | None) -> Any:
+        def make() -> jax.Array:
+            leaf = part(name)[path]
+            return leaf if field is None else getattr(leaf, field)
+
+        made = make()
+        return None if made is None else Deferred(made.shape, made.dtype, make)
+
+    def leaf(name: str, path: str) -> Any:
+        if not isinstance(part(name)[path], QuantizedWeight):
+            return array(name, path, None)
+        return QuantizedWeight(*(array(name, path, field) for field in QuantizedWeight._fields))
+
+    blocks = [f"layers.{i}" for i in tree.get("layers", {})]
+    names = [*blocks, *(name for name in tree if name != "layers")]
+    bar = tqdm(names, desc=title, unit="layer", disable=title is None)
+    return nest({path: leaf(name, path) for name in bar for path in part(name)})
+
+
 def _calibrated(
     checkpoint: Checkpoint, draft: DraftConfig, text: str | None, finished: Path
 ) -> DraftSource:
-    from quantspec_jax.weights.calibrate import calibrate, calibration_tokens
+    from quantspec_jax.weights.calibrate import calibrate_in_turn, calibration_tokens
     from quantspec_jax.weights.calibrate.mixed_precision import check_budget
     from quantspec_jax.weights.calibrate.text import LENGTH
 
@@ -124,11 +167,13 @@ def _calibrated(
 
     def calibrated(weights: Weights, progress: bool) -> Made:
         resumed = finished.exists()
-        there = jax.device_put(
-            weights.params, jax.devices()[0]
-        )  # conversion itself works on the host
+        device = jax.devices()[0]  # conversion itself works on the host
+        there = weights.by_block(lambda x: jax.device_put(x, device))
         try:
-            return calibrate(config, there, tokens, draft, progress=progress, resume=finished)
+            found, entries = calibrate_in_turn(
+                config, there, tokens, draft, progress=progress, resume=finished
+            )
+            return found, _deferred(entries)
         except ValueError:  # it would fail again; but what was there before may be of another call
             if not resumed:
                 shutil.rmtree(finished, ignore_errors=True)

@@ -23,7 +23,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -365,14 +365,14 @@ def load_weights(
     return _restore_tree(directory / "weights", shapes, sums)
 
 
-def load_weight(
-    directory: Path, header: Header, path: str, dtype: np.dtype, device: jax.Device
-) -> jax.Array:
-    """One parameter in `dtype`."""
-    shape = parameter_shapes(header.config)[path].shape
+def load_some(
+    directory: Path, header: Header, paths: Sequence[str], dtype: np.dtype, device: jax.Device
+) -> dict[str, jax.Array]:
+    """The parameters of these paths, in `dtype`."""
+    shapes = parameter_shapes(header.config)
     where = jax.sharding.SingleDeviceSharding(device)
-    tree = nest({path: jax.ShapeDtypeStruct(shape, dtype, sharding=where)})
-    return flatten(_restore_tree(directory / "weights", tree, header.checksums))[path]
+    tree = {p: jax.ShapeDtypeStruct(shapes[p].shape, dtype, sharding=where) for p in paths}
+    return flatten(_restore_tree(directory / "weights", nest(tree), header.checksums))
 
 
 def _weight_shapes(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:

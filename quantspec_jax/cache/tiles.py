@@ -39,14 +39,26 @@ def _with_arrays(layer: LayerCache, arrays: Tile) -> LayerCache:
     return dataclasses.replace(layer, keys=keys, values=values)
 
 
+def _begin(x: jax.Array, sequence: jax.Array, tile: jax.Array, wide: int, devices: int) -> Any:
+    """Where a tile begins in an array. Tiles that are dealt to devices in turn lie in their order,
+    all those of the first device before those of the second."""
+    at = tile % devices * (x.shape[2] // devices) + tile // devices * wide
+    return sequence, 0, at, *[0] * (x.ndim - 3)
+
+
 def get_tile(
-    layers: Sequence[LayerCache], sequence: jax.Array, tile: jax.Array, group_size: int
+    layers: Sequence[LayerCache],
+    sequence: jax.Array,
+    tile: jax.Array,
+    group_size: int,
+    devices: int = 1,
 ) -> Tile:
-    """Tile number `tile` of one sequence. A tile of planes is one entry of axis 2."""
+    """Tile number `tile` of one sequence. A tile of planes is one entry of axis 2. `devices`: that
+    tiles are dealt to."""
     wide = 1 if layers[0].keys is not None else group_size
 
     def cut(x: jax.Array) -> jax.Array:
-        at: Any = (sequence, 0, tile * wide, *[0] * (x.ndim - 3))
+        at = _begin(x, sequence, tile, wide, devices)
         found = jax.lax.dynamic_slice(x, at, (1, x.shape[1], wide, *x.shape[3:]))
         return found[0]
 
@@ -60,12 +72,13 @@ def put_tile(
     sequence: jax.Array,
     tile: jax.Array,
     group_size: int,
+    devices: int = 1,
 ) -> tuple[LayerCache, ...]:
     """The layers with a tile that `get_tile` gave in its place; donate them."""
     wide = 1 if layers[0].keys is not None else group_size
 
     def write(x: jax.Array, one: jax.Array) -> jax.Array:
-        at: Any = (sequence, 0, tile * wide, *[0] * (x.ndim - 3))
+        at = _begin(x, sequence, tile, wide, devices)
         return jax.lax.dynamic_update_slice(x, one[None], at)
 
     return tuple(

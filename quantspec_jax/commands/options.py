@@ -28,6 +28,7 @@ DRAFT_FIELDS = {
     "draft_symmetric": "symmetric",
     "draft_layers": "layers",
     "draft_lm_head_bits": "lm_head_bits",
+    "draft_lm_head_first": "lm_head_first",
 }
 
 
@@ -323,6 +324,12 @@ def add_draft(parser: argparse.ArgumentParser, *, convert: bool = False) -> None
         type=int,
         metavar="B",
         help="4: a copy of lm_head in 4 bits; 16: the target's own (16)",
+    )
+    group.add_argument(
+        "--draft-lm-head-first",
+        type=int,
+        metavar="N",
+        help="beside 4 bits: tokens of the smallest ids that are left as the target's (0)",
     )
     group.add_argument(
         "--draft-from",

@@ -390,7 +390,7 @@ class Engine:
         kept = self.prefixes.find(prompt.tokens, g, most) if self.prefixes is not None else []
         for i, tile in enumerate(kept):
             call = (self._state.cache.layers, dict(tile), slot, jnp.int32(i))
-            layers = self._run(put_tile, *call, group_size=g)
+            layers = self._run(put_tile, *call, group_size=g, devices=self.program.axes.cp)
             self._state = _with_layers(self._state, layers)
         prompt.position = g * len(kept)
         own = self._slots[prompt.slot]
@@ -429,7 +429,12 @@ class Engine:
             self._state = _with_layers(self._state, tuple(layers))
         if self.prefixes is not None and len(part) == g:
             at = (where[0], jnp.int32(prompt.position // g))
-            tile = self._run(get_tile, self._state.cache.layers, *at, group_size=g)
+            tile = self._run(
+                get_tile,
+                *(self._state.cache.layers, *at),
+                group_size=g,
+                devices=self.program.axes.cp,
+            )
             whole = prompt.tokens[: prompt.position + g]
             kept = everywhere(tile, mesh_of(self.model.params))
             self.prefixes.keep(whole, g, jax.device_get(kept))

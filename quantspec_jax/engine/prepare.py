@@ -138,11 +138,11 @@ def target_view(model: Model, config: GenerateConfig) -> str:
 def check_over_mesh(config: GenerateConfig, mesh: Mesh) -> None:
     """NotImplementedError for what runs on one device alone."""
     view, tiles_split = config.target_view, mesh.shape.get("cp", 1) > 1
-    more_than_heads = tiles_split or mesh.shape.get("dp", 1) > 1
+    sequences_split = mesh.shape.get("dp", 1) > 1
     has_tiles = view != "aqua" and codec_of(view).num_tiles(1, config.group_size) > 0
     reasons = {
         f"kv '{view}'": mesh.size > 1 and view == "aqua",
-        "prefill 'tiles' with a mesh axis cp or dp": more_than_heads and config.prefill == "tiles",
+        "prefill 'tiles' with a mesh axis dp": sequences_split and config.prefill == "tiles",
         f"kv '{view}' with a mesh axis cp": tiles_split and not has_tiles,
     }
     for what, asked in reasons.items():

@@ -31,7 +31,7 @@ from quantspec_jax.models.attention import Tokens, sequence_attention
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.decoder import block_params, run_block
 from quantspec_jax.models.linear import precision
-from quantspec_jax.models.parameters import Params, flatten
+from quantspec_jax.models.parameters import Params, leaves
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 from quantspec_jax.notices import notice
 from quantspec_jax.weights.calibrate.programs import program
@@ -124,28 +124,31 @@ def _fit(
 
 
 def calibrated(
-    model: Model,
+    config: ModelConfig,
+    params: Mapping[str, Any],
     method: Method,
     chunks: np.ndarray,
     *,
     resume: Path | None = None,
     progress: bool = False,
 ) -> Learned:
-    """What one method that reads keys before RoPE learns, to be stored. `resume`: a directory that
-    holds, between layers, all that the next one needs: the same call goes on from there.
+    """What one method that reads keys before RoPE learns, to be stored. `params` may be made in
+    turn (`InTurn`), a block at a time. `resume`: a directory that holds, between layers, all that
+    the next one needs: the same call goes on from there.
 
     Raises:
       ValueError: `resume` holds another calibration, or the text led to numbers that are none.
     """
-    config, signature = model.config, _signature(model, method, chunks)
-    state = None if resume is None else _load(resume, signature, model.dtype)
+    signature = _signature(config, params, method, chunks)
+    dtype = params["final_norm"].dtype
+    state = None if resume is None else _load(resume, signature, dtype)
     if state is None:
-        state = ([], embedded(model.params, jnp.asarray(chunks), config), None)
+        state = ([], embedded(params, jnp.asarray(chunks), config), None)
     learned, stream, below = state
     layers = range(len(learned), config.num_layers)
     bar = tqdm(layers, desc="calibrating the cache", unit=" layers", disable=not progress)
     for i in bar:
-        stream, made = _plain_block(*block_params(model.params, i), stream, config=config)
+        stream, made = _plain_block(*block_params(params, i), stream, config=config)
         found, below = _fit(made, None, below, None, method=method)
         finite = all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((found, below)))
         require(finite, f"layer {i}", "NaN or infinite", "a model and a text that give numbers")
@@ -155,11 +158,13 @@ def calibrated(
     return learned
 
 
-def _signature(model: Model, method: Method, chunks: np.ndarray) -> str:
+def _signature(
+    config: ModelConfig, params: Mapping[str, Any], method: Method, chunks: np.ndarray
+) -> str:
     """Of all that decides what is learned."""
-    digest = hashlib.sha256(repr((model.config, method, chunks.shape)).encode())
+    digest = hashlib.sha256(repr((config, method, chunks.shape)).encode())
     digest.update(np.ascontiguousarray(chunks).tobytes())
-    for name, x in sorted(flatten(model.params).items()):
+    for name, x in leaves(params):
         sample = x.reshape(-1)[:: max(1, x.size // SAMPLE)].astype(jnp.float32)
         digest.update(name.encode() + np.asarray(sample).tobytes())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ Logits exist for a few positions at a time; what is kept of them is a few number
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -214,7 +214,7 @@ def _through(
     return target.h, [stream.h for stream in streams]
 
 
-def embedded(params: Params, tokens: jax.Array, config: ModelConfig) -> Stream:
+def embedded(params: Mapping[str, Any], tokens: jax.Array, config: ModelConfig) -> Stream:
     """[B, T] tokens as the first block reads them."""
     read = {"embedding": params["embedding"], "layers": {"0": params["layers"]["0"]}}
     return _embed(read, tokens, config=config)
@@ -303,7 +303,9 @@ def lm_head_of(params: Params) -> Params:
         return {"embedding": params["embedding"]}
     embedding = params["embedding"]
     like = {"kernel": jax.ShapeDtypeStruct(embedding.shape[::-1], embedding.dtype)}
-    return {"lm_head": _unpacked_layer(params["lm_head"], like)}
+    head = params["lm_head"]
+    first = {"first": head["first"]} if "first" in head else {}
+    return {"lm_head": _unpacked_layer(head, like) | first}
 
 
 def _by_position(measure: Any, heads: Any, hidden: Any, ids: Sequence[int]) -> Any:

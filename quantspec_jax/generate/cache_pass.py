@@ -12,7 +12,7 @@ from pallas_kernels.kv_attention.api import Attended, Pages, Read, kv_attention
 from pallas_kernels.rope_append.api import Heads, rope_append
 from pallas_kernels.shapes import Each, Ids, Logits, shaped
 from quantspec_jax.cache import KVCache, LayerCache
-from quantspec_jax.generate.state import Program
+from quantspec_jax.generate.state import Program, PromptProgram
 from quantspec_jax.models.decoder import forward, unembed
 from quantspec_jax.models.parameters import Params
 
@@ -48,7 +48,7 @@ def attention(
     start: jax.Array,
     pages: Pages | None,
     read: Read,
-    program: Program,
+    program: Program | PromptProgram,
     masses: bool,
 ) -> Attended:
     """`kv_attention` over the tiles of all devices: each reads its own, the first one the buffer,

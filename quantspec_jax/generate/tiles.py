@@ -11,7 +11,8 @@ prompt is, on what lies in other slots, or on how many tiles were read before it
 another request. (A prefill of the whole prompt, `generate.prefill`, attends in full precision to
 all of it and is faster on a GPU; a prompt of at most G tokens is read alike by both.)
 
-Over a mesh the heads are split, and neither tiles nor sequences.
+Over a mesh each device has its heads of a tile, and reads its own of the tiles before it; the one
+whose turn it is codes the tile. Sequences are not split.
 
 The rows go straight into the sequence's slot of the running cache. While they do, the slot's
 sequence counts as finished, and its length is a multiple of G: what rounds write there for nobody
@@ -26,12 +27,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_attention.api import Read, kv_attention
+from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import LayerCache
 from pallas_kernels.rope_append.heads import Heads
 from pallas_kernels.rope_append.xla import narrowed
-from quantspec_jax.cache.codecs.codec import planes_of
+from quantspec_jax.axes import ONE, Axes
+from quantspec_jax.cache import KVCache
 from quantspec_jax.cache.tiles import get_tile, put_tile
+from quantspec_jax.generate.cache_pass import attention
 from quantspec_jax.generate.prefill import first_state
 from quantspec_jax.generate.requests import Requests
 from quantspec_jax.generate.split import split
@@ -72,6 +75,8 @@ def tile_layer(
     config, cache = program.model, program.cache
     g = cache.group_size
     positions = (start + jnp.arange(g))[None]
+    # A tile has more rows than a named kernel takes.
+    reader = dataclasses.replace(program, backend="xla" if program.backend == "xla" else "auto")
 
     def attend(layer: LayerCache, heads: Heads) -> tuple[jax.Array, LayerCache]:
         q, k, v = heads.finished()
@@ -79,25 +84,31 @@ def tile_layer(
         keys, values = (jnp.where(valid, part, jnp.zeros_like(part)) for part in (k, v))
         layer = _write(layer, keys[0], values[0], slot, start)
         row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 0), layer)
-        coded = start if planes_of(layer) else jnp.zeros_like(start)
-        found = kv_attention(
-            q,
-            row,
-            coded[None],
-            start[None],
-            read=Read(cache.view),
-            sm_scale=config.head_dim**-0.5,
-            out_dtype=q.dtype,
-            backend="xla" if program.backend == "xla" else "auto",
-        )
-        # A tile that is not whole is coded, too, and not read: its last code comes later.
-        tile = start // g
-        return found.out, cache.codec.encode_tile(layer, slot, tile, tile, g, program.backend)
+        before = KVCache((), start[None] + g, start[None], g, cache.codec)
+        found = attention(q, row, before, start[None], None, Read(cache.view), reader, False)
+        return found.out, _coded(layer, slot, start // g, program)
 
     frequencies = rope_frequencies(config.rope, config.head_dim, cache.max_length)
     rope = rope_tables(*frequencies, positions)
     options: dict[str, Any] = {"backend": program.backend, "axes": program.axes}
     return run_block(block, next_norm, config, x, h, rope, layer, attend, **options)
+
+
+def _coded(
+    layer: LayerCache, slot: jax.Array, tile: jax.Array, program: PromptProgram
+) -> LayerCache:
+    """The layer with a tile of the sequence's ring in the planes of the device that has it. One
+    that is not whole is coded, too, and not read: its last code comes later."""
+    axes, g = program.axes, program.cache.group_size
+
+    def code(layer: LayerCache) -> LayerCache:
+        call = (slot, tile, axes.tiles_before(tile), g, program.backend)
+        return program.cache.codec.encode_tile(layer, *call)
+
+    if axes.cp == 1:
+        return code(layer)
+    here = jnp.asarray(axes.has_tile(tile), jnp.int32)
+    return jax.lax.fori_loop(0, here, lambda _, layer: code(layer), layer)  # in place
 
 
 def _write(
@@ -143,16 +154,17 @@ def tile_end(
     state = first_state(
         logits, seen, length, requests, program=program, capacity=capacity, logprobs=logprobs
     )
-    heads = program.model.num_kv_heads // program.axes.tp
-    return dataclasses.replace(state, memory=memory_of_unseen(program, 1, heads))
+    return dataclasses.replace(state, memory=memory_of_unseen(program, 1, program.axes))
 
 
-def memory_of_unseen(program: PromptProgram, batch: int, kv_heads: int | None = None) -> Any:
+def memory_of_unseen(program: PromptProgram, batch: int, axes: Axes = ONE) -> Any:
     """What a draft policy remembers of prompts that it did not look at: no page has a vote. One
-    that lets verifications vote knows the pages after the first of them. `kv_heads`: a device's;
-    None: all."""
-    model, cache = program.model, program.cache
-    nothing = jnp.zeros((batch, kv_heads or model.num_kv_heads, cache.num_tiles))
+    that lets verifications vote knows the pages after the first of them. `axes`: where it is a
+    device's part."""
+    model = program.model
+    tiles = -(-program.cache.num_tiles // program.axes.cp)
+    tiles *= program.axes.cp // axes.cp
+    nothing = jnp.zeros((batch, model.num_kv_heads // axes.tp, tiles))
     return program.policy.start([nothing] * model.num_layers, jnp.zeros(batch, jnp.int32))
 
 
@@ -180,6 +192,8 @@ TILE_STAGES: dict[Any, Any] = {
     tile_layer: jax.jit(tile_layer, static_argnames="program", donate_argnames=("x", "h", "layer")),
     tile_end: jax.jit(tile_end, static_argnames=("program", "capacity", "logprobs")),
     stand_still: jax.jit(stand_still, donate_argnames="state"),
-    get_tile: jax.jit(get_tile, static_argnames="group_size"),
-    put_tile: jax.jit(put_tile, static_argnames="group_size", donate_argnames="layers"),
+    get_tile: jax.jit(get_tile, static_argnames=("group_size", "devices")),
+    put_tile: jax.jit(
+        put_tile, static_argnames=("group_size", "devices"), donate_argnames="layers"
+    ),
 }

@@ -19,7 +19,7 @@ same ones:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,7 +103,7 @@ def _rows_of(embedding: jax.Array, tokens: jax.Array, axes: Axes) -> jax.Array:
     return axes.summed(rows)
 
 
-def block_params(params: Params, i: int) -> tuple[Params, jax.Array]:
+def block_params(params: Mapping[str, Any], i: int) -> tuple[Params, jax.Array]:
     """What `run_block` takes for block i: its parameters, and the norm that comes after it."""
     layers = params["layers"]
     following = layers.get(str(i + 1))
@@ -183,17 +183,31 @@ def mlp_part(block: Params, h: Activations, *, backend: str) -> jax.Array:
 def unembed(
     params: Params, hidden: Activations, backend: str = "auto", axes: Axes = ONE
 ) -> jax.Array:
-    """[..., E] hidden states → [..., N] float32 logits."""
-    return axes.joined(_logits(params, hidden, backend))
+    """[..., E] hidden states → [..., N] float32 logits.
+
+    A draft's lm_head may have, beside its packed `kernel`, the target's own columns [E, R] of the
+    first R tokens as `first`: their logits come from those.
+    """
+    logits = axes.joined(_logits(params, hidden, backend))
+    first = params.get("lm_head", {}).get("first")
+    if first is None:
+        return logits
+    own = _whole_product(hidden, first, False, backend)
+    return jnp.concatenate([own, logits[..., own.shape[-1] :]], -1)
 
 
 def _logits(params: Params, hidden: Activations, backend: str) -> jax.Array:
     """Those of this device's part of the vocabulary."""
     if "lm_head" in params and isinstance(params["lm_head"]["kernel"], PackedWeight):
         return products(hidden, [params["lm_head"]], backend)[0]
-    # A tied embedding is [N, E]: contract its second axis, so that nothing is transposed.
     tied = "lm_head" not in params
     weight = params["embedding"] if tied else params["lm_head"]["kernel"]
+    return _whole_product(hidden, weight, tied, backend)
+
+
+def _whole_product(hidden: Activations, weight: jax.Array, tied: bool, backend: str) -> jax.Array:
+    """Hidden states times lm_head [E, N], or a tied embedding [N, E]: its second axis is contracted
+    as it lies, so that nothing is transposed."""
     x, around = apart_from_norm(hidden)
     if bf16.takes(x, [weight], around, tied, backend):
         return bf16.bf16_matmuls(x, [weight], around, transposed=tied, backend=backend)[0]

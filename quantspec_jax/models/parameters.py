@@ -19,7 +19,7 @@ it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from quantspec_jax.models.config import ModelConfig
@@ -116,6 +116,36 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}{name}"
         flat |= flatten(node, f"{path}.") if isinstance(node, Mapping) else {path: node}
     return flat
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`flatten` a path at a time, in the order of the paths: what is made when it is asked for is
+    let go of before the next."""
+    for name in sorted(tree):
+        node, path = tree[name], f"{prefix}{name}"
+        if isinstance(node, Mapping):
+            yield from leaves(node, f"{path}.")
+        else:
+            yield path, node
+
+
+class InTurn(Mapping[str, Any]):
+    """Entries of a tree, each made when it is asked for and held by whoever asked alone."""
+
+    def __init__(self, make: Mapping[str, Callable[[], Any]]):
+        self._make = dict(make)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._make[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._make
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._make)
+
+    def __len__(self) -> int:
+        return len(self._make)
 
 
 Params = dict[str, Any]

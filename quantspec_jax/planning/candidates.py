@@ -107,6 +107,7 @@ def _format_options(config: DraftConfig) -> str:
     symmetric = " --draft-symmetric" if config.symmetric else ""
     layers = "" if config.layers == "all" else f" --draft-layers '{config.layers}'"
     head = " --draft-lm-head-bits 4" if config.lm_head_bits == 4 else ""
+    head += f" --draft-lm-head-first {config.lm_head_first}" if config.lm_head_first else ""
     return f"--draft-bits {bits} --draft-group {config.group_size}{symmetric}{layers}{head}"
 
 

@@ -37,6 +37,17 @@ def quantize_lm_head(params: dict[str, Any], config: DraftConfig) -> dict[str, A
     return {"lm_head": quantize_linear(kernel, lm_head_format(config))}
 
 
+def with_first(params: dict[str, Any], own: dict[str, Any], config: DraftConfig) -> dict[str, Any]:
+    """`own` with the target's columns of lm_head [E, R] for the first R tokens, where the draft
+    takes their logits from these; of a smaller vocabulary, for all."""
+    if config.lm_head_first == 0:
+        return own
+    count = config.lm_head_first
+    tied = "lm_head" not in params
+    first = params["embedding"][:count].T if tied else params["lm_head"]["kernel"][:, :count]
+    return own | {"lm_head": own["lm_head"] | {"first": first}}
+
+
 def draft_tree(params: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """The draft's whole tree, ready for the default device: `own` where it has an entry, arranged
     as the device's kernels read it, else the target's array itself.

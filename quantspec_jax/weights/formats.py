@@ -63,7 +63,11 @@ class DraftConfig:
       formats: layers that are stored otherwise than `bits`, `group_size` and `symmetric` say, by
         name (`layers.3.down`): what a mixed-precision search or an import found.
       lm_head_bits: 16: the draft's logits come from the target's lm_head (or tied embedding). 4:
-        from a copy of it, rounded to nearest in groups as above; pays off for a large vocabulary.
+        from a copy of it in groups as above, rounded or calibrated as `method` says; pays off for a
+        large vocabulary.
+      lm_head_first: beside a copy in 4 bits, so many tokens, those of the smallest ids, have their
+        logits from the target's own lm_head: tokenizers number their tokens by how often they
+        occur, so a few thousand of them are most of any text.
     """
 
     bits: int | None = 4
@@ -74,12 +78,18 @@ class DraftConfig:
     average_bits: float | None = None
     formats: tuple[tuple[str, WeightFormat], ...] = ()
     lm_head_bits: int = 16
+    lm_head_first: int = 0
 
     def __post_init__(self) -> None:
         known = self.bits is None or (is_int(self.bits) and self.bits in (4, 8))
         require(known, "draft bits", self.bits, "4, 8 or None")
         known = is_int(self.lm_head_bits) and self.lm_head_bits in (4, 16)
         require(known, "draft lm_head_bits", self.lm_head_bits, "4 or 16")
+        known = is_int(self.lm_head_first) and self.lm_head_first >= 0
+        require(known, "draft lm_head_first", self.lm_head_first, "an integer ≥ 0")
+        useless = self.lm_head_first > 0 and self.lm_head_bits == 16
+        words = "0 with lm_head_bits 16, which is the target's own for all tokens"
+        require(not useless, "draft lm_head_first", self.lm_head_first, words)
         WeightFormat(4, self.group_size, self.symmetric)
         require(
             isinstance(self.layers, str) and all(self.patterns),
@@ -120,6 +130,7 @@ class DraftConfig:
     def describe(self) -> str:
         """One line for people: what the draft's weights are."""
         head = ", lm_head 4-bit" if self.lm_head_bits == 4 else ""
+        head += f" after the first {self.lm_head_first}" if self.lm_head_first else ""
         if self.bits is None:
             return f"full weights{head}"
         kind = "symmetric" if self.symmetric else "asymmetric"

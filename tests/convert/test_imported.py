@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import convert
 import quantspec_jax as qs
+from convert import sources
 from convert.weights import load_parameters
 from pallas_kernels.int4_matmul.xla import dequantize
 from pallas_kernels.layout import unpack
@@ -334,9 +335,11 @@ def test_smollm2_reproduces_itself(smollm2_gguf):
 @pytest.mark.parametrize("variant", ["gptq desc_act", "awq scaled"])
 def test_converted_with_it_the_draft_is_loaded_as_imported(variant, tiny_llama_dir, tmp_path):
     made = quantize_directory(tiny_llama_dir, tmp_path / "q", **VARIANTS[variant])
-    out = convert.convert(
-        tiny_llama_dir, tmp_path / "out", draft_from=made.directory, progress=False
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources.Checkpoint, "load", lambda *_, **__: pytest.fail("read them all"))
+        out = convert.convert(
+            tiny_llama_dir, tmp_path / "out", draft_from=made.directory, progress=False
+        )
     stored = qs.load(str(out), dtype="float32")
     direct = qs.load(str(tiny_llama_dir), dtype="float32", draft=str(made.directory))
     assert stored.draft == direct.draft

@@ -186,7 +186,7 @@ def test_a_draft_is_calibrated_with_the_scaling(tiny_llama_dir, tmp_path, monkey
         seen.append(config.rope)
         return draft, quantize_params(params, draft)
 
-    monkeypatch.setattr("quantspec_jax.weights.calibrate.calibrate", calibrate)
+    monkeypatch.setattr("quantspec_jax.weights.calibrate.calibrate_in_turn", calibrate)
     out = convert.convert(
         tiny_llama_dir,
         tmp_path / "out",

@@ -37,7 +37,7 @@ from convert.weights import hf_name
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
 from quantspec_jax import cli
 from quantspec_jax.models.parameters import flatten, parameter_shapes
-from quantspec_jax.weights.calibrate import calibrate, calibration_tokens
+from quantspec_jax.weights.calibrate import calibrate, calibration_tokens, resume
 from quantspec_jax.weights.entries import quantize_params
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 
@@ -177,7 +177,7 @@ def calibrating(monkeypatch, tiny_llama_dir, tmp_path):
             entries["layers"]["1"]["q"]["order"] = order
             return found, entries
 
-        monkeypatch.setattr("quantspec_jax.weights.calibrate.calibrate", calibrate)
+        monkeypatch.setattr("quantspec_jax.weights.calibrate.calibrate_in_turn", calibrate)
         convert.convert(tiny_llama_dir, tmp_path / "out", draft=draft, **kwargs)
 
     run.found = found
@@ -200,23 +200,36 @@ def test_a_calibrated_draft_is_stored_with_its_formats(calibrating, tmp_path):
 def test_calibrated_weights_are_stored_as_they_are_found(
     make_tiny_llama, tmp_path, tmp_path_factory, monkeypatch
 ):
-    """The real calibration, on a short text; loading repeats nothing of it."""
+    """The real calibration, on a short text; loading repeats nothing of it. Of the weights it holds
+    two blocks and the one that is read, of the draft's own one and the next."""
     tokens = functools.partial(calibration_tokens, chunks=2)
     monkeypatch.setattr("quantspec_jax.weights.calibrate.calibration_tokens", tokens)
     source = make_tiny_llama(
-        tmp_path_factory.mktemp("hf"), num_hidden_layers=1, max_position_embeddings=64
+        tmp_path_factory.mktemp("hf"), num_hidden_layers=6, max_position_embeddings=64
     )
-    draft = DraftConfig(method="gptq", group_size=32, layers="*.down")
+    draft = DraftConfig(method="gptq", group_size=32, layers="*.down", lm_head_bits=4)
     text = "the cat sat on a mat. " * 60
+    monkeypatch.setattr(deferred, "BATCH_BYTES", 1)
+    checkpoint = convert.open_source(source)
+    shapes = {spec.shape for spec in parameter_shapes(checkpoint.config).values()}
+    held = held_bytes(monkeypatch, sources.Checkpoint, "read", shapes)
+    down = (3, 16, 64)  # packed
+    own = held_bytes(monkeypatch, resume, "_load_block", {down})
+    monkeypatch.setattr(sources.Checkpoint, "load", lambda *_, **__: pytest.fail("read them all"))
     out = convert.convert(
         source, tmp_path / "out", draft=draft, draft_text=text, dtype="float32", progress=False
     )
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    checkpoint = convert.open_source(source)
+    monkeypatch.undo()
+    monkeypatch.setattr("quantspec_jax.weights.calibrate.calibration_tokens", tokens)
+    specs = parameter_shapes(checkpoint.config)
+    block = sum(4 * spec.size for path, spec in specs.items() if path.startswith("layers.0."))
+    assert 2 * block < max(held) <= 3 * block + 2 * 4 * 320 * 64 < 6 * block
+    assert 0 < max(own) <= 2 * np.prod(down)
     chunks = tokens(checkpoint.tokenizer, text, length=64)  # the model's context
     expected = calibrate(checkpoint.config, checkpoint.load("float32"), chunks, draft)
     monkeypatch.setattr(
-        "quantspec_jax.weights.calibrate.calibrate", lambda *_: pytest.fail("again")
+        "quantspec_jax.weights.calibrate.calibrate_in_turn", lambda *_: pytest.fail("again")
     )
     config, entries = convert.open_source(out).load_draft()
     assert config == expected[0]
@@ -265,7 +278,8 @@ def test_a_text_that_calibrates_nothing_is_refused_before_weights_are_read(
     calibrating, llama_dir, tiny_llama_dir, tmp_path, monkeypatch
 ):
     checkpoint = type(convert.open_source(llama_dir))
-    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("read the weights"))
+    for name in ("load", "read", "read_below"):
+        monkeypatch.setattr(checkpoint, name, lambda *_, **__: pytest.fail("read the weights"))
     with pytest.raises(ValueError, match=r"calibration text is .* tokens"):
         calibrating(draft_text="too short", progress=False)
     mixed = DraftConfig(method="gptq", average_bits=4.1)
@@ -676,6 +690,23 @@ def test_progress_goes_to_standard_error(llama_dir, tmp_path, capfd):
     assert loud.out == ""
     convert.convert(llama_dir, tmp_path / "silent", progress=False)
     assert capfd.readouterr() == ("", "")
+
+
+def held_bytes(monkeypatch, owner, name: str, shapes: set[tuple[int, ...]]) -> list[int]:
+    """After each call of a function, the bytes of the arrays of these shapes that have come to be
+    since; two that share their memory count once."""
+    function, found, before = getattr(owner, name), [], jax.live_arrays()
+    known = {x.unsafe_buffer_pointer() for x in before if x.shape in shapes}
+
+    def counted(*args, **options):
+        made = function(*args, **options)
+        alive = (x for x in jax.live_arrays() if x.shape in shapes)
+        sizes = {x.unsafe_buffer_pointer(): x.nbytes for x in alive}
+        found.append(sum(size for at, size in sizes.items() if at not in known))
+        return made
+
+    monkeypatch.setattr(owner, name, counted)
+    return found
 
 
 # VmHWM rather than getrusage: the latter begins at the parent's peak.

@@ -29,6 +29,7 @@ from quantspec_jax.bench import decode as bench
 from quantspec_jax.bench.decode import random_state
 from quantspec_jax.cache import KVCache, create
 from quantspec_jax.cache.config import CacheConfig
+from quantspec_jax.cache.tiles import get_tile, put_tile
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.engine.prepare import prepare
 from quantspec_jax.engine.programs import DECODE
@@ -92,7 +93,8 @@ def parameters() -> None:
 def packed_weights() -> None:
     sizes = {"tp": 4}
     formats = (("layers.0.o", WeightFormat(8, 32)), ("layers.1.up", WeightFormat(4, 16, True)))
-    own = model(DraftConfig(group_size=32, formats=formats, lm_head_bits=4))
+    draft = DraftConfig(group_size=32, formats=formats, lm_head_bits=4, lm_head_first=10)
+    own = model(draft)
     placed = sharding.place_model(own, mesh(**sizes))
     given, found = flatten(own.draft_params), flatten(placed.draft_params)
     specs = parameter_shapes(CONFIG)
@@ -100,6 +102,9 @@ def packed_weights() -> None:
     assert found["layers.1.up.kernel"].minimum is None
     for path, weight in found.items():
         jax.tree.map(np.testing.assert_array_equal, weight, given[path])
+        if path == "lm_head.first":
+            check_split(weight, ("whole", "whole"), sizes)
+            continue
         if not isinstance(weight, QuantizedWeight):
             assert weight is flatten(placed.params)[path]
             continue
@@ -222,7 +227,8 @@ SAMPLED = GenerateConfig(
 
 @functools.cache
 def decoder() -> Model:
-    draft = DraftConfig(group_size=16, formats=(("layers.0.o", WeightFormat(8, 16)),))
+    formats = (("layers.0.o", WeightFormat(8, 16)),)
+    draft = DraftConfig(group_size=16, formats=formats, lm_head_bits=4, lm_head_first=10)
     return Model(ONE_LAYER, init_params(ONE_LAYER, jax.random.key(0)), draft=draft)
 
 
@@ -258,12 +264,13 @@ def tiles_and_heads_over_devices() -> None:
 
 
 def prompts_in_tiles() -> None:
-    """Each device reads its heads' part: prompts beside each other, in slots of their own,
-    leave the cache and the first tokens of one device."""
+    """Each device has its heads' part, and codes the tiles that are its own: prompts beside each
+    other, in slots of their own, leave the cache and the first tokens of one device."""
+    sizes = {"tp": 2, "cp": 2}
     read = dataclasses.replace(SAMPLED, prefill="tiles", temperature=2.0)
     keys, tokens = jax.random.key(5), np.arange(6 * 40).reshape(6, 40) * 7 % 96
     made = []
-    for there in (decoder(), sharding.place_model(decoder(), mesh(tp=4))):
+    for there in (decoder(), sharding.place_model(decoder(), mesh(**sizes))):
         program = prepare(there, [[1] * 40], read).program.prompt
         cache = sharding.place_cache(
             create(there.config, program.cache, 6), sharding.mesh_of(there.params)
@@ -284,12 +291,23 @@ def prompts_in_tiles() -> None:
     assert found == expected
     assert len(set(found)) > 3
     (votes,) = jax.tree.leaves(memory)
-    check_split(votes, ("batch", "layers", "kv_heads", "tiles"), {"tp": 4})
-    for x, y in zip(*map(jax.tree.leaves, (whole, parts)), strict=True):
-        names = ("batch", "kv_heads", *["whole"] * (x.ndim - 2))
-        check_split(y, names, {"tp": 4})
-        x, y = (np.asarray(a).astype(np.float32) for a in (x, y))
-        assert np.isclose(x, y, rtol=1e-3, atol=1e-5).mean() > 0.999
+    check_split(votes, ("batch", "layers", "kv_heads", "tiles"), sizes)
+
+    def check_same(whole: Any, parts: Any, axis: str, places: Any) -> None:
+        for x, y in zip(*map(jax.tree.leaves, (whole, parts)), strict=True):
+            check_split(y, ("batch", "kv_heads", axis, *["whole"] * (x.ndim - 3)), sizes)
+            x, y = (np.asarray(a).astype(np.float32) for a in (x, y))
+            assert np.isclose(x[:, :, : len(places)], y[:, :, places], 1e-3, 1e-5).mean() > 0.999
+
+    check_same(*((x.key_buffer, x.value_buffer) for x in (whole, parts)), "whole", range(32))
+    half = parts.keys.upper.shape[2] // 2  # the tiles of a device lie together
+    check_same(*((x.keys, x.values) for x in (whole, parts)), "tiles", [0, half, 1])
+    tiles = [get_tile([x], jnp.int32(5), jnp.int32(1), 16, n) for x, n in ((whole, 1), (parts, 2))]
+    for name, x in tiles[0].items():
+        assert np.isclose(x.astype(jnp.float32), tiles[1][name].astype(jnp.float32)).mean() > 0.99
+        back = put_tile([parts], tiles[1], jnp.int32(3), jnp.int32(1), 16, 2)
+        found = get_tile(back, jnp.int32(3), jnp.int32(1), 16, 2)[name]
+        np.testing.assert_array_equal(found, tiles[1][name])
 
 
 def begin_tile(there: Model, tile: jax.Array, program: PromptProgram) -> Any:
@@ -348,11 +366,12 @@ def blocks_read(pairs: np.ndarray, part: int) -> list[tuple[int, int]]:
 
 
 def refused_over_a_mesh() -> None:
-    placed = sharding.place_model(decoder(), mesh(cp=2))
-    for change, words in (
-        ({"prefill": "tiles"}, "prefill 'tiles' with a mesh axis cp or dp"),
-        ({"mode": "autoregressive", "draft_policy": "all", "draft_share": None}, "kv 'full'"),
+    plain = {"mode": "autoregressive", "draft_policy": "all", "draft_share": None}
+    for axis, change, words in (
+        ("dp", {"prefill": "tiles"}, "prefill 'tiles' with a mesh axis dp"),
+        ("cp", plain, "kv 'full'"),
     ):
+        placed = sharding.place_model(decoder(), mesh(**{axis: 2}))
         with pytest.raises(NotImplementedError, match="^" + re.escape(words)):
             qs.generate(placed, PROMPTS, dataclasses.replace(SAMPLED, **change))
     with pytest.raises(ValueError, match=r"^num_heads is 8; allowed: multiples of 3"):

@@ -28,7 +28,9 @@ METHOD = METHODS["aqua-2"]
 def model(tiny_llama_dir):
     model = qs.load(tiny_llama_dir, dtype="float32", draft=DraftConfig(bits=None))
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 48))
-    model.kv = LearnedKV(StoredKV("aqua", 2), learned.calibrated(model, METHOD, tokens))
+    model.kv = LearnedKV(
+        StoredKV("aqua", 2), learned.calibrated(model.config, model.params, METHOD, tokens)
+    )
     return model
 
 

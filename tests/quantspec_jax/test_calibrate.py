@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -13,7 +14,15 @@ import pytest
 from tiny import VOCABULARY, decode, new_tokens, program, prompts, start, tiny_model
 
 from pallas_kernels.int4_matmul.xla import dequantize
-from quantspec_jax.weights.calibrate import calibrate, calibration_tokens, gptq, programs, resume
+from quantspec_jax.weights.calibrate import (
+    calibrate,
+    calibration_tokens,
+    gptq,
+    head,
+    programs,
+    resume,
+    streams,
+)
 from quantspec_jax.weights.entries import merge, quantize_params
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 from quantspec_jax.weights.rounding import quantize_linear
@@ -135,6 +144,75 @@ def test_mixed_precision_keeps_to_the_budget_and_uses_it():
         assert "residual" in entries["layers"][i][layer]
 
 
+def tied_model():
+    """(config, params) of the tiny model without an lm_head of its own."""
+    config, params, _ = tiny_model()
+    without = {name: node for name, node in params.items() if name != "lm_head"}
+    return dataclasses.replace(config, tie_embeddings=True), without
+
+
+@pytest.fixture
+def last_hidden(monkeypatch):
+    """The streams that lm_head was calibrated on, once it is."""
+    seen, moments = [], streams.input_moments
+
+    def noted(config, norm, hidden):
+        seen[:] = [streams._norm(norm, hidden, config)]
+        return moments(config, norm, hidden)
+
+    monkeypatch.setattr(streams, "input_moments", noted)
+    return seen
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lm_head_says_what_the_target_s_does(tied, last_hidden, monkeypatch):
+    """Better than one that is rounded to nearest, on the draft's hidden states."""
+    config, params = tied_model() if tied else tiny_model()[:2]
+    draft = dataclasses.replace(UNIFORM, bits=None, group_size=16, lm_head_bits=4)
+    assert config.tie_embeddings == tied
+    monkeypatch.setattr(head, "PART", config.hidden_size * 40)  # of 97 columns
+    _, entries = calibrate(config, params, tokens(), draft)
+    kernel = params["embedding"].T if tied else params["lm_head"]["kernel"]
+    plain = quantize_params(params, draft)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (entries, plain))
+    assert shapes[0] == shapes[1]
+    (hidden,) = last_hidden
+
+    def error(entries) -> float:
+        made = hidden.draft @ restored(entries["lm_head"], len(kernel))
+        return float(jnp.sum((made - hidden.target @ kernel) ** 2))
+
+    assert error(entries) < 0.7 * error(plain)
+
+
+def test_an_interrupted_lm_head_goes_on(tmp_path, monkeypatch):
+    """It is made in parts of the vocabulary, the last of which overlap, and is that of one part."""
+    config, params, _ = tiny_model()
+    draft = dataclasses.replace(UNIFORM, bits=None, group_size=16, lm_head_bits=4)
+    _, whole = calibrate(config, params, tokens(), draft)
+    monkeypatch.setattr(head, "PART", config.hidden_size * 40)
+    _, expected = calibrate(config, params, tokens(), draft)
+    packed = (x["lm_head"]["kernel"].packed for x in (whole, expected))
+    np.testing.assert_array_equal(*packed)
+    make, made = head._part, []
+
+    def interrupted(*args, **options):
+        made.append(args[1])
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return make(*args, **options)
+
+    monkeypatch.setattr(head, "_part", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt) if len(made) < 2 else contextlib.nullcontext():
+            _, entries = calibrate(config, params, tokens(), draft, resume=tmp_path)
+    assert [int(begin) for begin in made] == [0, 33, 33, 66]  # the first part was kept
+    jax.tree.map(np.testing.assert_array_equal, entries, expected)
+    monkeypatch.setattr(head, "_part", lambda *_, **__: pytest.fail("all were kept"))
+    _, again = calibrate(config, params, tokens(), draft, resume=tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again, expected)
+
+
 def test_an_interrupted_calibration_goes_on(tmp_path, monkeypatch):
     config, params, _ = tiny_model()
     draft, expected = MIXED, calibrated(MIXED)
@@ -180,8 +258,8 @@ def test_a_damaged_block_is_as_good_as_none_and_named(tmp_path, capsys):
     """Wherever a bit flips, a byte comes or the file ends."""
     path = tmp_path / "block-3.npz"
     with kept(tmp_path) as finished:
-        finished.save(3, block_of_entries())
-        whole, expected = path.read_bytes(), finished.load(3)
+        finished.save("block-3", block_of_entries())
+        whole, expected = path.read_bytes(), finished.load("block-3")
         jax.tree.map(np.testing.assert_array_equal, expected["q"], block_of_entries()["q"])
         assert capsys.readouterr().err == ""
         damaged = []
@@ -192,7 +270,7 @@ def test_a_damaged_block_is_as_good_as_none_and_named(tmp_path, capsys):
         noticed = 0
         for data in damaged:
             path.write_bytes(data)
-            found, said = finished.load(3), capsys.readouterr().err
+            found, said = finished.load("block-3"), capsys.readouterr().err
             if found is None:
                 assert re.fullmatch(rf"quantspec: {path} is damaged .* block 3 .*again\n", said)
                 noticed += 1
@@ -203,17 +281,17 @@ def test_a_damaged_block_is_as_good_as_none_and_named(tmp_path, capsys):
 
 def test_a_damaged_signature_begins_anew(tmp_path, capsys):
     with kept(tmp_path) as finished:
-        finished.save(0, block_of_entries())
+        finished.save("block-0", block_of_entries())
         finished.formats(lambda: {"layers.0.q": WeightFormat(8, 32)})
     with kept(tmp_path) as finished:
-        assert finished.load(0) is not None
+        assert finished.load("block-0") is not None
         assert finished.formats(lambda: pytest.fail("kept")) == {"layers.0.q": WeightFormat(8, 32)}
     for name, act in (("formats.json", "chosen again"), ("signature.json", "calibrated again")):
         path = tmp_path / name
         path.write_text(path.read_text().replace("8", "9", 1))
         capsys.readouterr()
         with kept(tmp_path) as finished:
-            assert (finished.load(0) is None) == (name == "signature.json")
+            assert (finished.load("block-0") is None) == (name == "signature.json")
             other = {"layers.0.q": WeightFormat(4, 32)}
             assert finished.formats(lambda found=other: found) == other
         said = capsys.readouterr().err
@@ -239,9 +317,12 @@ def test_blocks_after_the_first_compile_nothing(monkeypatch, caplog):
     config, params, _ = tiny_model()
     compiled = []
 
-    def save(self, i, entries):
+    keep = resume.Finished.save
+
+    def save(self, name, entries):
         words = [record.getMessage() for record in caplog.records]
         compiled.append(sum("Finished XLA compilation" in line for line in words))
+        keep(self, name, entries)
 
     monkeypatch.setattr(resume.Finished, "save", save)
     with jax.log_compiles():

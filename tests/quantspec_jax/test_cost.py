@@ -33,7 +33,7 @@ from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.module import init_params
 from quantspec_jax.models.parameters import parameter_count
 from quantspec_jax.models.presets import PRESETS
-from quantspec_jax.weights.entries import merge, quantize_params
+from quantspec_jax.weights.entries import merge, quantize_params, with_first
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 from quantspec_jax.weights.sizes import bits_per_weight
 
@@ -46,6 +46,8 @@ DRAFTS = (
     DraftConfig(group_size=32, formats=(("layers.1.q", WeightFormat(8, 16)),)),
     DraftConfig(bits=None),
     DraftConfig(group_size=32, lm_head_bits=4),
+    DraftConfig(group_size=32, lm_head_bits=4, lm_head_first=100),
+    DraftConfig(group_size=32, lm_head_bits=4, lm_head_first=1000),  # more than there are
 )
 
 
@@ -57,7 +59,11 @@ def test_weight_bytes_are_those_of_the_arrays(model):
     by_hand = sum(2 * x.size for x in jax.tree.leaves(read))
     assert weight_bytes(params) == target_weight_bytes(model) == by_hand
     for draft in DRAFTS:
-        own = jax.eval_shape(functools.partial(quantize_params, config=draft), params)
+
+        def made(params, draft=draft):
+            return with_first(params, quantize_params(params, draft), draft)
+
+        own = jax.eval_shape(made, params)
         assert weight_bytes(merge(params, own)) == draft_weight_bytes(model, draft)
 
 

@@ -16,7 +16,7 @@ from quantspec_jax.models.decoder import unembed
 from quantspec_jax.models.linear import linear
 from quantspec_jax.models.module import init_params
 from quantspec_jax.models.parameters import LINEAR_LAYERS
-from quantspec_jax.weights.entries import draft_tree, merge, quantize_params
+from quantspec_jax.weights.entries import draft_tree, merge, quantize_params, with_first
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 from quantspec_jax.weights.rounding import quantize_linear
 from quantspec_jax.weights.sizes import bits_per_weight, draft_bytes, layer_formats
@@ -27,7 +27,7 @@ CONFIGS = (
     DraftConfig(bits=8, group_size=32, symmetric=True),
     DraftConfig(group_size=24, layers="layers.0.*,*.down"),
     DraftConfig(group_size=32, formats=(("layers.1.q", WeightFormat(8, 16, True)),)),
-    DraftConfig(bits=None, group_size=48, lm_head_bits=4),
+    DraftConfig(bits=None, group_size=48, lm_head_bits=4, lm_head_first=9),
 )
 
 
@@ -95,6 +95,11 @@ def test_an_lm_head_of_its_own_makes_the_drafts_logits(tied):
     np.testing.assert_allclose(unembed(draft, hidden, "xla"), expected, rtol=1e-4, atol=1e-5)
     exact = unembed(params, hidden)
     assert 0.02 < float(jnp.linalg.norm(expected - exact) / jnp.linalg.norm(exact)) < 0.15
+    for first in (40, 320, 1000):
+        config = DraftConfig(bits=None, group_size=32, lm_head_bits=4, lm_head_first=first)
+        found = unembed(merge(params, with_first(params, own, config)), hidden, "xla")
+        np.testing.assert_allclose(found[..., :first], exact[..., :first], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found[..., first:], expected[..., first:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("draft", CONFIGS)
@@ -134,6 +139,11 @@ def test_bits_per_weight_counts_scales_and_what_is_left_alone():
         ({"method": "awq"}, "draft method"),
         ({"average_bits": 5.0}, "gptq"),
         ({"average_bits": 4, "method": "gptq"}, "average_bits is 4"),
+        (
+            {"lm_head_bits": 4, "lm_head_first": -1},
+            "draft lm_head_first is -1; allowed: an integer",
+        ),
+        ({"lm_head_first": 8}, "draft lm_head_first is 8; allowed: 0 with lm_head_bits 16"),
     ],
 )
 def test_refuses(options, words):

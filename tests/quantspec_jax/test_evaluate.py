@@ -161,9 +161,8 @@ def test_a_draft_as_a_device_holds_it_is_the_same_draft(ids):
     config = ModelConfig("llama", VOCABULARY, 64, 64, 2, 4, 2, 16, max_context=64)
     params = init_params(config, jax.random.key(0))
     params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
-    draft = Model(
-        config, params, draft=DraftConfig(bits=8, group_size=32, lm_head_bits=4)
-    ).draft_params
+    weights = DraftConfig(bits=8, group_size=32, lm_head_bits=4, lm_head_first=20)
+    draft = Model(config, params, draft=weights).draft_params
     block = dict(draft["layers"]["1"])
     order = jnp.asarray(np.random.default_rng(1).permutation(64), jnp.int32)
     moved = params["layers"]["1"]["down"]["kernel"][order]

@@ -72,7 +72,7 @@ def test_what_is_stored_is_what_eval_would_learn(
 
 def test_an_interrupted_calibration_goes_on(model, tmp_path, monkeypatch):
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 48))
-    whole = learned.calibrated(model, Aqua(2), tokens)
+    whole = learned.calibrated(model.config, model.params, Aqua(2), tokens)
     blocks = []
     inner = learned._plain_block
 
@@ -85,14 +85,14 @@ def test_an_interrupted_calibration_goes_on(model, tmp_path, monkeypatch):
     monkeypatch.setattr(learned, "_plain_block", counted)
     kept = tmp_path / "kept"
     with pytest.raises(KeyboardInterrupt):
-        learned.calibrated(model, Aqua(2), tokens, resume=kept)
-    found = learned.calibrated(model, Aqua(2), tokens, resume=kept)
+        learned.calibrated(model.config, model.params, Aqua(2), tokens, resume=kept)
+    found = learned.calibrated(model.config, model.params, Aqua(2), tokens, resume=kept)
     assert len(blocks) == 1 + model.config.num_layers  # the first layer was not done again
     jax.tree.map(np.testing.assert_array_equal, found, whole)
     with pytest.raises(ValueError, match=r"layers\.npz is 'another calibration'; allowed: one of"):
-        learned.calibrated(model, Aqua(3), tokens, resume=kept)
+        learned.calibrated(model.config, model.params, Aqua(3), tokens, resume=kept)
     (kept / "layers.npz").write_bytes(b"PK\3\4 cut off")
-    learned.calibrated(model, Aqua(3), tokens, resume=kept)
+    learned.calibrated(model.config, model.params, Aqua(3), tokens, resume=kept)
 
 
 def test_numbers_that_are_none_are_named(model):
@@ -100,7 +100,7 @@ def test_numbers_that_are_none_are_named(model):
     broken["layers"]["1"]["v"]["kernel"] = jnp.full_like(broken["layers"]["1"]["v"]["kernel"], 3e38)
     bad = qs.Model(model.config, broken, draft=DraftConfig(bits=None))
     with pytest.raises(ValueError, match="layer 1 is 'NaN or infinite'"):
-        learned.calibrated(bad, Aqua(2), np.ones((1, 40), np.int64))
+        learned.calibrated(bad.config, bad.params, Aqua(2), np.ones((1, 40), np.int64))
 
 
 @pytest.mark.parametrize(

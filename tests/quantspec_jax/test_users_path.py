@@ -97,7 +97,7 @@ DRAFTS = {
     },
     "eight bits": rounded(bits=8, group_size=64),
     "eight bits, symmetric": rounded(bits=8, group_size=32, symmetric=True),
-    "lm_head": rounded(lm_head_bits=4),
+    "lm_head": rounded(lm_head_bits=4, lm_head_first=64),
     "lm_head alone": rounded(bits=None, lm_head_bits=4),
     "MLP": rounded(layers="mlp"),
     "several formats": rounded(formats=MIXED),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ from tqdm import tqdm
 from quantspec_jax.checks import require
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.linear import unpacked
-from quantspec_jax.models.parameters import LINEAR_LAYERS, Params
-from quantspec_jax.weights.calibrate import gptq, mixed_precision, streams
+from quantspec_jax.models.parameters import LINEAR_LAYERS, InTurn, flatten, nest
+from quantspec_jax.weights.calibrate import gptq, head, mixed_precision, streams
 from quantspec_jax.weights.calibrate.gptq import Moments
 from quantspec_jax.weights.calibrate.programs import program
 from quantspec_jax.weights.calibrate.resume import Finished, finished_blocks
 from quantspec_jax.weights.calibrate.streams import Block, Pair
-from quantspec_jax.weights.entries import quantize_lm_head
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 from quantspec_jax.weights.sizes import layer_formats
 
@@ -32,7 +31,7 @@ Entry = dict[str, Any]
 
 def calibrate(
     config: ModelConfig,
-    params: Params,
+    params: Mapping[str, Any],
     tokens: Any,
     draft: DraftConfig,
     *,
@@ -42,7 +41,7 @@ def calibrate(
     """Quantize the draft's weights so that on a text's tokens it does as the target does.
 
     Args:
-      config, params: the target.
+      config, params: the target; `params` may be made in turn (`InTurn`), a block at a time.
       tokens: [chunks, length] int32, such as `calibration_tokens` gives.
       draft: the formats. With `average_bits` the layers of 8 bits are chosen here.
       progress: show a bar on standard error.
@@ -57,40 +56,80 @@ def calibrate(
       ValueError: an argument is wrong, `resume` holds another calibration or one that another
         process is at, or activations are not finite; says in which layer.
     """
+    draft, entries = calibrate_in_turn(
+        config, params, tokens, draft, progress=progress, resume=resume
+    )
+    return draft, nest(flatten(entries))
+
+
+def calibrate_in_turn(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    tokens: Any,
+    draft: DraftConfig,
+    *,
+    progress: bool = False,
+    resume: Path | None = None,
+) -> tuple[DraftConfig, Mapping[str, Any]]:
+    """As `calibrate`, with entries that are read from `resume` when they are asked for, a block at
+    a time: nobody holds all of them."""
     tokens = _checked(config, tokens)
     formats = layer_formats(config, draft)
-    with finished_blocks(resume, config, params, tokens, draft) as finished:
-        return _calibrated(config, params, tokens, draft, formats, finished, progress)
+    with finished_blocks(resume, config, params, tokens, draft, progress=progress) as finished:
+        chosen = draft
+        if draft.average_bits is not None:
+            formats = finished.formats(lambda: _mixed(config, params, tokens, formats, draft))
+            chosen = _with_formats(draft, formats)
+        _finish(config, params, tokens, draft, formats, finished, progress)
+    return chosen, _entries(config, draft, finished)
 
 
-def _calibrated(
+def _finish(
     config: ModelConfig,
-    params: Params,
+    params: Mapping[str, Any],
     tokens: jax.Array,
     draft: DraftConfig,
     formats: mixed_precision.Formats,
     finished: Finished,
     progress: bool,
-) -> tuple[DraftConfig, dict[str, Any]]:
-    if draft.average_bits is not None:
-        formats = finished.formats(lambda: _mixed(config, params, tokens, formats, draft))
-        draft = _with_formats(draft, formats)
-    blocks = range(config.num_layers)
-    entries = [finished.load(i) for i in blocks]
-    if None in entries:
-        hidden = _embedded(params["embedding"], tokens)
-        for i in tqdm(blocks, desc="calibrating", unit=" blocks", disable=not progress):
-            here = {name: formats[f"layers.{i}.{name}"] for name in LINEAR_LAYERS}
-            block, entry = params["layers"][str(i)], entries[i]
-            if entry is None:
-                make = functools.partial(_quantize, f"layers.{i}", block, here)
-                entry, hidden = _through(config, block, hidden, make)
-                finished.save(i, entry)
-                entries[i] = entry
-            else:
-                _, hidden = _through(config, block, hidden, functools.partial(_kept, entry))
-    own = {str(i): entry for i, entry in enumerate(entries) if entry}
-    return draft, ({"layers": own} if own else {}) | quantize_lm_head(params, draft)
+) -> None:
+    """Calibrate what `finished` has not yet."""
+    blocks, parts = _blocks(config), head.parts(config, draft)
+    missing = [name for name in (*blocks, *parts) if finished.load(name) is None]
+    if not missing:
+        return
+
+    def through(i: int, name: str, block: Block, hidden: Pair) -> Pair:
+        if name not in missing:
+            kept = functools.partial(_kept, finished.entries(name))
+            return _through(config, block, hidden, kept)[1]
+        here = {name: formats[f"layers.{i}.{name}"] for name in LINEAR_LAYERS}
+        make = functools.partial(_quantize, f"layers.{i}", block, here)
+        entry, hidden = _through(config, block, hidden, make)
+        finished.save(name, entry)
+        return hidden
+
+    hidden = _embedded(params["embedding"], tokens)
+    bar = tqdm(blocks, desc="calibrating", unit=" blocks", disable=not progress)
+    for i, name in enumerate(bar):
+        hidden = through(i, name, params["layers"][str(i)], hidden)
+    if any(name in missing for name in parts):
+        head.finish(config, params, hidden, draft, missing, finished, progress)
+
+
+def _blocks(config: ModelConfig) -> list[str]:
+    """The names that finished blocks are kept by."""
+    return [f"block-{i}" for i in range(config.num_layers)]
+
+
+def _entries(config: ModelConfig, draft: DraftConfig, finished: Finished) -> InTurn:
+    """The draft's own entries of the tree."""
+    blocks = enumerate(_blocks(config))
+    layers = InTurn({str(i): functools.partial(finished.entries, name) for i, name in blocks})
+    made: dict[str, Callable[[], Any]] = {"layers": lambda: layers}
+    if draft.lm_head_bits != 16:
+        made["lm_head"] = functools.partial(head.joined, config, draft, finished)
+    return InTurn(made)
 
 
 def _checked(config: ModelConfig, tokens: Any) -> jax.Array:
@@ -176,7 +215,7 @@ def _quantize(
     if not names:
         return {}
     sums = moments()
-    if not bool(_finite(sums)):
+    if not bool(gptq.finite(sums)):
         layers = ", ".join(f"{prefix}.{name}" for name in names)
         raise ValueError(f"{layers}: the activations are not finite (NaN or infinity)")
     factor, change = gptq.factorize(sums.gram), gptq.correction(sums)
@@ -188,11 +227,6 @@ def _quantize(
         found = gptq.quantize_layers(kernels, change, sums.gram, factor, stored, shared)
         made |= dict(zip(alike, found, strict=True))
     return made
-
-
-@program()
-def _finite(sums: Moments) -> jax.Array:
-    return jnp.isfinite(sums.gram).all() & jnp.isfinite(sums.miss).all()
 
 
 def _by_format(names: tuple[str, ...], formats: dict[str, WeightFormat]) -> list[tuple[str, ...]]:

@@ -75,6 +75,12 @@ def _damped(gram: jax.Array, share: float) -> jax.Array:
 
 
 @program()
+def finite(sums: Moments) -> jax.Array:
+    """Whether all sums are numbers."""
+    return jnp.isfinite(sums.gram).all() & jnp.isfinite(sums.miss).all()
+
+
+@program()
 def factorize(gram: jax.Array) -> Factor:
     """H [Kin, Kin] → its `Factor`."""
     order = jnp.argsort(-jnp.diag(gram))

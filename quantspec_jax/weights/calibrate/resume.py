@@ -7,19 +7,20 @@ import dataclasses
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
 from quantspec_jax.claim import claim
 from quantspec_jax.files import read_json, whole, write_json
 from quantspec_jax.models.config import ModelConfig
-from quantspec_jax.models.parameters import Params, flatten, nest
+from quantspec_jax.models.parameters import flatten, leaves, nest, parameter_shapes
 from quantspec_jax.notices import notice
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 
@@ -31,11 +32,13 @@ SAMPLE = 1024  # numbers of each weight that the signature looks at
 def finished_blocks(
     directory: Path | None,
     config: ModelConfig,
-    params: Params,
+    params: Mapping[str, Any],
     tokens: jax.Array,
     draft: DraftConfig,
+    *,
+    progress: bool = False,
 ) -> Iterator[Finished]:
-    """The directory, for this calibration and this process alone; None: nothing is kept.
+    """The directory, for this calibration and this process alone; None: in memory.
 
     Raises:
       ValueError: it holds another calibration, or another process is at it.
@@ -48,7 +51,7 @@ def finished_blocks(
     with claim(directory / "claim", "calibration directory", directory):
         for half in directory.glob(".*.partial.*"):  # `whole` was killed
             half.unlink()
-        _check_signature(directory, _signature(config, params, tokens, draft))
+        _check_signature(directory, _signature(config, params, tokens, draft, progress))
         yield Finished(directory)
 
 
@@ -56,8 +59,8 @@ def _check_signature(directory: Path, ours: dict[str, Any]) -> None:
     path = directory / "signature.json"
     kept = _read(path, "all layers are calibrated again") if path.exists() else None
     if kept is None:  # nobody can say whose the blocks are
-        for block in (*directory.glob("block-*.npz"), directory / "formats.json"):
-            block.unlink(missing_ok=True)
+        for kept_file in (*directory.glob("*.npz"), directory / "formats.json"):
+            kept_file.unlink(missing_ok=True)
         _write(path, ours)
     elif kept != ours:
         raise ValueError(
@@ -67,17 +70,19 @@ def _check_signature(directory: Path, ours: dict[str, Any]) -> None:
 
 
 class Finished:
-    """What a directory keeps of a calibration, or nothing where it is None. A file that is damaged
+    """What a directory keeps of a calibration, or memory where it is None. A file that is damaged
     is named, and as good as none.
 
     signature.json   of the model, the tokens, the draft and the method
     formats.json     the formats of mixed precision, once they are chosen
     block-<i>.npz    the entries of block i: <layer>.<part>.{packed,scale,minimum}; the format has a
                      checksum for each array, which NumPy verifies as it reads
+    lm_head-<i>.npz  a part of lm_head, alike
     """
 
     def __init__(self, directory: Path | None):
         self.directory = directory
+        self._held: dict[str, dict[str, Any]] = {}
 
     def formats(self, choose: Callable[[], dict[str, WeightFormat]]) -> dict[str, WeightFormat]:
         """The formats kept, else those that `choose` gives, kept."""
@@ -91,22 +96,37 @@ class Finished:
         _write(path, {name: dataclasses.asdict(f) for name, f in formats.items()})
         return formats
 
-    def load(self, i: int) -> dict[str, Any] | None:
-        """The entries of block i, or None where it is not finished."""
-        path = None if self.directory is None else self.directory / f"block-{i}.npz"
-        if path is None or not path.exists():
+    def load(self, name: str) -> dict[str, Any] | None:
+        """The entries of `block-<i>` or `lm_head-<i>`, or None where they are not finished."""
+        if self.directory is None:
+            return self._held.get(name)
+        path = self.directory / f"{name}.npz"
+        if not path.exists():
             return None
         try:
             return _load_block(path)
         except OSError:
             raise
         except Exception as error:  # zipfile, zlib and NumPy have a dozen kinds
-            notice(f"{path} is damaged ({type(error).__name__}): block {i} is calibrated again")
+            again = f"{name.replace('-', ' ')} is calibrated again"
+            notice(f"{path} is damaged ({type(error).__name__}): {again}")
             return None
 
-    def save(self, i: int, entries: dict[str, Any]) -> None:
-        """Keep the entries of block i."""
+    def entries(self, name: str) -> dict[str, Any]:
+        """Those of what is finished.
+
+        Raises:
+          ValueError: their file was lost or damaged since.
+        """
+        found = self.load(name)
+        if found is None:
+            raise ValueError(f"{self.directory}: {name} was lost; the same command makes it again")
+        return found
+
+    def save(self, name: str, entries: dict[str, Any]) -> None:
+        """Keep the entries of `name`, as `load` gives them."""
         if self.directory is None:
+            self._held[name] = entries
             return
         arrays = {
             f"{name}.{field}": _as_saved(value)
@@ -114,7 +134,7 @@ class Finished:
             for field, value in weight._asdict().items()
             if value is not None
         }
-        with whole(self.directory / f"block-{i}.npz") as partial:
+        with whole(self.directory / f"{name}.npz") as partial:
             np.savez(partial, allow_pickle=False, **arrays)
 
 
@@ -158,12 +178,20 @@ def _weight(numbers: dict[str, jax.Array]) -> QuantizedWeight:
 
 
 def _signature(
-    config: ModelConfig, params: Params, tokens: jax.Array, draft: DraftConfig
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    tokens: jax.Array,
+    draft: DraftConfig,
+    progress: bool,
 ) -> dict[str, Any]:
     digest = hashlib.sha256(np.asarray(tokens).tobytes())
-    for name, x in sorted(flatten(params).items()):
+    arrays = len(parameter_shapes(config))
+    bar = tqdm(desc="comparing", total=arrays, unit=" arrays", disable=not progress)
+    for name, x in leaves(params):
         sample = np.asarray(x.reshape(-1)[:: max(1, x.size // SAMPLE)].astype(jnp.float32))
         digest.update(name.encode() + sample.tobytes())
+        bar.update()
+    bar.close()
     return {
         "method": METHOD,
         "layout": LAYOUT_VERSION,
