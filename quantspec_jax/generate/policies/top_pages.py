@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_attention.read import Pages
+from quantspec_jax.checks import is_int, require
 from quantspec_jax.generate.policies.policy import (
     SINKS,
     Policy,
@@ -36,12 +37,20 @@ class TopPages(Policy):
 
     Args:
       share: of the coded tokens that are read, in all.
+      every: rounds that read the same pages; the last one's verification votes. More tokens that
+        are coded end them earlier.
     """
 
     share: float = 0.25
+    every: int = 1
     name: ClassVar[str] = "top-pages"
     observes: ClassVar[bool] = True
     votes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        possible = is_int(self.every) and self.every >= 1
+        require(possible, "draft_every", self.every, "an integer ≥ 1")
 
     def observe(
         self,
