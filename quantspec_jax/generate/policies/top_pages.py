@@ -84,8 +84,12 @@ class TopPages(Policy):
         self, memory: jax.Array, masses: Sequence[jax.Array], accepted: jax.Array
     ) -> jax.Array:
         """The votes of this verification alone."""
-        found = jnp.stack(masses, 1)  # [B, L, S, H, T/G]
-        b, layers, s, _, tiles = found.shape
-        counts = (jnp.arange(s)[None] <= accepted[:, None])[:, None, :, None, None]
-        by_row = jnp.where(counts, found, 0.0)
-        return by_row.reshape(b, layers, s, memory.shape[2], -1, tiles).sum((2, 4))
+        b, _, heads, tiles = memory.shape
+        row = jnp.arange(masses[0].shape[1])[None]
+        counts = (row <= accepted[:, None])[:, :, None, None]
+
+        def votes(mass: jax.Array) -> jax.Array:  # of a layer: summed before they are joined
+            by_head = jnp.where(counts, mass, 0.0).sum(1)
+            return by_head.reshape(b, heads, -1, tiles).sum(2)
+
+        return jnp.stack([votes(mass) for mass in masses], 1)
