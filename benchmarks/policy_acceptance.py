@@ -232,7 +232,8 @@ def table(done: list[Followed], policies: tuple[Policy, ...]) -> list[dict[str, 
         of_kind = [each for each in done if each.text == kind]
         alone = [[each] for each in of_kind] if len(of_kind) > 1 else []
         for group in (of_kind, *alone):
-            head = {"text": kind, "skip_characters": [each.place for each in group]}
+            places = [each.place for each in group]
+            head = {"text": kind, "prompts": len(group), "skip_characters": places}
             for draft in group[0].scores:
                 rows += [head | row for row in rows_of(group, draft, policies)]
     return rows

@@ -46,6 +46,7 @@ class Policy:
 
     @property
     def every(self) -> int | None:
+        """See above."""
         return None
 
     def __post_init__(self) -> None:
