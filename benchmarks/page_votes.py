@@ -1,6 +1,6 @@
 """Which pages a draft should read: acceptance by who votes, how votes are pooled, and page size.
 
-    python benchmarks/page_votes.py --model M --text TEXT --context N --output FILE
+    python benchmarks/page_votes.py --model M --text TEXT --context N [--vary age ...] --output FILE
 
 A verification of γ + 1 = 8 rows leaves the attention mass of every page; the drafts of the next
 round read the pages with most of it. Teacher-forced, with full weights: the target reads the text
@@ -13,6 +13,10 @@ accepted. Positions are of the text's last quarter, as many as --positions.
                which no selection in advance can beat
     heads      mass is pooled over the query heads of a kv head (sum or max), or of the layer
     decay      of the votes of earlier rounds, a round; 0: they are forgotten
+    age        rounds that read the same pages before: the votes are so many rounds older
+    prompt     weight of what the prompt's end attends to (as snapkv sees it) beside the
+               verification's votes, each summing to 1 over the pages
+    recent     share of what is read that goes to the pages before the buffer (one at least)
     page       tokens; a share of them is read: the first page, the one before the buffer, and those
                with most votes
     clusters   the tokens of a tile lie in the order of so many clusters of keys (k-means), so that
@@ -27,6 +31,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -62,30 +67,42 @@ class Votes:
     voters: str = "all"
     heads: str = "kv sum"
     decay: float = 0.0
+    age: int = 0
+    prompt: float = 0.0
+    recent: float = 0.0
     page: int = 128
     clusters: int = 0
     whole_layers: int = 0  # the first layers read everything
 
 
-def drafts() -> list[Votes]:
+PLACES = (0, 3, 6)
+VARIED: dict[str, list[dict[str, Any]]] = {
+    "policy": [{"voters": voters} for voters in ("window", "snapkv", "own")],
+    "voters": [
+        *({"voters": v, "place": j} for v in ("all", "last", "first and last") for j in PLACES),
+        {"voters": "first"},
+    ],
+    "heads": [{"heads": heads} for heads in ("kv max", "layer")],
+    "decay": [{"decay": decay} for decay in (0.5, 0.9)],
+    "age": [{"age": age, "place": j} for age in (0, 1, 2, 3, 5, 7, 11, 15) for j in PLACES],
+    "prompt": [{"prompt": weight} for weight in (0.25, 1.0)],
+    "recent": [{"recent": share} for share in (0.25, 0.5, 0.75)],
+    "page": [{"page": page} for page in (64, 32, 16)],
+    "clusters": [
+        *({"page": 16, "clusters": c} for c in CLUSTERS[1:]),
+        {"page": 32, "clusters": 8},
+    ],
+    "whole": [{"whole_layers": 2}],
+}
+
+
+def drafts(vary: Sequence[str]) -> list[Votes]:
     """One thing changed at a time."""
     found = [Votes(share=1, voters="own", place=0)]
     for share in (0.25, 0.125):
-        base = Votes(share)
-        change = partial(dataclasses.replace, base)
-        found += [change(voters=x) for x in ("window", "snapkv", "own")]
-        found += [
-            change(voters=voters, place=place)
-            for voters in ("all", "last", "first and last")
-            for place in (0, 3, 6)
-        ]
-        found += [change(voters="first")]
-        found += [change(heads=x) for x in ("kv max", "layer")]
-        found += [change(decay=x) for x in (0.5, 0.9)]
-        found += [change(page=x) for x in (64, 32, 16)]
-        found += [change(page=16, clusters=x) for x in CLUSTERS[1:]]
-        found += [change(page=32, clusters=8), change(whole_layers=2)]
-    return found
+        found.append(Votes(share))
+        found += [dataclasses.replace(Votes(share), **x) for name in vary for x in VARIED[name]]
+    return list(dict.fromkeys(found))
 
 
 class Masses(NamedTuple):
@@ -176,13 +193,13 @@ def votes(draft: Votes, masses: Masses, position: jax.Array, heads: int) -> jax.
     """[N] positions → [N, K, T/page] votes."""
     mass = masses.by_order[CLUSTERS.index(draft.clusters)]
     t, h, _ = mass.shape
+    pooled = jax.lax.reduce_window(
+        masses.observed, -jnp.inf, jax.lax.max, (1, POOLED), (1, 1), "SAME"
+    )
+    of_prompt = pooled.reshape(heads, t // draft.page, draft.page).sum(-1)[None]
     if draft.voters == "snapkv":
-        pooled = jax.lax.reduce_window(
-            masses.observed, -jnp.inf, jax.lax.max, (1, POOLED), (1, 1), "SAME"
-        )
-        by_page = pooled.reshape(heads, t // draft.page, draft.page).sum(-1)
-        return jnp.broadcast_to(by_page, (len(position), *by_page.shape))
-    last = position - draft.place - 1
+        return jnp.broadcast_to(of_prompt, (len(position), *of_prompt.shape[1:]))
+    last = position - draft.place - 1 - draft.age * ROWS
     rounds = 8 if draft.decay else 1
     rows = {"last": [0], "first": [ROWS - 1], "first and last": [0, ROWS - 1]}.get(
         draft.voters, range(ROWS)
@@ -199,6 +216,9 @@ def votes(draft: Votes, masses: Masses, position: jax.Array, heads: int) -> jax.
     by_head = pooled.max(2) if draft.heads == "kv max" else pooled.sum(2)
     if draft.heads == "layer":
         by_head = jnp.broadcast_to(by_head.sum(1, keepdims=True), by_head.shape)
+    if draft.prompt:
+        shares = [x / x.sum(-1, keepdims=True) for x in (by_head, of_prompt)]
+        by_head = shares[0] + draft.prompt * shares[1]
     return by_head
 
 
@@ -215,7 +235,8 @@ def chosen(masses: Masses, orders: Any, position: Any, *, draft: Votes, heads: i
         if draft.voters == "window"
         else votes(draft, masses, position, heads)
     )
-    always = (number == 0) | (number == coded - 1)
+    newest = jnp.maximum(1, jnp.round(draft.recent * budget)).astype(jnp.int32)
+    always = (number == 0) | (number >= coded - newest)
     priority = jnp.where(always[:, None], jnp.inf, priority)
     priority = jnp.where((number < coded)[:, None], priority, -jnp.inf)
     rank = jnp.argsort(jnp.argsort(-priority, -1), -1)
@@ -312,14 +333,16 @@ def compared(head: Any, target: jax.Array, draft: jax.Array) -> tuple[jax.Array,
     return jnp.argmax(p, -1) == jnp.argmax(q, -1), jnp.minimum(p, q).sum(-1)
 
 
-def measure(model: qs.Model, ids: list[int], positions: int) -> list[dict[str, Any]]:
+def measure(
+    model: qs.Model, ids: list[int], positions: int, vary: Sequence[str]
+) -> list[dict[str, Any]]:
     """A row a draft."""
     config, t = model.config, len(ids)
     prompt = 3 * t // 4
     position = jnp.asarray(np.linspace(prompt, t - 1, positions).astype(np.int32))
     tokens = jnp.asarray([ids], jnp.int32)
     target = embedded(model.params, tokens, config)
-    streams = {draft: Stream(*(x[:, position] for x in target)) for draft in drafts()}
+    streams = {draft: Stream(*(x[:, position] for x in target)) for draft in drafts(vary)}
     shares = dict.fromkeys(streams, 0.0)
     for i in range(config.num_layers):
         block, norm = block_params(model.params, i)
@@ -355,13 +378,16 @@ def make_parser() -> argparse.ArgumentParser:
     script.add_text(parser)
     parser.add_argument("--context", type=int, default=2048, help="a multiple of 512")
     parser.add_argument("--positions", type=int, default=256)
+    parser.add_argument(
+        "--vary", nargs="+", choices=tuple(VARIED), default=list(VARIED), help="what (all)"
+    )
     return parser
 
 
 def main() -> int:
     args = make_parser().parse_args()
     model = qs.load(args.model, dtype="float32", draft=qs.DraftConfig(bits=None))
-    rows = measure(model, script.tokens(model, args.text, args.context), args.positions)
+    rows = measure(model, script.tokens(model, args.text, args.context), args.positions, args.vary)
     name = record.model_name(args.model)
     script.write(__file__, args, rows, model=name, context=args.context, dtype="float32")
     return 0

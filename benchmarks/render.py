@@ -43,7 +43,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Decoding real text", ("text-*", "yarn-*", "couplings-*", "decode-cpu-*", "first-token-*")),
     ("Greedy tokens beside those of the target", ("identity-*",)),
     ("Acceptance of drafts", ("draft-*", "first-proposals-*")),
-    ("Pages that drafts read", ("policies-*", "page-votes-*")),
+    ("Pages that drafts read", ("policies-*", "policy-acceptance-*", "page-votes-*")),
     ("Methods that compress a cache", ("codecs-*", "quality-*", "kv-numbers-*")),
     ("Decoding with simulated acceptance", ("decode-*",)),
     ("Serving", ("serving-*", "server-*", "saved-caches-*", "engine-*")),

@@ -16,8 +16,8 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
-from itertools import takewhile
+from collections.abc import Iterator, Sequence
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from quantspec_jax.checks import require
 from quantspec_jax.commands.options import (
     add_draft,
     add_dtype,
+    add_every,
     add_mesh,
     add_model,
     add_reading,
@@ -55,6 +56,7 @@ from quantspec_jax.files import check_output
 from quantspec_jax.generate.cache_pass import cache_pass
 from quantspec_jax.generate.config import BACKENDS, GenerateConfig
 from quantspec_jax.generate.couplings import COUPLINGS
+from quantspec_jax.generate.policies import POLICIES
 from quantspec_jax.generate.prefill import COMPILED, prefill
 from quantspec_jax.generate.sampling import Role, draw_keys, penalize
 from quantspec_jax.generate.state import Program
@@ -103,6 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens drafted a round, or auto (2 4 auto)",
     )
     add_reading(parser, several=True)
+    add_every(parser, nargs="+")
     parser.add_argument("--coupling", choices=COUPLINGS, nargs="+", default=["block"])
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
@@ -134,8 +137,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One way to decode; all but the mode are None where nothing is drafted, and the share and the
-    view also where they are the policy's own and the codec's."""
+    """One way to decode; all but the mode are None where nothing is drafted, and what a draft reads
+    also where it is the policy's own and the codec's."""
 
     mode: str
     gamma: int | str | None = None
@@ -143,6 +146,7 @@ class Case:
     coupling: str | None = None
     share: float | None = None
     view: str | None = None
+    every: int | None = None
 
     def config(self, temperature: float, args: argparse.Namespace) -> GenerateConfig:
         """What `generate` is called with."""
@@ -155,7 +159,8 @@ class Case:
         }
         if self.mode != QUANTSPEC:
             return GenerateConfig(mode="autoregressive", kv=self.mode, **common)
-        reads = {"draft_policy": self.policy, "draft_share": self.share, "draft_view": self.view}
+        reads = {"draft_policy": self.policy, "draft_share": self.share}
+        reads |= {"draft_view": self.view, "draft_every": self.every}
         drafts: dict[str, Any] = {"gamma": self.gamma, "coupling": self.coupling, **reads}
         return GenerateConfig(**drafts, **common)
 
@@ -181,13 +186,20 @@ def cases(args: argparse.Namespace, temperature: float) -> list[Case]:
         return plain
     couplings = args.coupling if temperature > 0 else args.coupling[:1]  # greedy, all are the same
     return plain + [
-        Case(QUANTSPEC, gamma, policy, coupling, share, view)
+        Case(QUANTSPEC, gamma, policy, coupling, share, view, every)
         for coupling in couplings
         for policy in args.draft_policy or ["all"]
         for view in args.draft_view or [None]
         for share in shares(policy, args.draft_share)
+        for every in rounds_between_choices(policy, args.draft_every)
         for gamma in args.gamma
     ]
+
+
+def rounds_between_choices(policy: str, asked: list[int] | None) -> Sequence[int | None]:
+    """Those to measure a policy at: of one whose pages no round changes, none."""
+    changes = policy != "auto" and POLICIES[policy].votes
+    return [None] if asked is None or not changes else asked
 
 
 def shares(policy: str, asked: list[float] | None) -> Sequence[float | None]:
@@ -396,14 +408,16 @@ class Bench:
     args: argparse.Namespace
     name: str
 
-    def rows(self, context: int) -> list[dict[str, Any]]:
-        """All cases at one context, at one temperature after the other."""
+    def rows(self, context: int) -> Iterator[list[dict[str, Any]]]:
+        """Those of each case at one context, at one temperature after the other."""
         cut = [Prompt(prompt.place, prompt.ids[:context]) for prompt in self.prompts]
-        return [row for t in self.args.temperature for row in self._at(context, cut, t)]
+        for temperature in self.args.temperature:
+            yield from self._at(context, cut, temperature)
 
-    def _at(self, context: int, cut: list[Prompt], temperature: float) -> list[dict[str, Any]]:
+    def _at(
+        self, context: int, cut: list[Prompt], temperature: float
+    ) -> Iterator[list[dict[str, Any]]]:
         found: dict[str, list[Run]] = {}
-        rows = []
         for case in cases(self.args, temperature):
             config = case.config(temperature, self.args)
             key = jax.random.key(self.args.seed)
@@ -416,11 +430,11 @@ class Bench:
                 for run, target in zip(runs, found.get(TARGET, [None] * len(runs)), strict=True)
             ]
             head = self._head(case, context, temperature)
-            rows += _rows(head, runs, found.get(BASELINE), compared)
+            rows = _rows(head, runs, found.get(BASELINE), compared)
             milliseconds = rows[-1]["milliseconds_a_round"]
             rows[-1] |= profile_of(self.model, cut[0], config, key, milliseconds)
             print(line(rows[-1]), file=sys.stderr, flush=True)
-        return rows
+            yield rows
 
     def _head(self, case: Case, context: int, temperature: float) -> dict[str, Any]:
         head = {"model": self.name, **dataclasses.asdict(case)}
@@ -474,6 +488,7 @@ def line(row: dict[str, Any]) -> str:
     name = row["mode"] if row["gamma"] is None else f"{row['mode']}, gamma {row['gamma']}"
     if row["policy"] not in (None, "all"):
         name += f", {row['policy']}" + ("" if row["share"] is None else f" {row['share']:g}")
+        name += "" if row["every"] is None else f" every {row['every']}"
     name += "" if row["view"] is None else f", {row['view']}"
     more = [f"{row['tokens_per_second']:.1f} tokens/s"]
     if row["speed_up"] is not None:
@@ -523,9 +538,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "backend": backend,
         "new_tokens": args.new_tokens,
     }
-    for context in args.context:
-        rows += bench.rows(context)
-        if args.output is not None:  # after each context, so that an interruption loses one at most
+    for made in chain.from_iterable(map(bench.rows, args.context)):
+        rows += made
+        if args.output is not None:  # after each case, so that an interruption loses one at most
             record.write(
                 Path(args.output), record.command("quantspec bench text", args), rows, **result
             )

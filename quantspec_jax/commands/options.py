@@ -280,6 +280,12 @@ def add_reading(parser: argparse.ArgumentParser, *, several: bool = False) -> No
     )
 
 
+def add_every(parser: argparse.ArgumentParser, **many: Any) -> None:
+    """--draft-every."""
+    words = "rounds that read the same pages, of a policy that chooses anew (1)"
+    parser.add_argument("--draft-every", type=int, metavar="N", help=words, **many)
+
+
 # The draft's weights
 
 

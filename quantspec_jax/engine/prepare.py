@@ -154,7 +154,7 @@ def draft_policy(model: Model, config: GenerateConfig, length: int, most: int) -
     """What the configuration names; "auto" is chosen for a cache of `length` tokens and for `most`
     proposals a round."""
     if config.draft_policy != "auto":
-        return policy(config.draft_policy, config.draft_share)
+        return policy(config.draft_policy, config.draft_share, config.draft_every)
     reading = best_reading(
         model.config,
         model.draft,

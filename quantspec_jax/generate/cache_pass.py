@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +84,21 @@ def attention(
     return found._replace(out=out.astype(q.dtype), log_sum_exp=log_sum_exp)
 
 
+class ByPage(NamedTuple):
+    """Attention of a pass in a layer: log_sums [B, S, H, T/G] float32, the log-sum-exp of a row's
+    scores with each page's tokens; log_sum_exp [B, S, H], of all its scores."""
+
+    log_sums: jax.Array
+    log_sum_exp: jax.Array
+
+    @property
+    def masses(self) -> jax.Array:
+        """The share of a row's attention that each page has."""
+        return jnp.exp(self.log_sums - self.log_sum_exp[..., None])
+
+
 Layer = tuple[LayerCache, Pages | None]
-After = tuple[LayerCache, jax.Array | None]
+After = tuple[LayerCache, ByPage | None]
 
 
 def observed_pass(
@@ -97,9 +111,8 @@ def observed_pass(
     pages: Sequence[Pages] | None = None,
     *,
     masses: bool = False,
-) -> tuple[jax.Array, KVCache, list[jax.Array] | None]:
-    """`cache_pass`, which with `masses` gives of each layer [B, S, H, T/G] float32, the share of a
-    row's attention that each page has."""
+) -> tuple[jax.Array, KVCache, list[ByPage] | None]:
+    """`cache_pass`, which with `masses` gives each layer's attention by page."""
 
     # Of tokens that are not coded each device has some: the others write to their next free slot,
     # which they do not read before it has been written again.
@@ -109,10 +122,10 @@ def observed_pass(
         layer, listed = state
         q, layer = rope_append(heads, layer, slot, backend=program.backend)
         found = attention(q, layer, cache, start, listed, read, program, masses)
-        mass = None
+        by_page = None
         if found.page_log_sums is not None:
-            mass = jnp.exp(found.page_log_sums - found.log_sum_exp[..., None])
-        return found.out, (layer, mass)
+            by_page = ByPage(found.page_log_sums, found.log_sum_exp)
+        return found.out, (layer, by_page)
 
     lists = [None] * len(cache.layers) if pages is None else pages
     hidden, made = forward(
@@ -128,5 +141,5 @@ def observed_pass(
     )
     logits = unembed(params, hidden, program.backend, program.axes)
     layers = tuple(layer for layer, _ in made)
-    seen = [mass for _, mass in made] if masses else None
+    seen = [by_page for _, by_page in made if by_page is not None] if masses else None
     return logits, dataclasses.replace(cache, layers=layers), seen

@@ -45,6 +45,7 @@ class GenerateConfig:
       coded tokens (`generate.policies`); None: the policy's own. "auto": what promises most at the
       cache's length, by bytes and by the acceptance that was measured (`cost.best_reading`); short
       contexts are read whole.
+    draft_every: rounds that read the same pages, of a policy that chooses anew; None: its own.
     draft_view: in which view a draft reads them, int4, or int8 as the target does.
     exact_tiles: tiles of `group_size` tokens at the beginning, where attention sinks lie, that a
       draft reads as finely as the target does.
@@ -77,6 +78,7 @@ class GenerateConfig:
     coupling: str = "block"
     draft_policy: str = "all"
     draft_share: float | None = None
+    draft_every: int | None = None
     draft_view: str | None = None
     exact_tiles: int = EXACT_TILES
     pass_width: int = 1
@@ -160,8 +162,9 @@ class GenerateConfig:
         if self.draft_policy == "auto":
             alone = "None with draft_policy auto, which chooses it"
             require(self.draft_share is None, "draft_share", self.draft_share, alone)
+            require(self.draft_every is None, "draft_every", self.draft_every, alone)
         else:
-            policy(self.draft_policy, self.draft_share)
+            policy(self.draft_policy, self.draft_share, self.draft_every)
             chosen = POLICIES[self.draft_policy]
             possible = self.prefill == "whole" or chosen.votes or not chosen.observes
             words = "one that need not see the prompt as a whole, with prefill tiles"

@@ -7,12 +7,15 @@
       rollback length = n + 1 + a
       flush    where length is a multiple of G: F1 is coded, F2 → F1
 
-With γ = 0 the same loop decodes autoregressively.
+With γ = 0 the same loop decodes autoregressively. Which pages a draft reads is settled before its
+round, or for some rounds at a time (`Policy.every`), and again after each flush.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,7 @@ from pallas_kernels.kv_attention.read import Pages
 from quantspec_jax.cache import flush, flush_due, rollback, schedule
 from quantspec_jax.generate import recoded
 from quantspec_jax.generate.accept import Verdict, accept
+from quantspec_jax.generate.cache_pass import ByPage
 from quantspec_jax.generate.draft import draft, no_proposals
 from quantspec_jax.generate.logprobs import score
 from quantspec_jax.generate.policies import Sizes
@@ -32,6 +36,8 @@ from quantspec_jax.generate.verify import verify
 from quantspec_jax.models.parameters import Params
 
 NO_END = jnp.iinfo(jnp.int32).max
+
+Carry = tuple[DecodeState, jax.Array]  # and the rounds of this call so far
 
 
 @split("params params state whole", "state", like=2)
@@ -54,8 +60,6 @@ def generate_tokens(
       max_rounds: int32, may be traced.
     """
 
-    Carry = tuple[DecodeState, jax.Array]
-
     def unfinished(carry: Carry) -> jax.Array:
         state, rounds = carry
         return ~jnp.all(state.finished) & (rounds < max_rounds)
@@ -67,10 +71,16 @@ def generate_tokens(
         state, rounds = carry
         return one_round(params, draft_params, state, program), rounds + 1
 
+    def some_rounds(carry: Carry) -> Carry:
+        return with_one_choice(params, draft_params, carry, no_flush_due, program)
+
     # Rounds until a flush is due, the flush, and again. A branch around the flush in each round
-    # would make XLA copy the buffers.
+    # would make XLA copy the buffers, and one around a choice of pages would wait for the host.
+    several = program.gamma and program.policy.every != 1
+    rounds_with_their_choice = some_rounds if several else body
+
     def until_flush(carry: Carry) -> Carry:
-        state, rounds = jax.lax.while_loop(no_flush_due, body, carry)
+        state, rounds = jax.lax.while_loop(no_flush_due, rounds_with_their_choice, carry)
         cache = state.cache
         if cache.codec.recodes:
             cache = recoded.flush(params["kv"], cache, program)
@@ -81,17 +91,76 @@ def generate_tokens(
     return jax.lax.while_loop(unfinished, until_flush, (state, jnp.int32(0)))[0]
 
 
+def with_one_choice(
+    params: Params,
+    draft_params: Params,
+    carry: Carry,
+    go_on: Callable[[Carry], jax.Array],
+    program: Program,
+) -> Carry:
+    """Rounds whose drafts read the same pages, `Policy.every` of them or while `go_on`; the last
+    one's verification votes on the next. A call has one of these at least."""
+    state, first = carry
+    pages, every = pages_to_read(state, program), program.policy.every
+
+    def more(carry: tuple[Carry, Seen | None]) -> jax.Array:
+        (_, rounds), _ = carry
+        within = True if every is None else rounds - first < every
+        return within & go_on(carry[0])
+
+    def body(carry: tuple[Carry, Seen | None]) -> tuple[Carry, Seen | None]:
+        (state, rounds), _ = carry
+        state, seen = read_round(params, draft_params, state, program, pages)
+        return (state, rounds + 1), seen
+
+    nothing = None
+    if program.policy.votes:
+        shapes = jax.eval_shape(body, (carry, None))[1]
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (state, rounds), seen = jax.lax.while_loop(more, body, (carry, nothing))
+    return voted(state, seen, program), rounds
+
+
 def one_round(
     params: Params, draft_params: Params, state: DecodeState, program: Program
 ) -> DecodeState:
     """One draft-verify cycle of every sequence that has not finished."""
+    pages = pages_to_read(state, program) if program.gamma else None
+    state, seen = read_round(params, draft_params, state, program, pages)
+    return voted(state, seen, program)
+
+
+class Seen(NamedTuple):
+    """What a verification leaves: its rows' attention by page in each layer, and how many proposals
+    it accepted [B] int32."""
+
+    by_page: list[ByPage]
+    accepted: jax.Array
+
+
+def voted(state: DecodeState, seen: Seen | None, program: Program) -> DecodeState:
+    """The state whose memory has what a verification saw, where the policy looks at it."""
+    if seen is None:
+        return state
+    masses = [each.masses for each in seen.by_page]
+    memory = program.policy.update(state.memory, masses, seen.accepted)
+    return dataclasses.replace(state, memory=memory)
+
+
+def read_round(
+    params: Params,
+    draft_params: Params,
+    state: DecodeState,
+    program: Program,
+    pages: tuple[Pages, ...] | None,
+) -> tuple[DecodeState, Seen | None]:
+    """`one_round` whose draft reads these pages; what its verification saw has not voted yet."""
     start, active = state.cache.length, ~state.finished
     proposals = no_proposals(len(start), 0, program.model.vocab_size)
-    cache, pages = state.cache, None
+    cache = state.cache
     if program.gamma:
-        pages = pages_to_read(state, program)
         proposals, cache = draft(draft_params, state, program, pages)
-    logits, cache, masses = verify(
+    logits, cache, by_page = verify(
         params, dataclasses.replace(state, cache=cache), proposals.tokens, program
     )
     proposed = jnp.minimum(program.gamma, schedule.room(start, program.cache.group_size))
@@ -102,9 +171,6 @@ def one_round(
     broken = active & jnp.any(not_finite(logits) & kept, -1)
     active &= ~broken
     accepted = jnp.where(active, verdict.accepted, 0)
-    memory = state.memory
-    if masses is not None:
-        memory = program.policy.update(memory, masses, verdict.accepted)
     state = dataclasses.replace(
         state,
         finished=state.finished | broken,
@@ -113,10 +179,10 @@ def one_round(
         rounds=state.rounds + active.astype(jnp.int32),
         proposed=state.proposed + counted(jnp.where(active, proposed, 0)),
         accepted=state.accepted + counted(accepted),
-        memory=memory,
         draft_pages=state.draft_pages + _pages_read(state, pages, program, active & (proposed > 0)),
     )
-    return _emit(state, proposals.tokens, verdict, logits if program.logprobs else None)
+    state = _emit(state, proposals.tokens, verdict, logits if program.logprobs else None)
+    return state, None if by_page is None else Seen(by_page, verdict.accepted)
 
 
 def pages_to_read(state: DecodeState, program: Program) -> tuple[Pages, ...] | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.shapes import Ids, Judged, shaped
 from quantspec_jax.cache import KVCache
-from quantspec_jax.generate.cache_pass import observed_pass
+from quantspec_jax.generate.cache_pass import ByPage, observed_pass
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.models.parameters import Params
 
@@ -15,7 +14,7 @@ from quantspec_jax.models.parameters import Params
 @shaped
 def verify(
     params: Params, state: DecodeState, proposals: Ids, program: Program
-) -> tuple[Judged, KVCache, list[jax.Array] | None]:
+) -> tuple[Judged, KVCache, list[ByPage] | None]:
     """Args:
       state: before the round, its cache after the draft; proposals: [B, γ] int32.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -285,6 +286,7 @@ def test_what_is_exact_depends_on_the_position_alone():
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
+@functools.cache
 def hlo_of_the_loop(
     gamma: int, view: str, batch: int, policy: Policy = ALL
 ) -> tuple[str, int, dict]:
@@ -306,7 +308,12 @@ def hlo_of_the_loop(
 
 @pytest.mark.parametrize(
     ("gamma", "view", "batch", "policy"),
-    [(4, "int8", 1, ALL), (4, "int8", 3, TopPages(0.25)), (0, "full", 2, ALL)],
+    [
+        (4, "int8", 1, ALL),
+        (4, "int8", 3, TopPages(0.25)),
+        (4, "int8", 1, TopPages(0.25, every=4)),
+        (0, "full", 2, ALL),
+    ],
 )
 def test_the_compiled_loop_copies_no_plane_and_no_buffer(gamma, view, batch, policy):
     text, memory, state = hlo_of_the_loop(gamma, view, batch, policy)

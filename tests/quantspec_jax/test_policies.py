@@ -19,7 +19,7 @@ from quantspec_jax.cost import best_reading
 from quantspec_jax.engine.adaptive import PRIOR
 from quantspec_jax.engine.prepare import draft_policy
 from quantspec_jax.generate.cache_pass import cache_pass, observed_pass
-from quantspec_jax.generate.loop import pages_to_read
+from quantspec_jax.generate.loop import pages_to_read, read_round, voted
 from quantspec_jax.generate.policies import (
     ALL,
     Policy,
@@ -37,6 +37,7 @@ from quantspec_jax.models.presets import PRESETS
 LENGTHS = [67, 50, 130]  # 3, 2 and 7 pages coded
 NEW = 60
 CHOOSING = (Window, SnapKV, TopPages)
+SELDOM, ONCE = TopPages(0.5, every=2), TopPages(1.0, every=1000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def cut(layers):
 
 def layers_of(chosen):
     """Both where pages are looked at layer by layer."""
-    return 2 if isinstance(chosen, TopPages) else 1
+    return 2 if chosen == TopPages(0.5) else 1
 
 
 @functools.cache
@@ -99,7 +100,9 @@ def listed(pages, tiles):
     return found
 
 
-@pytest.mark.parametrize("chosen", [Nothing(), *(kind(0.5) for kind in CHOOSING)], ids=str)
+@pytest.mark.parametrize(
+    "chosen", [Nothing(), *(kind(0.5) for kind in CHOOSING), SELDOM, ONCE], ids=str
+)
 def test_greedy_tokens_do_not_depend_on_what_the_draft_reads(chosen):
     assert new_tokens(run(chosen)) == plain(layers_of(chosen))
 
@@ -210,7 +213,7 @@ def test_top_pages_are_those_of_the_last_verifications_accepted_rows():
     found = listed(pages, sizes.tiles)
     coded = np.asarray(cache.quantized_length) // G
     checked = 0
-    for layer, mass in enumerate(np.asarray(masses)):  # [B, S, H, tiles]
+    for layer, mass in enumerate(np.asarray([x.masses for x in masses])):  # [B, S, H, tiles]
         for b, n in enumerate(coded):
             votes = mass[b, : moved[b]].sum(0).reshape(sizes.kv_heads, -1, sizes.tiles).sum(1)
             count = max(int(np.ceil(0.5 * n)), 2)
@@ -220,6 +223,33 @@ def test_top_pages_are_those_of_the_last_verifications_accepted_rows():
                 assert np.flatnonzero(found[layer, b, k]).tolist() == expected
                 checked += len(best)
     assert checked
+
+
+def test_rounds_between_two_choices_read_the_same_pages():
+    """As by hand: two rounds, the second of which votes, and one with the pages chosen then."""
+    p, state = begun(SELDOM)
+    _, params, draft = cut(p.model.num_layers)
+    a_round = jax.jit(lambda state, pages: read_round(params, draft, state, p, pages))
+    pages = pages_to_read(state, p)
+    first, seen = a_round(state, pages)
+    second, seen_later = a_round(first, pages)
+    after = voted(second, seen_later, p)
+    expected, _ = a_round(after, pages_to_read(after, p))
+    assert (expected.cache.quantized_length == state.cache.quantized_length).all(), "no flush"
+    found = go(p, state, max_rounds=3)
+    for name in ("tokens", "count", "proposed", "accepted", "draft_pages"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    memory = go(p, state, max_rounds=2).memory
+    np.testing.assert_allclose(memory, after.memory, rtol=1e-5, atol=1e-7)
+    assert np.abs(memory - voted(first, seen, p).memory).max() > 1e-3
+
+
+def test_pages_that_are_coded_end_a_choice():
+    """However many rounds it is for: who reads all pages reads those that came since, too."""
+    read, coded = np.asarray(run(ONCE).draft_pages).T
+    assert (read == coded).all()
+    flushes = run(ONCE).cache.quantized_length // G - begun(ONCE)[1].cache.quantized_length // G
+    assert (flushes >= 3).all()
 
 
 def test_each_kv_head_and_layer_has_pages_of_its_own():
@@ -303,6 +333,12 @@ def test_what_is_no_policy_is_refused_by_name():
         qs.GenerateConfig(draft_share=0.5)
     with pytest.raises(ValueError, match=r"draft_share is 0\.5; allowed: None with draft_policy"):
         qs.GenerateConfig(draft_policy="auto", draft_share=0.5)
+    with pytest.raises(ValueError, match="draft_every is 2; allowed: None with a policy whose"):
+        qs.GenerateConfig(draft_policy="window", draft_every=2)
+    with pytest.raises(ValueError, match="draft_every is 0; allowed: an integer ≥ 1"):
+        qs.GenerateConfig(draft_policy="top-pages", draft_every=0)
+    with pytest.raises(ValueError, match="draft_every is 2; allowed: None with draft_policy auto"):
+        qs.GenerateConfig(draft_policy="auto", draft_every=2)
     with pytest.raises(ValueError, match="draft_view is 'full'; allowed: int8, int4"):
         qs.GenerateConfig(draft_view="full")
     with pytest.raises(ValueError, match="draft_policy is 'window'; allowed: all in mode auto"):

@@ -15,6 +15,8 @@ A new one is a file here and an entry in `POLICIES`.
 
 from __future__ import annotations
 
+from typing import Any
+
 from quantspec_jax.checks import require
 from quantspec_jax.generate.policies.all import All
 from quantspec_jax.generate.policies.policy import Policy, Sizes
@@ -26,10 +28,15 @@ ALL = All()
 POLICIES: dict[str, type[Policy]] = {each.name: each for each in (All, Window, SnapKV, TopPages)}
 
 
-def policy(name: str, share: float | None = None) -> Policy:
-    """A policy by its name and the share of the coded tokens that it reads; None: its own."""
+def policy(name: str, share: float | None = None, every: int | None = None) -> Policy:
+    """A policy by its name, the share of the coded tokens that it reads, and how many rounds read
+    the same of them; None: its own."""
     require(name in POLICIES, "draft_policy", name, ", ".join(POLICIES))
-    return POLICIES[name]() if share is None else POLICIES[name](share)
+    kind = POLICIES[name]
+    words = "None with a policy whose pages no round changes"
+    require(every is None or kind.votes, "draft_every", every, words)
+    given: dict[str, Any] = {"share": share, "every": every}
+    return kind(**{option: value for option, value in given.items() if value is not None})
 
 
 __all__ = ["ALL", "POLICIES", "All", "Policy", "Sizes", "SnapKV", "TopPages", "Window", "policy"]

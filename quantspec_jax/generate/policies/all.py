@@ -17,3 +17,8 @@ class All(Policy):
 
     def __post_init__(self) -> None:
         require(self.share == 1, "draft_share", self.share, "1 (draft_policy all reads all)")
+
+    @property
+    def every(self) -> int:
+        """There is nothing to choose, for however many rounds."""
+        return 1

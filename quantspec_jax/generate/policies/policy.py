@@ -35,6 +35,7 @@ class Policy:
 
     observes: whether `observe` looks at prompts.
     votes: whether `update` looks at the attention of verifications, which these then leave.
+    every: rounds that read the same pages; None: all of them, as long as no more are coded.
     """
 
     share: float = 1.0
@@ -42,6 +43,11 @@ class Policy:
     name: ClassVar[str]
     observes: ClassVar[bool] = False
     votes: ClassVar[bool] = False
+
+    @property
+    def every(self) -> int | None:
+        """See above."""
+        return None
 
     def __post_init__(self) -> None:
         possible = is_number(self.share) and 0 < self.share <= 1

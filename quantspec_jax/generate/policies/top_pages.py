@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_attention.read import Pages
+from quantspec_jax.checks import is_int, require
 from quantspec_jax.generate.policies.policy import (
     SINKS,
     Policy,
@@ -36,12 +37,20 @@ class TopPages(Policy):
 
     Args:
       share: of the coded tokens that are read, in all.
+      every: rounds that read the same pages; the last one's verification votes. More tokens that
+        are coded end them earlier.
     """
 
     share: float = 0.25
+    every: int = 1
     name: ClassVar[str] = "top-pages"
     observes: ClassVar[bool] = True
     votes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        possible = is_int(self.every) and self.every >= 1
+        require(possible, "draft_every", self.every, "an integer ≥ 1")
 
     def observe(
         self,
@@ -75,8 +84,12 @@ class TopPages(Policy):
         self, memory: jax.Array, masses: Sequence[jax.Array], accepted: jax.Array
     ) -> jax.Array:
         """The votes of this verification alone."""
-        found = jnp.stack(masses, 1)  # [B, L, S, H, T/G]
-        b, layers, s, _, tiles = found.shape
-        counts = (jnp.arange(s)[None] <= accepted[:, None])[:, None, :, None, None]
-        by_row = jnp.where(counts, found, 0.0)
-        return by_row.reshape(b, layers, s, memory.shape[2], -1, tiles).sum((2, 4))
+        b, _, heads, tiles = memory.shape
+        row = jnp.arange(masses[0].shape[1])[None]
+        counts = (row <= accepted[:, None])[:, :, None, None]
+
+        def votes(mass: jax.Array) -> jax.Array:  # of a layer: summed before they are joined
+            by_head = jnp.where(counts, mass, 0.0).sum(1)
+            return by_head.reshape(b, heads, -1, tiles).sum(2)
+
+        return jnp.stack([votes(mass) for mass in masses], 1)
