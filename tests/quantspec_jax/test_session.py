@@ -8,7 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -160,6 +163,42 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(model, saved_file, tmp_path):
     damaged.write_bytes(good[:-1])
     with pytest.raises(ValueError, match="is damaged"):
         saved.load(damaged, model, cache)
+
+
+def test_a_file_is_held_once(byte_level_tokenizer, tmp_path):
+    """While it is written, and while it is read: at most an array or two besides the tiles."""
+    config = qs.ModelConfig("llama", 325, 32, 64, 4, 4, 4, 256, 1024)
+    model = qs.Model(config, init_params(config, jax.random.key(0)), byte_level_tokenizer)
+    cache = qs.Session(model, config_of(MODES[1]))._engine.program.cache
+    forms, rng = saved._forms(model, cache), np.random.default_rng(0)
+
+    def random(form: jax.ShapeDtypeStruct) -> np.ndarray:
+        return np.frombuffer(rng.bytes(form.size * form.dtype.itemsize), form.dtype)
+
+    tiles = [
+        {name: random(form).reshape(form.shape) for name, form in forms.items()} for _ in range(16)
+    ]
+    array = max(x.nbytes for x in tiles[0].values())
+    held = sum(x.nbytes for tile in tiles for x in tile.values())
+    assert held > 16 * array
+
+    def peak(call: Callable[[], Any]) -> tuple[Any, int]:
+        tracemalloc.start()
+        try:
+            return call(), tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    def save() -> None:
+        saved.save(tmp_path / "a", model, cache, [1] * (G * len(tiles)), tiles, {})
+
+    save()  # compiles
+    _, writing = peak(save)
+    assert writing < 2 * array
+    read, reading = peak(lambda: saved.load(tmp_path / "a", model, cache))
+    assert reading < held + 2 * array
+    for ours, theirs in zip(tiles, read.tiles, strict=True):
+        assert all(ours[name].tobytes() == theirs[name].tobytes() for name in forms)
 
 
 SAVING = """
