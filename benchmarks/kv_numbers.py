@@ -31,7 +31,7 @@ import script
 import quantspec_jax as qs
 from pallas_kernels.rope_append.heads import rotate
 from quantspec_jax.bench import record
-from quantspec_jax.evaluate.codecs import Bench
+from quantspec_jax.evaluate.codecs import Bench, of_target
 from quantspec_jax.evaluate.learned import whole_tables
 from quantspec_jax.methods import Layer, Method, Planes
 
@@ -112,7 +112,7 @@ def measure(
         for view, name, method, known in asked(model, context):
             row: dict[str, Any] = {"text": path.stem, "view": view, "numbers": name}
             if tuple(row.values()) not in done:
-                row |= bench.as_target(full, method, known, context // 4)
+                row |= of_target(bench.as_target(full, method, known, context // 4), G)
                 rows.append(script.show(row))
                 yield rows
 

@@ -44,7 +44,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Greedy tokens beside those of the target", ("identity-*",)),
     ("Acceptance of drafts", ("draft-*", "first-proposals-*")),
     ("Pages that drafts read", ("policies-*", "policy-acceptance-*", "page-votes-*")),
-    ("Methods that compress a cache", ("codecs-*", "quality-*", "kv-numbers-*")),
+    ("Methods that compress a cache", ("codecs-*", "quality-*", "kv-numbers-*", "key-biases-*")),
     ("Decoding with simulated acceptance", ("decode-*",)),
     ("Serving", ("serving-*", "server-*", "saved-caches-*", "engine-*")),
     ("Hostile files, kills, long processes", ("fuzz-*", "kills-*", "soak-*")),

@@ -57,6 +57,15 @@ def add(commands: Any) -> None:
     group.add_argument(
         "--kv-text", metavar="FILE", help="what methods learn from (a text of Python's)"
     )
+    group.add_argument(
+        "--kv-chunks", type=int, metavar="N", help="how much of it: chunks of 1,024 tokens (16)"
+    )
+    group.add_argument(
+        "--places",
+        type=int,
+        metavar="N",
+        help="read so many pieces of --context tokens, one after the other (1)",
+    )
     group = parser.add_argument_group(
         "quality", "tasks about contexts of --context tokens, compressed before a question is seen"
     )
@@ -116,8 +125,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return quality(args, model, text, learned)
     tokens = encode(text, model.tokenizer, "text")
     have = f"{len(tokens)} tokens after --skip-characters"
-    require(len(tokens) >= args.context, args.text, have, f"{args.context} (--context) or more")
-    tokens = tokens[: args.context]
+    least = args.context * (args.places or 1)
+    allowed = f"{least} (--context, --places) or more"
+    require(len(tokens) >= least, args.text, have, allowed)
+    tokens = tokens[:least]
     if args.sweep:
         return sweep(args, model, tokens, scaling)
     if args.measure == "codecs":
@@ -147,10 +158,12 @@ def codecs(
         model,
         tokens,
         chosen,
+        context=args.context,
         text=text,
         stored=stored,
         on_row=keeping(args, described),
         progress=True,
+        **given(args, "places", "kv_chunks"),
     )
     result = {**described, **found}
     if args.plot is not None:
@@ -253,6 +266,10 @@ def check_codecs(args: argparse.Namespace) -> None:
     if args.measure != "quality":
         asked = given(args, "task", "data", "samples", "turns", "seed")
         refuse(asked, f"{args.measure}: they need quality")
+    if args.measure != "codecs":
+        refuse(given(args, "places", "kv_chunks"), f"{args.measure}: they need codecs")
+    for name, number in given(args, "places", "kv_chunks").items():
+        require(number >= 1, "--" + name.replace("_", "-"), number, "1 or more")
     if args.measure not in ("codecs", "quality"):
         refuse(given(args, "codec", "kv_text"), f"{args.measure}: they need codecs")
         return

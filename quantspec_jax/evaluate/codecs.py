@@ -47,12 +47,16 @@ from quantspec_jax.models.decoder import block_params, run_block, unembed
 from quantspec_jax.models.linear import precision
 from quantspec_jax.models.parameters import Params
 from quantspec_jax.planning.devices import DEVICES
+from quantspec_jax.text.prompts import read_prompts
 from quantspec_jax.weights.calibrate.programs import program
-from quantspec_jax.weights.calibrate.text import calibration_tokens
+from quantspec_jax.weights.calibrate.text import CHUNKS, calibration_tokens
 
 COUNTED_AT = 131072  # tokens at which what does not grow with them is spread
 CONTEXTS = (8192, 32768, 131072)  # that speed-ups are predicted at
+OF_TARGETS = ("perplexity", "over_full", "over_full_error", "kl", "top1")
+OF_DRAFTS = ("same_top", "overlap")
 DEVICE = "h200"  # and for which device
+FULL, VIEW = Planes("full"), Planes("int8")  # what others are compared with, and their target
 
 
 class Past(NamedTuple):
@@ -80,7 +84,9 @@ def codecs(
     methods: Sequence[str] = tuple(METHODS),
     *,
     context: int | None = None,
+    places: int = 1,
     text: str | None = None,
+    kv_chunks: int = CHUNKS,
     group_size: int = 128,
     stored: Mapping[str, Learned] | None = None,
     on_row: Callable[[dict[str, Any]], None] = lambda result: None,
@@ -93,60 +99,153 @@ def codecs(
       methods: names in `quantspec_jax.methods.METHODS`.
       context: how many of the tokens to read; None: all. Positions from context/4 on are counted,
         of methods that select or work from a prompt those from context/2 on.
+      places: so many pieces of the text, each of that many tokens, one after the other; each is
+        read by itself, and their positions are counted together.
       text: what methods that learn read; None: prose that comes with Python.
+      kv_chunks: how much of it: chunks of 1,024 tokens from all over it.
       group_size: G of the schedule.
       stored: what methods have learned already, by their names.
-      on_row: is given the result after each row, with those that there are.
+      on_row: is given the result after each method and place, with what there is.
       progress: show a bar on standard error.
 
     Returns:
-      tokens, how many were counted at most, and rows, one a method: codec; bits a value at 131,072
-      tokens, everything counted, and read_bits, of what a pass reads; perplexity, and over_full, by
-      which share it exceeds that of the cache in full precision on the same positions; kl, the mean
-      divergence from it, in nats; top1, how often the top token is the full cache's;
-      greedy_acceptance and sampled_acceptance by the 8-bit target; counted_from, the first
-      position; speed_up by context: the limit over plain decoding as a draft with the full weights
-      (bfloat16, batch 1) by bytes and operations of an H200. A method that reads two layers
+      tokens, how many were counted at most, places, and rows, one a method: codec; bits a value at
+      131,072 tokens, everything counted, and read_bits, of what a pass reads; positions, how many
+      were counted; perplexity, and over_full, by which share it exceeds that of the cache in full
+      precision on the same positions, with its standard error; both by_place where there are
+      several; kl, the mean divergence from it, in nats; top1, how often the top token is the
+      full cache's; greedy_acceptance and sampled_acceptance by the 8-bit target; counted_from, the
+      first position; speed_up by context: the limit over plain decoding as a draft with the full
+      weights (bfloat16, batch 1) by bytes and operations of an H200. A method that reads two layers
       together cannot be decoded from layer by layer: what it would be as a target is None.
 
     Raises:
       ValueError: an argument is wrong; says which.
     """
-    ids = read_tokens(model, tokens, context)
+    pieces = read_places(model, tokens, context, places)
+    length = len(pieces[0])
+    require(kv_chunks >= 1, "kv_chunks", kv_chunks, "1 or more")
     unknown = [name for name in methods if name not in METHODS]
     require(not unknown, "methods", ", ".join(unknown), ", ".join(METHODS))
     chosen = {name: by_tiles(METHODS[name], group_size) for name in methods}
-    prompt = prompt_length(len(ids), group_size)
+    prompt = prompt_length(length, group_size)
     if any(method.selects for method in chosen.values()):
-        _check_prompt(chosen, prompt, len(ids), group_size)
+        _check_prompt(chosen, prompt, length, group_size)
 
     @functools.cache
     def chunks() -> np.ndarray:
-        return calibration_tokens(model.tokenizer, text)
+        return calibration_tokens(model.tokenizer, text, chunks=kv_chunks)
 
     ready = {name: known for name, known in (stored or {}).items() if name in chosen}
     due = {name: method for name, method in chosen.items() if name not in ready}
-    learned = ready | fitted(model, due, chunks, len(ids), progress=progress)
-    bench = Bench(model, ids, prompt, group_size)
-    with tqdm(total=2 * len(chosen) + 2, desc="codecs", disable=not progress) as bar:
-        full, _ = bench.through(Planes("full"))
-        bar.update()
-        target, pasts = bench.through(by_tiles(Planes("int8"), group_size))
-        bar.update()
-        rows: list[dict[str, Any]] = []
-        result = {"tokens": len(ids) - 1 - len(ids) // 4, "predicted_on": DEVICE, "rows": rows}
-        for name, method in chosen.items():
-            first = prompt if method.selects else len(ids) // 4
-            row: dict[str, Any] = {"codec": name, "bits": method.bits(model.config, COUNTED_AT)}
-            row |= {"read_bits": method.read_bits(model.config, COUNTED_AT)}
-            row |= bench.as_target(full, method, learned[name], first)
+    learned = ready | fitted(model, due, chunks, length, progress=progress)
+    seen = {name: Seen([], []) for name in chosen}
+    result: dict[str, Any] = {"tokens": 0, "places": 0, "predicted_on": DEVICE}
+    with tqdm(total=places * (2 * len(chosen) + 2), desc="codecs", disable=not progress) as bar:
+        for piece in pieces:
+            result["tokens"] += length - 1 - length // 4
+            result["places"] += 1
+            bench, int8 = Bench(model, piece, prompt, group_size), by_tiles(VIEW, group_size)
+            full, _ = bench.through(FULL)
             bar.update()
-            row |= bench.as_draft(target, pasts, method, learned[name], first)
+            target, pasts = bench.through(int8)
             bar.update()
-            speed_up = speed_ups(model.config, method, row["greedy_acceptance"], group_size)
-            rows.append(row | {"counted_from": first, "speed_up": speed_up})
-            on_row(result)
+            read: dict[Method, jax.Array] = {FULL: full, int8: target}
+            for name, method in chosen.items():
+                first = prompt if method.selects else length // 4
+                hidden = read.get(method)
+                seen[name].target.extend(
+                    bench.as_target(full, method, learned[name], first, hidden=hidden)
+                )
+                bar.update()
+                seen[name].draft.append(bench.as_draft(target, pasts, method, learned[name], first))
+                bar.update()
+                result["rows"] = [
+                    row(model.config, each, chosen[each], found, group_size, length)
+                    for each, found in seen.items()
+                    if found.draft
+                ]
+                on_row(result)
     return result
+
+
+def read_places(
+    model: Model, tokens: str | Sequence[int], context: int | None, places: int
+) -> list[list[int]]:
+    """So many pieces of a text, checked; None: the whole text is the only one."""
+    require(places >= 1, "places", places, "1 or more")
+    require(context is not None or places == 1, "context", context, "a number, of several places")
+    if context is None:
+        return [read_tokens(model, tokens, None)]
+    read_tokens(model, tokens, context)
+    ids = read_prompts(tokens, model.tokenizer, model.config.vocab_size)[0]
+    allowed = f"{places * context}, {context} (context) for each of {places} places, or more"
+    require(len(ids) >= places * context, "tokens", f"{len(ids)} tokens", allowed)
+    return [ids[i * context : (i + 1) * context] for i in range(places)]
+
+
+class Seen(NamedTuple):
+    """Of each place, a method's positions as the cache that is decoded from (none, where it cannot
+    be), and as a draft's."""
+
+    target: list[Measured]
+    draft: list[Measured]
+
+
+def row(
+    model: ModelConfig, name: str, method: Method, seen: Seen, group_size: int, length: int
+) -> dict[str, Any]:
+    """A line of the result."""
+    greedy, sampled = (pooled([getattr(x, of) for x in seen.draft]) for of in OF_DRAFTS)
+    return {
+        "codec": name,
+        "bits": method.bits(model, COUNTED_AT),
+        "read_bits": method.read_bits(model, COUNTED_AT),
+        "positions": sum(len(x.same_top) for x in seen.draft),
+        **of_target(seen.target, group_size),
+        "greedy_acceptance": greedy,
+        "sampled_acceptance": sampled,
+        "counted_from": length - len(seen.draft[0].same_top),
+        "speed_up": speed_ups(model, method, greedy, group_size),
+    }
+
+
+def of_target(seen: Sequence[Measured], block: int) -> dict[str, Any]:
+    """What a method costs as the cache that is decoded from, over all places."""
+    if not seen:
+        return dict.fromkeys(OF_TARGETS)
+    lost = [x.reference_log_prob - x.log_prob for x in seen]
+    perplexity, over = _perplexity(seen)
+    error = standard_error(lost, block)
+    found = (
+        *(perplexity, over, None if error is None else (1 + over) * error),
+        *(pooled([getattr(x, of) for x in seen]) for of in ("divergence", "same_top")),
+    )
+    names = OF_TARGETS[:2]
+    each = [dict(zip(names, _perplexity([place]), strict=True)) for place in seen]
+    several = {"by_place": each} if len(seen) > 1 else {}
+    return dict(zip(OF_TARGETS, found, strict=True)) | several
+
+
+def _perplexity(seen: Sequence[Measured]) -> tuple[float, float]:
+    """And the share by which it exceeds the reference's."""
+    log_prob, reference = (
+        pooled([getattr(x, of) for x in seen]) for of in ("log_prob", "reference_log_prob")
+    )
+    return float(np.exp(-log_prob)), float(np.exp(reference - log_prob)) - 1
+
+
+def pooled(places: Sequence[np.ndarray]) -> float:
+    """The mean over the positions of all places."""
+    return float(np.mean(np.concatenate(places), dtype=np.float64))
+
+
+def standard_error(places: Sequence[np.ndarray], block: int) -> float | None:
+    """Of the mean of positions that are alike near each other: from the means of blocks of them,
+    whole ones. None: there are fewer than two."""
+    blocks = [x[: len(x) // block * block].reshape(-1, block).mean(1) for x in places]
+    means = np.concatenate(blocks).astype(np.float64)
+    return float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else None
 
 
 def prompt_length(length: int, group_size: int) -> int:
@@ -208,39 +307,35 @@ class Bench:
     group_size: int
 
     def as_target(
-        self, full: jax.Array, method: Method, learned: Learned, first: int
-    ) -> dict[str, float | None]:
-        """Beside the cache in full precision, whose hidden states are `full`, from `first` on."""
+        self,
+        full: jax.Array,
+        method: Method,
+        learned: Learned,
+        first: int,
+        hidden: jax.Array | None = None,
+    ) -> list[Measured]:
+        """Beside the cache in full precision, whose hidden states are `full`, from `first` on;
+        none of a method that reads layers above. `hidden`: its own, where they are known."""
         if not causal(method, learned, self.model.config.num_layers):
-            return dict.fromkeys(("perplexity", "over_full", "kl", "top1"))
-        hidden, _ = self.through(method, learned)
-        found = self._mean(full, hidden, first)
-        perplexity = float(np.exp(-found["log_prob"]))
-        return {
-            "perplexity": perplexity,
-            "over_full": perplexity * float(np.exp(found["reference_log_prob"])) - 1,
-            "kl": found["divergence"],
-            "top1": found["same_top"],
-        }
+            return []
+        hidden = self.through(method, learned)[0] if hidden is None else hidden
+        return [self._beside(full, hidden, first)]
 
     def as_draft(
         self, target: jax.Array, pasts: list[Past], method: Method, learned: Learned, first: int
-    ) -> dict[str, float]:
+    ) -> Measured:
         """Of the 8-bit target, whose hidden states are `target`."""
-        hidden, _ = self.through(method, learned, pasts)
-        found = self._mean(target, hidden, first)
-        names = {"greedy_acceptance": "same_top", "sampled_acceptance": "overlap"}
-        return {name: found[measure] for name, measure in names.items()}
+        return self._beside(target, self.through(method, learned, pasts)[0], first)
 
-    def _mean(self, reference: jax.Array, hidden: jax.Array, first: int) -> dict[str, float]:
+    def _beside(self, reference: jax.Array, hidden: jax.Array, first: int) -> Measured:
         following = jnp.asarray([*self.ids[1:], 0], jnp.int32)
         found = jax.device_get(
             _measure(lm_head_of(self.model.params), (reference, hidden), following)
         )
-        flat = {name: x.reshape(-1)[first : len(self.ids)] for name, x in found._asdict().items()}
-        for name in ("log_prob", "reference_log_prob"):  # of what follows the last position nothing
-            flat[name] = flat[name][:-1]
-        return {name: float(np.mean(x, dtype=np.float64)) for name, x in flat.items()}
+        flat = Measured(*(x.reshape(-1)[first : len(self.ids)] for x in found))
+        # of what follows the last position nothing is known
+        log_probs = {name: getattr(flat, name)[:-1] for name in ("log_prob", "reference_log_prob")}
+        return flat._replace(**log_probs)
 
     def through(
         self,

@@ -16,20 +16,22 @@ def table(result: dict[str, Any]) -> str:
     rows = result["rows"]
     width = max(len(row["codec"]) for row in rows)
     contexts = list(rows[0]["speed_up"])
-    head = f"{'codec':<{width}}{'bits':>7}{'read':>7}{'perplexity':>12}{'over full':>11}"
+    head = f"{'codec':<{width}}{'bits':>7}{'read':>7}{'perplexity':>12}{'over full':>13}{'±':>9}"
     head += f"{'KL':>10}{'top 1':>8}{'greedy':>8}{'sampled':>9}"
     head += "".join(f"{'at ' + short(int(context)):>9}" for context in contexts)
     lines = [head]
     for row in rows:
         cells = f"{row['codec']:<{width}}{row['bits']:7.2f}{row['read_bits']:7.2f}"
-        cells += _number(row["perplexity"], "12.3f") + _number(row["over_full"], "+11.2%")
+        cells += _number(row["perplexity"], "12.3f") + _number(row["over_full"], "+13.3%")
+        cells += _number(row["over_full_error"], "9.3%")
         cells += _number(row["kl"], "10.5f") + _number(row["top1"], "8.3f")
         cells += f"{row['greedy_acceptance']:8.3f}{row['sampled_acceptance']:9.3f}"
         lines.append(cells + "".join(f"{row['speed_up'][c]:8.2f}×" for c in contexts))
     lines.append(
-        f"up to {result['tokens']} positions; bits a value and bits read a value at 128K; "
-        "acceptance as a draft of the 8-bit view, with the full weights; at a context: the limit "
-        f"of the speed-up over plain decoding on {result['predicted_on']} by bytes and operations"
+        f"up to {result['tokens']} positions of {result['places']} places; ±: standard error of "
+        "over full; bits a value and bits read a value at 128K; acceptance as a draft of the 8-bit "
+        "view, with the full weights; at a context: the limit of the speed-up over plain decoding "
+        f"on {result['predicted_on']} by bytes and operations"
     )
     return "\n".join(lines)
 

@@ -214,10 +214,43 @@ def test_own_views_are_measured_as_elsewhere(model, ids):
     assert found["int4"]["kl"] > found["int8"]["kl"] > 0
 
 
+def test_places_are_counted_together(model, ids):
+    """Each is read by itself, and the mean is over the positions of all."""
+
+    def read(some, **options):
+        found = evaluate.codecs(model, some, ("int4",), group_size=G, **options)
+        return found["rows"][0]
+
+    other = ids[::-1]
+    alone = [read(some) for some in (ids, other)]
+    both = read(ids + other + ids[:5], context=len(ids), places=2)
+    assert both["positions"] == 2 * alone[0]["positions"] == 2 * (len(ids) - len(ids) // 4)
+    for name in ("perplexity", "over_full"):
+        each = [place[name] for place in both["by_place"]]
+        assert each == pytest.approx([row[name] for row in alone])
+    for name in ("kl", "top1", "greedy_acceptance", "sampled_acceptance"):
+        assert both[name] == pytest.approx(np.mean([row[name] for row in alone]), rel=1e-5)
+    product = alone[0]["perplexity"] * alone[1]["perplexity"]
+    assert both["perplexity"] == pytest.approx(product**0.5)
+    assert 0 < both["over_full_error"] < 1
+    with pytest.raises(ValueError, match=f"tokens is '{2 * len(ids)} tokens'; allowed: "):
+        read(ids + other, context=len(ids), places=3)
+
+
+def test_positions_that_are_alike_count_once_in_the_standard_error():
+    """Of independent numbers it is σ/√n; where 16 neighbours are the same, as of n/16."""
+    x = np.random.default_rng(0).normal(size=4096)
+    error = evaluate.codecs.__globals__["standard_error"]
+    assert error([x[:2048], x[2048:]], 16) == pytest.approx(1 / 64, rel=0.1)
+    repeated = np.repeat(x[:256], 16)
+    assert error([repeated], 16) == pytest.approx(1 / 16, rel=0.1)
+    assert error([x[:31]], 16) is None
+
+
 def test_methods_are_ranked_by_their_bits(model, ids, monkeypatch):
     chunks = np.random.default_rng(4).integers(0, model.config.vocab_size, (4, 96))
     module = evaluate.codecs.__globals__
-    monkeypatch.setitem(module, "calibration_tokens", lambda *_: chunks.astype(np.int32))
+    monkeypatch.setitem(module, "calibration_tokens", lambda *_, **__: chunks.astype(np.int32))
     names = ("aqua-4", "aqua-2", "kivi-4", "kivi-2")
     rows = {row["codec"]: row for row in evaluate.codecs(model, ids, names, group_size=G)["rows"]}
     for name in ("aqua", "kivi"):
@@ -237,7 +270,7 @@ def test_every_kind_of_method_goes_through_the_harness(model, ids):
         patch.setitem(
             module,
             "calibration_tokens",
-            lambda *_: np.random.default_rng(4).integers(0, 300, (4, 64)).astype(np.int32),
+            lambda *_, **__: np.random.default_rng(4).integers(0, 300, (4, 64)).astype(np.int32),
         )
         found = evaluate.codecs(model, ids, ("all", "int8", *names), group_size=G)["rows"]
     rows = {row["codec"]: row for row in found}
@@ -288,6 +321,8 @@ def test_command(tmp_path, monkeypatch, tiny_llama_dir, capsys):
         (["perplexity", "--codec", "int8"], "--codec cannot go with perplexity"),
         (["acceptance", "--kv-text", "book.txt"], "--kv-text cannot go with acceptance"),
         (["codecs", "--sweep"], "--sweep cannot go with codecs"),
+        (["quality", "--places", "2"], "--places cannot go with quality"),
+        (["codecs", "--places", "0"], "--places is 0; allowed: 1 or more"),
     ],
 )
 def test_wrong_options_are_named_before_loading(options, words, capsys):

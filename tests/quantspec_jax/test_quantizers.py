@@ -245,6 +245,14 @@ def test_who_reads_sees_what_who_learned_saw(method):
     assert all(0 < error(a, b) < 1 for a, b in zip(other, text(7), strict=True))
 
 
+def test_groups_are_learned_once_from_all_tokens():
+    """SKVQ's of one size, whatever else differs; the first tokens, which it keeps, are among
+    them."""
+    learner = Skvq(group=32).learner()
+    assert learner == Skvq(15, 15, group=32, centred=True).learner() != Skvq(group=64).learner()
+    assert (Skvq().sinks, learner.sinks) == (5, 0)
+
+
 def test_bits_count_everything():
     n, tokens = 192, 131072
     assert KVQuant(3).bits(MODEL, tokens) == pytest.approx(
