@@ -48,7 +48,6 @@ from quantspec_jax.engine.engine import Engine
 from quantspec_jax.engine.reply import Reply
 from quantspec_jax.engine.scheduler import ROUNDS
 
-WAVES = 3
 MORE = {"ignore_eos": True}
 Note = Callable[[dict[str, Any]], None]  # writes a row that is not finished
 
@@ -192,7 +191,7 @@ def streams(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, 
             return await asyncio.gather(*(asked(client, wish) for wish in every))
 
     with Server(args, "--coupling", "invariant") as server:
-        for _ in range(WAVES):
+        for _ in range(args.waves):
             started = time.perf_counter()
             found = asyncio.run(wave(server))
             seconds.append(time.perf_counter() - started)
@@ -528,6 +527,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache-bytes", type=int, default=64 << 20)
     parser.add_argument("--gamma", default="4")
     parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--waves", type=int, default=3, help="times that all streams are asked for")
     parser.add_argument("--longest", type=int, default=600, help="tokens of a prompt")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--cases", type=int, default=2000, help="malformed requests")
