@@ -4,6 +4,10 @@ A head has up to 800 partial results where it is one of two, more than one multi
 the time of a launch. A block takes 32 channels of a row, and a warp four partial results at a time:
 
     lane 8 i + j    partial result 4 w + i, 4 (w + warps) + i …    channels 4 j … 4 j + 3
+
+To merge in the first launch, by the blocks that finish last, was tried: of a draft with two heads
+at 30,000 tokens, RoPE, attention and merge took 11.0 µs in one launch and 11.2 in three on an H200,
+of a verification of five tokens 17.4 with the merge inside and 16.9 in three.
 """
 
 from __future__ import annotations
