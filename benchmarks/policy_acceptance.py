@@ -32,6 +32,7 @@ import script
 import quantspec_jax as qs
 from pallas_kernels.kv_attention.read import Pages, Read
 from quantspec_jax.bench import record
+from quantspec_jax.bench.text import rounds_between_choices
 from quantspec_jax.cache import KVCache, flush, rollback
 from quantspec_jax.cache.codecs import EXACT_TILES
 from quantspec_jax.checks import require
@@ -268,7 +269,7 @@ def measure(model: qs.Model, args: argparse.Namespace, write: Any) -> None:
         policy(name, share, every)
         for share in args.share
         for name in args.policy
-        for every in (args.every if name == "top-pages" else [None])
+        for every in rounds_between_choices(name, args.every)
     )
     policies = (policy("all"), *policies)
     drafts = tuple(Draft(weights, view) for weights in args.weights for view in args.view)

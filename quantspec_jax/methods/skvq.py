@@ -11,8 +11,8 @@ searches for each group, is one number.
 With two or three groups (64 channels each, few heads) a perplexity hangs on where they part: on
 SmolLM2, 2 bits, it is 67 to 83 by the tokens that are learned from (full: 46; 4 × 1,024 or 16 ×
 1,024 tokens of one novel, the first of each chunk among them or not), and two solutions whose
-objective differs by 0.07% differ by 2%. Large biases of
-keys (Qwen2.5's first layers) cost most of what is lost there: see `higgs`.
+objective differs by 0.07% differ by 2%. Large biases of keys (Qwen2.5's first layers) cost most of
+what is lost there (benchmarks/key_biases.py; see `higgs`, too).
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ class DraftConfig:
         from a copy of it in groups as above, rounded or calibrated as `method` says; pays off for a
         large vocabulary.
       lm_head_first: beside a copy in 4 bits, so many tokens, those of the smallest ids, have their
-        logits from the target's own lm_head: tokenizers number their tokens by how often they
-        occur, so a few thousand of them are most of any text.
+        logits from the target's own lm_head. Many tokenizers number their tokens by how often
+        they were merged, so that a few thousand of them are most of a text.
     """
 
     bits: int | None = 4
