@@ -185,14 +185,15 @@ def unembed(
 ) -> jax.Array:
     """[..., E] hidden states → [..., N] float32 logits.
 
-    A draft's lm_head may have, beside its packed `kernel`, the target's own columns [E, R] of the
-    first R tokens as `first`: their logits come from those.
+    A draft's lm_head may have, beside its packed `kernel`, the target's own rows [R, E] of the
+    first R tokens as `first`: their logits come from those. (With [E, R] and one row of activations
+    XLA adds up columns, which is slow on a GPU.)
     """
     logits = axes.joined(_logits(params, hidden, backend))
     first = params.get("lm_head", {}).get("first")
     if first is None:
         return logits
-    own = _whole_product(hidden, first, False, backend)
+    own = _whole_product(hidden, first, True, backend)
     return jnp.concatenate([own, logits[..., own.shape[-1] :]], -1)
 
 
