@@ -38,8 +38,8 @@ from quantspec_jax.models.linear import (
     apart_from_norm,
     computed,
     gated,
-    precision,
     products,
+    whole_product,
 )
 from quantspec_jax.models.parameters import Params
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
@@ -212,11 +212,4 @@ def _whole_product(hidden: Activations, weight: jax.Array, tied: bool, backend: 
     x, around = apart_from_norm(hidden)
     if bf16.takes(x, [weight], around, tied, backend):
         return bf16.bf16_matmuls(x, [weight], around, transposed=tied, backend=backend)[0]
-    hidden = computed(hidden)
-    return jax.lax.dot_general(
-        hidden,
-        weight,
-        (((hidden.ndim - 1,), (1 if tied else 0,)), ((), ())),
-        precision=precision(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    return whole_product(computed(hidden), weight, jnp.float32, transposed=tied)
