@@ -357,6 +357,9 @@ class Engine:
             ended = self._state.finished | jnp.asarray(self._ended)
             self._state = dataclasses.replace(self._state, finished=ended)
             self._ended[:] = False
+        for slot, length in self._standing.items():
+            self._stand_still(slot, length)
+        self._standing.clear()
         used = [slot for slot in self._slots if slot is not None]
         program = dataclasses.replace(
             self.program,
@@ -375,9 +378,6 @@ class Engine:
         if self._ahead is not None:
             program = self._ahead.ready(program)
         before = self._seen
-        for slot, length in self._standing.items():
-            self._stand_still(slot, length)
-        self._standing.clear()
         self._state, seconds = self._decode(self._state, rounds, program)
         self.clock.decode += seconds
         self._look(rounds * (program.gamma + 1))

@@ -227,9 +227,9 @@ def test_tiles_that_lie_in_a_slot_stay_there_while_others_decode(model, mode, mo
     engine, fresh = (Engine(model, config, 1, 4, each) for each in (Prefixes(1 << 20), None))
     put, copied = Engine._put, []
     monkeypatch.setattr(Engine, "_put", lambda *args: (copied.append(args[2:]), put(*args)))
-    wish = qs.GenerateConfig(**{**vars(config), "max_new_tokens": 3, "logprobs": None})
+    wish = qs.GenerateConfig(**{**vars(config), "max_new_tokens": 3})
     long, other = list(range(1, 120)), [*range(130, 220)]
-    own = [alone(engine, prompt, 3)[0].slot for prompt in (long, other)]
+    own = [alone(engine, prompt, 3, wish=wish)[0].slot for prompt in (long, other)]
     assert len(set(own)) == 2
     endless = {"max_new_tokens": 110, "ignore_eos": True}
     (busy,) = engine.add([[2] * 20], qs.GenerateConfig(**{**vars(wish), **endless}))
@@ -261,7 +261,7 @@ def test_tiles_that_lie_in_a_slot_stay_there_while_others_decode(model, mode, mo
     assert not engine.read(busy).finished
     assert not copied
     for slot, prompt in turns.items():
-        (made,) = alone(fresh, prompt, 3)
+        (made,) = alone(fresh, prompt, 3, wish=wish)
         found = engine.read(slot)
         assert found.tokens == made.tokens
         assert found.kept == kept[slot] * G
