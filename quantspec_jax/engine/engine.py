@@ -56,6 +56,7 @@ from quantspec_jax.sharding import mesh_of, place_cache
 TRIAL_PAYS = 64  # new tokens; fewer are decoded sooner than the cost of a draft step is known
 ROUNDS_BESIDE_PROMPTS = 4  # between two tiles of a prompt
 TILES_PUT = 4  # into a slot at once
+TILES_PUT_BESIDE = 16  # where others decode: sooner there than one is read
 INSERT = jax.jit(insert, donate_argnames="state")
 COUNTERS = ("rounds", "proposed", "accepted", "draft_pages")
 
@@ -108,7 +109,7 @@ class _Prompt:
     """A prompt that is being read, from `position` on.
 
     names  of its whole tiles; empty where nothing is kept
-    begun  whether all that is kept of its beginning lies in its slot
+    found  tiles of its beginning in the host's memory; None: nobody looked for them
     left   of the newest tile, until the next one is on its way: its number, what shows that it is
            done, and its arrays as they come to the host
     """
@@ -118,7 +119,7 @@ class _Prompt:
     wants: Requests
     names: list[bytes]
     position: int = 0
-    begun: bool = False
+    found: list[HostTile] | None = None
     left: tuple[int, jax.Array, Mapping[str, jax.Array]] | None = None
 
 
@@ -435,22 +436,35 @@ class Engine:
 
         return max((i for i in range(self.slots) if self._slots[i] is None), key=gain)
 
-    def _recall(self, prompt: _Prompt) -> None:
+    def _look_up(self, prompt: _Prompt) -> None:
         """What is kept of its beginning, now that prompts before it were read."""
-        assert self._state is not None
-        assert self.prefixes is not None
-        lie, length = self._lie[prompt.slot], len(prompt.tokens)
-        found = self.prefixes.find(prompt.names[: self._to_keep(length)])
-        while len(lie) < len(found):
-            first = len(lie)
-            number = next(n for n in self._together if n <= len(found) - first)
-            self._put(prompt.slot, first, found[first : first + number])
-            lie += prompt.names[first : first + number]
-        prompt.position = self.program.cache.group_size * len(lie)
+        prompt.found, length = [], len(prompt.tokens)
         own = self._slots[prompt.slot]
         assert own is not None
-        own.kept = prompt.position
-        self.prefixes.count(prompt.position, length - prompt.position)
+        if self.prefixes is not None:
+            prompt.found = self.prefixes.find(prompt.names[: self._to_keep(length)])
+            number = max(len(self._lie[prompt.slot]), len(prompt.found))
+            own.kept = self.program.cache.group_size * number
+            self.prefixes.count(own.kept, length - own.kept)
+
+    def _put_back(self, prompt: _Prompt) -> bool:
+        """What was found and does not lie in the slot goes there, beside others that decode some of
+        it at a time; returns whether this took the prompt's turn."""
+        assert self._state is not None
+        lie, found, beside = self._lie[prompt.slot], prompt.found or [], self._decoding()
+        begun = len(lie)
+        end = min(len(found), begun + TILES_PUT_BESIDE) if beside else len(found)
+        while len(lie) < end:
+            first = len(lie)
+            number = next(n for n in self._together if n <= end - first)
+            self._put(prompt.slot, first, found[first : first + number])
+            lie += prompt.names[first : first + number]
+            prompt.position = self.program.cache.group_size * len(lie)
+            self._standing[prompt.slot] = prompt.position
+        if not beside or len(lie) == begun:
+            return False
+        jax.block_until_ready(self._state.cache.layers)
+        return True
 
     def _put(self, slot: int, first: int, tiles: Sequence[HostTile]) -> None:
         """Tiles from the host's memory into a slot, one after the other from number `first` on."""
@@ -500,14 +514,22 @@ class Engine:
         self._state = _with_layers(rest, layers)
 
     def _read_tile(self) -> None:
-        """A tile of the prompt that came first; after its last one the sequence decodes. The host
-        waits for the tile before it, and for this one where it is the last, or others decode."""
-        assert self._state is not None
+        """A tile of the prompt that came first, or what is kept of it comes into its slot; after
+        its last tile the sequence decodes."""
         started, compiled = time.perf_counter(), self._runner.compile_seconds
-        prompt, g = self._prompts[0], self.program.cache.group_size
-        if self.prefixes is not None and not prompt.begun:
-            self._recall(prompt)
-        prompt.begun = True
+        prompt = self._prompts[0]
+        if prompt.found is None:
+            self._look_up(prompt)
+        if not self._put_back(prompt):
+            self._read_next(prompt)
+        spent = time.perf_counter() - started
+        self.clock.compile = self._runner.compile_seconds
+        self.clock.prefill += spent - (self._runner.compile_seconds - compiled)
+
+    def _read_next(self, prompt: _Prompt) -> None:
+        """The tile at its position. The host waits for the one before it, and for this one where it
+        is the last, or others decode."""
+        g = self.program.cache.group_size
         number, part = prompt.position // g, prompt.tokens[prompt.position : prompt.position + g]
         hidden = self._run_tile(prompt, part)
         tile = self._copied(prompt.slot, number) if prompt.names and len(part) == g else {}
@@ -521,9 +543,6 @@ class Engine:
             self._end_prompt(prompt, hidden, len(part) - 1)
         elif self._decoding():
             self._settle(prompt)
-        spent = time.perf_counter() - started
-        self.clock.compile = self._runner.compile_seconds
-        self.clock.prefill += spent - (self._runner.compile_seconds - compiled)
 
     def _run_tile(self, prompt: _Prompt, part: list[int]) -> jax.Array:
         """All blocks on a tile; its hidden states after the final norm."""

@@ -222,7 +222,8 @@ def test_what_is_kept_is_what_a_fresh_prefill_makes_bit_for_bit(model, mode):
 @pytest.mark.parametrize("mode", MODES, ids=["quantspec", "full"])
 def test_tiles_that_lie_in_a_slot_stay_there_while_others_decode(model, mode, monkeypatch):
     """A second turn copies nothing, though rounds run while it waits and while it is read; so does
-    one after a prompt that was given up midway. Of several free slots each takes its own."""
+    one after a prompt that was given up midway. Of several free slots each takes its own. Where it
+    is taken, tiles are copied, some between two rounds."""
     config = reusing_config(mode)
     engine, fresh = (Engine(model, config, 1, 4, each) for each in (Prefixes(1 << 20), None))
     put, copied = Engine._put, []
@@ -258,8 +259,17 @@ def test_tiles_that_lie_in_a_slot_stay_there_while_others_decode(model, mode, mo
     assert engine.add(list(turns.values()), wish) == list(turns)
     while not all(engine.read(slot).finished for slot in turns):
         engine.step(1)
-    assert not engine.read(busy).finished
     assert not copied
+    monkeypatch.setattr("quantspec_jax.engine.engine.TILES_PUT_BESIDE", 5)
+    assert engine.add([second], wish) == [waits]
+    engine.step(1)
+    assert [len(tiles) for _, tiles in copied] == [4, 1]
+    between(waits, LENGTH)
+    turns[waits], kept[waits] = second, 7 if "gamma" in mode else 8
+    while not engine.read(waits).finished:
+        engine.step(1)
+    assert [first for first, _ in copied] == [0, 4, *range(5, kept[waits])]
+    assert not engine.read(busy).finished
     for slot, prompt in turns.items():
         (made,) = alone(fresh, prompt, 3, wish=wish)
         found = engine.read(slot)
