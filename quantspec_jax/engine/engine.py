@@ -278,6 +278,9 @@ class Engine:
     def finish(self, slot: int) -> None:
         """End a sequence where it is; it can still be read."""
         self._ended[slot] = True
+        for prompt in self._prompts:
+            if prompt.slot == slot and prompt.left:  # it did not come to the host: it is read again
+                del self._lie[slot][prompt.left[0] :]
         self._prompts = collections.deque(p for p in self._prompts if p.slot != slot)
 
     def remove(self, slot: int) -> None:

@@ -55,11 +55,14 @@ class Prefixes:
         self.misses += read
 
     def keep(self, names: Sequence[bytes], tile: HostTile) -> None:
-        """Keep a tile, the last one that is named after those before it, unless it is too large."""
+        """Keep a tile, the last one that is named after those before it, unless it is too large or
+        the one before it has gone: nobody would find it."""
+        *before, own = names
         size = sum(x.nbytes for x in tile.values())
-        if size > self.most_bytes or names[-1] in self._kept:
+        alone = bool(before) and before[-1] not in self._kept
+        if size > self.most_bytes or alone or own in self._kept:
             return
-        self._kept[names[-1]] = tile
+        self._kept[own] = tile
         for name in reversed(names):  # those before it are used after it
             if name in self._kept:
                 self._kept.move_to_end(name)

@@ -310,6 +310,7 @@ def test_the_oldest_tiles_go_first_and_ends_before_beginnings():
     assert len(prefixes) == 6
     assert len(prefixes.find(old)) == 3  # used: the newer one is the older now
     prefixes.keep(third[:1], tile)
+    prefixes.keep(large[:2], tile)  # nobody would find it: the one before it is not there
     assert [len(prefixes.find(x)) for x in (old, new, third)] == [3, 2, 1]
     assert prefixes.bytes == 60
     prefixes.keep(large[:1], {"x": np.zeros(61, np.uint8)})
