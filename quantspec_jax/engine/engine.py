@@ -397,7 +397,7 @@ class Engine:
     def _begin_prompt(self, tokens: Sequence[int], wants: Requests, config: GenerateConfig) -> int:
         """A prompt waits for its turn in a slot that stands still; returns the slot."""
         if self._state is None:
-            self._state = self._empty(memory_of_unseen(self.program.prompt, self.slots))
+            self._state = self._empty(memory_of_unseen(self._prompt_program, self.slots))
             self._look()
         g, ids = self.program.cache.group_size, list(map(int, tokens))
         every = names(ids, g) if self.prefixes is not None else []
@@ -418,12 +418,9 @@ class Engine:
 
     def _settled(self, length: int) -> int:
         """Whole tiles of `length` tokens that no later one changes: no flush codes them again."""
-        cache = self.program.cache
-        if not cache.num_tiles:
-            return length // cache.group_size
-        return int(cache.codec.quantized_length(jnp.int32(length), cache.group_size)) // (
-            cache.group_size
-        )
+        cache, g = self.program.cache, self.program.cache.group_size
+        coded = int(cache.codec.quantized_length(jnp.int32(length), g))
+        return coded // g if cache.num_tiles else length // g
 
     def _same(self, slot: int, wanted: Sequence[bytes]) -> int:
         """How many of a prompt's tiles lie in a slot. (Names stand for all before them, too.)"""
