@@ -435,6 +435,7 @@ REPLACEMENTS: dict[str, Any] = {
     "uniform": lambda x: Lanes(x.array[0], x.kind),
     "shuffle_xor_bits": lambda x, distance: Lanes(x.array[LANES ^ distance], x.kind),
     "shuffle_xor": lambda x, distance: Lanes(x.array[LANES ^ distance], x.kind),
+    "elected": lambda: Lanes(active()[0] == LANES, "i1"),
     "any_lane": any_lane,
     "any_thread": any_thread,
     "transpose_8x8": transpose_8x8,

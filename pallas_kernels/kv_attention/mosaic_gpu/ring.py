@@ -15,9 +15,9 @@ class Pipeline:
     """A team's ring of stages in shared memory.
 
     The team keeps `stages − 1` units ahead: before it reads unit i, those of it that order copies
-    (`ptx.copies`: its first thread, or all) wait until all warps have left the stage of unit i − 1
-    and order unit i + stages − 1 into it. A tile that is read exactly takes two stages, one after
-    the other: as the others, and lower planes.
+    (`ptx.copies`: a thread, or all) wait until all warps have left the stage of unit i − 1 and
+    order unit i + stages − 1 into it. A tile that is read exactly takes two stages, one after the
+    other: as the others, and lower planes.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Pipeline:
                 self._copy_rows(target, barrier, b, k, slot, unit)
             self.copies.arrive(barrier)
 
-        ptx.when(self.copies.orders(left > 0), issue)
+        self.copies.order(left > 0, issue)
 
         done = i32(1)
         if second is not None:
