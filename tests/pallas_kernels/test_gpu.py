@@ -130,8 +130,8 @@ def test_attention_in_every_configuration(view, tokens):
 
 
 def test_stages_are_read_before_they_are_filled_anew():
-    """Eight warps of a block read full-precision values from the same banks, so that reads are
-    under way when the stage is handed back: launches differed where a copy overtook them."""
+    """Launches differed where a copy overtook reads that were under way when the stage was handed
+    back: of full-precision values, by eight warps, at that time from the same banks."""
     call = attention_call(
         "int8", kv_heads=2, group=6, tokens=5, head_dim=128, group_size=128, tiles=236,
         positions=[29990],

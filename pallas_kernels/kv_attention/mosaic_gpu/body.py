@@ -252,9 +252,9 @@ class _Head:
         def compute(i: V, state: State, own: list[V], _: list[Rows]) -> None:
             (data,) = own
             active = warp.token_warp < plan.unit_rows // 16
-            mine = ptx.select(active, warp.token_warp * 16, 0)
+            mine = ptx.select(active, warp.token_warp * (16 // plan.pieces), 0)
             keys = data + mine * (2 * s.head_dim)
-            values = warp.together.origin(data, keys) + plan.unit_rows * 2 * s.head_dim
+            values = warp.together.origin(data, keys) + plan.pieces * plan.piece_bytes
             first = (i - self.tiles) * plan.unit_rows
             slot = ptx.select(active, first + mine, 1 << 30)
             exact = FullPrecision(plan, self.kept or self._rows(), warp.lane)

@@ -67,7 +67,7 @@ class Alone:
     def rows(
         self, values: V, first: V, slot: V, words: list[V]
     ) -> Iterator[tuple[V, V, list[list[V]]]]:
-        """What to weigh of a unit, 16 full-precision tokens at a time: their values, their first
+        """What to weigh of a unit, 16 full-precision tokens at a time: the first one's values, its
         slot (of the unit `first`, of this warp's tokens `slot`), and the operands [block][4]."""
         yield values, slot, self._turned(words)
 
@@ -141,10 +141,10 @@ class Exchange(Alone):
         self, values: V, first: V, slot: V, words: list[V]
     ) -> Iterator[tuple[V, V, list[list[V]]]]:
         here = values + self.token_warp * (32 * self.plan.channel_blocks)
+        rows = 16 // self.plan.pieces  # of a warp in the first piece
         for warp in range(self.plan.unit_rows // 16):
-            operands = self._left(warp)
-            at = here + 16 * 2 * self.plan.shape.head_dim * warp
-            yield at, first + 16 * warp, operands
+            at = here + rows * 2 * self.plan.shape.head_dim * warp
+            yield at, first + rows * warp, self._left(warp)
 
     def slot(self, slot: V) -> V:
         return slot

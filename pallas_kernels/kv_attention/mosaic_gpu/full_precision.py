@@ -1,4 +1,14 @@
-"""Attention of a warp to full-precision tokens."""
+"""Attention of a warp to full-precision tokens.
+
+A unit's rows lie in the buffer one after the other, 2 D bytes each: eight neighbours begin in the
+same bank of shared memory. So they are copied in pieces, between which 16 bytes are left free, and
+what a warp reads at once comes from different pieces, and from all banks. Of 8 pieces of 4 rows:
+
+    bank (of 16 bytes)   0        1        2            7
+    piece                0        1        2     …      7
+    warp 0               0, 1     4, 5     8, 9         28, 29      row g of 16 in piece g, its
+    warp 1               2, 3     6, 7     10, 11       30, 31      first row; row g + 8 the second
+"""
 
 from __future__ import annotations
 
@@ -19,6 +29,14 @@ class FullPrecision:
         self.plan, self.rows, self.lane, self.unit = plan, rows, lane, plan.shape.unit
         self.g, self.q = lane >> 2, lane & 3
 
+    def _place(self, g: V) -> tuple[V, V]:
+        """(slots, bytes) from the first of a warp's 16 tokens to that of row g; row g + 8 is the
+        next one."""
+        plan = self.plan
+        piece, within = g % plan.pieces, (g // plan.pieces) * 2
+        stride = 2 * plan.shape.head_dim
+        return piece * plan.piece_rows + within, piece * plan.piece_bytes + within * stride
+
     def accumulate(
         self,
         state: State,
@@ -30,8 +48,8 @@ class FullPrecision:
         visible: list[list[V]],
         team: Alone,
     ) -> None:
-        """Attend to the tokens of slots slot … slot + 15 of the unit that begins at slot `first`;
-        `keys` their rows, `values` the rows from `team.origin` on.
+        """Attend to this warp's tokens of the unit that begins at slot `first`; `slot` is their
+        first one's, `keys` its row, `values` the row at `team.origin`.
 
         Column i of block n sees slots up to visible[n][i]; slots from `used` on hold anything.
         """
@@ -39,17 +57,18 @@ class FullPrecision:
         blocks = self.plan.config.column_blocks
         stride = 2 * s.head_dim
         words = s.head_dim // 16
-        here = keys + self.g * stride + self.q * (s.head_dim // 4)
+        slots, row = self._place(self.g)
+        here = keys + row + self.q * (s.head_dim // 4)
         scores = [[f32(0.0)] * 4 for _ in range(blocks)]
         for half, x in ((0, self.rows.low), (s.head_dim, self.rows.high)):
-            token_rows = [ptx.load_wide(here + half + 8 * stride * y, words) for y in range(2)]
+            token_rows = [ptx.load_wide(here + half + stride * y, words) for y in range(2)]
             for w in range(0, words, 2):
                 a = [token_rows[y][w + i] for i in range(2) for y in range(2)]
                 for n in range(blocks):
                     scores[n] = ptx.mma("bf16", a, [x[n][w], x[n][w + 1]], scores[n])
         for n in range(blocks):
             for j in range(4):
-                token = slot + self.g + 8 * (j // 2)
+                token = slot + slots + j // 2
                 scores[n][j] = ptx.select(token <= visible[n][j % 2], scores[n][j], f32(-math.inf))
 
         def use(_: State, p: list[list[list[V]]]) -> tuple[list[V], V]:
@@ -82,15 +101,15 @@ class FullPrecision:
         """Add the products of 16 tokens' probabilities, four words a block, with their values."""
         stride = 2 * self.plan.shape.head_dim
         masks = []
+        pair = [slot + self._place(self.q * 2 + i)[0] for i in range(2)]
         for y in range(2):
-            token = slot + self.q * 2 + 8 * y
-            low = ptx.select(token < used, i32(0x0000FFFF), 0)
-            high = ptx.select(token + 1 < used, i32(0xFFFF0000), 0)
+            low = ptx.select(pair[0] + y < used, i32(0x0000FFFF), 0)
+            high = ptx.select(pair[1] + y < used, i32(0xFFFF0000), 0)
             masks.append(low | high)
-        # Row of this lane in the four 8×8 matrices that a load takes: tokens 0–7 and 8–15 of two
+        # Row of this lane in the four 8×8 matrices that a load takes: rows 0–7 and 8–15 of two
         # neighbouring runs of 8 channels.
-        row = (self.lane & 7) + ((self.lane >> 4) & 1) * 8
-        where = values + row * stride + ((self.lane >> 3) & 1) * 16
+        row = self._place(self.lane & 7)[1] + ((self.lane >> 4) & 1) * stride
+        where = values + row + ((self.lane >> 3) & 1) * 16
         for m in range(self.plan.channel_blocks):
             a = ptx.load_matrices_transposed(where + 32 * m)
             a = [x & masks[i // 2] for i, x in enumerate(a)]

@@ -118,6 +118,21 @@ class Plan:
         return 16 * (self.row_warps if self.shape.planes else self.config.token_warps)
 
     @property
+    def pieces(self) -> int:
+        """In which a unit's keys, and its values, are copied where they are full-precision rows
+        (`full_precision`). Each is a copy: where all tokens are such rows, there are few."""
+        return 8 if self.shape.planes else 2
+
+    @property
+    def piece_rows(self) -> int:
+        return self.unit_rows // self.pieces
+
+    @property
+    def piece_bytes(self) -> int:
+        """From a piece to the next in shared memory: each begins 16 bytes further in the banks."""
+        return self.piece_rows * 2 * self.shape.head_dim + 16
+
+    @property
     def code_bytes(self) -> int:
         return self.shape.group_size * self.shape.head_dim // 2
 
@@ -132,7 +147,7 @@ class Plan:
 
     @property
     def stage_bytes(self) -> int:
-        full_precision = 2 * self.unit_rows * 2 * self.shape.head_dim
+        full_precision = 2 * self.pieces * self.piece_bytes
         return -(-max(sum(self.sections), full_precision) // 128) * 128
 
     @property

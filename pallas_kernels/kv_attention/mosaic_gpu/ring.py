@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from pallas_kernels import ptx
@@ -135,16 +136,33 @@ class Pipeline:
         )
 
     def _copy_rows(self, target: V, barrier: V, b: V, k: V, slot: V, unit: V) -> list[V]:
-        s, rows = self.plan.shape, self.plan.unit_rows
+        s, plan = self.plan.shape, self.plan
+        rows, stride = plan.unit_rows, 2 * s.head_dim
         # The buffer is a ring: position p in slot p mod R. A unit does not wrap around, since its
         # rows divide R, or there are no tiles and R is beyond every position.
         first = (slot + unit * rows) % s.buffer_length
-        size = ptx.minimum(i32(s.buffer_length) - first, rows) * (2 * s.head_dim)
-        self.copies.expect(barrier, size * 2)
-        head = (b * s.kv_heads + k).to_i64() * (s.buffer_length * 2 * s.head_dim)
-        source = head + first.to_i64() * (2 * s.head_dim)
-        most = rows * 2 * s.head_dim
-        parts = ((target, "key_buffer"), (target + most, "value_buffer"))
-        for to, name in parts:
-            self.copies.copy(to, self.operands[name] + source, size, barrier, most=most)
+        left = i32(s.buffer_length) - first
+        self.copies.expect(barrier, ptx.minimum(left, rows) * (2 * stride))
+        head = (b * s.kv_heads + k).to_i64() * (s.buffer_length * stride)
+        source = head + first.to_i64() * stride
+        for part, name in enumerate(("key_buffer", "value_buffer")):
+            at = self.operands[name] + source
+            for piece in range(plan.pieces):
+                self._copy_piece(
+                    target + (part * plan.pieces + piece) * plan.piece_bytes,
+                    at + piece * plan.piece_rows * stride,
+                    left - piece * plan.piece_rows,
+                    barrier,
+                )
         return []
+
+    def _copy_piece(self, target: V, source: V, left: V, barrier: V) -> None:
+        """A piece of rows, or the `left` ones that there are of it."""
+        s, rows = self.plan.shape, self.plan.piece_rows
+        most = rows * 2 * s.head_dim
+        if s.buffer_length % self.plan.unit_rows == 0:
+            self.copies.copy(target, source, most, barrier, most=most)
+            return
+        size = ptx.minimum(left, rows) * (2 * s.head_dim)
+        copy = functools.partial(self.copies.copy, target, source, size, barrier, most=most)
+        ptx.when(left > 0, copy)
