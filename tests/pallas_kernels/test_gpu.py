@@ -164,6 +164,16 @@ def test_scattered_pages_of_a_long_context(read, tokens, kv_heads):
     check_attention(call, read, reference(call, read, pages=pages), pages=pages)
 
 
+@pytest.mark.parametrize(("read", "tokens"), [(DRAFT, 1), (TARGET, 5), (TARGET, 16)])
+def test_all_pages_of_a_long_context(read, tokens):
+    """Sums of up to 16,000 products that one adder makes: where they drift, it shows here."""
+    call = attention_call(
+        read.view, kv_heads=32, group=1, tokens=tokens, head_dim=128, group_size=128, tiles=1024,
+        positions=[131072 + 200],
+    )  # fmt: skip
+    check_attention(call, read, reference(call, read))
+
+
 @pytest.mark.parametrize(
     ("read", "group", "tokens", "head_dim"),
     [
