@@ -84,9 +84,9 @@ class Alone:
         """Whether the lane, row g of 8, writes what is known of all channels."""
         return g.equals(0)
 
-    def channels(self, at: V, part_bytes: int) -> V:
-        """Where this warp's part of the channels begins."""
-        return at
+    def first_channels(self) -> V:
+        """The first block of 16 channels that this warp sums up."""
+        return ptx.i32(0)
 
 
 class Exchange(Alone):
@@ -152,8 +152,8 @@ class Exchange(Alone):
     def writes_statistics(self, g: V) -> V:
         return (self.token_warp + g).equals(0)
 
-    def channels(self, at: V, part_bytes: int) -> V:
-        return at + (self.token_warp * part_bytes).to_i64()
+    def first_channels(self) -> V:
+        return self.token_warp * self.plan.channel_blocks
 
     def _collect(self, pairs: list[list[V]]) -> list[list[list[V]]]:
         """[warp][pair]: what all warps have for the columns 2q and 2q + 1, by lane 4 g + q."""
