@@ -10,7 +10,7 @@ from pallas_kernels.kv_attention.mosaic_gpu.exchange import Alone, Exchange
 from pallas_kernels.kv_attention.mosaic_gpu.full_precision import FullPrecision
 from pallas_kernels.kv_attention.mosaic_gpu.operands import Operands
 from pallas_kernels.kv_attention.mosaic_gpu.pages import write_sums
-from pallas_kernels.kv_attention.mosaic_gpu.plan import Plan
+from pallas_kernels.kv_attention.mosaic_gpu.plan import PIECES, Plan
 from pallas_kernels.kv_attention.mosaic_gpu.queries import Queries, Rows, SharedQueries
 from pallas_kernels.kv_attention.mosaic_gpu.ring import Pipeline
 from pallas_kernels.kv_attention.mosaic_gpu.softmax import State
@@ -252,9 +252,9 @@ class _Head:
         def compute(i: V, state: State, own: list[V], _: list[Rows]) -> None:
             (data,) = own
             active = warp.token_warp < plan.unit_rows // 16
-            mine = ptx.select(active, warp.token_warp * (16 // plan.pieces), 0)
+            mine = ptx.select(active, warp.token_warp * (16 // PIECES), 0)
             keys = data + mine * (2 * s.head_dim)
-            values = warp.together.origin(data, keys) + plan.pieces * plan.piece_bytes
+            values = warp.together.origin(data, keys) + PIECES * plan.piece_bytes
             first = (i - self.tiles) * plan.unit_rows
             slot = ptx.select(active, first + mine, 1 << 30)
             exact = FullPrecision(plan, self.kept or self._rows(), warp.lane)

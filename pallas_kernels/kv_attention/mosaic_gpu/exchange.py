@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterator
 
 from pallas_kernels import ptx
-from pallas_kernels.kv_attention.mosaic_gpu.plan import Plan
+from pallas_kernels.kv_attention.mosaic_gpu.plan import PIECES, Plan
 from pallas_kernels.ptx import V
 
 
@@ -141,7 +141,7 @@ class Exchange(Alone):
         self, values: V, first: V, slot: V, words: list[V]
     ) -> Iterator[tuple[V, V, list[list[V]]]]:
         here = values + self.token_warp * (32 * self.plan.channel_blocks)
-        rows = 16 // self.plan.pieces  # of a warp in the first piece
+        rows = 16 // PIECES  # of a warp in the first piece
         for warp in range(self.plan.unit_rows // 16):
             at = here + rows * 2 * self.plan.shape.head_dim * warp
             yield at, first + rows * warp, self._left(warp)

@@ -29,14 +29,6 @@ class FullPrecision:
         self.plan, self.rows, self.lane, self.unit = plan, rows, lane, plan.shape.unit
         self.g, self.q = lane >> 2, lane & 3
 
-    def _place(self, g: V) -> tuple[V, V]:
-        """(slots, bytes) from the first of a warp's 16 tokens to that of row g; row g + 8 is the
-        next one."""
-        plan = self.plan
-        piece, within = g % plan.pieces, (g // plan.pieces) * 2
-        stride = 2 * plan.shape.head_dim
-        return piece * plan.piece_rows + within, piece * plan.piece_bytes + within * stride
-
     def accumulate(
         self,
         state: State,
@@ -57,8 +49,7 @@ class FullPrecision:
         blocks = self.plan.config.column_blocks
         stride = 2 * s.head_dim
         words = s.head_dim // 16
-        slots, row = self._place(self.g)
-        here = keys + row + self.q * (s.head_dim // 4)
+        here = keys + self.g * self.plan.piece_bytes + self.q * (s.head_dim // 4)
         scores = [[f32(0.0)] * 4 for _ in range(blocks)]
         for half, x in ((0, self.rows.low), (s.head_dim, self.rows.high)):
             token_rows = [ptx.load_wide(here + half + stride * y, words) for y in range(2)]
@@ -68,7 +59,7 @@ class FullPrecision:
                     scores[n] = ptx.mma("bf16", a, [x[n][w], x[n][w + 1]], scores[n])
         for n in range(blocks):
             for j in range(4):
-                token = slot + slots + j // 2
+                token = slot + self.g * self.plan.piece_rows + j // 2
                 scores[n][j] = ptx.select(token <= visible[n][j % 2], scores[n][j], f32(-math.inf))
 
         def use(_: State, p: list[list[list[V]]]) -> tuple[list[V], V]:
@@ -101,14 +92,15 @@ class FullPrecision:
         """Add the products of 16 tokens' probabilities, four words a block, with their values."""
         stride = 2 * self.plan.shape.head_dim
         masks = []
-        pair = [slot + self._place(self.q * 2 + i)[0] for i in range(2)]
+        piece_rows = self.plan.piece_rows
         for y in range(2):
-            low = ptx.select(pair[0] + y < used, i32(0x0000FFFF), 0)
-            high = ptx.select(pair[1] + y < used, i32(0xFFFF0000), 0)
+            token = slot + self.q * (2 * piece_rows) + y
+            low = ptx.select(token < used, i32(0x0000FFFF), 0)
+            high = ptx.select(token + piece_rows < used, i32(0xFFFF0000), 0)
             masks.append(low | high)
         # Row of this lane in the four 8×8 matrices that a load takes: rows 0–7 and 8–15 of two
         # neighbouring runs of 8 channels.
-        row = self._place(self.lane & 7)[1] + ((self.lane >> 4) & 1) * stride
+        row = (self.lane & 7) * self.plan.piece_bytes + ((self.lane >> 4) & 1) * stride
         where = values + row + ((self.lane >> 3) & 1) * 16
         for m in range(self.plan.channel_blocks):
             a = ptx.load_matrices_transposed(where + 32 * m)

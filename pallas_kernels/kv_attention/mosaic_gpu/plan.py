@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+PIECES = 8  # in which a unit's full-precision keys, and its values, are copied
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -118,14 +120,9 @@ class Plan:
         return 16 * (self.row_warps if self.shape.planes else self.config.token_warps)
 
     @property
-    def pieces(self) -> int:
-        """In which a unit's keys, and its values, are copied where they are full-precision rows
-        (`full_precision`). Each is a copy: where all tokens are such rows, there are few."""
-        return 8 if self.shape.planes else 2
-
-    @property
     def piece_rows(self) -> int:
-        return self.unit_rows // self.pieces
+        """Full-precision rows of a unit that are copied at once (`full_precision`)."""
+        return self.unit_rows // PIECES
 
     @property
     def piece_bytes(self) -> int:
@@ -147,7 +144,7 @@ class Plan:
 
     @property
     def stage_bytes(self) -> int:
-        full_precision = 2 * self.pieces * self.piece_bytes
+        full_precision = 2 * PIECES * self.piece_bytes
         return -(-max(sum(self.sections), full_precision) // 128) * 128
 
     @property

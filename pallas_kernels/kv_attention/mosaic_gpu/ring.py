@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pallas_kernels import ptx
 from pallas_kernels.kv_attention.mosaic_gpu.operands import Operands
-from pallas_kernels.kv_attention.mosaic_gpu.plan import Plan
+from pallas_kernels.kv_attention.mosaic_gpu.plan import PIECES, Plan
 from pallas_kernels.kv_attention.mosaic_gpu.units import Lengths
 from pallas_kernels.ptx import V, i32
 
@@ -147,9 +147,9 @@ class Pipeline:
         source = head + first.to_i64() * stride
         for part, name in enumerate(("key_buffer", "value_buffer")):
             at = self.operands[name] + source
-            for piece in range(plan.pieces):
+            for piece in range(PIECES):
                 self._copy_piece(
-                    target + (part * plan.pieces + piece) * plan.piece_bytes,
+                    target + (part * PIECES + piece) * plan.piece_bytes,
                     at + piece * plan.piece_rows * stride,
                     left - piece * plan.piece_rows,
                     barrier,
