@@ -130,8 +130,8 @@ def test_attention_in_every_configuration(view, tokens):
 
 
 def test_stages_are_read_before_they_are_filled_anew():
-    """Eight warps of a block read full-precision values from the same banks, so that reads are
-    under way when the stage is handed back: launches differed where a copy overtook them."""
+    """Launches differed where a copy overtook reads that were under way when the stage was handed
+    back: of full-precision values, by eight warps, at that time from the same banks."""
     call = attention_call(
         "int8", kv_heads=2, group=6, tokens=5, head_dim=128, group_size=128, tiles=236,
         positions=[29990],
@@ -162,6 +162,16 @@ def test_scattered_pages_of_a_long_context(read, tokens, kv_heads):
     coded = np.asarray(call[2]) // 128
     pages = random_pages(coded, kv_heads, [256], 256)
     check_attention(call, read, reference(call, read, pages=pages), pages=pages)
+
+
+@pytest.mark.parametrize(("read", "tokens"), [(DRAFT, 1), (TARGET, 5), (TARGET, 16)])
+def test_all_pages_of_a_long_context(read, tokens):
+    """Sums of up to 16,000 products that one adder makes: where they drift, it shows here."""
+    call = attention_call(
+        read.view, kv_heads=32, group=1, tokens=tokens, head_dim=128, group_size=128, tiles=1024,
+        positions=[131072 + 200],
+    )  # fmt: skip
+    check_attention(call, read, reference(call, read))
 
 
 @pytest.mark.parametrize(
