@@ -24,10 +24,10 @@ import numpy as np
 import script
 
 import quantspec_jax as qs
+from pallas_kernels.rope_append import heads
 from quantspec_jax.bench import record
 from quantspec_jax.evaluate.measures import accepted
 from quantspec_jax.evaluate.teacher_forced import compare
-from quantspec_jax.models import decoder
 from quantspec_jax.weights.calibrate import calibrate, calibration_tokens
 from quantspec_jax.weights.sizes import bits_per_weight
 
@@ -57,7 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def rotated_keys(on: bool) -> Iterator[None]:
     """Queries and keys turned by a Hadamard matrix after RoPE: their products stay, and outlying
     channels are spread over all."""
-    rotate = decoder.rotate
+    rotate = heads.rotate
 
     def turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         turn = jnp.asarray(hadamard(x.shape[-1]), jnp.float32)
@@ -67,12 +67,12 @@ def rotated_keys(on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    decoder.rotate = turned
+    heads.rotate = turned
     jax.clear_caches()  # what was compiled before does not turn
     try:
         yield
     finally:
-        decoder.rotate = rotate
+        heads.rotate = rotate
         jax.clear_caches()
 
 

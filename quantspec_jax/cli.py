@@ -14,12 +14,12 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from quantspec_jax import interrupts
 from quantspec_jax.commands import (
     bench,
     chat,
@@ -37,10 +37,6 @@ from quantspec_jax.commands.version import Version
 COMMANDS = (convert, info, generate, chat, serve, evaluate, plan, bench)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM ends a command as Ctrl-C does."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -49,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: argparse.Namespace | None = None
     try:
         args = make_parser().parse_args(argv)
-        with _terminable(), terminal.plain_warnings():
+        with interrupts.raised(), terminal.plain_warnings():
             join(args)
             result = _run(args)
         if args.json:
@@ -58,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except SystemExit as end:  # --help, --version
         return int(end.code or 0)
-    except Terminated:
+    except interrupts.Terminated:
         return terminal.fail("terminated", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
         return terminal.fail("interrupted", 130)
@@ -94,7 +90,7 @@ def make_parser() -> Parser:
 def _keep_interruption(unraisable: Any) -> None:
     """Send a signal again where it came during garbage collection, which would lose it."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        lost = signal.SIGTERM if unraisable.exc_type is Terminated else signal.SIGINT
+        lost = signal.SIGTERM if unraisable.exc_type is interrupts.Terminated else signal.SIGINT
         # A Thread's start waits: what is sent meanwhile would be raised here, and lost again.
         _thread.start_new_thread(_send_again, (lost,))
     else:
@@ -105,24 +101,6 @@ def _send_again(number: signal.Signals) -> None:
     """A moment later, when what was collected is gone."""
     time.sleep(0.05)
     _thread.interrupt_main(number)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises `Terminated` in the main thread, where nobody else had a use for it."""
-
-    def terminate(number: int, frame: Any) -> None:
-        raise Terminated
-
-    free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if not free or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run(args: argparse.Namespace) -> Any:

@@ -17,6 +17,7 @@ from convert.drafts.open import open_draft
 from convert.files.deferred import Deferred
 from convert.sources import Checkpoint, Weights
 from pallas_kernels.layout import QuantizedWeight
+from quantspec_jax import interrupts
 from quantspec_jax.models.parameters import InTurn, flatten, nest, parameter_shapes
 from quantspec_jax.weights.entries import quantize_params
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
@@ -170,9 +171,10 @@ def _calibrated(
         device = jax.devices()[0]  # conversion itself works on the host
         there = weights.by_block(lambda x: jax.device_put(x, device))
         try:
-            found, entries = calibrate_in_turn(
-                config, there, tokens, draft, progress=progress, resume=finished
-            )
+            with interrupts.unmasked():
+                found, entries = calibrate_in_turn(
+                    config, there, tokens, draft, progress=progress, resume=finished
+                )
             return found, _deferred(entries)
         except ValueError:  # it would fail again; but what was there before may be of another call
             if not resumed:

@@ -51,13 +51,13 @@ def bf16_matmuls(
 def takes(
     x: Any, weights: Sequence[Any], around: Around, transposed: bool = False, backend: str = "auto"
 ) -> bool:
-    """Whether the Pallas kernel does a call where the backend may be chosen: where the file of the
-    device says that it is faster. Elsewhere products are XLA's, and nothing is said of it."""
+    """Whether the Pallas kernel does a call where the backend may be chosen: where it is known to
+    be faster. Elsewhere products are XLA's, and nothing is said of it."""
     if backend == "xla" or dispatch.device() is None or _reason(x, weights, around, transposed):
         return False
     from pallas_kernels.bf16_matmul import configs, mosaic_gpu
 
-    return configs.measured(mosaic_gpu.shape_of(x, weights, around, transposed))
+    return configs.faster(mosaic_gpu.shape_of(x, weights, around, transposed))
 
 
 def _reason(x: Any, weights: Sequence[Any], around: Around, transposed: bool) -> str | None:

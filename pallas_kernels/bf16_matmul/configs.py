@@ -15,6 +15,9 @@ RATE = 4.4e6  # bytes a microsecond that an H200 reads
 OWN_RATE = 55e3  # and one of its multiprocessors, at least
 ENOUGH = 72e3  # bytes under way to a multiprocessor: with fewer, if there are more, memory waits
 MOST_RESIDENT = 4
+# One row times up to so many weights is no product to XLA: it writes each weight times its input,
+# and adds that up in another launch.
+NO_PRODUCT = 10_000_000
 
 
 def key(shape: Shape) -> str:
@@ -122,9 +125,12 @@ def diverse(shape: Shape) -> list[Config]:
     return [*found.values()][:12]
 
 
-def measured(shape: Shape) -> bool:
-    """Whether the kernel was measured on this device and shape, and was faster than XLA."""
-    return tuned.find(dispatch.target().name, KERNEL, key(shape)) is not None
+def faster(shape: Shape) -> bool:
+    """Whether the kernel is faster than XLA: where it was measured on this device and shape, and
+    where XLA does not multiply."""
+    if tuned.find(dispatch.target().name, KERNEL, key(shape)) is not None:
+        return True
+    return shape.rows == 1 and any(shape.inputs * n <= NO_PRODUCT for n in shape.outputs)
 
 
 def choose(shape: Shape) -> Config:

@@ -1,4 +1,11 @@
-"""A Pallas kernel of thread-level code."""
+"""A Pallas kernel of thread-level code.
+
+Tried: launches that begin while the one before them ends (`griddepcontrol`, which jax 0.11 launches
+so), where products order their first weights before they wait for it. Without CUDA graphs a draft
+step of Qwen2.5-1.5B at 30,000 tokens takes 1.31 ms on an H200 instead of 1.58. In graphs it takes
+1.26 with and without: jax 0.11.2 records each kernel as a graph of its own, and between those
+nothing can begin early.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from quantspec_jax import interrupts
 from quantspec_jax.checks import require
 from quantspec_jax.commands import terminal
 from quantspec_jax.commands.generate import add_options, generate_config, summary
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
         session = qs.Session(model, config, system=args.system)
     for number, line in enumerate(_lines()):
         turn = session.chat(line, jax.random.key(args.seed + number), on_text=terminal.write)
+        interrupts.handled()  # Ctrl-C ends an answer, not the conversation
         terminal.write("\n")
         kept = turn.stats["cached_tokens"]
         terminal.notice(f"{summary(turn.stats)}; {kept} of {turn.stats['prompt_tokens']} kept")

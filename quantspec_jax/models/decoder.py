@@ -38,8 +38,8 @@ from quantspec_jax.models.linear import (
     apart_from_norm,
     computed,
     gated,
-    precision,
     products,
+    whole_product,
 )
 from quantspec_jax.models.parameters import Params
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
@@ -185,14 +185,15 @@ def unembed(
 ) -> jax.Array:
     """[..., E] hidden states → [..., N] float32 logits.
 
-    A draft's lm_head may have, beside its packed `kernel`, the target's own columns [E, R] of the
-    first R tokens as `first`: their logits come from those.
+    A draft's lm_head may have, beside its packed `kernel`, the target's own rows [R, E] of the
+    first R tokens as `first`: their logits come from those. (With [E, R] and one row of activations
+    XLA adds up columns, which is slow on a GPU.)
     """
     logits = axes.joined(_logits(params, hidden, backend))
     first = params.get("lm_head", {}).get("first")
     if first is None:
         return logits
-    own = _whole_product(hidden, first, False, backend)
+    own = _whole_product(hidden, first, True, backend)
     return jnp.concatenate([own, logits[..., own.shape[-1] :]], -1)
 
 
@@ -211,11 +212,4 @@ def _whole_product(hidden: Activations, weight: jax.Array, tied: bool, backend: 
     x, around = apart_from_norm(hidden)
     if bf16.takes(x, [weight], around, tied, backend):
         return bf16.bf16_matmuls(x, [weight], around, transposed=tied, backend=backend)[0]
-    hidden = computed(hidden)
-    return jax.lax.dot_general(
-        hidden,
-        weight,
-        (((hidden.ndim - 1,), (1 if tied else 0,)), ((), ())),
-        precision=precision(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    return whole_product(computed(hidden), weight, jnp.float32, transposed=tied)

@@ -149,12 +149,7 @@ def products(
         if results[i] is not None:
             continue
         if not isinstance(weights["kernel"], PackedWeight):
-            results[i] = jnp.matmul(
-                x,
-                weights["kernel"],
-                precision=precision(x.dtype),
-                preferred_element_type=out_dtype,
-            )
+            results[i] = whole_product(x, weights["kernel"], out_dtype)
             continue
         order = weights.get("order")
         together = [
@@ -166,6 +161,20 @@ def products(
         for j, y in zip(together, packed, strict=True):
             results[j] = y
     return results  # type: ignore[return-value]
+
+
+def whole_product(
+    x: jax.Array, weight: jax.Array, out_dtype: Any, transposed: bool = False
+) -> jax.Array:
+    """[..., Kin] times a [Kin, N] weight, or a `transposed` one [N, Kin] → [..., N], by XLA. The
+    weight is contracted as it lies, so that nothing is transposed."""
+    return jax.lax.dot_general(
+        x,
+        weight,
+        (((x.ndim - 1,), (1 if transposed else 0,)), ((), ())),
+        precision=precision(x.dtype),
+        preferred_element_type=out_dtype,
+    )
 
 
 def _one_launch(

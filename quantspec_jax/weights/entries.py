@@ -38,13 +38,13 @@ def quantize_lm_head(params: dict[str, Any], config: DraftConfig) -> dict[str, A
 
 
 def with_first(params: dict[str, Any], own: dict[str, Any], config: DraftConfig) -> dict[str, Any]:
-    """`own` with the target's columns of lm_head [E, R] for the first R tokens, where the draft
-    takes their logits from these; of a smaller vocabulary, for all."""
+    """`own` with the target's lm_head for the first R tokens, [R, E] as an embedding, where the
+    draft takes their logits from these; of a smaller vocabulary, for all."""
     if config.lm_head_first == 0:
         return own
     count = config.lm_head_first
     tied = "lm_head" not in params
-    first = params["embedding"][:count].T if tied else params["lm_head"]["kernel"][:, :count]
+    first = params["embedding"][:count] if tied else params["lm_head"]["kernel"][:, :count].T
     return own | {"lm_head": own["lm_head"] | {"first": first}}
 
 

@@ -138,7 +138,7 @@ def test_few_rows_are_the_kernels_and_more_are_left_to_xla(h200, monkeypatch):
         return text.count("custom_call @mosaic_gpu")
 
     assert kernels(16) == 0, "it was not measured to be faster"
-    monkeypatch.setattr(configs, "measured", lambda _: True)
+    monkeypatch.setattr(configs, "faster", lambda _: True)
     assert kernels(16) == 1
     assert kernels(1, backend="xla") == 0
     # Nothing is said of what XLA does as well.
@@ -218,3 +218,15 @@ def test_lowering(h200, rows, outputs, parts, transposed):
     text = run.trace(x, weights, around).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call") == text.count("custom_call @mosaic_gpu") == 1
     assert not [name for name in ("reduce", "dot_general", "transpose", "pad") if name in text]
+
+
+def test_the_kernel_has_what_xla_does_not_multiply():
+    """Of one row and a small weight XLA writes the weight times the row; where no measurement says
+    it, the kernel is known to be faster there alone."""
+    for rows, inputs, outputs, wanted in [
+        (1, 1000, (128,), True),
+        (1, 4096, (20000, 128), True),  # they are one launch
+        (1, 4096, (20000,), False),
+        (2, 1000, (128,), False),
+    ]:
+        assert configs.faster(Shape(rows, inputs, outputs, transposed=False)) is wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import json
 import os
@@ -11,7 +12,7 @@ import signal
 import sys
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import jax
@@ -267,6 +268,44 @@ class TestErrors:
         status, out, err = run("info", "somewhere")
         assert (status, out, err) == (143, "", "quantspec: error: terminated\n")
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    @pytest.mark.parametrize(
+        ("number", "status", "said"),
+        [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    )
+    def test_an_interruption_that_jax_takes_for_its_own_error_is_one(
+        self, run, monkeypatch, number, status, said
+    ):
+        """JAX compares a program's arguments in C++, which calls what Python compares with."""
+
+        class Compared:
+            def __init__(self, strikes):
+                self.strikes = strikes
+
+            def __hash__(self):
+                return 0
+
+            def __eq__(self, other):
+                if self.strikes or other.strikes:
+                    os.kill(os.getpid(), number)
+                    time.sleep(0.01)
+                return True
+
+        @functools.partial(
+            jax.tree_util.register_dataclass, data_fields=["x"], meta_fields=["compared"]
+        )
+        @dataclass
+        class Node:
+            x: jax.Array
+            compared: Compared
+
+        def work(source):
+            program = jax.jit(lambda node: node.x + 1)
+            for strikes in (False, True):
+                program(Node(jax.numpy.ones(2), Compared(strikes)))
+
+        monkeypatch.setattr(convert, "open_source", work)
+        assert run("info", "somewhere") == (status, "", f"quantspec: error: {said}\n")
 
     def test_warnings_are_a_line_each_and_none_twice(self, run, monkeypatch):
         def work(source):
