@@ -38,6 +38,7 @@ from pallas_kernels.ptx import V, f32, i32
 THREADS = 128  # of a block that counts votes, a page each
 MOST_LAYERS = 128  # of a launch: a kernel takes 4 KB of addresses
 MOST_WARPGROUPS = 4
+PAGES = 16  # of a thread that chooses, before there are more threads: they share each sum
 MOST_PAGES = 1 << 15  # two counts in a word
 AT_ONCE = 8  # reads in flight
 ALWAYS, MOST_BITS, NEVER = 0x7FFFFFFF, 0x7FFFFFFE, -1  # for a vote's bits
@@ -239,7 +240,7 @@ def most_voted(
         run = functools.partial(most_voted, places=places, ends=ends)
         return tuple(one for part in some for one in run(part, coded, count))
     batch, _, kv_heads, tiles = votes.shape
-    warpgroups = min(MOST_WARPGROUPS, -(-tiles // (128 * AT_ONCE)))
+    warpgroups = min(MOST_WARPGROUPS, -(-tiles // (128 * PAGES)))
     return ptx.kernel(
         _choice_body(votes.shape[1:], places, ends, warpgroups),
         [jax.ShapeDtypeStruct((batch, kv_heads, places), jnp.int32)] * layers,

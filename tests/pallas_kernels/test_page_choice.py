@@ -65,7 +65,7 @@ def test_votes_are_the_mass_of_the_rows_that_vote(
 
 
 @pytest.mark.parametrize(
-    ("tiles", "places", "ends"), [(40, 12, (1, 1)), (300, 77, (0, 0)), (1100, 300, (2, 3))]
+    ("tiles", "places", "ends"), [(40, 12, (1, 1)), (300, 77, (0, 0)), (2100, 300, (2, 3))]
 )
 def test_the_choice_is_the_pages_with_most_votes_in_order(way, tiles, places, ends):
     """Ties go to the first; a sequence that has few pages, one none."""
