@@ -1,6 +1,6 @@
 """Votes for pages and the choice among them from Ampere on (Pallas Mosaic GPU).
 
-What XLA makes of it are launches by the layer, two sorts, and a copy of each layer's list: 100 for
+What XLA makes of it are launches by the layer, two sorts, and a copy of each layer's list: 72 for
 32 layers, whose gaps cost more than their work. Here all layers are one launch each, which is given
 an operand or a result a layer, and picks the one that its block works on.
 
