@@ -55,7 +55,8 @@ assemble:
 	$(MAKE) VENV=.venv-assemble assembled
 
 assembled: $(VENV)/assemble.stamp
-	$(BIN)/python -m pytest -m assemble tests/pallas_kernels/test_assembled.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m assemble tests/pallas_kernels/test_assembled.py \
+		tests/quantspec_jax/test_compiled_loop.py $(PYTEST_ARGS)
 
 soak: export JAX_PLATFORMS := cpu
 soak: $(VENV)/test.stamp

@@ -117,14 +117,14 @@ def proposed(
 
 @partial(jax.jit, static_argnames="program")
 def verified(params: Params, cache: KVCache, tokens: jax.Array, *, program: Program) -> Any:
-    """[S, N] logits of the target, its attention by page [1, S, H, T/G] a layer, and the cache with
+    """[S, N] logits of the target, each layer's attention by page, and the cache with
     the tokens."""
     given = jnp.broadcast_to(tokens, (len(cache.length), len(tokens)))
     call = (params, program, cache, given, cache.length, program.read)
     logits, cache, seen = observed_pass(*call, masses=True)
     assert seen is not None
-    masses = [each.masses[:1] for each in seen]
-    return logits[0], masses, flush(rollback(cache, cache.length + len(tokens)), program.backend)
+    first = jax.tree.map(lambda x: x[:1], seen)
+    return logits[0], first, flush(rollback(cache, cache.length + len(tokens)), program.backend)
 
 
 @jax.jit
@@ -189,11 +189,11 @@ def follow(
             _compile(weights, drafts, cache, tokens, pages, program)
         said = {draft: proposed(weights[draft.weights], cache, tokens, pages, program=program,
                                 read=draft.read) for draft in drafts}  # fmt: skip
-        logits, masses, cache = verified(model.params, cache, tokens, program=program)
+        logits, seen, cache = verified(model.params, cache, tokens, program=program)
         for draft, theirs in said.items():
             found[draft].append(held_against(logits, theirs))
         accepted = jnp.full(1, rows - 1)
-        memories = [each.update(memory, masses, accepted) if each.votes else memory
+        memories = [each.update(memory, seen, accepted) if each.votes else memory
                     for each, memory in zip(policies, memories, strict=True)]  # fmt: skip
     scores = {draft: tuple(np.stack(x, 1) for x in zip(*all_, strict=True))
               for draft, all_ in found.items()}  # fmt: skip

@@ -22,6 +22,7 @@ KERNELS = (
     "add_rms_norm",
     "int4_matmul",
     "kv_attention",
+    "page_choice",
     "quantize_pack",
     "rope_append",
 )

@@ -244,8 +244,7 @@ class _Ring:
         """The piece of a turn has been read: its place is for the next one."""
         self.copies.leave()
         following = turn + self.stages
-        more = self.copies.orders(following < self.turns)
-        ptx.when(more, functools.partial(self._copy, following))
+        self.copies.order(following < self.turns, functools.partial(self._copy, following))
 
 
 class _Warp:

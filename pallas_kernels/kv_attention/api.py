@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.kv_attention import xla
-from pallas_kernels.kv_attention.read import Attended, Pages, Read
+from pallas_kernels.kv_attention.read import Attended, Pages, Read, side_by_side
 from pallas_kernels.layout import LayerCache
 from pallas_kernels.shapes import Each, Queries, shaped
 
@@ -106,7 +106,9 @@ def in_parts(
         attend(q[:, i : i + each], cache, quantized_length, start + i)
         for i in range(0, q.shape[1], each)
     ]
-    return jax.tree.map(lambda *x: jnp.concatenate(x, 1), *found)
+    out, log_sum_exp = (jnp.concatenate(x, 1) for x in zip(*(x[:2] for x in found), strict=True))
+    sums = [x.page_log_sums for x in found if x.page_log_sums is not None]
+    return Attended(out, log_sum_exp, side_by_side(sums) if sums else None)
 
 
 def _most_tokens(q: jax.Array, cache: LayerCache, options: dict[str, Any], backend: str) -> int:

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_attention.read import Attended, Pages, Read
+from pallas_kernels.kv_attention.read import Attended, PageLogSums, Pages, Read
 from pallas_kernels.layout import (
     LayerCache,
     Planes,
@@ -322,11 +322,15 @@ def kv_attention(
     used = jnp.minimum(jnp.max(start) + s, length)
     state = _turns(-(-used // width), -(-length // width), over_buffer, state)
 
+    sums = None
+    if log_sums is not None:
+        by_tile = jnp.moveaxis(log_sums, 3, 2)[:, :, :, None]
+        sums = PageLogSums(by_tile, jnp.full(b, tiles, jnp.int32), s)
     total = jnp.where(state.total > 0, state.total, 1.0)
     return Attended(
         rows.by_token(state.output / total[..., None]),
         rows.by_token(state.maximum + jnp.log(total)),
-        None if log_sums is None else rows.by_token(log_sums),
+        sums,
     )
 
 

@@ -81,6 +81,7 @@ from pallas_kernels.ptx.values import (
 from pallas_kernels.ptx.warps import (
     any_lane,
     any_thread,
+    elected,
     load_matrices_transposed,
     mma,
     shuffle_xor,
@@ -113,6 +114,7 @@ __all__ = [
     "commit_copies",
     "constant",
     "copies_of",
+    "elected",
     "exp2",
     "f16_above",
     "f16_below",

@@ -17,7 +17,7 @@ import functools
 from collections.abc import Callable
 
 from pallas_kernels.ptx.values import V, asm, both, i32, when
-from pallas_kernels.ptx.warps import sync_warp
+from pallas_kernels.ptx.warps import elected, sync_warp
 
 UNIT = 16  # bytes that a thread copies at once
 
@@ -113,14 +113,14 @@ def arrive_after_copies(barrier: V) -> None:
 
 
 class BulkCopies:
-    """Pieces that the copy engine brings: of the threads that fill a stage, the first orders them.
+    """Pieces that the copy engine brings: of the threads that fill a stage, one orders them.
 
-    threads  that fill a stage together, and wait for it
+    threads  that fill a stage together, and wait for it: whole warps
     thread   which of them this one is
     """
 
     def __init__(self, threads: int, thread: V):
-        self.threads, self.thread, self.leader = threads, thread, thread.equals(0)
+        self.threads, self.thread = threads, thread
 
     @staticmethod
     def arrivals(threads: int) -> int:
@@ -139,12 +139,14 @@ class BulkCopies:
             prepare()
             order()
 
-        when(self.leader, both_of_them)
+        when(elected(), both_of_them)
         sync_warp()
 
-    def orders(self, condition: V) -> V:
-        """Whether this thread has something to do where the threads are to fill a stage."""
-        return both(self.leader, condition)
+    def order(self, condition: V, fill: Callable[[], None]) -> None:
+        """Where a condition holds, which is the same for all of them: let the threads fill a stage,
+        those that have something to do there."""
+        first_warp = (self.thread >> 5).equals(0)
+        when(both(first_warp, condition), lambda: when(elected(), fill))
 
     def expect(self, barrier: V, num_bytes: V) -> None:
         """Before the pieces of a stage: their bytes together."""
@@ -180,12 +182,12 @@ class UnitCopies(BulkCopies):
         pass  # the threads meet before they use them
 
     def start(self, prepare: Callable[[], None], order: Callable[[], None]) -> None:
-        when(self.leader, prepare)
+        when(self.thread.equals(0), prepare)
         sync_warp()
         order()
 
-    def orders(self, condition: V) -> V:
-        return condition
+    def order(self, condition: V, fill: Callable[[], None]) -> None:
+        when(condition, fill)
 
     def expect(self, barrier: V, num_bytes: V) -> None:
         pass

@@ -211,9 +211,10 @@ def ceil_div(a: V, b: int) -> V:
     return (a + (b - 1)) // b
 
 
-def merge_bits(a: V, b: V, mask: int) -> V:
-    """Bits of a where mask is 1, of b where it is 0, in one instruction."""
-    return asm(f"lop3.b32 $0, $1, $2, {mask:#x}, 0xE4;", ["i32"], [a, b])[0]
+def merge_bits(a: V, b: V, mask: int, inverted: bool = False) -> V:
+    """Bits of a where mask is 1, of b where it is 0, or these inverted, in one instruction."""
+    table = 0x1B if inverted else 0xE4
+    return asm(f"lop3.b32 $0, $1, $2, {mask:#x}, {table:#x};", ["i32"], [a, b])[0]
 
 
 def permute_bytes(a: V, b: V, selector: int) -> V:

@@ -27,6 +27,15 @@ def shuffle_xor(x: V, distance: int) -> V:
     return shuffle_xor_bits(x.bits(), distance).as_float()
 
 
+def elected() -> V:
+    """Whether this is the lane that stands for its warp, the same one each time; all lanes ask.
+
+    From 9.0 on. Of what it alone does the compiler knows that one lane does it: without, it makes a
+    loop over lanes around each bulk copy, of ten instructions and a branch that waits for a vote.
+    """
+    return asm("elect.sync _|$0, -1;", ["i1"], [], effects=True)[0]
+
+
 def any_lane(condition: V) -> V:
     word = select(condition, i32(1), 0)
     out = asm(

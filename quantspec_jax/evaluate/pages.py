@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_attention.read import Pages
+from pallas_kernels.kv_attention.read import ByPage, Pages
 from quantspec_jax.cache.schedule import quantized_length
 from quantspec_jax.generate.policies import Policy, Sizes
 from quantspec_jax.models.attention import Tokens
@@ -62,7 +62,7 @@ def pages_at_positions(
             rows = position[:, None] - VERIFIED + jnp.arange(VERIFIED)[None]
             verified = masses[jnp.maximum(rows, 0)]  # [positions, rows, H, T/G]
             accepted = jnp.full(number, VERIFIED - 1)
-            memory = policy.update(memory, [verified], accepted)
+            memory = policy.update(memory, [ByPage.of(verified, kv_heads)], accepted)
         pages = policy.pages(memory, quantized_length(position, group_size) // group_size, sizes)
         assert pages is not None, "a policy that chooses"
         return _named(pages[0], tiles)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.shapes import Each, Logits, shaped
 from quantspec_jax.generate.couplings import Verdict
 from quantspec_jax.generate.draft import Proposals
-from quantspec_jax.generate.sampling import either, penalize, warp
+from quantspec_jax.generate.sampling import also_seen, either, penalize, warp
 from quantspec_jax.generate.state import DecodeState, Program
 
 
@@ -56,8 +56,7 @@ def accept(
 
 def _seen_by_row(seen: jax.Array, proposals: jax.Array) -> jax.Array:
     """[B, N] and [B, γ] → [B, γ+1, N] bool: row i has also seen the proposals before it."""
-    tokens = jnp.arange(seen.shape[-1])[None]
     rows = [seen]
     for i in range(proposals.shape[1]):
-        rows.append(rows[-1] | (tokens == proposals[:, i, None]))
+        rows.append(also_seen(rows[-1], proposals[:, i]))
     return jnp.stack(rows, 1)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_attention.api import Attended, Pages, Read, kv_attention
+from pallas_kernels.kv_attention.read import ByPage
 from pallas_kernels.rope_append.api import Heads, rope_append
 from pallas_kernels.shapes import Each, Ids, Logits, shaped
 from quantspec_jax.cache import KVCache, LayerCache
@@ -82,19 +82,6 @@ def attention(
     )
     out, log_sum_exp = axes.merged(found.out, found.log_sum_exp)
     return found._replace(out=out.astype(q.dtype), log_sum_exp=log_sum_exp)
-
-
-class ByPage(NamedTuple):
-    """Attention of a pass in a layer: log_sums [B, S, H, T/G] float32, the log-sum-exp of a row's
-    scores with each page's tokens; log_sum_exp [B, S, H], of all its scores."""
-
-    log_sums: jax.Array
-    log_sum_exp: jax.Array
-
-    @property
-    def masses(self) -> jax.Array:
-        """The share of a row's attention that each page has."""
-        return jnp.exp(self.log_sums - self.log_sum_exp[..., None])
 
 
 Layer = tuple[LayerCache, Pages | None]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.kv_attention.read import Pages
 from quantspec_jax.cache import KVCache, schedule
 from quantspec_jax.generate.cache_pass import cache_pass
-from quantspec_jax.generate.sampling import choose
+from quantspec_jax.generate.sampling import also_seen, choose
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.models.parameters import Params
 
@@ -37,7 +37,6 @@ def draft(
     last position before it.
     """
     start = state.cache.length
-    rows = jnp.arange(start.shape[0])
     sampling, coupling = state.requests.sampling, program.coupling
     keys = coupling.draft_keys(state.requests.keys, start + 1)
     last = schedule.last_position(start, program.cache.group_size)
@@ -55,9 +54,9 @@ def draft(
             jax.lax.dynamic_update_index_in_dim(found.tokens, token, i, 1),
             jax.lax.dynamic_update_index_in_dim(found.probabilities, probabilities, i, 1),
         )
-        return cache, token, seen.at[rows, token].set(True), found
+        return cache, token, also_seen(seen, token), found
 
-    nothing = no_proposals(len(rows), program.gamma, program.model.vocab_size)
+    nothing = no_proposals(len(start), program.gamma, program.model.vocab_size)
     carry = (state.cache, state.pending, state.seen, nothing)
     cache, _, _, found = jax.lax.fori_loop(0, program.gamma, step, carry)
     return found, cache

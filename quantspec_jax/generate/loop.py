@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,6 @@ from pallas_kernels.kv_attention.read import Pages
 from quantspec_jax.cache import flush, flush_due, rollback, schedule
 from quantspec_jax.generate import recoded
 from quantspec_jax.generate.accept import Verdict, accept
-from quantspec_jax.generate.cache_pass import ByPage
 from quantspec_jax.generate.draft import draft, no_proposals
 from quantspec_jax.generate.logprobs import score
 from quantspec_jax.generate.policies import Sizes
@@ -98,27 +96,20 @@ def with_one_choice(
     go_on: Callable[[Carry], jax.Array],
     program: Program,
 ) -> Carry:
-    """Rounds whose drafts read the same pages, `Policy.every` of them or while `go_on`; the last
-    one's verification votes on the next. A call has one of these at least."""
+    """Rounds whose drafts read the same pages, `Policy.every` of them or while `go_on`. A call has
+    one of these at least."""
     state, first = carry
     pages, every = pages_to_read(state, program), program.policy.every
 
-    def more(carry: tuple[Carry, Seen | None]) -> jax.Array:
-        (_, rounds), _ = carry
-        within = True if every is None else rounds - first < every
-        return within & go_on(carry[0])
+    def more(carry: Carry) -> jax.Array:
+        within = True if every is None else carry[1] - first < every
+        return within & go_on(carry)
 
-    def body(carry: tuple[Carry, Seen | None]) -> tuple[Carry, Seen | None]:
-        (state, rounds), _ = carry
-        state, seen = read_round(params, draft_params, state, program, pages)
-        return (state, rounds + 1), seen
+    def body(carry: Carry) -> Carry:
+        state, rounds = carry
+        return read_round(params, draft_params, state, program, pages), rounds + 1
 
-    nothing = None
-    if program.policy.votes:
-        shapes = jax.eval_shape(body, (carry, None))[1]
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (state, rounds), seen = jax.lax.while_loop(more, body, (carry, nothing))
-    return voted(state, seen, program), rounds
+    return jax.lax.while_loop(more, body, carry)
 
 
 def one_round(
@@ -126,25 +117,7 @@ def one_round(
 ) -> DecodeState:
     """One draft-verify cycle of every sequence that has not finished."""
     pages = pages_to_read(state, program) if program.gamma else None
-    state, seen = read_round(params, draft_params, state, program, pages)
-    return voted(state, seen, program)
-
-
-class Seen(NamedTuple):
-    """What a verification leaves: its rows' attention by page in each layer, and how many proposals
-    it accepted [B] int32."""
-
-    by_page: list[ByPage]
-    accepted: jax.Array
-
-
-def voted(state: DecodeState, seen: Seen | None, program: Program) -> DecodeState:
-    """The state whose memory has what a verification saw, where the policy looks at it."""
-    if seen is None:
-        return state
-    masses = [each.masses for each in seen.by_page]
-    memory = program.policy.update(state.memory, masses, seen.accepted)
-    return dataclasses.replace(state, memory=memory)
+    return read_round(params, draft_params, state, program, pages)
 
 
 def read_round(
@@ -153,8 +126,8 @@ def read_round(
     state: DecodeState,
     program: Program,
     pages: tuple[Pages, ...] | None,
-) -> tuple[DecodeState, Seen | None]:
-    """`one_round` whose draft reads these pages; what its verification saw has not voted yet."""
+) -> DecodeState:
+    """`one_round` whose draft reads these pages."""
     start, active = state.cache.length, ~state.finished
     proposals = no_proposals(len(start), 0, program.model.vocab_size)
     cache = state.cache
@@ -181,8 +154,11 @@ def read_round(
         accepted=state.accepted + counted(accepted),
         draft_pages=state.draft_pages + _pages_read(state, pages, program, active & (proposed > 0)),
     )
-    state = _emit(state, proposals.tokens, verdict, logits if program.logprobs else None)
-    return state, None if by_page is None else Seen(by_page, verdict.accepted)
+    if by_page is not None:  # votes on what the next choice is
+        call = (state.memory, by_page, verdict.accepted)
+        memory = program.policy.update(*call, backend=program.backend)
+        state = dataclasses.replace(state, memory=memory)
+    return _emit(state, proposals.tokens, verdict, logits if program.logprobs else None)
 
 
 def pages_to_read(state: DecodeState, program: Program) -> tuple[Pages, ...] | None:
@@ -191,7 +167,7 @@ def pages_to_read(state: DecodeState, program: Program) -> tuple[Pages, ...] | N
     coded = axes.tiles_before(state.cache.quantized_length // cache.group_size)
     tiles = -(-cache.num_tiles // axes.cp)
     sizes = Sizes(program.model.num_layers, program.model.num_kv_heads // axes.tp, tiles)
-    return program.policy.pages(state.memory, coded, sizes)
+    return program.policy.pages(state.memory, coded, sizes, backend=program.backend)
 
 
 def _pages_read(

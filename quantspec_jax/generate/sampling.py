@@ -65,6 +65,12 @@ def penalize(logits: jax.Array, seen: jax.Array, sampling: Sampling) -> jax.Arra
     return jnp.where(seen, jnp.where(x < 0, x * penalty, x / penalty), x)
 
 
+def also_seen(seen: jax.Array, token: jax.Array) -> jax.Array:
+    """[B, N] and [B] → [B, N] bool: these tokens have been seen, too. In one launch, or fused with
+    what reads it; XLA makes three of a write to one place."""
+    return seen | (jnp.arange(seen.shape[-1])[None] == token[:, None])
+
+
 def not_finite(logits: jax.Array) -> jax.Array:
     """[..., N] logits → [...] bool: whether one is NaN or infinite, in one pass. A single −∞ is not
     told from a token that cannot come."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from pallas_kernels.kv_attention.read import ByPage
 from pallas_kernels.shapes import Ids, Judged, shaped
 from quantspec_jax.cache import KVCache
-from quantspec_jax.generate.cache_pass import ByPage, observed_pass
+from quantspec_jax.generate.cache_pass import observed_pass
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.models.parameters import Params
 

@@ -40,8 +40,9 @@ from pallas_kernels.bf16_matmul import mosaic_gpu as bf16
 from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
 from pallas_kernels.kv_attention import configs, mosaic_gpu
-from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.kv_attention.read import ByPage, PageLogSums, Read
 from pallas_kernels.layout import tile
+from pallas_kernels.page_choice import mosaic_gpu as choice
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
 from pallas_kernels.rope_append import mosaic_gpu as rope
 
@@ -193,6 +194,11 @@ def others() -> Iterator[tuple[str, Any, Any]]:
             yield f"{kernel.__name__} {head_dim}", run, (x,)
     x = jnp.zeros((2, 4096), jnp.bfloat16)
     yield "add_rms_norm", functools.partial(norm.add_rms_norm, eps=1e-6), (x, x, x[0])
+    sums = PageLogSums(jnp.zeros((1, 2, 130, 2, 6)), jnp.array([130]), 3)
+    seen = [ByPage(sums, jnp.zeros((1, 3, 4)))] * 80
+    yield "page_votes of 80 layers", choice.page_votes, (seen, jnp.array([2]))
+    run = functools.partial(choice.most_voted, places=258, ends=(1, 1))
+    yield "most_voted", run, (jnp.zeros((1, 80, 2, 1032)), jnp.array([1000]), jnp.array([250]))
     for case in HEADS:
         yield f"rope_append {case}", rope.rope_append, heads_call(case, True, (5, 97))
 

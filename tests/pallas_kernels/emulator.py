@@ -247,13 +247,25 @@ OF_RIGHT = np.broadcast_arrays(2 * Q[:, None] + 8 * WORD[:2] + HALF, G[:, None])
 OF_SUM = np.broadcast_arrays(G + 8 * (WORD[:, 0] // 2), 2 * Q + WORD[:, 0] % 2)
 
 
-def mma(kind, a, b, c):
+def mma(kind, a, b, c, add: Callable[..., np.ndarray] = lambda c, a, b: c + a @ b):
     number = np.float16 if kind == "f16" else ml_dtypes.bfloat16
     left, right, out = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
     left[*OF_LEFT] = np.stack([pieces(x, number) for x in a])
     right[*OF_RIGHT] = np.stack([pieces(x, number) for x in b])
     out[*OF_SUM] = np.stack([x.array for x in c])
-    return [Lanes(x, "f32") for x in (out + left @ right)[*OF_SUM]]
+    return [Lanes(x, "f32") for x in add(out, left, right)[*OF_SUM]]
+
+
+def cutting_mma(bits: int) -> Callable[..., list[Lanes]]:
+    """`mma` that adds as tensor cores do, which have 26 bits: of each number what lies so many bits
+    below the top of the largest is cut off."""
+
+    def add(c, a, b):
+        numbers = np.concatenate([c[None], a.T[:, :, None] * b[:, None, :]])
+        step = np.exp2(np.frexp(np.abs(numbers).max(0))[1] - bits)
+        return np.trunc(np.trunc(numbers / step).sum(0)) * step
+
+    return functools.partial(mma, add=add)
 
 
 def transpose_8x8(x):
@@ -292,6 +304,7 @@ INSTRUCTIONS = {
     "max.bf16x2": bf16_pairs(np.maximum),
     "min.bf16x2": bf16_pairs(np.minimum),
     "max.NaN.f16x2": lambda a, b: word(np.maximum(pieces(a, np.float16), pieces(b, np.float16))),
+    "min.NaN.f16x2": lambda a, b: word(np.minimum(pieces(a, np.float16), pieces(b, np.float16))),
     "div.rn.f32": lanes_of(np.divide, "f32"),
     "rcp.rn.f32": lanes_of(np.reciprocal, "f32"),
 }
@@ -420,7 +433,9 @@ REPLACEMENTS: dict[str, Any] = {
     "maximum": lanes_of(np.fmax, "f32"),
     "minimum": lambda a, b: Lanes(np.minimum(a.signed(), a.like(b).signed()), a.kind),
     "at_least": lambda a, b: Lanes(np.maximum(a.signed(), a.like(b).signed()), a.kind),
-    "merge_bits": lambda a, b, mask: (a & mask) | (b & ~mask),
+    "merge_bits": lambda a, b, mask, inverted=False: (
+        ((a & mask) | (b & ~mask)) ^ (0xFFFFFFFF if inverted else 0)
+    ),
     "permute_bytes": permute_bytes,
     "unpack_f16": lambda x: [Lanes(pieces(x, np.float16)[:, i], "f32") for i in range(2)],
     "pack_f16": packed(np.float16),
@@ -435,6 +450,7 @@ REPLACEMENTS: dict[str, Any] = {
     "uniform": lambda x: Lanes(x.array[0], x.kind),
     "shuffle_xor_bits": lambda x, distance: Lanes(x.array[LANES ^ distance], x.kind),
     "shuffle_xor": lambda x, distance: Lanes(x.array[LANES ^ distance], x.kind),
+    "elected": lambda: Lanes(active()[0] == LANES, "i1"),
     "any_lane": any_lane,
     "any_thread": any_thread,
     "transpose_8x8": transpose_8x8,

@@ -23,8 +23,9 @@ from pallas_kernels.add_rms_norm.api import add_rms_norm
 from pallas_kernels.bf16_matmul.api import bf16_matmuls
 from pallas_kernels.int4_matmul.api import int4_matmuls
 from pallas_kernels.kv_attention.api import kv_attention
-from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.kv_attention.read import ByPage, PageLogSums, Read
 from pallas_kernels.layout import tile
+from pallas_kernels.page_choice.api import most_voted, page_votes
 from pallas_kernels.quantize_pack.api import quantize_keys, quantize_values
 from pallas_kernels.rope_append.api import rope_append
 
@@ -73,6 +74,17 @@ def calls():
         yield functools.partial(kernel, group_size=128), (x,)
     x = jax.random.normal(jax.random.key(3), (5, 1032)).astype(jnp.bfloat16)
     yield functools.partial(add_rms_norm, eps=1e-6), (x, x, x[0])
+    lse = jnp.zeros((2, 3, 4))
+    sums = PageLogSums(jnp.zeros((2, 2, 130, 2, 6)), jnp.array([130, 7]), 3)
+    yield page_votes, ([ByPage(sums, lse)] * 3, jnp.array([2, 0]))
+    yield (
+        functools.partial(most_voted, places=80, ends=(1, 1)),
+        (
+            jax.random.uniform(jax.random.key(5), (2, 3, 2, 300)),
+            jnp.array([299, 9]),
+            jnp.array([80, 3]),
+        ),
+    )
     for case in HEADS:
         yield rope_append, heads_call(case, True, (31, 62))
 

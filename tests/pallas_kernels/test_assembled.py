@@ -31,6 +31,6 @@ def test_every_kernel_assembles(capability):
     assert ran.returncode == 0, ran.stdout[-1000:] + ran.stderr[-3000:]
     found = [line.split()[1] for line in ran.stdout.splitlines() if line.startswith("assembled")]
     assert {*found} == {
-        "add_rms_norm", "bf16_matmul", "int4_matmul", "kv_attention", "quantize_keys",
-        "quantize_values", "rope_append",
+        "add_rms_norm", "bf16_matmul", "int4_matmul", "kv_attention", "most_voted",
+        "page_votes", "quantize_keys", "quantize_values", "rope_append",
     }  # fmt: skip

@@ -27,6 +27,19 @@ def _emulated(monkeypatch):
     emulator.install(monkeypatch)
 
 
+def rows_in_a_bank(monkeypatch) -> list[int]:
+    """Of each 8×8 matrix that is loaded from shared memory, how many rows lie in the same of the
+    eight banks of 16 bytes; added to while the kernels run."""
+    found: list[int] = []
+
+    def noted(where):
+        found.extend(np.bincount(row).max() for row in where.array.reshape(4, 8) // 16 % 8)
+        return emulator.load_matrices_transposed(where)
+
+    emulator.replace(monkeypatch, "load_matrices_transposed", noted)
+    return found
+
+
 @pytest.mark.parametrize(
     ("view", "head_dim", "group_size", "group", "tokens", "config", "strict"),
     [
@@ -41,8 +54,8 @@ def _emulated(monkeypatch):
         ("full", 64, 64, 1, 2, attention.Config(1, 1, 1, 3), False),
     ],
 )
-def test_attention(view, head_dim, group_size, group, tokens, config, strict):
-    g = group_size
+def test_attention(monkeypatch, view, head_dim, group_size, group, tokens, config, strict):
+    g, conflicts = group_size, rows_in_a_bank(monkeypatch)
     call = attention_call(
         view,
         kv_heads=1,
@@ -59,6 +72,7 @@ def test_attention(view, head_dim, group_size, group, tokens, config, strict):
     expected = reference(*without_poison(call))
     assert relative_error(found[0], expected[0]) <= 2e-3
     np.testing.assert_allclose(found[1], expected[1], atol=5e-3)
+    assert max(conflicts) == 1
 
 
 @pytest.mark.parametrize("y_dtype", ["bfloat16", "float32"])

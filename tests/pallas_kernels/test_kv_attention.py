@@ -24,7 +24,10 @@ from pallas_kernels.kv_attention.read import Read
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch):
+    """With adders that cut off so early that 300 tokens are to them what 100,000 are to a GPU's:
+    sums that drift show."""
     emulator.install(monkeypatch)
+    emulator.replace(monkeypatch, "mma", emulator.cutting_mma(16))
 
 
 def check(
@@ -46,7 +49,7 @@ def check(
     assert relative_error(found.out, expected.out) <= 2e-3
     np.testing.assert_allclose(found.log_sum_exp, expected.log_sum_exp, atol=5e-3)
     if page_log_sums:
-        np.testing.assert_allclose(found.page_log_sums, expected.page_log_sums, atol=5e-3)
+        np.testing.assert_allclose(found.page_log_sums.by_row, expected.page_log_sums, atol=5e-3)
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 40])

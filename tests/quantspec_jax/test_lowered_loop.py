@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +60,8 @@ def kernels(text: str) -> list[str]:
 def names(text: str) -> list[str]:
     """The kernels' functions, calls of one form sharing one."""
     found = re.findall(
-        r"func.func private @(add_rms_norm|bf16_matmuls|int4_matmuls|kv_attention|quantize_\w+?"
-        r"|rope_append)(?:_\d+)?\(",
+        r"func.func private @(add_rms_norm|bf16_matmuls|int4_matmuls|kv_attention|most_voted"
+        r"|page_votes|quantize_\w+?|rope_append)(?:_\d+)?\(",
         text,
     )
     return sorted(found)
@@ -69,7 +70,7 @@ def names(text: str) -> list[str]:
 @pytest.fixture
 def measured(monkeypatch):
     """As where the device's file has every product with bfloat16 weights."""
-    monkeypatch.setattr(bf16_configs, "measured", lambda _: True)
+    monkeypatch.setattr(bf16_configs, "faster", lambda _: True)
 
 
 @pytest.mark.usefixtures("measured")
@@ -88,18 +89,41 @@ def test_each_kernel_is_in_the_program_once_however_many_layers_call_it(bits, po
     norms = [] if bits == 4 else ["add_rms_norm"]
     attention, rope = ["kv_attention"] * 2, ["rope_append"] * 2
     quantize = ["quantize_keys", "quantize_values"]
+    choice = ["most_voted", "page_votes"] if policy.votes else []
     for text in (one, three):
-        assert names(text) == [*norms, *products, *attention, *quantize, *rope]
+        assert names(text) == [*norms, *products, *attention, *choice, *quantize, *rope]
         # Attention is two kernels, the pass over the cache and the merge of its parts.
         assert len(kernels(text)) == len(names(text)) + 2
         assert len(set(kernels(text))) == len(kernels(text))
     assert len(three) < 1.5 * len(one)
 
 
+@pytest.mark.usefixtures("measured")
+def test_what_top_pages_adds_does_not_grow_with_the_layers():
+    """Two kernels, and what counts pages: each layer adds an operand and a result of theirs. XLA
+    would make launches of a sum, a sort or a slice a layer."""
+    draft = DraftConfig(group_size=64)
+
+    def operations(layers: int, policy: Policy) -> Counter[str]:
+        model = dataclasses.replace(MODEL, num_layers=layers)
+        text = lowered(model, 4, "int8", draft, policy)
+        return Counter(re.findall(r"= (?:stablehlo\.)?(\w+)", text))
+
+    one, three = (operations(n, TopPages(0.25)) - operations(n, ALL) for n in (1, 3))
+    free = ("reshape", "constant")
+    assert {x: one[x] for x in one if x not in free} == {
+        x: three[x] for x in three if x not in free
+    }
+    assert one["custom_call"] == 2
+    moving = ("sort", "reduce", "slice", "concatenate", "transpose", "dynamic_slice", "gather")
+    assert not {*one} & {*moving, "scatter", "dynamic_update_slice", "while"}
+
+
 def test_products_that_were_not_measured_to_be_faster_are_left_to_xla():
-    text = lowered(dataclasses.replace(MODEL, num_layers=2), 4, "int8", DraftConfig(group_size=64))
+    draft = DraftConfig(group_size=64, lm_head_bits=4)  # no product of one row in bfloat16
+    text = lowered(dataclasses.replace(MODEL, num_layers=2), 4, "int8", draft)
     assert "bf16_matmuls" not in names(text)
-    assert names(text).count("int4_matmuls") == 4
+    assert names(text).count("int4_matmuls") == 5
     assert "dot_general" in text
 
 

@@ -19,7 +19,7 @@ from quantspec_jax.cost import best_reading
 from quantspec_jax.engine.adaptive import PRIOR
 from quantspec_jax.engine.prepare import draft_policy
 from quantspec_jax.generate.cache_pass import cache_pass, observed_pass
-from quantspec_jax.generate.loop import pages_to_read, read_round, voted
+from quantspec_jax.generate.loop import pages_to_read, read_round
 from quantspec_jax.generate.policies import (
     ALL,
     Policy,
@@ -46,7 +46,7 @@ class Nothing(Policy):
 
     name = "nothing"
 
-    def pages(self, memory, coded, sizes):
+    def pages(self, memory, coded, sizes, backend="auto"):
         tiles = jnp.zeros((len(coded), sizes.kv_heads, 1), jnp.int32)
         return (Pages(tiles, jnp.zeros_like(coded)),) * sizes.layers
 
@@ -114,7 +114,8 @@ def test_nor_on_the_view_that_it_reads():
 
 
 def test_less_is_accepted_where_less_is_read():
-    assert total(run(Nothing()).accepted).sum() < total(run(ALL).accepted).sum()
+    """Nothing, and all pages (as a test below says)."""
+    assert total(run(Nothing()).accepted).sum() < total(run(ONCE).accepted).sum()
 
 
 @pytest.mark.parametrize("kind", CHOOSING)
@@ -231,17 +232,16 @@ def test_rounds_between_two_choices_read_the_same_pages():
     _, params, draft = cut(p.model.num_layers)
     a_round = jax.jit(lambda state, pages: read_round(params, draft, state, p, pages))
     pages = pages_to_read(state, p)
-    first, seen = a_round(state, pages)
-    second, seen_later = a_round(first, pages)
-    after = voted(second, seen_later, p)
-    expected, _ = a_round(after, pages_to_read(after, p))
+    first = a_round(state, pages)
+    after = a_round(first, pages)
+    expected = a_round(after, pages_to_read(after, p))
     assert (expected.cache.quantized_length == state.cache.quantized_length).all(), "no flush"
     found = go(p, state, max_rounds=3)
     for name in ("tokens", "count", "proposed", "accepted", "draft_pages"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     memory = go(p, state, max_rounds=2).memory
     np.testing.assert_allclose(memory, after.memory, rtol=1e-5, atol=1e-7)
-    assert np.abs(memory - voted(first, seen, p).memory).max() > 1e-3
+    assert np.abs(memory - first.memory).max() > 1e-3
 
 
 def test_pages_that_are_coded_end_a_choice():
@@ -296,8 +296,8 @@ def test_a_share_of_a_number_is_the_same_on_device_and_host(share):
     assert (np.abs(read - share * coded) < 1).all()
 
 
-def test_generate_takes_a_policy_by_name_and_says_what_was_read(tiny_llama_dir):
-    model = qs.load(str(tiny_llama_dir))
+def test_generate_takes_a_policy_by_name_and_says_what_was_read(make_tiny_llama, tmp_path):
+    model = qs.load(str(make_tiny_llama(tmp_path, num_hidden_layers=1)))
     options = {"max_new_tokens": 20, "group_size": 16, "gamma": 2}
     prompt = [list(range(5, 150))]
     whole = qs.generate(model, prompt, qs.GenerateConfig(**options))

@@ -178,7 +178,7 @@ def decode_loop(lowered: list):
 
 
 def test_every_weight_is_tiled_and_read_where_it_lies(loaded, lowered, monkeypatch):
-    monkeypatch.setattr(bf16_configs, "measured", lambda _: True)
+    monkeypatch.setattr(bf16_configs, "faster", lambda _: True)
     own = weights(loaded.draft_params)
     assert own
     assert all(isinstance(weight, TiledWeight) for weight in own)

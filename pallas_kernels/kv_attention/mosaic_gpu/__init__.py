@@ -29,7 +29,8 @@ on the device says: the address of a tile's parts is all that changes, and the e
 is loaded a unit before it is needed. Tiles that the draft view reads exactly take two stages, as
 the others and then their lower planes, and one computation, in a loop of its own before the others.
 Page log-sums (`pages`) come from the sums of probabilities that the softmax keeps anyway, set apart
-for a tile; each warp writes those of its tokens, and XLA joins them.
+for a tile; each warp writes those of its tokens, and who reads them
+adds them up (`PageLogSums`).
 
 Query rows (tokens × query heads of a key-value head) that it takes: up to 256, 16 tokens × 16
 heads, of head_dim up to 128; up to 128, 16 tokens × 8 heads, of 256.
@@ -53,6 +54,10 @@ At 32,768 tokens 11 µs come on top of the bytes, 3 of them the merge. From ther
 further byte comes at 95% of the ceiling. (The rows of 4 and 5 tokens with 8 heads are of a tuning
 run.)
 
+Plain decoding in the int8 view, a block of rows, exchanges probabilities, too (`Config.exchange`):
+it leaves a partial result a team instead of one a warp, and two heads × 6 rows at 30,000 tokens
+take 11.9 µs with the merge, 14.8 without. Drafts, which have half the bytes, take longer with it.
+
 With 8 key-value heads and 8 query tokens × 4 heads a converted value meets 32 columns, and latency
 is the bound: two warps a scheduler, that issue an instruction in 2.5 cycles together. Where each
 warp takes 16 of the columns for half of the tokens, two warps convert the same codes, and the sums
@@ -62,11 +67,11 @@ channels over all tokens: each code is converted once, and sums take 32 register
 Tried without gain: loops instead of unrolled tokens (48%), twice the tokens between two checks of
 the reference (52%), one barrier less a tile (53%), 12 and 16 warps of one column block (44, 36%).
 
-Errors, ‖found − exact‖ / ‖exact‖ before rounding: up to 1.5e-3 on random caches; 1.0e-3 in the
-worst layer of SmolLM2 after 4,000 tokens (benchmarks/kernel_error.py). Queries times scales are
-float16, which weighs most where an attention sink has a score of 70. Products with what their
-rounding leaves would be exact, and take 1 to 13% more time; codes counted from their middle halve
-the error (`Tile.queries`).
+Errors, ‖found − exact‖ / ‖exact‖ before rounding: 2 to 3e-4 over 131,072 random tokens, up to 9e-4
+over a few hundred; 1.0e-3 in the worst layer of SmolLM2 after 4,000 (benchmarks/kernel_error.py).
+Queries times scales are float16, which weighs most where an attention sink has a score of 70.
+Products with what their rounding leaves would be exact, and take 1 to 13% more time; codes counted
+from their middle halve the error (`Tile.queries`).
 """
 
 from pallas_kernels.kv_attention.mosaic_gpu.kernel import (

@@ -10,7 +10,7 @@ from pallas_kernels.kv_attention.mosaic_gpu.exchange import Alone, Exchange
 from pallas_kernels.kv_attention.mosaic_gpu.full_precision import FullPrecision
 from pallas_kernels.kv_attention.mosaic_gpu.operands import Operands
 from pallas_kernels.kv_attention.mosaic_gpu.pages import write_sums
-from pallas_kernels.kv_attention.mosaic_gpu.plan import Plan
+from pallas_kernels.kv_attention.mosaic_gpu.plan import PIECES, Plan
 from pallas_kernels.kv_attention.mosaic_gpu.queries import Queries, Rows, SharedQueries
 from pallas_kernels.kv_attention.mosaic_gpu.ring import Pipeline
 from pallas_kernels.kv_attention.mosaic_gpu.softmax import State
@@ -252,9 +252,9 @@ class _Head:
         def compute(i: V, state: State, own: list[V], _: list[Rows]) -> None:
             (data,) = own
             active = warp.token_warp < plan.unit_rows // 16
-            mine = ptx.select(active, warp.token_warp * 16, 0)
+            mine = ptx.select(active, warp.token_warp * (16 // PIECES), 0)
             keys = data + mine * (2 * s.head_dim)
-            values = warp.together.origin(data, keys) + plan.unit_rows * 2 * s.head_dim
+            values = warp.together.origin(data, keys) + PIECES * plan.piece_bytes
             first = (i - self.tiles) * plan.unit_rows
             slot = ptx.select(active, first + mine, 1 << 30)
             exact = FullPrecision(plan, self.kept or self._rows(), warp.lane)
@@ -274,11 +274,16 @@ def write_partial(
     lane: V,
     team: Alone,
 ) -> None:
-    """Σ p v in [slots, R, D] and (reference, Σ p) in [slots, R, 2], before any division."""
+    """Σ p v in [slots, R, D] and (reference, Σ p) in [slots, R, 2], before any division.
+
+    Of each 32 channels those of a lane lie together, so that a warp writes whole lines: channel
+    8 r + g is number 4 g + r.
+    """
     s = plan.shape
     g, q = lane >> 2, lane & 3
     base = slot.to_i64() * s.rows
     blocks = range(plan.config.column_blocks)
+    together = 2 - plan.channel_blocks % 2  # blocks of 16 channels in a store
 
     def sum_lanes(x: V) -> V:
         for distance in (4, 8, 16):
@@ -304,12 +309,14 @@ def write_partial(
                         [f32(0.0) - state.origin[n][i], total],
                     ),
                 )
-                at = operands["output"] + index * (4 * s.head_dim) + (g * 4).to_i64()
-                at = team.channels(at, 64 * plan.channel_blocks)
-                for m in range(plan.channel_blocks):
-                    for y in range(2):
-                        offset = offsets[(16 * m) // s.value_width]
-                        x = ptx.fma(state.sums[n][m][2 * y + i], f32(1 / s.unit), offset)
-                        ptx.store(at + 64 * m + 32 * y, [x])
+                at = operands["output"] + index * (4 * s.head_dim) + (g * 16).to_i64()
+                for m in range(0, plan.channel_blocks, together):
+                    numbers = [
+                        ptx.fma(four[2 * y + i], f32(1 / s.unit), offsets[16 * m // s.value_width])
+                        for four in state.sums[n][m : m + together]
+                        for y in range(2)
+                    ]
+                    block = team.first_channels() + m
+                    ptx.store(at + (block // 2 * 128 + block % 2 * 8).to_i64(), numbers)
 
             ptx.when(row < s.rows, write)

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterator
 
 from pallas_kernels import ptx
-from pallas_kernels.kv_attention.mosaic_gpu.plan import Plan
+from pallas_kernels.kv_attention.mosaic_gpu.plan import PIECES, Plan
 from pallas_kernels.ptx import V
 
 
@@ -67,7 +67,7 @@ class Alone:
     def rows(
         self, values: V, first: V, slot: V, words: list[V]
     ) -> Iterator[tuple[V, V, list[list[V]]]]:
-        """What to weigh of a unit, 16 full-precision tokens at a time: their values, their first
+        """What to weigh of a unit, 16 full-precision tokens at a time: the first one's values, its
         slot (of the unit `first`, of this warp's tokens `slot`), and the operands [block][4]."""
         yield values, slot, self._turned(words)
 
@@ -84,9 +84,9 @@ class Alone:
         """Whether the lane, row g of 8, writes what is known of all channels."""
         return g.equals(0)
 
-    def channels(self, at: V, part_bytes: int) -> V:
-        """Where this warp's part of the channels begins."""
-        return at
+    def first_channels(self) -> V:
+        """The first block of 16 channels that this warp sums up."""
+        return ptx.i32(0)
 
 
 class Exchange(Alone):
@@ -141,10 +141,10 @@ class Exchange(Alone):
         self, values: V, first: V, slot: V, words: list[V]
     ) -> Iterator[tuple[V, V, list[list[V]]]]:
         here = values + self.token_warp * (32 * self.plan.channel_blocks)
+        rows = 16 // PIECES  # of a warp in the first piece
         for warp in range(self.plan.unit_rows // 16):
-            operands = self._left(warp)
-            at = here + 16 * 2 * self.plan.shape.head_dim * warp
-            yield at, first + 16 * warp, operands
+            at = here + rows * 2 * self.plan.shape.head_dim * warp
+            yield at, first + rows * warp, self._left(warp)
 
     def slot(self, slot: V) -> V:
         return slot
@@ -152,8 +152,8 @@ class Exchange(Alone):
     def writes_statistics(self, g: V) -> V:
         return (self.token_warp + g).equals(0)
 
-    def channels(self, at: V, part_bytes: int) -> V:
-        return at + (self.token_warp * part_bytes).to_i64()
+    def first_channels(self) -> V:
+        return self.token_warp * self.plan.channel_blocks
 
     def _collect(self, pairs: list[list[V]]) -> list[list[list[V]]]:
         """[warp][pair]: what all warps have for the columns 2q and 2q + 1, by lane 4 g + q."""

@@ -16,9 +16,9 @@ from pallas_kernels.kv_attention.mosaic_gpu.merge import (
     merge_body,
     merge_warpgroups,
 )
-from pallas_kernels.kv_attention.mosaic_gpu.pages import page_log_sums_of, shape_of_sums
+from pallas_kernels.kv_attention.mosaic_gpu.pages import shape_of_sums
 from pallas_kernels.kv_attention.mosaic_gpu.plan import Config, Plan, Shape
-from pallas_kernels.kv_attention.read import Attended, Pages, Read
+from pallas_kernels.kv_attention.read import Attended, PageLogSums, Pages, Read
 from pallas_kernels.layout import LayerCache
 
 
@@ -126,7 +126,8 @@ def kv_attention(
         shared_bytes=4 * merge_warpgroups(plan) * WARP_BYTES,
     )
     output, log_sum_exp = merge(quantized_length, start, *counts, partial, statistics)
-    found = page_log_sums_of(plan, sums[0], quantized_length) if sums else None
-    if page_log_sums and found is None:  # there are no tiles
-        found = jnp.zeros((*q.shape[:3], 0), jnp.float32)
+    found = None
+    if page_log_sums:  # there may be no tiles
+        parts = sums[0] if sums else jnp.zeros((shape.batch, shape.kv_heads, 0, 1, shape.rows))
+        found = PageLogSums(parts, quantized_length // shape.group_size, shape.tokens)
     return Attended(output, log_sum_exp, found)

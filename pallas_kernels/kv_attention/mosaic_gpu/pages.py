@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-
-import jax
-import jax.numpy as jnp
 
 from pallas_kernels import ptx
 from pallas_kernels.kv_attention.mosaic_gpu.operands import Operands
@@ -60,14 +56,3 @@ def write_sums(
     found = (ptx.log2(sums[0]) - origins[0]) * math.log(2)
     at = operands["page_sums"] + (tile * s.rows + row).to_i64() * 4
     ptx.when(ptx.both(idle.equals(0), row < s.rows), lambda: ptx.store(at, [found]))
-
-
-def page_log_sums_of(plan: Plan, sums: jax.Array, quantized_length: jax.Array) -> jax.Array:
-    """What `write_sums` wrote → [B, S, H, T/G], −∞ for tiles that were not read."""
-    s = plan.shape
-    read = jnp.arange(s.tiles)[None] < (quantized_length // s.group_size)[:, None]
-    # Of each pair of warps' numbers: all of it is one fusion, which reductions would not be.
-    joined = functools.reduce(jnp.logaddexp, jnp.moveaxis(sums, 3, 0))  # [B, K, T/G, R]
-    joined = jnp.where(read[:, None, :, None], joined, -jnp.inf)
-    by_row = joined.reshape(s.batch, s.kv_heads, s.tiles, s.group, s.tokens)
-    return by_row.transpose(0, 4, 1, 3, 2).reshape(s.batch, s.tokens, -1, s.tiles)

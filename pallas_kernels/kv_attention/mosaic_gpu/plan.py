@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+PIECES = 8  # in which a unit's full-precision keys, and its values, are copied
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -118,6 +120,16 @@ class Plan:
         return 16 * (self.row_warps if self.shape.planes else self.config.token_warps)
 
     @property
+    def piece_rows(self) -> int:
+        """Full-precision rows of a unit that are copied at once (`full_precision`)."""
+        return self.unit_rows // PIECES
+
+    @property
+    def piece_bytes(self) -> int:
+        """From a piece to the next in shared memory: each begins 16 bytes further in the banks."""
+        return self.piece_rows * 2 * self.shape.head_dim + 16
+
+    @property
     def code_bytes(self) -> int:
         return self.shape.group_size * self.shape.head_dim // 2
 
@@ -132,7 +144,7 @@ class Plan:
 
     @property
     def stage_bytes(self) -> int:
-        full_precision = 2 * self.unit_rows * 2 * self.shape.head_dim
+        full_precision = 2 * PIECES * self.piece_bytes
         return -(-max(sum(self.sections), full_precision) // 128) * 128
 
     @property

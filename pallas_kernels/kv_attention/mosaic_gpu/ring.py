@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from pallas_kernels import ptx
 from pallas_kernels.kv_attention.mosaic_gpu.operands import Operands
-from pallas_kernels.kv_attention.mosaic_gpu.plan import Plan
+from pallas_kernels.kv_attention.mosaic_gpu.plan import PIECES, Plan
 from pallas_kernels.kv_attention.mosaic_gpu.units import Lengths
 from pallas_kernels.ptx import V, i32
 
@@ -15,9 +16,9 @@ class Pipeline:
     """A team's ring of stages in shared memory.
 
     The team keeps `stages − 1` units ahead: before it reads unit i, those of it that order copies
-    (`ptx.copies`: its first thread, or all) wait until all warps have left the stage of unit i − 1
-    and order unit i + stages − 1 into it. A tile that is read exactly takes two stages, one after
-    the other: as the others, and lower planes.
+    (`ptx.copies`: a thread, or all) wait until all warps have left the stage of unit i − 1 and
+    order unit i + stages − 1 into it. A tile that is read exactly takes two stages, one after the
+    other: as the others, and lower planes.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Pipeline:
                 self._copy_rows(target, barrier, b, k, slot, unit)
             self.copies.arrive(barrier)
 
-        ptx.when(self.copies.orders(left > 0), issue)
+        self.copies.order(left > 0, issue)
 
         done = i32(1)
         if second is not None:
@@ -135,16 +136,33 @@ class Pipeline:
         )
 
     def _copy_rows(self, target: V, barrier: V, b: V, k: V, slot: V, unit: V) -> list[V]:
-        s, rows = self.plan.shape, self.plan.unit_rows
+        s, plan = self.plan.shape, self.plan
+        rows, stride = plan.unit_rows, 2 * s.head_dim
         # The buffer is a ring: position p in slot p mod R. A unit does not wrap around, since its
         # rows divide R, or there are no tiles and R is beyond every position.
         first = (slot + unit * rows) % s.buffer_length
-        size = ptx.minimum(i32(s.buffer_length) - first, rows) * (2 * s.head_dim)
-        self.copies.expect(barrier, size * 2)
-        head = (b * s.kv_heads + k).to_i64() * (s.buffer_length * 2 * s.head_dim)
-        source = head + first.to_i64() * (2 * s.head_dim)
-        most = rows * 2 * s.head_dim
-        parts = ((target, "key_buffer"), (target + most, "value_buffer"))
-        for to, name in parts:
-            self.copies.copy(to, self.operands[name] + source, size, barrier, most=most)
+        left = i32(s.buffer_length) - first
+        self.copies.expect(barrier, ptx.minimum(left, rows) * (2 * stride))
+        head = (b * s.kv_heads + k).to_i64() * (s.buffer_length * stride)
+        source = head + first.to_i64() * stride
+        for part, name in enumerate(("key_buffer", "value_buffer")):
+            at = self.operands[name] + source
+            for piece in range(PIECES):
+                self._copy_piece(
+                    target + (part * PIECES + piece) * plan.piece_bytes,
+                    at + piece * plan.piece_rows * stride,
+                    left - piece * plan.piece_rows,
+                    barrier,
+                )
         return []
+
+    def _copy_piece(self, target: V, source: V, left: V, barrier: V) -> None:
+        """A piece of rows, or the `left` ones that there are of it."""
+        s, rows = self.plan.shape, self.plan.piece_rows
+        most = rows * 2 * s.head_dim
+        if s.buffer_length % self.plan.unit_rows == 0:
+            self.copies.copy(target, source, most, barrier, most=most)
+            return
+        size = ptx.minimum(left, rows) * (2 * s.head_dim)
+        copy = functools.partial(self.copies.copy, target, source, size, barrier, most=most)
+        ptx.when(left > 0, copy)

@@ -18,6 +18,13 @@ class Tile:
     at full speed. Products with the second kind carry a factor 1/16 on the other side; with both
     planes a byte 16 u + l + 8 takes their place, and none is needed.
 
+    Of values' codes half are counted from the top, in 16 tokens of each 32, and weighed negatively:
+    p (m̂ + ŝ c) = p (m̂ + ŝ top) − p ŝ (top − c). Tensor cores cut off what lies two bits below the
+    last place of the largest of what they add, so a sum that only grows comes out short: of codes
+    that are all ≥ 0, over 16,000 tokens, by 0.006 of what minima leave of it in the end. Of both
+    kinds it stays small. (A model that cuts so gives the errors that an H200 showed: 0.0014, 0.0031
+    and 0.0064 after 4,000, 8,000 and 16,000 tokens. This way an H200 shows 0.0002 to 0.0003.)
+
     `lower`: in the draft view, of a tile that is read exactly, how far behind it the lower planes
     of keys and values lie.
     """
@@ -37,6 +44,7 @@ class Tile:
         # What the codes are short of in the draft and target views, in steps.
         self.half = 0.5 if self.both else 1 / 32
         self.high_factor = 1.0 if self.both else 1 / 16
+        self.top = 255 / 16 if self.both else 15.0
         self.words = s.head_dim // 32
         sections = plan.sections
         starts = [sum(sections[:i]) for i in range(len(sections))]
@@ -121,17 +129,21 @@ class Tile:
             odd, ptx.permute_bytes(low, high, 0x7632), ptx.permute_bytes(low, high, 0x5410)
         )
 
-    def fragments(self, upper: list[V], lower: list[V] | None = None) -> list[list[V]]:
-        """Matrix operands of two steps from one word of each of rows g and g + 8."""
+    def fragments(
+        self, upper: list[V], lower: list[V] | None = None, *, mirrored: bool = False
+    ) -> list[list[V]]:
+        """Matrix operands of two steps from one word of each of rows g and g + 8; `mirrored`: the
+        high nibbles' codes counted from the top."""
         if lower is None:
             steps = []
             for shift in (0, 8):
                 x = [w >> shift if shift else w for w in upper]
-                steps.append([w & 0x000F000F for w in x] + [w & 0x00F000F0 for w in x])
+                high = [w ^ 0x00F000F0 for w in x] if mirrored else x
+                steps.append([w & 0x000F000F for w in x] + [w & 0x00F000F0 for w in high])
             return steps
-        low = [ptx.merge_bits(u << 4, w, 0xF0F0F0F0) for u, w in zip(upper, lower, strict=True)]
-        high = [ptx.merge_bits(u, w >> 4, 0xF0F0F0F0) for u, w in zip(upper, lower, strict=True)]
-        both = [*low, *high]
+        pairs = [*zip(upper, lower, strict=True)]
+        both = [ptx.merge_bits(u << 4, w, 0xF0F0F0F0) for u, w in pairs]
+        both += [ptx.merge_bits(u, w >> 4, 0xF0F0F0F0, mirrored) for u, w in pairs]
         zero = i32(0)
         return [
             [ptx.permute_bytes(w, zero, 0x4140) for w in both],
@@ -189,12 +201,14 @@ class Tile:
             for half in range(2):
                 scale = ptx.unpack_f16(self.numbers(at + scale_at + 32 * half))
                 minimum = ptx.unpack_f16(self.numbers(at + minimum_at + 32 * half))
+                origin = self.top - self.half if half else -self.half
                 for exact, least in zip(scale, minimum, strict=True):
-                    group_minimum.append(ptx.fma(exact, f32(-self.half), least))
+                    group_minimum.append(ptx.fma(exact, f32(origin), least))
                     factor = self.to_sums * (self.high_factor if half else 1.0)
                     group_scale.append(exact * factor if factor != 1.0 else exact)
             scales.append(group_scale)
             minima.append(group_minimum)
+        signed = [[*group[:2], *[x * -1.0 for x in group[2:]]] for group in scales]
         alpha = s.sm_scale * LOG2E / self.unit
 
         def use(to: State, p: list[list[list[V]]]) -> tuple[list[V], V]:
@@ -208,11 +222,15 @@ class Tile:
             words = [
                 ptx.pack_f16(*[half[2 * y + i] * group[2 * h + y] for i in range(2)])
                 for block in p
-                for group in scales
+                for group in signed
                 for y in range(2)
                 for h, half in enumerate(block)
             ]
-            both = largest_of("max.NaN.f16x2", "i32", words)
+            above, below = (
+                largest_of(f"{which}.NaN.f16x2", "i32", words[h::2])
+                for h, which in enumerate(("max", "min"))
+            )
+            both = largest_of("max.NaN.f16x2", "i32", [above, below ^ 0x80008000])
             return words, largest_of("max.NaN.f32", "f32", ptx.unpack_f16(both))
 
         if turn:
@@ -228,4 +246,4 @@ class Tile:
     def value_fragments(self, where: V) -> list[list[V]]:
         """Matrix operands of two steps: 32 tokens and the 16 channels at `where`."""
         loaded = [[ptx.load(where + at + 128 * y)[0] for y in range(2)] for at in self.value_codes]
-        return self.fragments(*loaded)
+        return self.fragments(*loaded, mirrored=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_attention.read import Pages
+from pallas_kernels.kv_attention.read import ByPage, Pages
 from quantspec_jax.checks import is_number, require
 
 SINKS = 1  # pages, the first
@@ -73,14 +73,18 @@ class Policy:
         batch first, from what `observe` found in each layer and the number of coded pages [B]."""
         return ()
 
-    def pages(self, memory: Any, coded: jax.Array, sizes: Sizes) -> tuple[Pages, ...] | None:
+    def pages(
+        self, memory: Any, coded: jax.Array, sizes: Sizes, backend: str = "auto"
+    ) -> tuple[Pages, ...] | None:
         """The pages to read in each layer, for all steps of a round, of `coded` [B] pages that
         there are; None: all of them."""
         return None
 
-    def update(self, memory: Any, masses: Sequence[jax.Array], accepted: jax.Array) -> Any:
-        """After a verification. `masses`: of each layer [B, S, H, T/G] float32, the share of a
-        row's attention that each page had; rows beyond number `accepted` [B] mean nothing."""
+    def update(
+        self, memory: Any, seen: Sequence[ByPage], accepted: jax.Array, backend: str = "auto"
+    ) -> Any:
+        """After a verification. `seen`: each layer's attention by page; rows beyond number
+        `accepted` [B] mean nothing."""
         return memory
 
 
@@ -95,14 +99,6 @@ def budget(share: float, coded: jax.Array, least: int) -> jax.Array:
     return jnp.minimum(jnp.maximum(wanted, least), coded)
 
 
-def highest(votes: jax.Array, count: jax.Array, places: int) -> jax.Array:
-    """[B, L, K, T/G] votes → [B, L, K, places] int32: the `count` [B] pages with most, ascending;
-    of all layers in one selection. Entries beyond are no pages."""
-    _, tiles = jax.lax.top_k(votes, places)
-    chosen = places_of(places) < of_sequence(count)
-    return jnp.sort(jnp.where(chosen, tiles, votes.shape[-1]), -1)
-
-
 def places_of(number: int) -> jax.Array:
     """[1, 1, 1, number]: 0, 1, 2, ..."""
     return jnp.arange(number)[None, None, None]
@@ -113,6 +109,6 @@ def of_sequence(numbers: jax.Array) -> jax.Array:
     return numbers[:, None, None, None]
 
 
-def by_layer(tiles: jax.Array, count: jax.Array) -> tuple[Pages, ...]:
-    """[B, L, K, P] lists → one of each layer."""
-    return tuple(Pages(tiles[:, i], count) for i in range(tiles.shape[1]))
+def by_layer(tiles: Iterable[jax.Array], count: jax.Array) -> tuple[Pages, ...]:
+    """Lists [B, K, P] of each layer, as long as one another."""
+    return tuple(Pages(each, count) for each in tiles)

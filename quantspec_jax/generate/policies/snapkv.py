@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_attention.read import Pages
+from pallas_kernels.page_choice.api import most_voted
 from quantspec_jax.generate.policies.policy import (
     Policy,
     Sizes,
     budget,
     by_layer,
-    highest,
     most_pages,
     of_sequence,
     places_of,
@@ -70,14 +70,14 @@ class SnapKV(Policy):
     def start(self, observed: Sequence[jax.Array | None], coded: jax.Array) -> Chosen:
         """The choice."""
         votes = jnp.stack([x for x in observed if x is not None], 1)  # [B, L, K, T/G]
-        tiles = votes.shape[-1]
-        possible = places_of(tiles) < of_sequence(coded)
         count = budget(self.share, coded, 1)
-        places = most_pages(self.share, tiles, 1)
-        chosen = highest(jnp.where(possible, votes, -jnp.inf), count, places)
+        places = most_pages(self.share, votes.shape[-1], 1)
+        chosen = jnp.stack(most_voted(votes, coded, count, places=places, backend="xla"), 1)
         return Chosen(chosen, of_sequence(count), of_sequence(coded))
 
-    def pages(self, memory: Chosen, coded: jax.Array, sizes: Sizes) -> tuple[Pages, ...]:
+    def pages(
+        self, memory: Chosen, coded: jax.Array, sizes: Sizes, backend: str = "auto"
+    ) -> tuple[Pages, ...]:
         """Those chosen, and all that were coded since:
 
         place  0 …      chosen − 1 | chosen …
@@ -87,4 +87,5 @@ class SnapKV(Policy):
         place = places_of(sizes.tiles)
         pad = [(0, 0)] * 3 + [(0, sizes.tiles - memory.tiles.shape[-1])]
         listed = jnp.where(place < chosen, jnp.pad(memory.tiles, pad), prompt + place - chosen)
-        return by_layer(listed, (chosen - prompt)[:, 0, 0, 0] + coded)
+        tiles = (listed[:, i] for i in range(sizes.layers))
+        return by_layer(tiles, (chosen - prompt)[:, 0, 0, 0] + coded)

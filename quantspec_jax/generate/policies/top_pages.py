@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_attention.read import Pages
+from pallas_kernels.kv_attention.read import ByPage, Pages
+from pallas_kernels.page_choice.api import most_voted, page_votes
 from quantspec_jax.checks import is_int, require
 from quantspec_jax.generate.policies.policy import (
     SINKS,
@@ -17,10 +18,7 @@ from quantspec_jax.generate.policies.policy import (
     Sizes,
     budget,
     by_layer,
-    highest,
     most_pages,
-    of_sequence,
-    places_of,
 )
 from quantspec_jax.generate.policies.prompt import by_page, last_queries_mass
 
@@ -70,26 +68,22 @@ class TopPages(Policy):
         """[B, L, K, T/G] float32 votes."""
         return jnp.stack([x for x in observed if x is not None], 1)
 
-    def pages(self, memory: jax.Array, coded: jax.Array, sizes: Sizes) -> tuple[Pages, ...]:
+    def pages(
+        self, memory: jax.Array, coded: jax.Array, sizes: Sizes, backend: str = "auto"
+    ) -> tuple[Pages, ...]:
         """The selection."""
         least = SINKS + RECENT
         count = budget(self.share, coded, least)
-        tile, bound = places_of(sizes.tiles), of_sequence(coded)
-        always = (tile < SINKS) | (tile >= bound - RECENT)
-        votes = jnp.where(always, jnp.inf, memory)
-        votes = jnp.where(tile < bound, votes, -jnp.inf)
-        return by_layer(highest(votes, count, most_pages(self.share, sizes.tiles, least)), count)
+        places = most_pages(self.share, sizes.tiles, least)
+        options: dict[str, Any] = {"places": places, "ends": (SINKS, RECENT), "backend": backend}
+        return by_layer(most_voted(memory, coded, count, **options), count)
 
     def update(
-        self, memory: jax.Array, masses: Sequence[jax.Array], accepted: jax.Array
+        self,
+        memory: jax.Array,
+        seen: Sequence[ByPage],
+        accepted: jax.Array,
+        backend: str = "auto",
     ) -> jax.Array:
         """The votes of this verification alone."""
-        b, _, heads, tiles = memory.shape
-        row = jnp.arange(masses[0].shape[1])[None]
-        counts = (row <= accepted[:, None])[:, :, None, None]
-
-        def votes(mass: jax.Array) -> jax.Array:  # of a layer: summed before they are joined
-            by_head = jnp.where(counts, mass, 0.0).sum(1)
-            return by_head.reshape(b, heads, -1, tiles).sum(2)
-
-        return jnp.stack([votes(mass) for mass in masses], 1)
+        return page_votes(seen, accepted, backend=backend)

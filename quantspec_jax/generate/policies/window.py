@@ -25,7 +25,9 @@ class Window(Policy):
     share: float = 0.25
     name: ClassVar[str] = "window"
 
-    def pages(self, memory: Any, coded: jax.Array, sizes: Sizes) -> tuple[Pages, ...]:
+    def pages(
+        self, memory: Any, coded: jax.Array, sizes: Sizes, backend: str = "auto"
+    ) -> tuple[Pages, ...]:
         """By number alone:
 
         place  0 | 1 …                 count − 1
