@@ -265,3 +265,10 @@ def make_tiny_llama() -> Callable[..., Path]:
 def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory with a tiny random Llama: quick to load, meaningless text."""
     return write_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(scope="session")
+def one_layer_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with one layer, for tests of what lies around the model: every program that they
+    compile takes half the time."""
+    return write_tiny_llama(tmp_path_factory.mktemp("one_layer_llama"), num_hidden_layers=1)

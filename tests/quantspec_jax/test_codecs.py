@@ -78,11 +78,11 @@ def test_decoding_over_float8_goes_its_own_way_and_is_the_same_in_a_batch():
     assert together != new_tokens(decode(full, start(full, rows, LENGTHS, 40)))
 
 
-def test_a_codec_without_a_coarser_view_drafts_nothing(tiny_llama_dir):
+def test_a_codec_without_a_coarser_view_drafts_nothing(one_layer_llama_dir):
     with pytest.raises(ValueError, match="view"):
         program(2, "float8")
     with pytest.raises(ValueError, match="kv is 'float8'; allowed: int8 in mode quantspec"):
         qs.GenerateConfig(kv="float8")
-    model = qs.load(str(tiny_llama_dir))
+    model = qs.load(str(one_layer_llama_dir))
     config = qs.GenerateConfig(mode="autoregressive", kv="float8", max_new_tokens=5)
     assert qs.generate(model, [[5, 6, 7]], config).stats[0]["kv"] == "float8"
