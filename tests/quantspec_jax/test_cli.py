@@ -529,13 +529,13 @@ class TestCaches:
 
 
 class TestInfo:
-    def test_sizes_without_loading_weights(self, run_json, run, one_layer_llama_dir, monkeypatch):
+    def test_sizes_without_loading_weights(self, run_json, run, tiny_llama_dir, monkeypatch):
         from safetensors.numpy import load_file
 
-        tensors = load_file(one_layer_llama_dir / "model.safetensors").values()
-        kinds = type(convert.open_source(str(one_layer_llama_dir))).__mro__
+        tensors = load_file(tiny_llama_dir / "model.safetensors").values()
+        kinds = type(convert.open_source(str(tiny_llama_dir))).__mro__
         monkeypatch.delattr(next(kind for kind in kinds if "load" in vars(kind)), "load")
-        result = run_json("info", one_layer_llama_dir)
+        result = run_json("info", tiny_llama_dir)
         assert result["parameters"] == sum(tensor.size for tensor in tensors)
         assert result["parameter_bytes"] == sum(tensor.nbytes for tensor in tensors)
         assert result["architecture"]["num_layers"] == 2
@@ -545,17 +545,17 @@ class TestInfo:
         assert cache["bf16_equivalent"] == 2 * 2 * 2048 * 2 * 16 * 2
         assert 4 < result["draft_bits_per_weight"] < 5
 
-        status, out, _ = run("info", one_layer_llama_dir)
+        status, out, _ = run("info", tiny_llama_dir)
         assert status == 0
         assert f"{result['parameters']:,}" in out
 
     @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is another device")
-    def test_the_device_and_its_kernels(self, run_json, run, one_layer_llama_dir):
+    def test_the_device_and_its_kernels(self, run_json, run, tiny_llama_dir):
         device = run_json("info", "--device")["device"]
         assert {*device["kernels"].values()} == {
             "it needs a CUDA device of compute capability 8.0 or later"
         }
-        status, out, _ = run("info", one_layer_llama_dir, "--device")
+        status, out, _ = run("info", tiny_llama_dir, "--device")
         assert status == 0
         assert "parameters" in out
         assert "in XLA: add_rms_norm, int4_matmul, kv_attention, quantize_pack, rope_append" in out
@@ -563,9 +563,9 @@ class TestInfo:
         assert status == 2
         assert "SOURCE is 'missing'" in err
 
-    def test_the_cache_takes_what_is_said(self, run_json, one_layer_llama_dir):
-        (said,) = run_json("info", one_layer_llama_dir)["cache"]
-        config = convert.open_source(str(one_layer_llama_dir)).config
+    def test_the_cache_takes_what_is_said(self, run_json, tiny_llama_dir):
+        (said,) = run_json("info", tiny_llama_dir)["cache"]
+        config = convert.open_source(str(tiny_llama_dir)).config
         cache = create(config, CacheConfig(max_length=2048, dtype="bfloat16"), 1)
         assert said["total"] == sum(array.nbytes for array in jax.tree.leaves(cache))
 
@@ -598,9 +598,9 @@ class TestRopeScaling:
         run(*argv, *options)
         assert given == [scaling]
 
-    def test_is_stored_and_shown(self, run, run_json, one_layer_llama_dir, tmp_path):
-        before = run_json("info", one_layer_llama_dir)["context_limit"]
-        assert run("convert", one_layer_llama_dir, tmp_path / "out", *self.OPTIONS)[0] == 0
+    def test_is_stored_and_shown(self, run, run_json, tiny_llama_dir, tmp_path):
+        before = run_json("info", tiny_llama_dir)["context_limit"]
+        assert run("convert", tiny_llama_dir, tmp_path / "out", *self.OPTIONS)[0] == 0
         shown = run_json("info", tmp_path / "out")
         rope = shown["architecture"]["rope"]
         assert (rope["type"], rope["factor"]) == ("yarn", 2)
@@ -662,11 +662,9 @@ class TestDraft:
         assert status == 2
         assert "not UTF-8" in err
 
-    def test_a_stored_draft_is_shown_and_overridden(
-        self, run, run_json, one_layer_llama_dir, tmp_path
-    ):
+    def test_a_stored_draft_is_shown_and_overridden(self, run, run_json, tiny_llama_dir, tmp_path):
         out = tmp_path / "out"
-        argv = ["convert", one_layer_llama_dir, out, "--draft", "rtn", "--draft-bits", 8]
+        argv = ["convert", tiny_llama_dir, out, "--draft", "rtn", "--draft-bits", 8]
         status, _, _ = run(*argv, "--draft-group", 32, "--draft-layers", "layers.0.*")
         assert status == 0
         shown = run_json("info", out)
@@ -681,12 +679,12 @@ class TestDraft:
         text = tmp_path / "text"
         text.write_text("the cat " * 100)
         argv = ["eval", "acceptance", "--model", out, "--text", text, "--context", 64]
-        status, _, err = run(*argv, "--draft-from", one_layer_llama_dir)
+        status, _, err = run(*argv, "--draft-from", tiny_llama_dir)
         assert status == 2
         assert "draft options override the stored draft (8-bit rtn" in err
         assert "has no quantization_config" in err
 
-    def test_what_is_not_made_at_load_is_refused(self, one_layer_llama_dir):
+    def test_what_is_not_made_at_load_is_refused(self, tiny_llama_dir):
         refused = [
             (DraftConfig(method="gptq"), "Convert once with --draft gptq"),
             (DraftConfig(method="imported"), "name the quantized checkpoint"),
@@ -694,7 +692,7 @@ class TestDraft:
         ]
         for draft, words in refused:
             with pytest.raises(ValueError, match=words):
-                qs.load(str(one_layer_llama_dir), draft=draft)
+                qs.load(str(tiny_llama_dir), draft=draft)
 
 
 class TestVersion:

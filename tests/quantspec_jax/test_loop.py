@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from tiny import (
+    OPTIMIZED,
     VOCABULARY,
     G,
     _decode,
@@ -35,8 +36,6 @@ from quantspec_jax.generate.requests import sampling_arrays
 from quantspec_jax.weights.entries import merge, quantize_params
 from quantspec_jax.weights.formats import DraftConfig
 
-# Where a program computes for longer than it compiles.
-OPTIMIZED = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": False}
 LENGTHS = [67, 50, 96]  # all beyond 3 G, none a multiple of it but the last
 NEW = 90  # five flushes
 
