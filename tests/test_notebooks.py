@@ -24,6 +24,8 @@ def executed(name: str, layers: int = 0) -> tuple[list, str]:
     """Pictures and text that a notebook shows, run from top to bottom, with the first layers of
     the model alone, if a number is given, after the cell that loads it."""
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+    # Where users run there is no torch; to import it takes seconds.
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("import sys\nsys.modules['torch'] = None"))
     if layers:
         (loads,) = (i for i, c in enumerate(notebook.cells) if "model = qs.load(" in c.source)
         cut = nbformat.v4.new_code_cell(FIRST_LAYERS.replace("NUMBER", str(layers)))

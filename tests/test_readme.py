@@ -205,6 +205,8 @@ def folder(tmp_path, monkeypatch, one_layer_llama_dir):
     """A working directory with the files that the examples name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QUANTSPEC_CACHE_DIR", "")
+    # γ "auto" compiles a program for each γ that it tries: at this cost none but the plain one.
+    monkeypatch.setattr(draft_cost, "known", lambda key: 100.0)
     Path("book.txt").write_text("The cache is stored once, in two planes. " * 40, encoding="utf-8")
     return tmp_path
 
@@ -219,9 +221,7 @@ def run_command(line: str, tiny_model: Path, capsys) -> str:
     return captured.out
 
 
-def test_commands_run(folder, one_layer_llama_dir, capsys, monkeypatch):
-    # γ "auto" compiles a program for each γ that it tries: at this cost none but the plain one.
-    monkeypatch.setattr(draft_cost, "known", lambda key: 100.0)
+def test_commands_run(folder, one_layer_llama_dir, capsys):
     lines = "".join(blocks("console")).splitlines()
     assert len(lines) >= 6
     assert all(line.startswith("$ quantspec ") for line in lines)
