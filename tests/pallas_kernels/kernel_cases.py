@@ -172,6 +172,7 @@ def with_other_lower_planes(cache: LayerCache) -> LayerCache:
 
 
 @functools.partial(jax.jit, static_argnums=range(5))
+@functools.partial(jax.jit, static_argnames=("inputs", "outputs", "group", "symmetric", "seed"))
 def random_weight(
     inputs: int, outputs: int, group: int, symmetric: bool, seed: int = 0
 ) -> QuantizedWeight:
