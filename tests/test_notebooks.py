@@ -10,23 +10,26 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-# To compile takes time by the layer, and nobody reads the text; test_smollm2.py has all layers.
+# To compile takes time by the layer, and nobody reads the text.
 FIRST_LAYERS = """
 import dataclasses
 
-layers = {str(i): model.params["layers"][str(i)] for i in range(3)}
-config, params = dataclasses.replace(model.config, num_layers=3), {**model.params, "layers": layers}
-model = qs.Model(config, params, model.tokenizer, model.draft)
+first = {str(i): model.params["layers"][str(i)] for i in range(NUMBER)}
+config = dataclasses.replace(model.config, num_layers=len(first))
+model = qs.Model(config, {**model.params, "layers": first}, model.tokenizer, model.draft)
 """
 
 
-def executed(name: str, after_load: str = "") -> tuple[list, str]:
-    """Pictures and text that a notebook shows, run from top to bottom, with a cell of the test's
-    own after the one that loads a model."""
+def executed(name: str, layers: int = 0) -> tuple[list, str]:
+    """Pictures and text that a notebook shows, run from top to bottom, with the first layers of
+    the model alone, if a number is given, after the cell that loads it."""
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
-    if after_load:
+    # Where users run there is no torch; to import it takes seconds.
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("import sys\nsys.modules['torch'] = None"))
+    if layers:
         (loads,) = (i for i, c in enumerate(notebook.cells) if "model = qs.load(" in c.source)
-        notebook.cells.insert(loads + 1, nbformat.v4.new_code_cell(after_load))
+        cut = nbformat.v4.new_code_cell(FIRST_LAYERS.replace("NUMBER", str(layers)))
+        notebook.cells.insert(loads + 1, cut)
     client = NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": NOTEBOOKS}}
     )
@@ -40,17 +43,17 @@ def executed(name: str, after_load: str = "") -> tuple[list, str]:
 def test_quickstart_runs(smollm2_gguf, monkeypatch):
     monkeypatch.setenv("QUANTSPEC_NEW_TOKENS", "24")
     monkeypatch.setenv("QUANTSPEC_GAMMAS", "2 4")
-    pictures, text = executed("quickstart.ipynb", FIRST_LAYERS)
+    pictures, text = executed("quickstart.ipynb", layers=1)
     assert len(pictures) == 2
     assert "bits a value: int4 4.38, int8 8.38" in text
     for gamma in (2, 4):
         assert f"gamma {gamma}: acceptance" in text
 
 
-def test_a_long_document_runs(tiny_llama_dir, monkeypatch):
+def test_a_long_document_runs(one_layer_llama_dir, monkeypatch):
     """On whatever is there, with a tiny model: a few seconds show that it runs."""
     sizes = {
-        "MODEL": str(tiny_llama_dir), "CONTEXTS": "200", "NEW_TOKENS": "4", "GAMMA": "2",
+        "MODEL": str(one_layer_llama_dir), "CONTEXTS": "200", "NEW_TOKENS": "4", "GAMMA": "2",
     }  # fmt: skip
     for name, value in sizes.items():
         monkeypatch.setenv(f"QUANTSPEC_{name}", value)
@@ -65,7 +68,7 @@ def test_cache_methods_runs(smollm2_gguf, monkeypatch):
     monkeypatch.setenv("QUANTSPEC_TOKENS", "384")
     monkeypatch.setenv("QUANTSPEC_LAYERS", "4")
     monkeypatch.setenv("QUANTSPEC_METHODS", "int4")
-    pictures, text = executed("cache_methods.ipynb")
+    pictures, text = executed("cache_methods.ipynb", layers=4)
     assert len(pictures) == 4
     said = re.findall(r"(\S+) +[\d.]+ bits a value .* keys ([\d.]+)", text)
     lost = {name: float(keys) for name, keys in said}

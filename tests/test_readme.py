@@ -201,10 +201,12 @@ def test_readme_is_short():
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, tiny_llama_dir):
+def folder(tmp_path, monkeypatch, one_layer_llama_dir):
     """A working directory with the files that the examples name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QUANTSPEC_CACHE_DIR", "")
+    # γ "auto" compiles a program for each γ that it tries: at this cost none but the plain one.
+    monkeypatch.setattr(draft_cost, "known", lambda key: 100.0)
     Path("book.txt").write_text("The cache is stored once, in two planes. " * 40, encoding="utf-8")
     return tmp_path
 
@@ -219,21 +221,19 @@ def run_command(line: str, tiny_model: Path, capsys) -> str:
     return captured.out
 
 
-def test_commands_run(folder, tiny_llama_dir, capsys, monkeypatch):
-    # γ "auto" compiles a program for each γ that it tries: at this cost none but the plain one.
-    monkeypatch.setattr(draft_cost, "known", lambda key: 100.0)
+def test_commands_run(folder, one_layer_llama_dir, capsys):
     lines = "".join(blocks("console")).splitlines()
     assert len(lines) >= 6
     assert all(line.startswith("$ quantspec ") for line in lines)
     for line in lines:
-        out = run_command(line, tiny_llama_dir, capsys)
+        out = run_command(line, one_layer_llama_dir, capsys)
         assert out.strip(), line
         if "--json" in line:
             assert len(json.loads(out)["outputs"]) == line.count("--prompt ")
 
 
-def test_python_runs(folder, tiny_llama_dir, capsys):
-    assert cli.main(["convert", str(tiny_llama_dir), "smollm2"]) == 0
+def test_python_runs(folder, one_layer_llama_dir, capsys):
+    assert cli.main(["convert", str(one_layer_llama_dir), "smollm2"]) == 0
     names: dict = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
@@ -244,8 +244,8 @@ def test_python_runs(folder, tiny_llama_dir, capsys):
     assert names["precise"].draft.group_size == 32
 
 
-def test_a_jit_of_ones_own_is_short_and_decodes_what_generate_does(folder, tiny_llama_dir):
-    assert cli.main(["convert", str(tiny_llama_dir), "smollm2"]) == 0
+def test_a_jit_of_ones_own_is_short_and_decodes_what_generate_does(folder, one_layer_llama_dir):
+    assert cli.main(["convert", str(one_layer_llama_dir), "smollm2"]) == 0
     ((name, block),) = re.findall(
         r"<!-- ([^>]*): at most 6 lines -->\n```python\n(.*?)```", README, re.S
     )
@@ -263,9 +263,9 @@ def test_a_jit_of_ones_own_is_short_and_decodes_what_generate_does(folder, tiny_
 
 
 def test_an_engine_stepped_by_hand_answers_all_and_sessions_keep_their_cache(
-    folder, tiny_llama_dir, capsys
+    folder, one_layer_llama_dir, capsys
 ):
-    assert cli.main(["convert", str(tiny_llama_dir), "smollm2"]) == 0
+    assert cli.main(["convert", str(one_layer_llama_dir), "smollm2"]) == 0
     text = read("quantspec_jax/engine/README.md")
     by_hand, sessions, rollouts = blocks("python", text)
     (short,) = re.findall(r"by hand: at most 15 lines -->\n```python\n(.*?)```", text, re.S)

@@ -14,7 +14,9 @@ import pytest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PROGRAM = """
-import sys, convert
+import sys
+sys.modules["torch"] = None  # where users run it is not there; to import it takes seconds
+import convert
 checkpoint = convert.open_source("owner/tiny-model")
 print(type(checkpoint).__name__, checkpoint.config.family, checkpoint.source_dtype.name)
 print(len(checkpoint.load("float32")))

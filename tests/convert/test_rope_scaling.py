@@ -87,7 +87,7 @@ def test_logits_are_those_of_a_model_whose_config_has_the_scaling(
 
 def test_generation_goes_beyond_the_models_own_context(model, tools, tmp_path):
     directory = tools.write_hf(model, tmp_path)
-    config = qs.GenerateConfig(max_new_tokens=4, group_size=16, ignore_eos=True)
+    config = qs.GenerateConfig(max_new_tokens=4, gamma=1, group_size=16, ignore_eos=True)
     prompt = list(range(2, 102))
     with pytest.raises(ValueError, match=f"at most {CONTEXT}, the model's context"):
         qs.generate(qs.load(str(directory), dtype="float32"), prompt, config)
@@ -175,7 +175,7 @@ def test_a_stored_draft_is_the_same_under_any_scaling(llama_dir, tmp_path):
         strict=True,
     ):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
-    config = qs.GenerateConfig(max_new_tokens=4, ignore_eos=True)
+    config = qs.GenerateConfig(max_new_tokens=4, gamma=1, ignore_eos=True)
     assert len(qs.generate(model, [2, 3, 4], config).tokens[0]) == 4
 
 

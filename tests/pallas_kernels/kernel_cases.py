@@ -113,11 +113,15 @@ def with_poison_but_in(call, pages: Pages):
     return (q, dataclasses.replace(cache, keys=keys, values=values), *lengths)
 
 
+@jax.jit
 def without_poison(call):
     """The same call with zeros in place of NaN, for a reference that multiplies what it masks."""
     return jax.tree.map(
         lambda x: jnp.nan_to_num(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, call
     )
+
+
+_dequantize = [jax.jit(f, static_argnums=1) for f in (dequantize_keys, dequantize_values)]
 
 
 def plain_attention(call, read: Read, sm_scale: float, strict: bool, pages=None) -> Attended:
@@ -135,10 +139,7 @@ def plain_attention(call, read: Read, sm_scale: float, strict: bool, pages=None)
         dense = {
             view: [
                 np.asarray(f(x, view), np.float64).reshape(batch, kv_heads, tiles, g, -1)
-                for f, x in (
-                    (dequantize_keys, cache.keys),
-                    (dequantize_values, cache.values),
-                )
+                for f, x in zip(_dequantize, (cache.keys, cache.values), strict=True)
             ]
             for view in ("int8", read.view)
         }

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 from kernel_cases import dense_products, random_around, random_weight, relative_error
 
-from pallas_kernels import devices, dispatch
+from pallas_kernels import devices, dispatch, layout
 from pallas_kernels.bf16_matmul import api, configs
 from pallas_kernels.bf16_matmul import mosaic_gpu as matmul
 from pallas_kernels.bf16_matmul.mosaic_gpu import Config, Plan, Shape
 from pallas_kernels.int4_matmul import mosaic_gpu as int4
 from pallas_kernels.int4_matmul.api import int4_matmuls
 from pallas_kernels.int4_matmul.xla import dequantize
-from pallas_kernels.layout import tile
 from pallas_kernels.products.around import Around, Form
+
+tile = jax.jit(layout.tile)
 
 
 @functools.partial(jax.jit, static_argnums=range(5))

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 from kernel_cases import random_weight, relative_error
 
-from pallas_kernels import devices, dispatch, ptx
+from pallas_kernels import devices, dispatch, layout, ptx
 from pallas_kernels.int4_matmul import api, configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
 from pallas_kernels.int4_matmul import xla as reference
 from pallas_kernels.int4_matmul.mosaic_gpu import Config, Plan, Shape
-from pallas_kernels.layout import tile
+
+tile = jax.jit(layout.tile)
 
 
+@functools.partial(jax.jit, static_argnums=range(5))  # op by op it takes four times as long
 def operands(rows, inputs, outputs, group, symmetric):
     weights = [random_weight(inputs, n, group, symmetric, i) for i, n in enumerate(outputs)]
     x = jax.random.normal(jax.random.key(1), (rows, inputs)).astype(jnp.bfloat16)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from tiny import program, state_of
+from tiny import OPTIMIZED, program, state_of
 from transformers.generation import logits_process as hf
 
 from quantspec_jax.generate import accept as rule
@@ -107,7 +107,7 @@ def rounds(keys: jax.Array, sampling: Sampling, limit: int) -> tuple[jax.Array, 
     return state[0], acceptance[0]
 
 
-compiled_rounds = jax.jit(rounds, static_argnums=2)
+compiled_rounds = jax.jit(rounds, static_argnums=2, compiler_options=OPTIMIZED)
 
 
 def simulate(
@@ -142,6 +142,7 @@ def next_distribution(prefixes: np.ndarray, config: GenerateConfig) -> np.ndarra
     return torch.softmax(scores.double(), -1).numpy()
 
 
+@functools.cache
 def exact(config: GenerateConfig) -> np.ndarray:
     """[N, N, N] joint distribution of the three tokens after START."""
     prefixes = np.full((1, 1), START)

@@ -24,7 +24,7 @@ from quantspec_jax.weights.sizes import draft_bytes
 
 @pytest.fixture(scope="module")
 def model(byte_level_tokenizer):
-    config = qs.ModelConfig("llama", 320, 32, 64, 2, 4, 2, 16, 1024)
+    config = qs.ModelConfig("llama", 320, 32, 64, 1, 4, 2, 16, 1024)
     params = init_params(config, jax.random.key(0))
     params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
     return qs.Model(config, params, byte_level_tokenizer, qs.DraftConfig(group_size=32))

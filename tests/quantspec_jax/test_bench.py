@@ -27,7 +27,7 @@ from quantspec_jax.models.parameters import parameter_shapes
 from quantspec_jax.weights.formats import DraftConfig
 from quantspec_jax.weights.sizes import draft_bytes
 
-TINY = ModelConfig("llama", 300, 64, 128, 2, 4, 2, 32, 4096)
+TINY = ModelConfig("llama", 300, 64, 128, 1, 4, 2, 32, 4096)
 
 
 @pytest.fixture

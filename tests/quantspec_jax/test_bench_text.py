@@ -32,15 +32,15 @@ def parse(*options: str) -> object:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_llama_dir: Path) -> Model:
-    return qs.load(str(tiny_llama_dir))
+def model(one_layer_llama_dir: Path) -> Model:
+    return qs.load(str(one_layer_llama_dir))
 
 
 @pytest.fixture(scope="module")
-def recorded(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def recorded(one_layer_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """A run, greedy and sampled, as its file has it."""
     output = tmp_path_factory.mktemp("run") / "text-tiny.json"
-    options = ["--model", str(tiny_llama_dir), "--text", str(TEXT), "--context", str(CONTEXT)]
+    options = ["--model", str(one_layer_llama_dir), "--text", str(TEXT), "--context", str(CONTEXT)]
     options += ["--skip-characters", *map(str, PLACES), "--new-tokens", str(NEW), "--gamma", "2"]
     options += ["--temperature", "0", "0.8", "--coupling", "rejection", "invariant"]
     assert main(["bench", "text", *options, "--output", str(output), "--json"]) == 0

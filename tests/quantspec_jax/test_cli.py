@@ -338,9 +338,9 @@ class TestErrors:
         assert status == 2
         assert f"{path}: not UTF-8 (byte 0xF6 at offset 2)" in err
 
-    def test_a_prompt_that_does_not_fit_the_context(self, run, tiny_llama_dir):
+    def test_a_prompt_that_does_not_fit_the_context(self, run, one_layer_llama_dir):
         status, _, err = run(
-            "generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 4000
+            "generate", "--model", one_layer_llama_dir, *prompt(), "--max-new-tokens", 4000
         )
         assert status == 2
         assert "2048" in err.splitlines()[-1]
@@ -353,14 +353,14 @@ class TestErrors:
 
 
 class TestGenerate:
-    def test_json(self, run_json, tiny_llama_dir):
+    def test_json(self, run_json, one_layer_llama_dir):
         result = run_json(
-            *("generate", "--model", tiny_llama_dir, *prompt()),
+            *("generate", "--model", one_layer_llama_dir, *prompt()),
             *("--max-new-tokens", 24, "--ignore-eos", "--gamma", 4),
         )
         assert set(result) == STATISTICS | {"text", "tokens"}
         assert set(result["cache_bytes"]) == CACHE_PARTS
-        tokenizer = convert.open_source(str(tiny_llama_dir)).tokenizer
+        tokenizer = convert.open_source(str(one_layer_llama_dir)).tokenizer
         assert result["text"] == decode(tokenizer, result["tokens"])
         assert result["prompt_tokens"] == len(tokenizer("the cat")["input_ids"])
         assert len(result["tokens"]) == result["new_tokens"] == 24
@@ -368,8 +368,15 @@ class TestGenerate:
         assert (result["mode"], result["kv"], result["gamma"]) == ("quantspec", "int8", 4)
         assert result["acceptance_rate"] == result["accepted"] / result["proposed"]
 
-    def test_several_prompts(self, run_json, tiny_llama_dir):
-        common = ["generate", "--model", tiny_llama_dir, "--max-new-tokens", 24, "--ignore-eos"]
+    def test_several_prompts(self, run_json, one_layer_llama_dir):
+        common = [
+            "generate",
+            "--model",
+            one_layer_llama_dir,
+            "--max-new-tokens",
+            24,
+            "--ignore-eos",
+        ]
         result = run_json(*common, *prompt("the cat"), *prompt("中文"))
         assert set(result) == {"outputs"}
         assert [set(output) for output in result["outputs"]] == [
@@ -377,8 +384,8 @@ class TestGenerate:
         ] * 2
         assert [output["gamma"] for output in result["outputs"]] == ["auto"] * 2
 
-    def test_text_is_streamed_and_statistics_are_one_line(self, run, run_json, tiny_llama_dir):
-        argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24]
+    def test_text_is_streamed_and_statistics_are_one_line(self, run, run_json, one_layer_llama_dir):
+        argv = ["generate", "--model", one_layer_llama_dir, *prompt(), "--max-new-tokens", 24]
         expected = run_json(*argv)["text"]
         status, out, err = run(*argv)
         assert (status, out) == (0, expected + "\n")
@@ -388,9 +395,9 @@ class TestGenerate:
         assert "backend xla" in err
 
     def test_prompt_from_file_or_standard_input(
-        self, run_json, tiny_llama_dir, tmp_path, monkeypatch
+        self, run_json, one_layer_llama_dir, tmp_path, monkeypatch
     ):
-        argv = ["generate", "--model", tiny_llama_dir, "--max-new-tokens", 24]
+        argv = ["generate", "--model", one_layer_llama_dir, "--max-new-tokens", 24]
         expected = run_json(*argv, *prompt("größer\n"))["tokens"]
         path = tmp_path / "prompt.txt"
         path.write_text("größer\n", "utf-8")
@@ -398,16 +405,16 @@ class TestGenerate:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
         assert run_json(*argv, "--prompt-file", "-")["tokens"] == expected
 
-    def test_chat(self, run_json, tiny_llama_dir):
+    def test_chat(self, run_json, one_layer_llama_dir):
         result = run_json(
-            "generate", "--model", tiny_llama_dir, *prompt("Hi"), "--chat", "--system", "Be brief.",
-            "--max-new-tokens", 24,
+            "generate", "--model", one_layer_llama_dir, *prompt("Hi"), "--chat",
+            "--system", "Be brief.", "--max-new-tokens", 24,
         )  # fmt: skip
-        tokenizer = convert.open_source(str(tiny_llama_dir)).tokenizer
+        tokenizer = convert.open_source(str(one_layer_llama_dir)).tokenizer
         assert result["prompt_tokens"] == len(chat_ids("Hi", tokenizer, "Be brief."))
 
-    def test_stop_strings_end_the_text_before_them(self, run_json, tiny_llama_dir):
-        argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24]
+    def test_stop_strings_end_the_text_before_them(self, run_json, one_layer_llama_dir):
+        argv = ["generate", "--model", one_layer_llama_dir, *prompt(), "--max-new-tokens", 24]
         full = run_json(*argv)
         stop = full["text"][3:5]
         result = run_json(*argv, "--stop", "not in the text", stop, "--stop", "neither")
@@ -415,8 +422,8 @@ class TestGenerate:
         assert result["text"] == full["text"][: full["text"].index(stop)]
         assert result["tokens"] == full["tokens"][: len(result["tokens"])]
 
-    def test_options_reach_the_decoding(self, run_json, tiny_llama_dir):
-        argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24]
+    def test_options_reach_the_decoding(self, run_json, one_layer_llama_dir):
+        argv = ["generate", "--model", one_layer_llama_dir, *prompt(), "--max-new-tokens", 24]
         argv += ["--ignore-eos", "--temperature", 0.9, "--top-k", 20]
         first, again, other = (run_json(*argv, "--seed", seed)["tokens"] for seed in (1, 1, 2))
         assert first == again != other
@@ -427,8 +434,8 @@ class TestGenerate:
         assert [len(score["top"]) for score in sampled["logprobs"]] == [2] * len(sampled["tokens"])
         assert all(score["own"] <= score["top"][0][1] for score in sampled["logprobs"])
 
-    def test_stop_ids_end_the_text_with_them(self, run_json, tiny_llama_dir):
-        argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24]
+    def test_stop_ids_end_the_text_with_them(self, run_json, one_layer_llama_dir):
+        argv = ["generate", "--model", one_layer_llama_dir, *prompt(), "--max-new-tokens", 24]
         full = run_json(*argv, "--ignore-eos")["tokens"]
         end = full[5]
         unused = next(i for i in range(100) if i not in full)
@@ -437,20 +444,22 @@ class TestGenerate:
         assert result["finish_reason"] != "length"
 
     @pytest.mark.parametrize("coupling", COUPLINGS)
-    def test_coupling_is_reported(self, run_json, tiny_llama_dir, coupling):
-        argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 8]
+    def test_coupling_is_reported(self, run_json, one_layer_llama_dir, coupling):
+        argv = ["generate", "--model", one_layer_llama_dir, *prompt(), "--max-new-tokens", 8]
         result = run_json(*argv, "--temperature", 0.9, "--coupling", coupling)
         assert result["coupling"] == coupling
 
-    def test_autoregressive(self, run_json, tiny_llama_dir):
-        argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24]
+    def test_autoregressive(self, run_json, one_layer_llama_dir):
+        argv = ["generate", "--model", one_layer_llama_dir, *prompt(), "--max-new-tokens", 24]
         result = run_json(*argv, "--ignore-eos", "--mode", "autoregressive")
         assert result["kv"] == "full"
         assert result["acceptance_rate"] is None
         assert len(result["tokens"]) == 24
 
-    def test_interruption_keeps_what_was_produced(self, run, run_json, tiny_llama_dir, monkeypatch):
-        argv = ["generate", "--model", tiny_llama_dir, *prompt(), "--max-new-tokens", 24]
+    def test_interruption_keeps_what_was_produced(
+        self, run, run_json, one_layer_llama_dir, monkeypatch
+    ):
+        argv = ["generate", "--model", one_layer_llama_dir, *prompt(), "--max-new-tokens", 24]
         full = run_json(*argv)["text"]
         configure, written = generate.generate_config, []
 
@@ -477,10 +486,10 @@ class TestCaches:
     PLAIN = ("--mode", "autoregressive", "--max-new-tokens", 6, "--ignore-eos")
 
     def test_a_saved_cache_is_used_where_the_prompt_begins_like_it(
-        self, run, run_json, tiny_llama_dir, tmp_path
+        self, run, run_json, one_layer_llama_dir, tmp_path
     ):
         file, text = tmp_path / "a.safetensors", "The sea was calm. " * 30
-        argv = ["generate", "--model", tiny_llama_dir, *self.PLAIN, "--cache", file]
+        argv = ["generate", "--model", one_layer_llama_dir, *self.PLAIN, "--cache", file]
         first = run_json(*argv, "--prompt", text)
         assert first["cached_tokens"] == 0
         written = file.stat().st_mtime_ns
@@ -495,9 +504,11 @@ class TestCaches:
         assert status == 2
         assert "is a cache of codec 'full', not 'hierarchical'" in err
 
-    def test_a_conversation_goes_on_from_its_file(self, run, tiny_llama_dir, tmp_path, monkeypatch):
+    def test_a_conversation_goes_on_from_its_file(
+        self, run, one_layer_llama_dir, tmp_path, monkeypatch
+    ):
         file = tmp_path / "talk.safetensors"
-        argv = ["chat", "--model", tiny_llama_dir, *self.PLAIN, "--cache", file]
+        argv = ["chat", "--model", one_layer_llama_dir, *self.PLAIN, "--cache", file]
 
         def say(*lines):
             text = "".join(f"{line}\n" for line in lines).encode()

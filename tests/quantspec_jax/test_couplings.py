@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from tiny import OPTIMIZED
 
 from quantspec_jax.generate import couplings, sampling
 from quantspec_jax.generate.config import GenerateConfig
@@ -102,7 +103,7 @@ def rounds(name: str, keys: jax.Array, limits: jax.Array) -> tuple[jax.Array, ja
     return state[0], accepted[0]
 
 
-compiled = jax.jit(rounds, static_argnums=0)
+compiled = jax.jit(rounds, static_argnums=0, compiler_options=OPTIMIZED)
 
 
 def simulate(name: str, limits: tuple[int, ...], run: Callable = compiled) -> Simulation:

@@ -17,9 +17,9 @@ def test_prompt_fills_one_bucket(smollm2_gguf):
     assert demo.NEW_TOKENS >= 300
 
 
-def test_streams_text_and_says_what_plain_decoding_makes(tiny_llama_dir, monkeypatch, capsys):
+def test_streams_text_and_says_what_plain_decoding_makes(one_layer_llama_dir, monkeypatch, capsys):
     monkeypatch.setenv("QUANTSPEC_CACHE_DIR", "")
-    monkeypatch.setattr(demo, "model_file", lambda: tiny_llama_dir)
+    monkeypatch.setattr(demo, "model_file", lambda: one_layer_llama_dir)
     monkeypatch.setattr(demo, "prompt_text", lambda: "The cache is stored once.")
     stats = demo.run(new_tokens=24)
     assert stats["new_tokens"] == 24

@@ -11,13 +11,13 @@ from quantspec_jax.engine.engine import Engine
 from quantspec_jax.generate.state import insert
 from quantspec_jax.models.module import init_params
 
-SHORT = {"max_new_tokens": 40, "group_size": 16}
+SHORT = {"max_new_tokens": 40, "group_size": 16, "gamma": 3}
 PROMPTS = [[5, 6, 7] * 20, [9, 8] * 35, [11] * 33, list(range(1, 120)), [3, 1, 4, 1, 5]]
 
 
 @pytest.fixture(scope="module")
 def model():
-    config = qs.ModelConfig("llama", 320, 32, 64, 2, 4, 2, 16, 1024)
+    config = qs.ModelConfig("llama", 320, 32, 64, 1, 4, 2, 16, 1024)
     params = init_params(config, jax.random.key(0))
     params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
     return qs.Model(config, params, None, qs.DraftConfig(group_size=32))
@@ -26,8 +26,8 @@ def model():
 @pytest.mark.parametrize(
     "options",
     [
-        {"gamma": 3},
-        {"gamma": 3, "temperature": 0.8},
+        {},
+        {"temperature": 0.8},
         {"mode": "autoregressive", "kv": "full", "temperature": 0.8},
     ],
 )
@@ -60,7 +60,7 @@ def step_to_the_end(engine: Engine) -> None:
         engine.step(2)
 
 
-@pytest.mark.parametrize("options", [{"gamma": 3}, {"mode": "autoregressive", "kv": "full"}])
+@pytest.mark.parametrize("options", [{}, {"mode": "autoregressive", "kv": "full"}])
 def test_logits_that_are_not_finite_are_an_error(model, options):
     """It names the sequence; the other one goes on, and slots can be freed."""
     config = qs.GenerateConfig(**SHORT, **options)
@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_refused_by_name(model):
     with pytest.raises(ValueError, match=r"prompt is .*; allowed: 1 to 128"):
         engine.add([[1] * 200])
     with pytest.raises(ValueError, match="max_new_tokens is 500"):
-        engine.add([[1] * 20], qs.GenerateConfig(max_new_tokens=500, group_size=16))
+        engine.add([[1] * 20], qs.GenerateConfig(**{**SHORT, "max_new_tokens": 500}))
     with pytest.raises(ValueError, match="3 prompts"):
         engine.add(PROMPTS[:1] * 3)
     engine.add([[1, 2]])

@@ -62,7 +62,7 @@ def decode(model, ids, view, group_size=G, draft_params=None):
     """One token at a time: logits of the target [T, N], and of a draft step at each position."""
     config = CacheConfig(len(ids), group_size, view, pass_width=1)
     program = Program(model.config, config, 0)
-    cache = create(model.config, config, 1)
+    cache = jax.jit(lambda: create(model.config, config, 1))()
     target, drafted = [], []
     for token in jnp.asarray(ids, jnp.int32).reshape(-1, 1, 1):
         if draft_params is not None:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import scipy.stats
 from tiny import (
+    OPTIMIZED,
     VOCABULARY,
     G,
+    _decode,
     decode,
     new_tokens,
     program,
@@ -73,9 +75,9 @@ def test_a_programs_other_gamma_goes_on_from_the_same_state():
     """As adaptive decoding does between chunks of rounds."""
     alone = new_tokens(run(0, width=5))
     state = start(program(4), prompts(LENGTHS), LENGTHS, NEW)
-    for gamma in (4, 0, 2, 7, 0, 1):
+    for gamma in (4, 0, 1, 8, 0, 3):
         state = decode(program(gamma), state, max_rounds=5)
-    assert new_tokens(decode(program(3), state)) == alone
+    assert new_tokens(decode(program(1), state)) == alone
 
 
 def test_only_proposals_inside_the_half_of_the_buffer_count():
@@ -219,14 +221,14 @@ def test_the_lower_plane_is_the_targets_alone():
 
     _, params, draft_params = tiny_model()
 
-    def difference(tiles, read, weights):
-        @jax.jit
-        def run_pass(layers):
-            cache = dataclasses.replace(state.cache, layers=layers)
-            tokens, at = state.pending[:, None], state.cache.length
-            return cache_pass(weights, p, cache, tokens, at, read)[0]
+    @functools.partial(jax.jit, static_argnames="read")
+    def run_pass(weights, layers, read):
+        cache = dataclasses.replace(state.cache, layers=layers)
+        tokens, at = state.pending[:, None], state.cache.length
+        return cache_pass(weights, p, cache, tokens, at, read)[0]
 
-        before, after = (run_pass(x) for x in (state.cache.layers, scrambled(tiles)))
+    def difference(tiles, read, weights):
+        before, after = (run_pass(weights, x, read) for x in (state.cache.layers, scrambled(tiles)))
         return np.abs(before - after).max(-1)
 
     later, whole = slice(EXACT_TILES, None), slice(None)
@@ -345,14 +347,15 @@ def test_the_draft_unpacks_no_more_than_a_group_at_a_time():
 def test_nothing_is_compiled_for_other_values():
     """Other prompts of a bucket, other keys, temperatures, limits and EOS ids: the same program."""
     p = program(4)
-    compiled = jax.jit(generate_tokens, static_argnames="program")
-    _, params, draft_params = tiny_model()
+    known, sizes = _decode._cache_size(), []
     for i, (temperature, top_p) in enumerate([(0.0, 1.0), (0.7, 0.9), (1.3, 0.5)]):
         sampling = sampling_arrays(GenerateConfig(temperature=temperature, top_p=top_p), 3)
         lengths = [70 + i, 50 - i, 81]
-        state = start(p, prompts(lengths, i), lengths, 5 + i, sampling, eos=[i])
-        compiled(params, draft_params, state, jnp.int32(i), program=p)
-    assert compiled._cache_size() == 1
+        state = start(p, prompts(lengths, i), lengths, 5 + i, sampling, eos=[i, VOCABULARY + 5])
+        decode(p, state, max_rounds=i)
+        sizes.append(_decode._cache_size())
+    assert len(set(sizes)) == 1
+    assert sizes[0] - known <= 1  # a test before this one may have had it
 
 
 def test_generate_tokens_can_be_called_inside_another_jit():
@@ -416,7 +419,8 @@ def test_a_round_of_sampling_follows_the_target(gamma, name, policy):
         return third.tokens[0, 1:4], *(each[0] for each in counted)
 
     keys = jax.random.split(jax.random.key(12), draws)
-    tokens, accepted, proposed = jax.jit(lambda k: jax.lax.map(draw, k, batch_size=500))(keys)
+    draw_all = jax.jit(lambda k: jax.lax.map(draw, k, batch_size=500), compiler_options=OPTIMIZED)
+    tokens, accepted, proposed = draw_all(keys)
     rate = accepted.sum() / proposed.sum()
     assert 0.3 < rate < 0.8
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -181,9 +183,17 @@ def test_bfloat16_is_as_near_to_float32_as_in_transformers(tmp_path):
 
 
 def read_gguf_with_transformers(path: Path) -> transformers.PreTrainedModel:
-    """What from_pretrained(gguf_file=...) does, without the package that it asks for."""
+    """What from_pretrained(gguf_file=...) does, without the package that it asks for. It parses the
+    file twice, and makes a table of names for each name: here once each."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        return _read_gguf(path, load_gguf_checkpoint)
+
+
+def _read_gguf(path: Path, load_gguf_checkpoint: Callable) -> transformers.PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]

@@ -296,8 +296,8 @@ def test_a_share_of_a_number_is_the_same_on_device_and_host(share):
     assert (np.abs(read - share * coded) < 1).all()
 
 
-def test_generate_takes_a_policy_by_name_and_says_what_was_read(make_tiny_llama, tmp_path):
-    model = qs.load(str(make_tiny_llama(tmp_path, num_hidden_layers=1)))
+def test_generate_takes_a_policy_by_name_and_says_what_was_read(one_layer_llama_dir):
+    model = qs.load(str(one_layer_llama_dir))
     options = {"max_new_tokens": 20, "group_size": 16, "gamma": 2}
     prompt = [list(range(5, 150))]
     whole = qs.generate(model, prompt, qs.GenerateConfig(**options))

@@ -601,9 +601,9 @@ def test_an_address_that_is_taken_is_refused():
         listen.bound("127.0.0.1", 70_000)
 
 
-def test_sigterm_ends_the_command_and_what_runs(tiny_llama_dir):
+def test_sigterm_ends_the_command_and_what_runs(one_layer_llama_dir):
     """Within the time that is given: the client's stream ends, the exit status is 0."""
-    command = [sys.executable, "-m", "quantspec_jax.cli", "serve", "--model", tiny_llama_dir]
+    command = [sys.executable, "-m", "quantspec_jax.cli", "serve", "--model", one_layer_llama_dir]
     command += ["--port", "0", "--grace", "1", "--mode", "autoregressive", "--slots", "1"]
     body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": True}
     with (

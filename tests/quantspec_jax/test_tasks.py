@@ -68,8 +68,8 @@ def test_a_haystack_may_be_too_short():
 
 
 @pytest.fixture(scope="module")
-def model(tiny_llama_dir):
-    return qs.load(tiny_llama_dir, dtype="float32", draft=DraftConfig(bits=None))
+def model(one_layer_llama_dir):
+    return qs.load(one_layer_llama_dir, dtype="float32", draft=DraftConfig(bits=None))
 
 
 def test_right_is_what_greedy_decoding_says(model, monkeypatch):
@@ -104,10 +104,10 @@ def test_what_follows_a_prompt_reads_as_in_one_pass(model, name):
     np.testing.assert_allclose(after, whole[:, 96:], atol=1e-5)
 
 
-def test_command(tmp_path, monkeypatch, tiny_llama_dir, capsys):
+def test_command(tmp_path, monkeypatch, one_layer_llama_dir, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text(WORDS)
-    arguments = ["eval", "quality", "--model", str(tiny_llama_dir), "--text", "book.txt"]
+    arguments = ["eval", "quality", "--model", str(one_layer_llama_dir), "--text", "book.txt"]
     arguments += ["--context", "1024", "--samples", "1", "--turns", "multi-turn"]
     arguments += ["--task", "functions", "--codec", "full", "int8", "--json"]
     assert cli.main([*arguments, "--output", "out.json"]) == 0

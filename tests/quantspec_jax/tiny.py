@@ -23,6 +23,9 @@ from quantspec_jax.weights.formats import DraftConfig
 
 VOCABULARY = 97
 G = 16
+# Where a program computes for longer than it compiles: other tests' are compiled without LLVM's
+# passes.
+OPTIMIZED = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": False}
 
 
 @functools.cache
