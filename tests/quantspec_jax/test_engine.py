@@ -88,8 +88,8 @@ def test_logits_that_are_not_finite_are_an_error(model, options):
 def test_each_request_has_its_own_wishes(model):
     """Greedy beside sampled, another limit, another end: in one batch."""
     wishes = [
-        qs.GenerateConfig(**SHORT, gamma=3),
-        qs.GenerateConfig(**{**SHORT, "max_new_tokens": 17}, gamma=3, temperature=1.0, top_k=9),
+        qs.GenerateConfig(**SHORT),
+        qs.GenerateConfig(**{**SHORT, "max_new_tokens": 17}, temperature=1.0, top_k=9),
     ]
     keys = jax.random.split(jax.random.key(2), 2)
     alone = [
@@ -97,8 +97,8 @@ def test_each_request_has_its_own_wishes(model):
         for i, wish in enumerate(wishes)
     ]
     end = alone[0][12]
-    wishes[0] = qs.GenerateConfig(**SHORT, gamma=3, stop_ids=(end,))
-    engine = Engine(model, qs.GenerateConfig(**SHORT, gamma=3), 128, slots=2)
+    wishes[0] = qs.GenerateConfig(**SHORT, stop_ids=(end,))
+    engine = Engine(model, qs.GenerateConfig(**SHORT), 128, slots=2)
     for i, wish in enumerate(wishes):
         assert engine.add([PROMPTS[i]], wish, keys[i : i + 1]) == [i]
     while engine.running:
@@ -131,7 +131,7 @@ def test_insertion_writes_its_rows_alone(model):
 
 
 def test_a_slot_that_was_ended_stands_still(model):
-    engine = Engine(model, qs.GenerateConfig(**SHORT, gamma=3), 128, slots=2)
+    engine = Engine(model, qs.GenerateConfig(**SHORT), 128, slots=2)
     engine.add([PROMPTS[0], PROMPTS[1]])
     engine.step(2)
     engine.finish(0)
@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_refused_by_name(model):
 
 def test_six_lines_of_ones_own(model):
     """The pure functions in a user's jit, as README shows them."""
-    config = qs.GenerateConfig(**SHORT, gamma=3)
+    config = qs.GenerateConfig(**SHORT)
     ready = qs.prepare(model, PROMPTS[:2], config)
 
     @jax.jit
