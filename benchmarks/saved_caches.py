@@ -4,7 +4,8 @@
 
 goes-on   a turn after a context, saved, loaded, and a second turn: its tokens and its tiles against
           those of a session that never stopped, in both modes; seconds to save, to load and to read
-          the context, and the file's bytes
+          the context, and what is new: where the rest lies still, and where it was loaded; and the
+          file's bytes
 kills     kill -9 in the middle of a save, again and again: what lies there is what was there before
 flips     a bit of the file, anywhere, again and again: each is noticed
 """
@@ -117,6 +118,7 @@ def goes_on(model: qs.Model, args: argparse.Namespace, mode: dict[str, Any]) -> 
         "bytes": size,
         "first_turn_prefill_seconds": first.stats["prefill_seconds"],
         "second_turn_prefill_seconds": second.stats["prefill_seconds"],
+        "never_stopped_prefill_seconds": never.stats["prefill_seconds"],
         "second_turn_seconds": resumed,
         "fresh_prefill_seconds": other.stats["prefill_seconds"],
     }

@@ -66,22 +66,21 @@ def get_tile(
     return {name: jnp.stack([tile[name] for tile in each]) for name in each[0]}
 
 
-def put_tile(
-    layers: Sequence[LayerCache],
+def put_tiles(
+    layer: LayerCache,
     new: Tile,
+    number: jax.Array,
     sequence: jax.Array,
-    tile: jax.Array,
+    first: jax.Array,
     group_size: int,
     devices: int = 1,
-) -> tuple[LayerCache, ...]:
-    """The layers with a tile that `get_tile` gave in its place; donate them."""
-    wide = 1 if layers[0].keys is not None else group_size
+) -> LayerCache:
+    """Layer number `number` with what `get_tile` gave in the place of tile `first`; donate it.
+    Where tiles are not dealt to devices, `new` may be several of them, joined along axis 2."""
+    wide = 1 if layer.keys is not None else group_size
 
-    def write(x: jax.Array, one: jax.Array) -> jax.Array:
-        at = _begin(x, sequence, tile, wide, devices)
-        return jax.lax.dynamic_update_slice(x, one[None], at)
+    def write(x: jax.Array, every: jax.Array) -> jax.Array:
+        own = jax.lax.dynamic_index_in_dim(every, number, 0)
+        return jax.lax.dynamic_update_slice(x, own, _begin(x, sequence, first, wide, devices))
 
-    return tuple(
-        _with_arrays(layer, {name: write(x, new[name][i]) for name, x in _arrays(layer).items()})
-        for i, layer in enumerate(layers)
-    )
+    return _with_arrays(layer, {name: write(x, new[name]) for name, x in _arrays(layer).items()})

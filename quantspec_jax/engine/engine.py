@@ -15,8 +15,9 @@ import collections
 import dataclasses
 import functools
 import itertools
+import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,12 +26,12 @@ import numpy as np
 from tqdm import tqdm
 
 from quantspec_jax.cache import cache_bytes, create
-from quantspec_jax.cache.tiles import get_tile, put_tile
+from quantspec_jax.cache.tiles import get_tile, put_tiles
 from quantspec_jax.checks import require
 from quantspec_jax.engine import draft_cost
 from quantspec_jax.engine.adaptive import AdaptiveGamma
 from quantspec_jax.engine.bucket import bucket
-from quantspec_jax.engine.prefixes import Prefixes
+from quantspec_jax.engine.prefixes import HostTile, Prefixes, names
 from quantspec_jax.engine.prepare import known_sampled, pad, program_for
 from quantspec_jax.engine.programs import Ahead, Runner
 from quantspec_jax.engine.statistics import Clock, Counters
@@ -54,6 +55,8 @@ from quantspec_jax.sharding import mesh_of, place_cache
 
 TRIAL_PAYS = 64  # new tokens; fewer are decoded sooner than the cost of a draft step is known
 ROUNDS_BESIDE_PROMPTS = 4  # between two tiles of a prompt
+TILES_PUT = 4  # into a slot at once
+TILES_PUT_BESIDE = 16  # where others decode: sooner there than one is read
 INSERT = jax.jit(insert, donate_argnames="state")
 COUNTERS = ("rounds", "proposed", "accepted", "draft_pages")
 
@@ -103,12 +106,21 @@ class _Slot:
 
 @dataclasses.dataclass
 class _Prompt:
-    """A prompt that is being read, from `position` on."""
+    """A prompt that is being read, from `position` on.
+
+    names  of its whole tiles; empty where nothing is kept
+    found  tiles of its beginning in the host's memory; None: nobody looked for them
+    left   of the newest tile, until the next one is on its way: its number, what shows that it is
+           done, and its arrays as they come to the host
+    """
 
     slot: int
     tokens: list[int]
     wants: Requests
-    position: int
+    names: list[bytes]
+    position: int = 0
+    found: list[HostTile] | None = None
+    left: tuple[int, jax.Array, Mapping[str, jax.Array]] | None = None
 
 
 class Engine:
@@ -120,7 +132,8 @@ class Engine:
         backend, prefill, the most logprobs), and is what requests want that say nothing else.
       longest: tokens of the longest prompt that will come.
       slots: how many sequences run at a time.
-      prefixes: where prompts that are read in tiles find and leave these; None: nowhere.
+      prefixes: where prompts that are read in tiles find and leave these, besides the slots, whose
+        tiles stay until others come; None: each prompt is read whole.
 
     Raises:
       ValueError: prompts and new tokens exceed the model's context, or the device's memory.
@@ -144,11 +157,14 @@ class Engine:
         self.clock = Clock()
         self.adaptive: AdaptiveGamma | None = None
         self.cache_bytes: dict[str, int] = {}
+        self._prompt_program = self.program.prompt
         self._runner = Runner(model, self.program, slots)
         self._state: DecodeState | None = None
         self._prompts: collections.deque[_Prompt] = collections.deque()
         self._slots: list[_Slot | None] = [None] * slots
         self._ended = np.zeros(slots, bool)  # by the host, since the last step
+        self._lie: list[list[bytes]] = [[] for _ in range(slots)]  # names of a slot's whole tiles
+        self._standing: dict[int, int] = {}  # where slots are to stand still in the next rounds
         self._seen: dict[str, np.ndarray] = {}
         self._ahead: Ahead | None = None
 
@@ -162,8 +178,9 @@ class Engine:
         *,
         progress: bool = False,
     ) -> list[int]:
-        """Put sequences into free slots, side by side; returns these. Prompts that are read whole
-        are read now, those that are read in tiles by `step`.
+        """Put sequences into free slots; returns these. Prompts that are read whole are read now,
+        into slots side by side; those that are read in tiles by `step`, each in the slot that has
+        most of its tiles.
 
         Args:
           prompts: token ids of each, as many as there are free slots at most.
@@ -177,19 +194,16 @@ class Engine:
         """
         config = config or self.config
         number = len(prompts)
-        first = self._free(number)
+        tiles = self.config.prefill == "tiles"
+        first = self._free(number, side_by_side=not tiles)
         for prompt in prompts:
             self.check(len(prompt), config)
         ends = config.end_ids(self.model.config.eos_ids, self.model.config.vocab_size)
         wants = requests(config, keys, ends, number)
-        taken = list(range(first, first + number))
-        tiles = self.config.prefill == "tiles"
         if tiles:
-            for i, slot in enumerate(taken):
-                one = jax.tree.map(lambda x, i=i: x[i : i + 1], wants)
-                self._slots[slot] = _Slot(config.temperature > 0, config.logprobs)
-                self._begin_prompt(_Prompt(slot, list(map(int, prompts[i])), one, 0))
-            return taken
+            each = [jax.tree.map(lambda x, i=i: x[i : i + 1], wants) for i in range(number)]
+            return [self._begin_prompt(*pair, config) for pair in zip(prompts, each, strict=True)]
+        taken = list(range(first, first + number))
         state = self._prefill(prompts, wants, progress)
         if number == self.slots:
             self._state = state
@@ -264,6 +278,9 @@ class Engine:
     def finish(self, slot: int) -> None:
         """End a sequence where it is; it can still be read."""
         self._ended[slot] = True
+        for prompt in self._prompts:
+            if prompt.slot == slot and prompt.left:  # it did not come to the host: it is read again
+                del self._lie[slot][prompt.left[0] :]
         self._prompts = collections.deque(p for p in self._prompts if p.slot != slot)
 
     def remove(self, slot: int) -> None:
@@ -292,6 +309,8 @@ class Engine:
         def form(x: jax.Array) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if meshed else None)
 
+        if self.prefixes is not None:
+            self._prepare_put()
         forms = jax.tree.map(form, state)
         self._ahead = Ahead(functools.partial(self._runner.prepare, self.model, forms), gamma)
         self._ahead.make(every)
@@ -324,14 +343,16 @@ class Engine:
             for i, slot in enumerate(self._slots)
         )
 
-    def _free(self, number: int) -> int:
-        """The first of `number` free slots side by side."""
+    def _free(self, number: int, side_by_side: bool) -> int:
+        """The first of `number` free slots, which may have to lie side by side."""
         require(number >= 1, "prompts", number, "one or more")
-        for first in range(self.slots - number + 1):
-            if not any(self._slots[first : first + number]):
+        free = [i for i, slot in enumerate(self._slots) if slot is None]
+        for first, last in zip(free, free[number - 1 :], strict=False):
+            if last - first == number - 1 or not side_by_side:
                 return first
-        free = self.free_slots
-        raise ValueError(f"there are {number} prompts; free slots side by side: fewer, {free} free")
+        where = " side by side" if side_by_side else ""
+        words = f"there are {number} prompts; free slots{where}: fewer, {len(free)} free"
+        raise ValueError(words)
 
     def _rounds(self, rounds: int, speculate: bool) -> None:
         """A chunk of rounds."""
@@ -340,6 +361,9 @@ class Engine:
             ended = self._state.finished | jnp.asarray(self._ended)
             self._state = dataclasses.replace(self._state, finished=ended)
             self._ended[:] = False
+        for slot, length in self._standing.items():
+            self._stand_still(slot, length)
+        self._standing.clear()
         used = [slot for slot in self._slots if slot is not None]
         program = dataclasses.replace(
             self.program,
@@ -367,109 +391,228 @@ class Engine:
                 int(change["rounds"].max()), *(change[x].sum(0) for x in COUNTERS[1:3])
             )
 
-    # Prompts in tiles.
+    # Prompts in tiles. What lies in a slot stays there when its sequence is over: a prompt that
+    # begins alike keeps it in place, and the slot stands still behind it until it is read.
 
-    def _begin_prompt(self, prompt: _Prompt) -> None:
-        """Its slot stands still until it is its turn."""
+    def _begin_prompt(self, tokens: Sequence[int], wants: Requests, config: GenerateConfig) -> int:
+        """A prompt waits for its turn in a slot that stands still; returns the slot."""
         if self._state is None:
-            self._state = self._empty(memory_of_unseen(self.program.prompt, self.slots))
+            self._state = self._empty(memory_of_unseen(self._prompt_program, self.slots))
             self._look()
-        self._stand_still(prompt)
-        self._ended[prompt.slot] = False
-        self._prompts.append(prompt)
+        g, ids = self.program.cache.group_size, list(map(int, tokens))
+        every = names(ids, g) if self.prefixes is not None else []
+        useful = every[: self._to_keep(len(ids))]
+        slot = self._slot_for(useful)
+        lie = self._lie[slot] = self._lie[slot][: self._same(slot, useful)]
+        self._standing.pop(slot, None)
+        self._stand_still(slot, g * len(lie))
+        self._slots[slot] = _Slot(config.temperature > 0, config.logprobs)
+        self._ended[slot] = False
+        self._prompts.append(_Prompt(slot, ids, wants, every, g * len(lie)))
+        return slot
 
-    def _recall(self, prompt: _Prompt) -> None:
+    def _to_keep(self, length: int) -> int:
+        """How many tiles of a prompt can be kept: what the next position reads in full precision
+        has to be read again, and the last token."""
+        return min(self._settled(length), (length - 1) // self.program.cache.group_size)
+
+    def _settled(self, length: int) -> int:
+        """Whole tiles of `length` tokens that no later one changes: no flush codes them again."""
+        cache, g = self.program.cache, self.program.cache.group_size
+        coded = int(cache.codec.quantized_length(jnp.int32(length), g))
+        return coded // g if cache.num_tiles else length // g
+
+    def _same(self, slot: int, wanted: Sequence[bytes]) -> int:
+        """How many of a prompt's tiles lie in a slot. (Names stand for all before them, too.)"""
+        return sum(map(operator.eq, self._lie[slot], wanted))
+
+    def _slot_for(self, wanted: Sequence[bytes]) -> int:
+        """The free slot where most of a prompt's tiles lie, less those of others, which would be
+        lost."""
+
+        def gain(slot: int) -> int:
+            same = self._same(slot, wanted)
+            return same - (len(self._lie[slot]) - same)
+
+        return max((i for i in range(self.slots) if self._slots[i] is None), key=gain)
+
+    def _look_up(self, prompt: _Prompt) -> None:
         """What is kept of its beginning, now that prompts before it were read."""
-        assert self._state is not None
-        slot, g = jnp.int32(prompt.slot), self.program.cache.group_size
-        # What the next position reads in full precision has to be read again, and the last token.
-        length = len(prompt.tokens)
-        codec = self.program.cache.codec
-        coded = int(codec.quantized_length(jnp.int32(length), g)) // g
-        most = coded if self.program.cache.num_tiles else (length - 1) // g
-        kept = self.prefixes.find(prompt.tokens, g, most) if self.prefixes is not None else []
-        for i, tile in enumerate(kept):
-            call = (self._state.cache.layers, dict(tile), slot, jnp.int32(i))
-            layers = self._run(put_tile, *call, group_size=g, devices=self.program.axes.cp)
-            self._state = _with_layers(self._state, layers)
-        prompt.position = g * len(kept)
+        prompt.found, length = [], len(prompt.tokens)
         own = self._slots[prompt.slot]
         assert own is not None
-        own.kept = prompt.position
         if self.prefixes is not None:
-            self.prefixes.count(prompt.position, length - prompt.position)
+            prompt.found = self.prefixes.find(prompt.names[: self._to_keep(length)])
+            number = max(len(self._lie[prompt.slot]), len(prompt.found))
+            own.kept = self.program.cache.group_size * number
+            self.prefixes.count(own.kept, length - own.kept)
 
-    def _stand_still(self, prompt: _Prompt) -> None:
-        """The slot's length is what is read of the prompt."""
+    def _put_back(self, prompt: _Prompt) -> bool:
+        """What was found and does not lie in the slot goes there, beside others that decode some of
+        it at a time; returns whether this took the prompt's turn."""
+        assert self._state is not None
+        lie, found, beside = self._lie[prompt.slot], prompt.found or [], self._decoding()
+        begun = len(lie)
+        end = min(len(found), begun + TILES_PUT_BESIDE) if beside else len(found)
+        while len(lie) < end:
+            first = len(lie)
+            number = next(n for n in self._together if n <= end - first)
+            self._put(prompt.slot, first, found[first : first + number])
+            lie += prompt.names[first : first + number]
+            prompt.position = self.program.cache.group_size * len(lie)
+            self._standing[prompt.slot] = prompt.position
+        if not beside or len(lie) == begun:
+            return False
+        jax.block_until_ready(self._state.cache.layers)
+        return True
+
+    def _put(self, slot: int, first: int, tiles: Sequence[HostTile]) -> None:
+        """Tiles from the host's memory into a slot, one after the other from number `first` on."""
+        assert self._state is not None
+        new: Any = {name: np.concatenate([x[name] for x in tiles], 2) for name in tiles[0]}
+        if self.program.mesh is None:
+            new = jax.device_put(new)  # once for all layers
+        layers = list(self._state.cache.layers)
+        try:
+            for i, one in enumerate(layers):
+                call = (one, new, *map(np.int32, (i, slot, first)))
+                layers[i] = self._run(put_tiles, *call, which=(i, len(tiles)), **self._dealt)
+        finally:
+            self._state = _with_layers(self._state, tuple(layers))
+
+    def _prepare_put(self) -> None:
+        """Make what `_put` runs."""
+        assert self._state is not None
+        layers, none = self._state.cache.layers, np.int32(0)
+        tile = jax.eval_shape(functools.partial(get_tile, **self._dealt), layers, none, none)
+        for number in self._together:
+            new = {
+                name: jax.ShapeDtypeStruct(
+                    (*x.shape[:2], number * x.shape[2], *x.shape[3:]), x.dtype
+                )
+                for name, x in tile.items()
+            }
+            for i, one in enumerate(layers):
+                call = (one, new, none, none, none)
+                self._program(put_tiles, *call, which=(i, number), **self._dealt)
+
+    @property
+    def _together(self) -> tuple[int, ...]:
+        """How many tiles are put at once."""
+        return (TILES_PUT, 1) if self.program.axes.cp == 1 else (1,)
+
+    @property
+    def _dealt(self) -> dict[str, Any]:
+        """How tiles lie in the cache."""
+        return {"group_size": self.program.cache.group_size, "devices": self.program.axes.cp}
+
+    def _stand_still(self, slot: int, length: int) -> None:
+        """The slot's length is what it has of a prompt."""
         assert self._state is not None
         layers, rest = self._state.cache.layers, _with_layers(self._state, ())
-        rest = self._run(stand_still, rest, jnp.int32(prompt.slot), jnp.int32(prompt.position))
+        rest = self._run(stand_still, rest, np.int32(slot), np.int32(length))
         self._state = _with_layers(rest, layers)
 
     def _read_tile(self) -> None:
-        """A tile of the prompt that came first; after its last one the sequence decodes."""
-        assert self._state is not None
+        """A tile of the prompt that came first, or what is kept of it comes into its slot; after
+        its last tile the sequence decodes."""
         started, compiled = time.perf_counter(), self._runner.compile_seconds
-        prompt, g = self._prompts[0], self.program.cache.group_size
-        if prompt.position == 0:
-            self._recall(prompt)
-        part = prompt.tokens[prompt.position : prompt.position + g]
-        numbers = (jnp.int32(n) for n in (prompt.slot, prompt.position, len(prompt.tokens)))
-        where = tuple(numbers)
-        program = self.program.prompt
-        x, h = self._run(tile_begin, self.model.params, pad([part], g)[0], program=program)
-        layers = list(self._state.cache.layers)
-        try:
-            for i, of_layer in enumerate(layers):
-                block = block_params(self.model.params, i)
-                x, h, layers[i] = self._run(
-                    tile_layer, *block, x, h, of_layer, *where, program=program
-                )
-        finally:  # interrupted, too: what was donated is gone
-            self._state = _with_layers(self._state, tuple(layers))
-        if self.prefixes is not None and len(part) == g:
-            at = (where[0], jnp.int32(prompt.position // g))
-            tile = self._run(
-                get_tile,
-                *(self._state.cache.layers, *at),
-                group_size=g,
-                devices=self.program.axes.cp,
-            )
-            whole = prompt.tokens[: prompt.position + g]
-            kept = everywhere(tile, mesh_of(self.model.params))
-            self.prefixes.keep(whole, g, jax.device_get(kept))
-        prompt.position += len(part)
-        if prompt.position == len(prompt.tokens):
-            self._end_prompt(prompt, h, len(part) - 1)
-        else:
-            self._stand_still(prompt)
-        jax.block_until_ready(self._state)
+        prompt = self._prompts[0]
+        if prompt.found is None:
+            self._look_up(prompt)
+        if not self._put_back(prompt):
+            self._read_next(prompt)
         spent = time.perf_counter() - started
         self.clock.compile = self._runner.compile_seconds
         self.clock.prefill += spent - (self._runner.compile_seconds - compiled)
 
+    def _read_next(self, prompt: _Prompt) -> None:
+        """The tile at its position. The host waits for the one before it, and for this one where it
+        is the last, or others decode."""
+        g = self.program.cache.group_size
+        number, part = prompt.position // g, prompt.tokens[prompt.position : prompt.position + g]
+        hidden = self._run_tile(prompt, part)
+        tile = self._copied(prompt.slot, number) if prompt.names and len(part) == g else {}
+        self._settle(prompt)
+        prompt.left = (number, hidden, tile)
+        prompt.position += len(part)
+        self._lie[prompt.slot] = prompt.names[: prompt.position // g]
+        self._standing[prompt.slot] = prompt.position
+        if prompt.position == len(prompt.tokens):
+            self._settle(prompt)
+            self._end_prompt(prompt, hidden, len(part) - 1)
+        elif self._decoding():
+            self._settle(prompt)
+
+    def _run_tile(self, prompt: _Prompt, part: list[int]) -> jax.Array:
+        """All blocks on a tile; its hidden states after the final norm."""
+        assert self._state is not None
+        params, program = self.model.params, self._prompt_program
+        tokens = np.zeros((1, program.cache.group_size), np.int32)
+        tokens[0, : len(part)] = part
+        numbers = (prompt.slot, prompt.position, len(prompt.tokens))
+        tokens, *where = jax.device_put((tokens, *map(np.int32, numbers)))
+        x, h = self._run(tile_begin, params, tokens, program=program)
+        layers = list(self._state.cache.layers)
+        try:
+            for i, of_layer in enumerate(layers):
+                call = (*block_params(params, i), x, h, of_layer, *where)
+                x, h, layers[i] = self._run(tile_layer, *call, which=i, program=program)
+        finally:  # interrupted, too: what was donated is gone
+            self._state = _with_layers(self._state, tuple(layers))
+        return h
+
+    def _copied(self, slot: int, number: int) -> Mapping[str, jax.Array]:
+        """A tile out of the cache, on its way to the host."""
+        assert self._state is not None
+        call = (self._state.cache.layers, np.int32(slot), np.int32(number))
+        tile = self._run(get_tile, *call, **self._dealt)
+        tile = everywhere(tile, mesh_of(self.model.params))
+        for x in tile.values():
+            x.copy_to_host_async()
+        return tile
+
+    def _settle(self, prompt: _Prompt) -> None:
+        """The newest tile of a prompt is done, and kept."""
+        if prompt.left is None:
+            return
+        number, hidden, tile = prompt.left
+        prompt.left = None
+        jax.block_until_ready(hidden)
+        if tile and self.prefixes is not None:
+            self.prefixes.keep(prompt.names[: number + 1], jax.device_get(tile))
+
     def _end_prompt(self, prompt: _Prompt, hidden: jax.Array, row: int) -> None:
         """Its first token; the slot decodes from now on."""
+        length = len(prompt.tokens)
         seen = np.zeros((1, self.model.config.vocab_size), bool)
         seen[0, prompt.tokens] = True
-        one = self._run(
-            tile_end,
+        call = (
             *(self.model.params, hidden, jnp.int32(row), jnp.asarray(seen)),
-            *(jnp.asarray([len(prompt.tokens)], jnp.int32), prompt.wants),
-            program=self.program.prompt,
-            capacity=self.capacity,
-            logprobs=self.config.logprobs,
+            *(jnp.asarray([length], jnp.int32), prompt.wants),
         )
+        static: dict[str, Any] = {"program": self._prompt_program, "capacity": self.capacity}
+        static |= {"logprobs": self.config.logprobs}
+        one = self._runner.ready(TILE_STAGES[tile_end], *call, **static)(*call)
         assert self._state is not None
         layers = self._state.cache.layers
         self._state = _with_layers(self._state, ())
         self._insert(prompt.slot, one)
         self._state = _with_layers(self._state, layers)
+        del self._standing[prompt.slot]
+        del self._lie[prompt.slot][self._settled(length) :]
         self._prompts.popleft()
         self._look()
 
-    def _run(self, stage: Any, *args: Any, **static: Any) -> Any:
-        return self._runner.ready(TILE_STAGES[stage], *args, **static)(*args)
+    def _run(self, stage: Any, *args: Any, which: Hashable = 0, **static: Any) -> Any:
+        return self._program(stage, *args, which=which, **static)(*args)
+
+    def _program(self, stage: Any, *args: Any, which: Hashable = 0, **static: Any) -> Any:
+        """Of a stage whose arguments have one form wherever `which` is the same. (Over a mesh they
+        may lie another way.)"""
+        if self.program.mesh is not None:
+            return self._runner.ready(TILE_STAGES[stage], *args, **static)
+        return self._runner.known((stage, which), TILE_STAGES[stage], *args, **static)
 
     # Whole prompts.
 

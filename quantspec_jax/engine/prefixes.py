@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import collections
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 HostTile = Mapping[str, np.ndarray]
 
 
-def names(tokens: Sequence[int], group_size: int) -> Iterator[bytes]:
+def names(tokens: Sequence[int], group_size: int) -> list[bytes]:
     """The names of the whole tiles of a sequence of tokens."""
-    name = b""
+    found, name, every = [], b"", np.asarray(tokens, "<i4")
     for start in range(0, len(tokens) - group_size + 1, group_size):
-        own = np.asarray(tokens[start : start + group_size], "<i4").tobytes()
-        name = hashlib.sha256(name + own).digest()
-        yield name
+        name = hashlib.sha256(name + every[start : start + group_size].tobytes()).digest()
+        found.append(name)
+    return found
 
 
 class Prefixes:
@@ -41,13 +42,9 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def find(self, tokens: Sequence[int], group_size: int, most: int) -> list[HostTile]:
-        """The tiles, `most` at most, that the sequence begins with."""
-        found = []
-        for name in list(names(tokens[: most * group_size], group_size)):
-            if name not in self._kept:
-                break
-            found.append(name)
+    def find(self, names: Sequence[bytes]) -> list[HostTile]:
+        """Of the tiles of a sequence the first ones, up to one that is not there."""
+        found = list(itertools.takewhile(self._kept.__contains__, names))
         for name in reversed(found):
             self._kept.move_to_end(name)
         return [self._kept[name] for name in found]
@@ -57,14 +54,16 @@ class Prefixes:
         self.hits += kept
         self.misses += read
 
-    def keep(self, tokens: Sequence[int], group_size: int, tile: HostTile) -> None:
-        """Keep the last tile of a sequence of whole tiles, unless it is too large."""
-        every = list(names(tokens, group_size))
+    def keep(self, names: Sequence[bytes], tile: HostTile) -> None:
+        """Keep a tile, the last one that is named after those before it, unless it is too large or
+        the one before it has gone: nobody would find it."""
+        *before, own = names
         size = sum(x.nbytes for x in tile.values())
-        if size > self.most_bytes or every[-1] in self._kept:
+        alone = bool(before) and before[-1] not in self._kept
+        if size > self.most_bytes or alone or own in self._kept:
             return
-        self._kept[every[-1]] = tile
-        for name in reversed(every):  # those before it are used after it
+        self._kept[own] = tile
+        for name in reversed(names):  # those before it are used after it
             if name in self._kept:
                 self._kept.move_to_end(name)
         self.bytes += size

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -113,8 +113,7 @@ class Runner:
             self._parts["cache"] = tree_bytes(cache) // program.axes.size
         # Executables whose memory is known to be there. They are `PROGRAMS`' to keep, or to forget.
         self._checked: weakref.WeakSet[Any] = weakref.WeakSet()
-        # A runner's arguments keep their forms: to look these up again takes milliseconds a chunk.
-        self._decoders: weakref.WeakValueDictionary[Program, Any] = weakref.WeakValueDictionary()
+        self._known: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
         # Of a number in the same place of memory as before, a GPU's graphs need no update.
         self._numbers: dict[int, jax.Array] = {}
         self._check()
@@ -140,6 +139,15 @@ class Runner:
             self._check()
         return executable
 
+    def known(self, what: Hashable, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
+        """`ready`, of arguments that have one form wherever `what` is the same: to look at them
+        again takes milliseconds where they are many."""
+        executable = self._known.get(what)
+        if executable is None:
+            executable = self._known[what] = self.ready(function, *args, **static)
+        PROGRAMS.used(executable)
+        return executable
+
     def prepare(self, model: Model, state: Any, program: Program) -> None:
         """Make the executable of `decode`, for a state of these forms; in any thread."""
         drafts = model.draft_params if program.gamma else {}
@@ -153,10 +161,7 @@ class Runner:
         if rounds not in self._numbers:
             self._numbers[rounds] = jnp.int32(rounds)
         args = (model.params_for(program.cache), drafts, state, self._numbers[rounds])
-        executable = self._decoders.get(program)
-        if executable is None:
-            executable = self._decoders[program] = self.ready(DECODE, *args, program=program)
-        PROGRAMS.used(executable)
+        executable = self.known(program, DECODE, *args, program=program)
         started = time.perf_counter()
         state = jax.block_until_ready(executable(*args))
         return state, time.perf_counter() - started

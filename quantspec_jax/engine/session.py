@@ -23,7 +23,7 @@ import jax
 from quantspec_jax.checks import is_int, require
 from quantspec_jax.engine import saved
 from quantspec_jax.engine.engine import Engine, TokenLogprob
-from quantspec_jax.engine.prefixes import Prefixes
+from quantspec_jax.engine.prefixes import Prefixes, names
 from quantspec_jax.engine.reply import Reply, since
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.loading import Model
@@ -151,8 +151,7 @@ class Session:
           ValueError: there is no such directory.
         """
         cache = self._engine.program.cache
-        most = len(self._prompt) // cache.group_size
-        tiles = self.prefixes.find(self._prompt, cache.group_size, most)
+        tiles = self.prefixes.find(names(self._prompt, cache.group_size))
         extra = {"messages": self.messages, "prompt_tokens": len(self._prompt)}
         saved.save(path, self.model, cache, self.tokens, tiles, extra)
 
@@ -174,9 +173,9 @@ class Session:
         session = cls(model, config, cache_bytes=cache_bytes)
         cache = session._engine.program.cache
         found = saved.load(path, model, cache)
-        g = cache.group_size
-        for i, tile in enumerate(found.tiles):
-            session.prefixes.keep(found.tokens[: (i + 1) * g], g, tile)
+        every = names(found.tokens, cache.group_size)
+        for i, tile in enumerate(found.tiles, 1):
+            session.prefixes.keep(every[:i], tile)
         session.messages = found.extra["messages"]
         session.tokens = found.tokens
         session._prompt = found.tokens[: found.extra["prompt_tokens"]]

@@ -33,7 +33,7 @@ from pallas_kernels.rope_append.heads import Heads
 from pallas_kernels.rope_append.xla import narrowed
 from quantspec_jax.axes import ONE, Axes
 from quantspec_jax.cache import KVCache
-from quantspec_jax.cache.tiles import get_tile, put_tile
+from quantspec_jax.cache.tiles import get_tile, put_tiles
 from quantspec_jax.generate.cache_pass import attention
 from quantspec_jax.generate.prefill import first_state
 from quantspec_jax.generate.requests import Requests
@@ -75,8 +75,6 @@ def tile_layer(
     config, cache = program.model, program.cache
     g = cache.group_size
     positions = (start + jnp.arange(g))[None]
-    # A tile has more rows than a named kernel takes.
-    reader = dataclasses.replace(program, backend="xla" if program.backend == "xla" else "auto")
 
     def attend(layer: LayerCache, heads: Heads) -> tuple[jax.Array, LayerCache]:
         q, k, v = heads.finished()
@@ -85,7 +83,7 @@ def tile_layer(
         layer = _write(layer, keys[0], values[0], slot, start)
         row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, 0), layer)
         before = KVCache((), start[None] + g, start[None], g, cache.codec)
-        found = attention(q, row, before, start[None], None, Read(cache.view), reader, False)
+        found = attention(q, row, before, start[None], None, Read(cache.view), program, False)
         return found.out, _coded(layer, slot, start // g, program)
 
     frequencies = rope_frequencies(config.rope, config.head_dim, cache.max_length)
@@ -193,7 +191,7 @@ TILE_STAGES: dict[Any, Any] = {
     tile_end: jax.jit(tile_end, static_argnames=("program", "capacity", "logprobs")),
     stand_still: jax.jit(stand_still, donate_argnames="state"),
     get_tile: jax.jit(get_tile, static_argnames=("group_size", "devices")),
-    put_tile: jax.jit(
-        put_tile, static_argnames=("group_size", "devices"), donate_argnames="layers"
+    put_tiles: jax.jit(
+        put_tiles, static_argnames=("group_size", "devices"), donate_argnames="layer"
     ),
 }

@@ -29,7 +29,7 @@ from quantspec_jax.bench import decode as bench
 from quantspec_jax.bench.decode import random_state
 from quantspec_jax.cache import KVCache, create
 from quantspec_jax.cache.config import CacheConfig
-from quantspec_jax.cache.tiles import get_tile, put_tile
+from quantspec_jax.cache.tiles import get_tile, put_tiles
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.engine.prepare import prepare
 from quantspec_jax.engine.programs import DECODE
@@ -305,8 +305,8 @@ def prompts_in_tiles() -> None:
     tiles = [get_tile([x], jnp.int32(5), jnp.int32(1), 16, n) for x, n in ((whole, 1), (parts, 2))]
     for name, x in tiles[0].items():
         assert np.isclose(x.astype(jnp.float32), tiles[1][name].astype(jnp.float32)).mean() > 0.99
-        back = put_tile([parts], tiles[1], jnp.int32(3), jnp.int32(1), 16, 2)
-        found = get_tile(back, jnp.int32(3), jnp.int32(1), 16, 2)[name]
+        back = put_tiles(parts, tiles[1], *(jnp.int32(n) for n in (0, 3, 1)), 16, 2)
+        found = get_tile([back], jnp.int32(3), jnp.int32(1), 16, 2)[name]
         np.testing.assert_array_equal(found, tiles[1][name])
 
 

@@ -26,7 +26,7 @@ import pytest
 import quantspec_jax as qs
 from quantspec_jax.cache.tiles import get_tile
 from quantspec_jax.engine.engine import Engine
-from quantspec_jax.engine.prefixes import Prefixes
+from quantspec_jax.engine.prefixes import Prefixes, names
 from quantspec_jax.engine.programs import PROGRAMS
 from quantspec_jax.engine.reply import Reply
 from quantspec_jax.models.module import init_params
@@ -112,6 +112,7 @@ def alone(
     while engine.running:
         engine.advance(8, speculate)
     for slot, reply in zip(slots, replies, strict=True):
+        reply.slot = slot
         reply.look(engine, slot)
         engine.remove(slot)
     return replies
@@ -121,6 +122,17 @@ PROMPT = "The cache is stored once, in two planes of four bits each."
 PROMPTS = [[5, 6, 7] * 20, [9, 8] * 35, [11] * 33, list(range(1, 120)), [3, 1, 4, 1, 5]]
 MODES = [{"gamma": 3, "coupling": "invariant", **FEW}, {"mode": "autoregressive", "kv": "full"}]
 TILE = jax.jit(get_tile, static_argnums=3)
+
+
+def bits(engine: Engine, slot: int, number: int) -> dict[str, bytes]:
+    """A tile, as it lies in a slot."""
+    tile = TILE(engine._state.cache.layers, jnp.int32(slot), jnp.int32(number), G)
+    return {name: np.asarray(x).tobytes() for name, x in tile.items()}
+
+
+def reusing_config(mode) -> qs.GenerateConfig:
+    common = {"group_size": G, "prefill": "tiles", "max_length": LENGTH, "logprobs": 20}
+    return qs.GenerateConfig(**common, **mode, max_new_tokens=LENGTH - 1)
 
 
 def test_a_short_prompt_is_read_alike_in_tiles_and_whole(model, engine):
@@ -188,14 +200,7 @@ def test_requests_that_come_while_others_decode_get_what_they_get_alone(engine):
 def test_what_is_kept_is_what_a_fresh_prefill_makes_bit_for_bit(model, mode):
     """Prompts that begin alike; the text is that of the fresh run, too (its first token, where no
     rounds were to be compiled)."""
-    config = qs.GenerateConfig(
-        **mode,
-        group_size=G,
-        prefill="tiles",
-        max_length=LENGTH,
-        max_new_tokens=LENGTH - 1,
-        logprobs=20,
-    )
+    config = reusing_config(mode)
     new = 24 if "gamma" in mode else 1
     reusing = Engine(model, config, 1, slots=4, prefixes=Prefixes(1 << 20))
     long, other = list(range(1, 120)), [*range(1, 90), *[4] * 50]
@@ -207,14 +212,71 @@ def test_what_is_kept_is_what_a_fresh_prefill_makes_bit_for_bit(model, mode):
         pairs = enumerate(zip(prompt, long, strict=False))
         shared = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(long)))
         assert shared - 2 * G < kept.kept <= shared
-        layers = [each._state.cache.layers for each in (reusing, fresh)]
         for number in range(len(prompt) // G):
-            tiles = [TILE(each, jnp.int32(0), jnp.int32(number), G) for each in layers]
-            for name, x in tiles[0].items():
-                assert np.asarray(x).tobytes() == np.asarray(tiles[1][name]).tobytes()
+            assert bits(reusing, kept.slot, number) == bits(fresh, made.slot, number)
     first, second = alone(reusing, [9] * 120, 1, n=2)  # side by side: it is read once
     assert first.kept == 0 < 120 - 2 * G < second.kept
     assert first.tokens == second.tokens
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["quantspec", "full"])
+def test_tiles_that_lie_in_a_slot_stay_there_while_others_decode(model, mode, monkeypatch):
+    """A second turn copies nothing, though rounds run while it waits and while it is read; so does
+    one after a prompt that was given up midway. Of several free slots each takes its own. Where it
+    is taken, tiles are copied, some between two rounds."""
+    config = reusing_config(mode)
+    engine, fresh = (Engine(model, config, 1, 4, each) for each in (Prefixes(1 << 20), None))
+    put, copied = Engine._put, []
+    monkeypatch.setattr(Engine, "_put", lambda *args: (copied.append(args[2:]), put(*args)))
+    wish = qs.GenerateConfig(**{**vars(config), "max_new_tokens": 3})
+    long, other = list(range(1, 120)), [*range(130, 220)]
+    own = [alone(engine, prompt, 3, wish=wish)[0].slot for prompt in (long, other)]
+    assert len(set(own)) == 2
+    endless = {"max_new_tokens": 110, "ignore_eos": True}
+    (busy,) = engine.add([[2] * 20], qs.GenerateConfig(**{**vars(wish), **endless}))
+
+    def between(slot: int, until: int) -> int:
+        """Steps until so much of a slot's prompt is read, others decoding; how many."""
+        for count in range(100):
+            (position,) = {p.position for p in engine._prompts if p.slot == slot} or {LENGTH}
+            if position >= until:
+                return count
+            engine.step(1)
+        raise AssertionError
+
+    between(busy, 20)
+    (waits,) = engine.add([[3] * 50], wish)
+    second = [*long[:100], *[7] * 40]
+    (again,) = engine.add([second], wish)  # given up, after six tiles in place and one read
+    assert again == own[0]
+    assert between(waits, 50) > 2  # `again` stands still meanwhile
+    assert between(again, 7 * G) == 1
+    engine.remove(again)
+    engine.remove(waits)
+    engine.step(3)  # what is written for nobody lies behind what was read
+    turns = {own[1]: [*other, *[5] * 5], own[0]: second}
+    kept = {own[1]: 4 if "gamma" in mode else 5, own[0]: 7}
+    assert engine.add(list(turns.values()), wish) == list(turns)
+    while not all(engine.read(slot).finished for slot in turns):
+        engine.step(1)
+    assert not copied
+    monkeypatch.setattr("quantspec_jax.engine.engine.TILES_PUT_BESIDE", 5)
+    assert engine.add([second], wish) == [waits]
+    engine.step(1)
+    assert [len(tiles) for _, tiles in copied] == [4, 1]
+    between(waits, LENGTH)
+    turns[waits], kept[waits] = second, 7 if "gamma" in mode else 8
+    while not engine.read(waits).finished:
+        engine.step(1)
+    assert [first for first, _ in copied] == [0, 4, *range(5, kept[waits])]
+    assert not engine.read(busy).finished
+    for slot, prompt in turns.items():
+        (made,) = alone(fresh, prompt, 3, wish=wish)
+        found = engine.read(slot)
+        assert found.tokens == made.tokens
+        assert found.kept == kept[slot] * G
+        for number in range(len(prompt) // G):
+            assert bits(engine, slot, number) == bits(fresh, made.slot, number)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -241,16 +303,17 @@ def test_logprobs_are_the_targets_with_and_without_speculation(model, engine, te
 def test_the_oldest_tiles_go_first_and_ends_before_beginnings():
     tile = {"x": np.zeros(10, np.uint8)}
     prefixes = Prefixes(60)
-    old, new = [1] * 12, [2] * 12
-    for tokens in (old, new):
-        for end in (4, 8, 12):
-            prefixes.keep(tokens[:end], 4, tile)
+    old, new, third, large = (names([token] * 12, 4) for token in (1, 2, 3, 9))
+    for every in (old, new):
+        for number in (1, 2, 3):
+            prefixes.keep(every[:number], tile)
     assert len(prefixes) == 6
-    assert len(prefixes.find(old, 4, 3)) == 3  # used: the newer one is the older now
-    prefixes.keep([3] * 4, 4, tile)
-    assert [len(prefixes.find(x, 4, 3)) for x in (old, new, [3] * 4)] == [3, 2, 1]
+    assert len(prefixes.find(old)) == 3  # used: the newer one is the older now
+    prefixes.keep(third[:1], tile)
+    prefixes.keep(large[:2], tile)  # nobody would find it: the one before it is not there
+    assert [len(prefixes.find(x)) for x in (old, new, third)] == [3, 2, 1]
     assert prefixes.bytes == 60
-    prefixes.keep([9] * 4, 4, {"x": np.zeros(61, np.uint8)})
+    prefixes.keep(large[:1], {"x": np.zeros(61, np.uint8)})
     assert len(prefixes) == 6
 
 

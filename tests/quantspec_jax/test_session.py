@@ -241,3 +241,24 @@ def test_an_interruption_before_the_first_token_has_all_statistics(model, monkey
     assert (turn.tokens, turn.text, turn.stats["rounds"]) == ([], "", 0)
     assert turn.stats["acceptance_rate"] is turn.stats["tokens_per_round"] is None
     assert summary(turn.stats).startswith("0 tokens (interrupted)")
+
+
+def test_after_an_interruption_in_a_prompt_the_text_is_that_of_a_fresh_run(model, monkeypatch):
+    """What was read of it by then is kept, up to the tile that was on its way to the host."""
+    config = config_of(MODES[0])
+    session, read, count = qs.Session(model, config), Engine._read_next, 0
+
+    def interrupted(engine, prompt):
+        nonlocal count
+        count += 1
+        read(engine, prompt)
+        if count == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Engine, "_read_next", interrupted)
+        assert session.generate(DOCUMENT).tokens == []
+    turn, fresh = session.generate(DOCUMENT), qs.Session(model, config)
+    assert turn.stats["cached_tokens"] == 4 * G
+    assert turn.tokens == fresh.generate(DOCUMENT).tokens
+    assert tiles(session) == tiles(fresh)
