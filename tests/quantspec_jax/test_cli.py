@@ -558,7 +558,8 @@ class TestInfo:
         status, out, _ = run("info", tiny_llama_dir, "--device")
         assert status == 0
         assert "parameters" in out
-        assert "in XLA: add_rms_norm, int4_matmul, kv_attention, quantize_pack, rope_append" in out
+        names = "add_rms_norm, int4_matmul, kv_attention, page_choice, quantize_pack, rope_append"
+        assert f"in XLA: {names}" in out
         status, _, err = run("info")
         assert status == 2
         assert "SOURCE is 'missing'" in err
