@@ -28,7 +28,7 @@ END = "<!-- end of results -->"
 MOST_ROWS = 24
 WIDE = 12  # columns; a single row of more is a list
 MOST_HEADLINES = 8
-KEYS = ("what", "title", "command", "note", "device", "versions", "date", "rows")
+KEYS = ("what", "title", "command", "note", "outdated", "device", "versions", "date", "rows")
 
 # The runs of README.md's table by name, and which rows of each; real text comes first.
 HEADLINES: tuple[tuple[str, slice], ...] = (
@@ -140,8 +140,8 @@ HEADLINE_COLUMNS = (
 
 
 def headlines(runs: Sequence[Run]) -> list[Headline]:
-    """The rows of README.md's table."""
-    found = []
+    """The rows of README.md's table: of runs that this version would repeat."""
+    found, runs = [], [run for run in runs if "outdated" not in run.record]
     for pattern, which in HEADLINES:
         found += [row for run in matching(runs, pattern) for row in headlines_of(run)][which]
     return found[:MOST_HEADLINES]
@@ -289,8 +289,9 @@ def table(run: Run) -> str:
     about = f"[{run.path.name}]({run.path.name}): `{one_line(record['command'])}`"
     if settings:
         about += "; " + ", ".join(f"{words(n)} {cell(n, v)}" for n, v in settings.items())
-    if "note" in record:
-        about += f" ({record['note']})"
+    for name in ("note", "outdated"):
+        if name in record:
+            about += f" ({record[name]})"
     lines = [
         f"**{run.title}** · {record['device']} · {record['date']} · {versions(record)}",
         *("", about, ""),

@@ -400,6 +400,12 @@ class TestHeadlines:
         (adaptive,) = render.headlines([run_of(render, rows, "text-a")])
         assert (adaptive.ours, adaptive.plain) == (70, pytest.approx(40))
 
+    def test_a_run_that_this_version_would_not_repeat_is_no_headline(self, render):
+        rows = [text_row(8, None, 40.0, 1.0), text_row(8, 2, 60.0, 1.5)]
+        run = run_of(render, rows, "text-a", outdated="Outdated: plain decoding is faster since.")
+        assert render.headlines([run]) == []
+        assert "(Outdated: plain decoding is faster since.)" in render.table(run)
+
     def test_rows_are_of_all_prompts(self, render):
         rows = [
             text_row(8, 4, speed, speed_up, prompts=prompts)
