@@ -6,7 +6,8 @@ accept place i, and costs 1 + γ c, in units of a plain step; c is what a draft 
 with γ = 4. A part of it is the verification's, which costs more than a plain step however few rows
 it has, and more rows cost more than in proportion. γ is what makes the most of that, chosen for a
 chunk of rounds: each γ is a compiled program of its own, as fast as if it had been asked for, and
-another one is taken only where it promises one per cent.
+another one is taken only where it promises one per cent. The first is 4, unless plain decoding or
+another one promises much more.
 
 sᵢ = sᵢ₋₁ aᵢ, aᵢ the share of the rounds that reached place i which accept it. It is counted, each
 round a little less than the next one, and leans on α, the acceptance of all proposals that were
@@ -34,6 +35,7 @@ STALE = 0.96  # of what is known of places beyond those that are drafted
 PRIOR = (0.9, 4.0)  # acceptance assumed before anything was seen, and the tries it weighs
 LEANING = 16.0  # rounds that α weighs beside the counts of a place
 GAIN = 1.01  # that another γ has to promise
+GUESS = 1.1  # and before anything was seen: the trial's program is there, another one takes seconds
 # What a verification of a few rows takes over a plain step: an assumption. On an H200 the rounds
 # of SmolLM2 with γ = 4 and 7 leave nothing for it. It is at most a half of what is measured.
 VERIFICATION = 0.08
@@ -70,7 +72,7 @@ class AdaptiveGamma:
         self._by_place = np.zeros((2, most))  # rounds that reached a place, and that accepted it
         self._counted = 1 - np.arange(1, most + 1) / group_size  # share of rounds that reach it
         self._wait, self._waited = FIRST_WAIT, 0
-        self.gamma = self._best(self.gammas)
+        self.gamma = TRIAL_GAMMA if TRIAL_GAMMA in self.gammas else self._best(self.gammas)
 
     @property
     def acceptance(self) -> float:
@@ -115,7 +117,8 @@ class AdaptiveGamma:
             self.gamma = self._best(self.gammas[1:])
             return self.gamma, min(rounds, PROBE_ROUNDS)
         best = self._best(self.gammas)
-        if self._yield(best) > GAIN * self._yield(self.gamma):
+        unseen = best > 0 and self._tried == PRIOR[1]
+        if self._yield(best) > (GUESS if unseen else GAIN) * self._yield(self.gamma):
             self._wait = FIRST_WAIT if best else self._wait
             self.gamma = best
         return self.gamma, rounds

@@ -101,6 +101,12 @@ def test_no_chunk_is_cut_short_but_those_that_try_again():
     assert {number for _, number in lengths} <= {32, PROBE_ROUNDS}
 
 
+def test_it_begins_with_the_program_of_the_trial():
+    """Before anything was seen few per cent are a guess, and another program is compiled first."""
+    began = {cost: AdaptiveGamma(cost, G).next_chunk(16)[0] for cost in (0.02, 0.3, 0.57, 0.7, 1.1)}
+    assert began == {0.02: MOST_DRAFTED, 0.3: 4, 0.57: 4, 0.7: 4, 1.1: 0}
+
+
 def test_a_small_group_leaves_room_for_fewer():
     assert max(AdaptiveGamma(0.01, 8).gammas) == 7
     assert max(AdaptiveGamma(0.01, 4).gammas) == 2
