@@ -324,7 +324,7 @@ def no_device_has_more_than_its_share() -> None:
     assert [engine.read(slot).tokens for slot in range(2)] == alone()
     assert engine._state is not None
     check_cache(engine._state.cache, sizes)
-    (program,) = engine._runner._decoders.values()
+    (program,) = engine._runner._known.values()
     text, passes = program.as_text(), 2  # a draft step's and a verification's
     # Of a pass o, down and the embedding are summed; attention's parts and logits are gathered.
     # One more sum a round is that of the pages which were read.
