@@ -38,6 +38,7 @@ from pallas_kernels.layout import LAYOUT_VERSION, QuantizedWeight
 from quantspec_jax.checks import is_int, require, within
 from quantspec_jax.dtypes import STORED, float_type
 from quantspec_jax.files import check_regular, read_json
+from quantspec_jax.interrupts import held
 from quantspec_jax.methods import stored
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.parameters import flatten, linear_layers, nest, parameter_shapes
@@ -177,8 +178,9 @@ def save_tree(directory: Path, tree: dict[str, Any]) -> None:
     # Ctrl-C must not strike inside Orbax, whose writers would go on without it: it strikes here,
     # and taking their files away ends them.
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        saved = pool.submit(save)
         try:
+            with held():  # not between the beginning and its name
+                saved = pool.submit(save)
             saved.result()
         except SourceError as error:
             raise error.__cause__ or error from None
