@@ -79,7 +79,6 @@ def registry(stop: threading.Event) -> Any:
                 deferred, *rest = map(list, zip(*batch, strict=True))
                 for written in await arrays.serialize(_made(deferred, stop), *rest):
                     written.result()
-                del written  # which knows its array
             return []
 
     return ocp.type_handlers.create_type_handler_registry((jax.Array, arrays), (Deferred, InTurn()))
