@@ -43,7 +43,7 @@ def bf16_matmuls(
         return _launch(x, weights, around, transposed, out_dtype, backend)
 
     def multiply(h: jax.Array) -> list[jax.Array]:
-        return [xla.bf16_matmul(h, w, transposed, out_dtype) for w in weights]
+        return [xla.matmul(h, w, transposed, out_dtype) for w in weights]
 
     return apart(x, around, multiply)
 

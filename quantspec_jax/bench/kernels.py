@@ -512,7 +512,7 @@ def _bf16(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) 
 
         def dense(h: jax.Array, weights: Sequence[Any], tied: bool = tied) -> list[jax.Array]:
             wide = h.astype(jnp.float32)
-            return [bf16_reference.bf16_matmul(wide, w, tied, jnp.float32) for w in weights]
+            return [bf16_reference.matmul(wide, w, tied, jnp.float32) for w in weights]
 
         def tune(calls: Sequence[Any], tied: bool = tied) -> None:
             x, first, around = calls[0]
@@ -589,9 +589,7 @@ def _bf16_peer(calls: Sequence[Any], transposed: bool) -> float:
             shapes = [(x.shape[-1], w.outputs) for w in weights]
             weights = [_normal(jax.random.key(i), shape) for shape in shapes]
         dense.append((x, weights))
-    product = jax.jit(
-        lambda x, ws: [bf16_reference.bf16_matmul(x, w, transposed, x.dtype) for w in ws]
-    )
+    product = jax.jit(lambda x, ws: [bf16_reference.matmul(x, w, transposed, x.dtype) for w in ws])
     return 1e3 * timing.device_seconds(product, dense)
 
 

@@ -117,8 +117,8 @@ class AdaptiveGamma:
             self.gamma = self._best(self.gammas[1:])
             return self.gamma, min(rounds, PROBE_ROUNDS)
         best = self._best(self.gammas)
-        unseen = best > 0 and self._tried == PRIOR[1]
-        if self._yield(best) > (GUESS if unseen else GAIN) * self._yield(self.gamma):
+        guessed = best > 0 and self._tried == PRIOR[1]  # nothing was observed
+        if self._yield(best) > (GUESS if guessed else GAIN) * self._yield(self.gamma):
             self._wait = FIRST_WAIT if best else self._wait
             self.gamma = best
         return self.gamma, rounds

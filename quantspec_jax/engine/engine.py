@@ -56,7 +56,7 @@ from quantspec_jax.sharding import mesh_of, place_cache
 TRIAL_PAYS = 64  # new tokens; fewer are decoded sooner than the cost of a draft step is known
 ROUNDS_BESIDE_PROMPTS = 4  # between two tiles of a prompt
 TILES_PUT = 4  # into a slot at once
-TILES_PUT_BESIDE = 16  # where others decode: sooner there than one is read
+TILES_PUT_BESIDE = 16  # where others decode: a guess at what takes no longer than to read one
 INSERT = jax.jit(insert, donate_argnames="state")
 COUNTERS = ("rounds", "proposed", "accepted", "draft_pages")
 

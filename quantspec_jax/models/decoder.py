@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.add_rms_norm.xla import rms_norm
 from pallas_kernels.bf16_matmul import api as bf16
+from pallas_kernels.bf16_matmul.xla import matmul
 from pallas_kernels.layout import PackedWeight
 from pallas_kernels.rope_append.heads import Heads
 from quantspec_jax.axes import ONE, Axes
@@ -38,8 +39,8 @@ from quantspec_jax.models.linear import (
     apart_from_norm,
     computed,
     gated,
+    precision,
     products,
-    whole_product,
 )
 from quantspec_jax.models.parameters import Params
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
@@ -186,8 +187,7 @@ def unembed(
     """[..., E] hidden states → [..., N] float32 logits.
 
     A draft's lm_head may have, beside its packed `kernel`, the target's own rows [R, E] of the
-    first R tokens as `first`: their logits come from those. (With [E, R] and one row of activations
-    XLA adds up columns, which is slow on a GPU.)
+    first R tokens as `first`: their logits come from those.
     """
     logits = axes.joined(_logits(params, hidden, backend))
     first = params.get("lm_head", {}).get("first")
@@ -212,4 +212,4 @@ def _whole_product(hidden: Activations, weight: jax.Array, tied: bool, backend: 
     x, around = apart_from_norm(hidden)
     if bf16.takes(x, [weight], around, tied, backend):
         return bf16.bf16_matmuls(x, [weight], around, transposed=tied, backend=backend)[0]
-    return whole_product(computed(hidden), weight, jnp.float32, transposed=tied)
+    return matmul(computed(hidden), weight, tied, jnp.float32, precision(x.dtype))

@@ -19,6 +19,7 @@ import numpy as np
 from pallas_kernels.add_rms_norm.api import add_rms_norm
 from pallas_kernels.add_rms_norm.xla import rms_norm
 from pallas_kernels.bf16_matmul import api as bf16
+from pallas_kernels.bf16_matmul.xla import matmul
 from pallas_kernels.int4_matmul import api as int4
 from pallas_kernels.int4_matmul.api import int4_matmuls
 from pallas_kernels.int4_matmul.xla import dequantize
@@ -149,7 +150,7 @@ def products(
         if results[i] is not None:
             continue
         if not isinstance(weights["kernel"], PackedWeight):
-            results[i] = whole_product(x, weights["kernel"], out_dtype)
+            results[i] = matmul(x, weights["kernel"], False, out_dtype, precision(x.dtype))
             continue
         order = weights.get("order")
         together = [
@@ -161,20 +162,6 @@ def products(
         for j, y in zip(together, packed, strict=True):
             results[j] = y
     return results  # type: ignore[return-value]
-
-
-def whole_product(
-    x: jax.Array, weight: jax.Array, out_dtype: Any, transposed: bool = False
-) -> jax.Array:
-    """[..., Kin] times a [Kin, N] weight, or a `transposed` one [N, Kin] → [..., N], by XLA. The
-    weight is contracted as it lies, so that nothing is transposed."""
-    return jax.lax.dot_general(
-        x,
-        weight,
-        (((x.ndim - 1,), (1 if transposed else 0,)), ((), ())),
-        precision=precision(x.dtype),
-        preferred_element_type=out_dtype,
-    )
 
 
 def _one_launch(

@@ -29,8 +29,7 @@ on the device says: the address of a tile's parts is all that changes, and the e
 is loaded a unit before it is needed. Tiles that the draft view reads exactly take two stages, as
 the others and then their lower planes, and one computation, in a loop of its own before the others.
 Page log-sums (`pages`) come from the sums of probabilities that the softmax keeps anyway, set apart
-for a tile; each warp writes those of its tokens, and who reads them
-adds them up (`PageLogSums`).
+for a tile; each warp writes those of its tokens, and who reads them adds them up (`PageLogSums`).
 
 Query rows (tokens × query heads of a key-value head) that it takes: up to 256, 16 tokens × 16
 heads, of head_dim up to 128; up to 128, 16 tokens × 8 heads, of 256.
