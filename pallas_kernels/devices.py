@@ -25,6 +25,7 @@ class Generation:
     bf16_mma      matrix products of one warp take bfloat16 (m16n8k16)
     bulk_copies   a copy engine brings pieces of memory into shared memory, and barriers count bytes
     clusters      blocks reach each other's shared memory
+    early_launches  a launch may begin before the one before it has ended
     """
 
     name: str
@@ -35,6 +36,7 @@ class Generation:
     bf16_mma: bool = True
     bulk_copies: bool = True
     clusters: bool = True
+    early_launches: bool = True
 
     @property
     def unsupported(self) -> str | None:
@@ -54,7 +56,7 @@ def _generation(
 
 
 # JAX 0.10 aborts the process when it compiles a kernel for them.
-_OLDER: dict[str, Any] = {"least_jax": (0, 11), "bulk_copies": False, "clusters": False}
+_OLDER: dict[str, Any] = {"least_jax": (0, 11), "bulk_copies": False, "clusters": False, "early_launches": False}
 # NVIDIA's CUDA programming guide, "Compute Capabilities": technical specifications.
 GENERATIONS = (
     _generation("before Ampere", (0, 0), 48, 1024, bf16_mma=False, **_OLDER),

@@ -334,6 +334,7 @@ class _Warp:
 
 def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], None]:
     s, c, form = plan.shape, plan.config, plan.shape.form
+    early = ptx.begins_early()
 
     def body(addresses: Sequence[V], shared: V) -> None:
         x, *rest = addresses
@@ -358,9 +359,15 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         work, sums = _Warp(plan, inputs, place, lane), plan.sums
         kept = shared + plan.kept
 
-        inputs.order()
-        cursor = ring.start(first_tile, first, end)
-        inputs.finish(c.stages, eps)
+        if early:
+            cursor = ring.start(first_tile, first, end)
+            ptx.wait_for_launches()
+            inputs.order()
+            inputs.finish(0, eps)
+        else:
+            inputs.order()
+            cursor = ring.start(first_tile, first, end)
+            inputs.finish(c.stages, eps)
         turns = ptx.ceil_div(ptx.at_least(end - first, 0), plan.rows_of_warps)
 
         def step(turn: V, carry: list[V]) -> list[V]:
@@ -440,5 +447,6 @@ def bf16_matmuls(
         warpgroups=config.warpgroups,
         shared_bytes=plan.shared_bytes,
         cluster=config.cluster,
+        ahead=range(1 + len(extra), 1 + len(extra) + len(weights)) if ptx.begins_early() else (),
     )(x.reshape(shape.rows, shape.inputs), *extra, *weights)
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in found]

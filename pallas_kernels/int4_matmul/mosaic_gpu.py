@@ -380,7 +380,6 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         inputs: V | Inputs = x
         if form.norm:
             inputs = Inputs(plan.staged, shared + plan.inputs, x, norm, i32(0), thread)
-            inputs.order()
         work, ring = _Warp(plan, inputs, lane), _Ring(plan, shared, warp, lane, turns)
         ring.start(
             [weight + first.to_i64() * s.strip_bytes for weight in weights],
@@ -388,6 +387,9 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
             ptx.minimum(strips - first, c.strips) * s.strip_bytes,
             group,
         )
+        ptx.wait_for_launches()
+        if isinstance(inputs, Inputs):
+            inputs.order()
         sums = plan.sums
         out = Results(sums, form, result, outputs, first * STRIP, residual, out_bytes)
         added = out.ahead(sums.mine(thread, rank))
@@ -482,5 +484,6 @@ def int4_matmuls(
         warpgroups=config.warpgroups,
         shared_bytes=plan.shared_bytes,
         cluster=config.cluster,
+        ahead=range(1 + len(extra), 1 + len(extra) + len(weights)),
     )(rows, *extra, *[w.strips for w in weights])
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in found]

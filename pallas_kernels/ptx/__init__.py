@@ -39,7 +39,9 @@ from pallas_kernels.ptx.copies import (
     wait_copies,
 )
 from pallas_kernels.ptx.launch import (
+    begins_early,
     kernel,
+    wait_for_launches,
 )
 from pallas_kernels.ptx.memory import (
     load,
@@ -107,6 +109,7 @@ __all__ = [
     "barrier_init",
     "barrier_poll",
     "barrier_wait",
+    "begins_early",
     "both",
     "bulk_copy",
     "ceil_div",
@@ -157,5 +160,6 @@ __all__ = [
     "unit_copy",
     "unpack_f16",
     "wait_copies",
+    "wait_for_launches",
     "when",
 ]

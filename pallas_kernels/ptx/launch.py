@@ -1,10 +1,8 @@
-"""A Pallas kernel of thread-level code.
+"""A Pallas kernel of thread-level code, and when it begins.
 
-Tried: launches that begin while the one before them ends (`griddepcontrol`, which jax 0.11 launches
-so), where products order their first weights before they wait for it. Without CUDA graphs a draft
-step of Qwen2.5-1.5B at 30,000 tokens takes 1.31 ms on an H200 instead of 1.58. In graphs it takes
-1.26 with and without: jax 0.11.2 records each kernel as a graph of its own, and between those
-nothing can begin early.
+From compute capability 9.0 on a launch may begin while the one before it ends (PTX ISA,
+"griddepcontrol"; CUDA's programming guide, "Programmatic Dependent Launch"): what it does before it
+waits costs nothing then. It waits for all that was launched before it, since that waits, too.
 """
 
 from __future__ import annotations
@@ -17,7 +15,25 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import dispatch
 from pallas_kernels.ptx.memory import address
+from pallas_kernels.ptx.values import asm
+
+# JAX 0.11 launches kernels so, but not in CUDA graphs, where decoding runs.
+_LEAST_JAX = (0, 12)
+
+
+def begins_early() -> bool:
+    """Whether a launch begins before the one before it has ended, on the default device."""
+    return dispatch.target().generation.early_launches and jax.__version_info__ >= _LEAST_JAX
+
+
+def wait_for_launches() -> None:
+    """Until what was launched before has ended, and what it wrote is seen here. A kernel whose
+    operands include some that are read `ahead` calls it itself, in each thread that reads others or
+    writes; the other kernels begin with it."""
+    if begins_early():
+        asm("griddepcontrol.wait;", [], [], effects=True)
 
 
 def kernel(
@@ -30,12 +46,16 @@ def kernel(
     shared_bytes: int = 0,
     cluster: int = 1,
     updated: int = 0,
+    ahead: Sequence[int] = (),
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """A Pallas kernel whose body is thread-level code.
 
     body(addresses of the operands and results, address of the shared memory or None). Of `blocks`,
     each `cluster` neighbours (`ctaid.x`) are a cluster. The last `updated` operands are written in
     place: what they have become comes after the results.
+
+    ahead: the operands that the body reads before it calls `wait_for_launches`. No launch of the
+    same program may write them: a program's arguments are such.
     """
     if blocks % cluster:
         raise ValueError(f"there are {blocks} blocks; a multiple of the cluster's {cluster} can be")
@@ -48,6 +68,8 @@ def kernel(
         thread_name="warpgroup",
     )
 
+    early = begins_early()
+
     def pallas_body(*refs: Any) -> None:
         def in_scope(shared: Any) -> None:
             types = tuple(plgpu.RefType() for _ in range(len(refs) + 1))
@@ -55,12 +77,18 @@ def kernel(
             @plgpu.inline_mgpu(arg_types=types)
             def inline(ctx: Any, *inner: Any) -> None:
                 del ctx
+                if early:
+                    asm("griddepcontrol.launch_dependents;", [], [], effects=True)
+                if not ahead:
+                    wait_for_launches()
                 body([address(ref) for ref in inner[:-1]], address(inner[-1]))
 
             inline(*refs, shared)
 
         words = max(shared_bytes, 16) // 4
         pl.run_scoped(in_scope, plgpu.SMEM((words,), jnp.uint32), collective_axes="warpgroup")
+        if early:
+            plgpu.griddepcontrol_wait()  # tells JAX how to launch it
 
     run = pl.kernel(
         pallas_body,

@@ -134,8 +134,15 @@ class Barrier:
 class Block:
     """What the warps of a block share."""
 
-    def __init__(self, index: int, shared_bytes: int, memory: np.ndarray):
+    def __init__(
+        self,
+        index: int,
+        shared_bytes: int,
+        memory: np.ndarray,
+        ahead: Sequence[tuple[int, int]] = (),
+    ):
         self.index, self.memory = index, memory
+        self.ahead = ahead  # from where to where it may read before it waits for other launches
         self.peers: list[Block] = [self]  # the blocks of its cluster
         self.cluster_barrier = threading.Barrier(1)
         self.shared = np.full(shared_bytes, 0xA5, np.uint8)
@@ -190,6 +197,7 @@ def scatter(where: Lanes, rows: np.ndarray) -> None:
 
 def load(where, words=1, kind="i32"):
     _reads(where)
+    _in_time(where)
     assert not (where.array[HERE.mask] % (4 * words)).any(), "a misaligned read"
     rows = gather(where, 4 * words).view(np.uint32)
     out = [Lanes(rows[:, i], "i32") for i in range(words)]
@@ -203,11 +211,24 @@ def _reads(where: Lanes) -> None:
         HERE.block.reads[HERE.warp].append((at.min(), at.max()))
 
 
+def _in_time(where: Lanes) -> None:
+    """What earlier launches write is there once this thread has waited for them."""
+    if where.kind == "i64" and not HERE.waited:
+        at = where.array[HERE.mask]
+        inside = [(begin <= at) & (at < end) for begin, end in HERE.block.ahead]
+        assert np.logical_or.reduce(inside).all(), "it waits for the launches before it too late"
+
+
+def wait_for_launches():
+    HERE.waited = True
+
+
 def fence_reads():
     HERE.block.reads[HERE.warp] = []
 
 
 def store(where, values):
+    assert where.kind == "i32" or HERE.waited, "it waits for the launches before it too late"
     assert not (where.array[HERE.mask] % (4 * len(values))).any(), "a misaligned write"
     scatter(where, np.stack([x.array.view(np.uint32) for x in values], 1).view(np.uint8))
 
@@ -354,6 +375,7 @@ def bulk_copy(target, source, num_bytes, barrier):
     to, at, count = one(target), one(source), one(num_bytes)
     assert (to | at | count) % 16 == 0, "a bulk copy moves units of 16 bytes"
     assert at + count <= HERE.block.memory.size
+    _in_time(source)
     reads = itertools.chain(*HERE.block.reads.values())
     assert all(last < to or to + count <= first for first, last in reads), "it may overtake reads"
     HERE.block.shared[to : to + count] = HERE.block.memory[at : at + count]
@@ -364,6 +386,7 @@ def unit_copy(target, source, line=0):
     """Noted, and done as late as may be: when the thread waits for its group, or arrives after its
     copies."""
     assert not ((target.array | source.array)[HERE.mask] % 16).any(), "units of 16 bytes"
+    _in_time(source)
     HERE.__dict__.setdefault("ordered", []).append((target, source, HERE.mask))
 
 
@@ -464,6 +487,8 @@ REPLACEMENTS: dict[str, Any] = {
     "barrier_init": barrier_init,
     "fence_barrier_init": lambda: None,
     "fence_reads": fence_reads,
+    "begins_early": lambda: True,
+    "wait_for_launches": wait_for_launches,
     "barrier_arrive": lambda barrier: _update(barrier, len(active()), 0),
     "barrier_expect": lambda barrier, n: _update(barrier, 1, one(n)),
     "barrier_wait": barrier_wait,
@@ -490,6 +515,7 @@ def run_cluster(body: Any, cluster: list[Block], warps: int, addresses: Sequence
 
     def run(block: Block, warp: int) -> None:
         HERE.block, HERE.warp, HERE.mask = block, warp, np.ones(32, bool)
+        HERE.waited = not block.ahead
         try:
             with np.errstate(all="ignore"):
                 body([Lanes(np.uint64(a), "i64") for a in addresses], ptx.i32(0))
@@ -508,7 +534,9 @@ def run_cluster(body: Any, cluster: list[Block], warps: int, addresses: Sequence
         raise failures[0]
 
 
-def kernel(body, out_type, *, name, blocks, warpgroups, shared_bytes=0, cluster=1, updated=0):
+def kernel(
+    body, out_type, *, name, blocks, warpgroups, shared_bytes=0, cluster=1, updated=0, ahead=()
+):
     """In place of `ptx.kernel`."""
 
     def call(*operands: jax.Array) -> tuple[jax.Array, ...]:
@@ -522,8 +550,9 @@ def kernel(body, out_type, *, name, blocks, warpgroups, shared_bytes=0, cluster=
         for at, x in zip(starts, arrays, strict=False):
             memory[at : at + x.nbytes] = np.frombuffer(x.tobytes(), np.uint8)
         before = memory[: starts[len(arrays) - updated]].copy()
+        early = [(starts[i], starts[i] + arrays[i].nbytes) for i in ahead]
         for first in range(0, blocks, cluster):
-            peers = [Block(first + i, max(shared_bytes, 16), memory) for i in range(cluster)]
+            peers = [Block(first + i, max(shared_bytes, 16), memory, early) for i in range(cluster)]
             run_cluster(body, peers, 4 * warpgroups, starts)
         np.testing.assert_array_equal(memory[: before.size], before)  # these are only read
         out = []
