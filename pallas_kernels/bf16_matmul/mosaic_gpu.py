@@ -334,7 +334,6 @@ class _Warp:
 
 def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], None]:
     s, c, form = plan.shape, plan.config, plan.shape.form
-    early = ptx.begins_early()
 
     def body(addresses: Sequence[V], shared: V) -> None:
         x, *rest = addresses
@@ -353,21 +352,22 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
             return _Tile(plan, weights, results, tile)
 
         staged_from = i32(0) if form.norm else begin * CHANNELS
-        inputs = Inputs(plan.staged, shared + plan.inputs, x, norm, staged_from, thread)
+        inputs = Inputs(plan.staged, shared + plan.inputs, x, staged_from, thread)
         ring_bytes = c.stages * plan.stage_bytes
         ring = _Ring(plan, tile_of, shared + warp * ring_bytes, place, lane)
         work, sums = _Warp(plan, inputs, place, lane), plan.sums
         kept = shared + plan.kept
 
-        if early:
-            cursor = ring.start(first_tile, first, end)
+        cursor = ring.start(first_tile, first, end)
+        factor = None
+        if norm is not None:
+            factors = inputs.weights(norm)
             ptx.wait_for_launches()
-            inputs.order()
-            inputs.finish(0, eps)
+            inputs.stage_normed(factors)
+            factor = functools.partial(inputs.factor, eps=eps)
         else:
-            inputs.order()
-            cursor = ring.start(first_tile, first, end)
-            inputs.finish(c.stages, eps)
+            ptx.wait_for_launches()
+            inputs.stage()
         turns = ptx.ceil_div(ptx.at_least(end - first, 0), plan.rows_of_warps)
 
         def step(turn: V, carry: list[V]) -> list[V]:
@@ -379,12 +379,14 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
 
         def one_tile(tile: V, cursor: list[V]) -> list[V]:
             here = tile_of(tile)
-            out = Results(sums, form, here.result, here.outputs, here.first, residual, out_bytes)
+            place = (here.result, here.outputs, here.first, residual)
+            out = Results(sums, form, *place, out_bytes, factor)
             mine = sums.mine(thread, rank)
             added = out.ahead(mine)
             carry = ptx.loop(i32(0), turns, [f32(0.0)] * work.sums + cursor, step)
             work.keep(kept + line * sums.warp_bytes, carry[: work.sums])
             ptx.sync_threads(i32(1), 32 * plan.warps)
+            ptx.when(tile + ring.step >= sum(plan.tiles), ptx.let_next_begin)
 
             def write(i: int, index: V, parts: list[list[V]]) -> None:
                 out.write(index, parts, added[i])
@@ -435,7 +437,8 @@ def bf16_matmuls(
     """See `pallas_kernels.bf16_matmul.api.bf16_matmuls`."""
     shape = shape_of(x, weights, around, transposed)
     plan = Plan(shape, config, multiprocessors)
-    dtype = jnp.dtype(jnp.bfloat16 if shape.form.gated or shape.form.residual else out_dtype)
+    form = shape.form
+    dtype = jnp.dtype(jnp.bfloat16 if form.gated or form.residual else out_dtype)
     extra = [] if around.norm is None else [around.norm.astype(x.dtype)]
     if around.residual is not None:
         extra.append(around.residual.reshape(shape.rows, -1))
@@ -447,6 +450,7 @@ def bf16_matmuls(
         warpgroups=config.warpgroups,
         shared_bytes=plan.shared_bytes,
         cluster=config.cluster,
-        ahead=range(1 + len(extra), 1 + len(extra) + len(weights)) if ptx.begins_early() else (),
+        # The weights, and before them the norm's.
+        ahead=[1] * form.norm + [*range(1 + len(extra), 1 + len(extra) + len(weights))],
     )(x.reshape(shape.rows, shape.inputs), *extra, *weights)
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in found]

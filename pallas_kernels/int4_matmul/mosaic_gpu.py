@@ -80,6 +80,7 @@ from pallas_kernels.ptx import V, f32, i32
 
 MAX_ROWS = 16
 NEIGHBOURS = 8  # blocks that begin at the same group
+MOST_STAGED = 40 << 10  # bytes of activations that are not normed
 LARGE, SMALL = 0x5F805F80, 0x1F801F80  # two bf16 2⁶⁴, and 2⁻⁶⁴
 UNIT = 2.0**69  # what a product is short of: 2⁶⁴ x times a code in the lowest bits, code · 2⁻¹³³
 
@@ -174,10 +175,14 @@ class Plan:
         return -(-8 * self.warps * self.config.stages // 128) * 128
 
     @property
-    def staged(self) -> Staged:
-        """Activations that are normed: all of them."""
+    def staged(self) -> Staged | None:
+        """The activations in shared memory: all of them where they are normed, else those of the
+        cluster's share of the groups. None: they take too much of it."""
         s = self.shape
-        return Staged(s.rows, s.inputs, s.groups * s.group_size, True, self.warps)
+        groups = s.groups if s.form.norm else -(-s.groups // self.config.cluster)
+        given = s.inputs if s.form.norm else s.groups * s.group_size
+        staged = Staged(s.rows, given, groups * s.group_size, s.form.norm, self.warps)
+        return staged if s.form.norm or staged.num_bytes <= MOST_STAGED else None
 
     @property
     def inbox(self) -> int:
@@ -186,12 +191,12 @@ class Plan:
 
     @property
     def inputs(self) -> int:
-        """Where normed activations lie."""
+        """Where activations lie."""
         return self.inbox + self.sums.inbox_bytes
 
     @property
     def shared_bytes(self) -> int:
-        return self.inputs + (self.staged.num_bytes if self.shape.form.norm else 0)
+        return self.inputs + (self.staged.num_bytes if self.staged else 0)
 
 
 class _Ring:
@@ -378,8 +383,9 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
             return begin + ptx.minimum(at, count - 1)
 
         inputs: V | Inputs = x
-        if form.norm:
-            inputs = Inputs(plan.staged, shared + plan.inputs, x, norm, i32(0), thread)
+        if plan.staged is not None:
+            staged_from = i32(0) if form.norm else begin * s.group_size
+            inputs = Inputs(plan.staged, shared + plan.inputs, x, staged_from, thread)
         work, ring = _Warp(plan, inputs, lane), _Ring(plan, shared, warp, lane, turns)
         ring.start(
             [weight + first.to_i64() * s.strip_bytes for weight in weights],
@@ -387,14 +393,21 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
             ptx.minimum(strips - first, c.strips) * s.strip_bytes,
             group,
         )
-        ptx.wait_for_launches()
-        if isinstance(inputs, Inputs):
-            inputs.order()
+        factor = None
+        if norm is not None:
+            assert isinstance(inputs, Inputs)
+            factors = inputs.weights(norm)
+            ptx.wait_for_launches()
+            inputs.stage_normed(factors)
+            factor = functools.partial(inputs.factor, eps=eps)
+        else:
+            ptx.wait_for_launches()
+            if isinstance(inputs, Inputs):
+                inputs.stage()
         sums = plan.sums
-        out = Results(sums, form, result, outputs, first * STRIP, residual, out_bytes)
+        place = (result, outputs, first * STRIP, residual)
+        out = Results(sums, form, *place, out_bytes, factor)
         added = out.ahead(sums.mine(thread, rank))
-        if isinstance(inputs, Inputs):
-            inputs.finish(0, eps)
 
         def inputs_of(turn: V) -> list[V]:
             return work.activations(group(turn))
@@ -411,6 +424,7 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         start = [*[f32(0.0)] * size, *inputs_of(i32(0))]
         work.keep(ring.data, ptx.loop(i32(0), turns, start, step)[:size])  # the ring is empty
         ptx.sync_threads(i32(1), 32 * plan.warps)
+        ptx.let_next_begin()
 
         def write(i: int, index: V, parts: list[list[V]]) -> None:
             out.write(index, parts, added[i])
@@ -433,6 +447,7 @@ def unsupported(x: Any, weights: Sequence[PackedWeight], around: Around = NOTHIN
     if around.norm is None:
         return None
     plan = Plan(shape_of(x, weights, around), Config(1, 1, 1))
+    assert plan.staged is not None
     return staging.unsupported(plan.staged, dispatch.target().usable_bytes * 5 // 8)
 
 
@@ -484,6 +499,7 @@ def int4_matmuls(
         warpgroups=config.warpgroups,
         shared_bytes=plan.shared_bytes,
         cluster=config.cluster,
-        ahead=range(1 + len(extra), 1 + len(extra) + len(weights)),
+        # The weights, and before them the norm's.
+        ahead=[1] * form.norm + [*range(1 + len(extra), 1 + len(extra) + len(weights))],
     )(rows, *extra, *[w.strips for w in weights])
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in found]

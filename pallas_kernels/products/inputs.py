@@ -1,23 +1,25 @@
-"""A block's activations in shared memory: copied beside the first weights, and normed there.
+"""A block's activations in shared memory, for products that do not wait for them one by one.
 
-Every block has all rows and the channels that it multiplies with; with a norm it has all channels,
-and computes the norm by itself, which takes less than a launch, while weights are on their way:
+Every block has all rows and the channels that it multiplies with. With a norm it has all channels,
+x · weight; what the norm divides by is known when all squares are, so that results are multiplied
+with it instead of activations (`Inputs.factor`), and nobody waits for it:
 
     row        channels, 2 bytes each                 | unused: rows begin 64 bytes apart, so that
-    0 … R − 1  x, in the end its norm                 | the lanes of two rows read all banks
-    R          the norm's weight
+    0 … R − 1  x, or x · weight                       | the lanes of two rows read all banks
     sums       Σ x² of each row, of each warp
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from pallas_kernels import ptx
 from pallas_kernels.ptx import V, f32, i32
 
 PIECE = 8  # channels: 16 bytes
 APART = 8  # pieces between those that neighbouring blocks begin with
+AT_ONCE = 8  # pieces that a thread has asked for before it waits for one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,68 +46,75 @@ class Staged:
     @property
     def sums(self) -> int:
         """Where the rows' sums lie."""
-        return (self.rows + self.norm) * self.row_bytes
+        return self.rows * self.row_bytes
 
     @property
     def num_bytes(self) -> int:
         return self.sums + (4 * self.rows * self.warps if self.norm else 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A thread's: which 8 channels of the block's, from `channel` on in memory, and whether it is
+    one (those past the end repeat the last)."""
+
+    row: V
+    column: V
+    channel: V
+    inside: V
+
+
 class Inputs:
     """The activations of a block, x [rows, given] in memory, from channel `first` on."""
 
-    def __init__(self, staged: Staged, shared: V, x: V, weight: V | None, first: V, thread: V):
-        self.staged, self.shared, self.first, self.thread = staged, shared, first, thread
-        self.sources = [(x, staged.rows)] + ([] if weight is None else [(weight, 1)])
-        self.threads = 32 * staged.warps
-
-    def order(self) -> None:
-        """Order the copies: one group of each thread."""
-        s, row = self.staged, 0
-        for source, rows in self.sources:
-            self._order(source, rows, self.shared + row * s.row_bytes)
-            row += rows
-        ptx.commit_copies()
-
-    def _order(self, source: V, rows: int, target: V) -> None:
-        s = self.staged
-        pieces = s.channels // PIECE
+    def __init__(self, staged: Staged, shared: V, x: V, first: V, thread: V):
+        self.staged, self.shared, self.x, self.first = staged, shared, x, first
+        self.thread, self.threads = thread, 32 * staged.warps
+        self.pieces = staged.channels // PIECE
         # Blocks begin at different channels: all would else ask one place of L2 at a time.
-        turned = ptx.special("ctaid.x") * APART % pieces
+        self.turned = ptx.special("ctaid.x") * APART % self.pieces
 
-        def piece(index: V, carry: list[V]) -> list[V]:
-            row, column = index // pieces, (index + turned) % pieces
-            channel = self.first + column * PIECE
-            to = target + row * s.row_bytes + column * (2 * PIECE)
-            at = source + (row * s.given + channel).to_i64() * 2
-            inside = channel < s.given
-            ptx.when(inside, lambda: ptx.unit_copy(to, at))
-            ptx.when(channel >= s.given, lambda: ptx.store(to, [i32(0)] * 4))
+    def stage(self) -> None:
+        """Bring them, as they are."""
+        every = self.staged.rows * self.pieces
+
+        def batch(start: V, carry: list[V]) -> list[V]:
+            indices = [start + self.threads * i for i in range(min(AT_ONCE, turns))]
+            held = [ptx.minimum(index, every - 1) for index in indices]
+            pieces = [self._piece(x // self.pieces, x % self.pieces) for x in held]
+            for piece, words in [(piece, self._load(piece)) for piece in pieces]:
+                self._store(piece, words)
             return carry
 
-        ptx.loop(self.thread, i32(rows * pieces), [], piece, step=self.threads)
-
-    def finish(self, pending: int, eps: float) -> None:
-        """Until all threads' copies are there, and normed; `pending`: groups ordered since."""
-        ptx.wait_copies(pending)
+        turns = -(-every // self.threads)
+        ptx.loop(self.thread, i32(every), [], batch, step=self.threads * min(AT_ONCE, turns))
         ptx.sync_threads(i32(1), self.threads)
-        if self.staged.norm:
-            self._norm(eps)
-            ptx.sync_threads(i32(1), self.threads)
 
-    def at(self, row: V, channel: V) -> V:
-        """Address of a row's channel."""
-        return self.shared + row * self.staged.row_bytes + (channel - self.first) * 2
+    def weights(self, weight: V) -> list[list[V]]:
+        """Of the norm, [given], for each of the thread's columns: no launch writes them, so they
+        may be asked for early."""
+        return [self._load_at(weight, i32(0), piece.channel) for piece in self._columns()]
 
-    def _norm(self, eps: float) -> None:
+    def stage_normed(self, weights: list[list[V]]) -> None:
+        """Bring them times the norm's weights, and add their squares."""
         s = self.staged
-        squares = [f32(0.0)] * s.rows
-        for column, inside in self._columns():
-            for row in range(s.rows):
-                here = f32(0.0)
-                for number in _wide(self.shared + row * s.row_bytes + column):
-                    here = ptx.fma(number, number, here)
-                squares[row] = squares[row] + ptx.select(inside, here, 0.0)
+        columns = self._columns()
+        rows = [[dataclasses.replace(c, row=i32(row)) for c in columns] for row in range(s.rows)]
+        squares, most = [], max(1, AT_ONCE // len(columns))
+        for first in range(0, s.rows, most):
+            here = rows[first : first + most]
+            for pieces, loaded in [(row, [self._load(piece) for piece in row]) for row in here]:
+                square = f32(0.0)
+                for piece, words, weight in zip(pieces, loaded, weights, strict=True):
+                    x, w = _floats(words), _floats(weight)
+                    added = f32(0.0)
+                    for number in x:
+                        added = ptx.fma(number, number, added)
+                    square = square + ptx.select(piece.inside, added, 0.0)
+                    scaled = [a * b for a, b in zip(x, w, strict=True)]
+                    packed = [ptx.pack_bf16(*scaled[i : i + 2]) for i in range(0, PIECE, 2)]
+                    ptx.when(piece.inside, functools.partial(self._store, piece, packed))
+                squares.append(square)
         for distance in (16, 8, 4, 2, 1):
             squares = [x + ptx.shuffle_xor(x, distance) for x in squares]
         sums, warp = self.shared + s.sums, self.thread >> 5
@@ -116,40 +125,52 @@ class Inputs:
 
         ptx.when((self.thread & 31).equals(0), leave)
         ptx.sync_threads(i32(1), self.threads)
-        factors = [self._factor(sums + 4 * s.warps * row, eps) for row in range(s.rows)]
-        for column, inside in self._columns():
-            weights = _wide(self.shared + s.rows * s.row_bytes + column)
-            for row, factor in enumerate(factors):
-                at = self.shared + row * s.row_bytes + column
-                numbers = [a * factor * w for a, w in zip(_wide(at), weights, strict=True)]
-                words = [ptx.pack_bf16(*numbers[i : i + 2]) for i in range(0, PIECE, 2)]
-                _store_when(inside, at, words)
 
-    def _columns(self) -> list[tuple[V, V]]:
-        """Of each of the thread's pieces of a row: where it begins in the row, and whether it is
-        one (those past the end repeat the last)."""
-        pieces = self.staged.channels // PIECE
-        indices = [self.thread + first for first in range(0, pieces, self.threads)]
-        return [(ptx.minimum(x, pieces - 1) * (2 * PIECE), x < pieces) for x in indices]
+    def at(self, row: V, channel: V) -> V:
+        """Address of a row's channel."""
+        return self.shared + row * self.staged.row_bytes + (channel - self.first) * 2
 
-    def _factor(self, sums: V, eps: float) -> V:
-        """What a row is multiplied with: its warps' sums added in one order."""
-        parts = [
-            x for i in range(0, self.staged.warps, 4) for x in ptx.load(sums + 4 * i, 4, "f32")
-        ]
+    def factor(self, row: V, eps: float) -> V:
+        """What a normed row's products are multiplied with: its warps' sums added in one order."""
+        s = self.staged
+        at = self.shared + s.sums + row * (4 * s.warps)
+        parts = [x for i in range(0, s.warps, 4) for x in ptx.load(at + 4 * i, 4, "f32")]
         total = parts[0]
         for part in parts[1:]:
             total = total + part
-        return ptx.reciprocal_sqrt(total * (1.0 / self.staged.given) + eps)
+        return ptx.reciprocal_sqrt(total * (1.0 / s.given) + eps)
+
+    def _columns(self) -> list[_Piece]:
+        """The thread's pieces of a row."""
+        indices = [self.thread + first for first in range(0, self.pieces, self.threads)]
+        held = [ptx.minimum(x, self.pieces - 1) for x in indices]
+        return [
+            dataclasses.replace(self._piece(i32(0), x), inside=index < self.pieces)
+            for index, x in zip(indices, held, strict=True)
+        ]
+
+    def _piece(self, row: V, index: V) -> _Piece:
+        column = (index + self.turned) % self.pieces
+        channel = self.first + column * PIECE
+        return _Piece(row, column, channel, channel < self.staged.given)
+
+    def _load(self, piece: _Piece) -> list[V]:
+        """Words of a piece of x; 0 beyond its channels."""
+        given = piece.channel < self.staged.given
+        held = ptx.minimum(piece.channel, self.staged.given - PIECE)
+        return [ptx.select(given, x, 0) for x in self._load_at(self.x, piece.row, held)]
+
+    def _load_at(self, source: V, row: V, channel: V) -> list[V]:
+        held = ptx.minimum(channel, self.staged.given - PIECE)
+        return ptx.load(source + (row * self.staged.given + held).to_i64() * 2, 4)
+
+    def _store(self, piece: _Piece, words: list[V]) -> None:
+        at = self.shared + piece.row * self.staged.row_bytes + piece.column * (2 * PIECE)
+        ptx.store(at, words)
 
 
-def _store_when(condition: V, where: V, words: list[V]) -> None:
-    ptx.when(condition, lambda: ptx.store(where, words))
-
-
-def _wide(where: V) -> list[V]:
+def _floats(words: list[V]) -> list[V]:
     """8 bf16 as float32."""
-    words = ptx.load(where, 4)
     return [half(word) for word in words for half in (ptx.low_bf16, ptx.high_bf16)]
 
 

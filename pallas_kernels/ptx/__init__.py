@@ -39,8 +39,8 @@ from pallas_kernels.ptx.copies import (
     wait_copies,
 )
 from pallas_kernels.ptx.launch import (
-    begins_early,
     kernel,
+    let_next_begin,
     wait_for_launches,
 )
 from pallas_kernels.ptx.memory import (
@@ -109,7 +109,6 @@ __all__ = [
     "barrier_init",
     "barrier_poll",
     "barrier_wait",
-    "begins_early",
     "both",
     "bulk_copy",
     "ceil_div",
@@ -128,6 +127,7 @@ __all__ = [
     "high_bf16",
     "i32",
     "kernel",
+    "let_next_begin",
     "load",
     "load_matrices_transposed",
     "load_wide",

@@ -29,11 +29,17 @@ def begins_early() -> bool:
 
 
 def wait_for_launches() -> None:
-    """Until what was launched before has ended, and what it wrote is seen here. A kernel whose
-    operands include some that are read `ahead` calls it itself, in each thread that reads others or
-    writes; the other kernels begin with it."""
+    """Until what was launched before has ended, and what it wrote is seen here: in each thread that
+    reads that, or writes."""
     if begins_early():
         asm("griddepcontrol.wait;", [], [], effects=True)
+
+
+def let_next_begin() -> None:
+    """The next launch may begin, once each block has said so or ended. Its blocks take their place
+    beside this one's: where this one reads much, not before it has what it reads."""
+    if begins_early():
+        asm("griddepcontrol.launch_dependents;", [], [], effects=True)
 
 
 def kernel(
@@ -46,7 +52,7 @@ def kernel(
     shared_bytes: int = 0,
     cluster: int = 1,
     updated: int = 0,
-    ahead: Sequence[int] = (),
+    ahead: Sequence[int] | None = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """A Pallas kernel whose body is thread-level code.
 
@@ -54,8 +60,9 @@ def kernel(
     each `cluster` neighbours (`ctaid.x`) are a cluster. The last `updated` operands are written in
     place: what they have become comes after the results.
 
-    ahead: the operands that the body reads before it calls `wait_for_launches`. No launch of the
-    same program may write them: a program's arguments are such.
+    ahead: the body itself calls `wait_for_launches` and `let_next_begin`, else it begins with both;
+    and these operands it reads before it waits. No launch of the same program may write them: a
+    program's arguments are such.
     """
     if blocks % cluster:
         raise ValueError(f"there are {blocks} blocks; a multiple of the cluster's {cluster} can be")
@@ -77,9 +84,8 @@ def kernel(
             @plgpu.inline_mgpu(arg_types=types)
             def inline(ctx: Any, *inner: Any) -> None:
                 del ctx
-                if early:
-                    asm("griddepcontrol.launch_dependents;", [], [], effects=True)
-                if not ahead:
+                if ahead is None:
+                    let_next_begin()
                     wait_for_launches()
                 body([address(ref) for ref in inner[:-1]], address(inner[-1]))
 

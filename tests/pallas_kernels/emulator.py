@@ -139,7 +139,7 @@ class Block:
         index: int,
         shared_bytes: int,
         memory: np.ndarray,
-        ahead: Sequence[tuple[int, int]] = (),
+        ahead: Sequence[tuple[int, int]] | None = None,
     ):
         self.index, self.memory = index, memory
         self.ahead = ahead  # from where to where it may read before it waits for other launches
@@ -216,7 +216,7 @@ def _in_time(where: Lanes) -> None:
     if where.kind == "i64" and not HERE.waited:
         at = where.array[HERE.mask]
         inside = [(begin <= at) & (at < end) for begin, end in HERE.block.ahead]
-        assert np.logical_or.reduce(inside).all(), "it waits for the launches before it too late"
+        assert np.logical_or.reduce(inside, 0).all(), "it waits for the launches before it too late"
 
 
 def wait_for_launches():
@@ -487,7 +487,7 @@ REPLACEMENTS: dict[str, Any] = {
     "barrier_init": barrier_init,
     "fence_barrier_init": lambda: None,
     "fence_reads": fence_reads,
-    "begins_early": lambda: True,
+    "let_next_begin": lambda: None,
     "wait_for_launches": wait_for_launches,
     "barrier_arrive": lambda barrier: _update(barrier, len(active()), 0),
     "barrier_expect": lambda barrier, n: _update(barrier, 1, one(n)),
@@ -515,7 +515,7 @@ def run_cluster(body: Any, cluster: list[Block], warps: int, addresses: Sequence
 
     def run(block: Block, warp: int) -> None:
         HERE.block, HERE.warp, HERE.mask = block, warp, np.ones(32, bool)
-        HERE.waited = not block.ahead
+        HERE.waited = block.ahead is None
         try:
             with np.errstate(all="ignore"):
                 body([Lanes(np.uint64(a), "i64") for a in addresses], ptx.i32(0))
@@ -535,7 +535,7 @@ def run_cluster(body: Any, cluster: list[Block], warps: int, addresses: Sequence
 
 
 def kernel(
-    body, out_type, *, name, blocks, warpgroups, shared_bytes=0, cluster=1, updated=0, ahead=()
+    body, out_type, *, name, blocks, warpgroups, shared_bytes=0, cluster=1, updated=0, ahead=None
 ):
     """In place of `ptx.kernel`."""
 
@@ -550,7 +550,9 @@ def kernel(
         for at, x in zip(starts, arrays, strict=False):
             memory[at : at + x.nbytes] = np.frombuffer(x.tobytes(), np.uint8)
         before = memory[: starts[len(arrays) - updated]].copy()
-        early = [(starts[i], starts[i] + arrays[i].nbytes) for i in ahead]
+        early = ahead
+        if ahead is not None:
+            early = [(starts[i], starts[i] + arrays[i].nbytes) for i in ahead]
         for first in range(0, blocks, cluster):
             peers = [Block(first + i, max(shared_bytes, 16), memory, early) for i in range(cluster)]
             run_cluster(body, peers, 4 * warpgroups, starts)

@@ -53,6 +53,7 @@ class _Warp:
         plan = self.plan
         ptx.when(self.thread.equals(0), self._initialize)
         ptx.sync_threads(i32(0), 128 * plan.config.warpgroups)
+        ptx.wait_for_launches()
         total = self.lengths.total()
         me = ptx.special("ctaid.x") * plan.teams + self.team
         everyone = plan.blocks * plan.teams
@@ -92,6 +93,7 @@ class _Warp:
             left, skip, *flow = carry
             walk = _Head(self, bk, skip, left)
             flow, state = walk.attend(flow)
+            ptx.let_next_begin()
             slot = self.together.slot((me + bk) * plan.writers)
             write_partial(plan, self.operands, state, slot, self.first_row, lane, self.together)
             return [left - (walk.stop - skip), i32(0), *flow]

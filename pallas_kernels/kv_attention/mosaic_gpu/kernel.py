@@ -113,6 +113,7 @@ def kv_attention(
         blocks=blocks,
         warpgroups=config.warpgroups,
         shared_bytes=plan.shared_bytes,
+        ahead=(),
     )(*operands)
     merge = ptx.kernel(
         merge_body(plan, out_dtype),

@@ -27,7 +27,8 @@ from pallas_kernels.ptx import V, f32, i32
 
 CHANNELS = 32  # of a block
 SIDE_BY_SIDE = 4  # partial results that a warp reads at a time
-AT_ONCE = 8  # reads in flight
+AT_ONCE = 8  # reads in flight, 12 at most where all are read in one turn then
+MOST_AT_ONCE = 12
 MOST_WARPGROUPS = 4
 WARP_BYTES = 4 * (CHANNELS + 4)  # of a warp's sums in shared memory, Σ p and the reference after
 
@@ -40,15 +41,25 @@ def merge_blocks(plan: Plan) -> int:
 
 def merge_warpgroups(plan: Plan) -> int:
     """As many as read all partial results of a head in one turn, if four do."""
+    return min(MOST_WARPGROUPS, -(-_of_a_head(plan) // (4 * SIDE_BY_SIDE * AT_ONCE)))
+
+
+def _of_a_head(plan: Plan) -> int:
+    """Partial results, at most."""
     heads = plan.shape.batch * plan.shape.kv_heads
-    of_a_head = (plan.blocks * plan.teams // heads + 2) * plan.writers
-    return min(MOST_WARPGROUPS, -(-of_a_head // (4 * SIDE_BY_SIDE * AT_ONCE)))
+    return (plan.blocks * plan.teams // heads + 2) * plan.writers
+
+
+def _at_once(plan: Plan) -> int:
+    """Reads that a lane has in flight."""
+    turn = -(-_of_a_head(plan) // (4 * merge_warpgroups(plan) * SIDE_BY_SIDE))
+    return max(turn, 1) if turn <= MOST_AT_ONCE else AT_ONCE
 
 
 def merge_body(plan: Plan, out_dtype: Any):
     """Partial results of a query row → 32 channels of its output, and its log-sum-exp."""
     s = plan.shape
-    warps = 4 * merge_warpgroups(plan)
+    warps, at_once = 4 * merge_warpgroups(plan), _at_once(plan)
     slices = s.head_dim // CHANNELS
 
     def body(addresses: Sequence[V], shared: V) -> None:
@@ -82,7 +93,7 @@ def merge_body(plan: Plan, out_dtype: Any):
         def add(slot: V, carry: list[V]) -> list[V]:
             *sums, old = carry
             loaded, top = [], old
-            for i in range(AT_ONCE):
+            for i in range(at_once):
                 here = slot + beside + SIDE_BY_SIDE * warps * i
                 valid = here < last
                 index = ptx.select(valid, here, slot).to_i64() * s.rows + row.to_i64()
@@ -105,7 +116,7 @@ def merge_body(plan: Plan, out_dtype: Any):
             last,
             nothing,
             add,
-            step=SIDE_BY_SIDE * warps * AT_ONCE,
+            step=SIDE_BY_SIDE * warps * at_once,
         )
         for distance in (8, 16):
             highest = ptx.maximum(top, ptx.shuffle_xor(top, distance))
