@@ -359,12 +359,10 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         kept = shared + plan.kept
 
         cursor = ring.start(first_tile, first, end)
-        factor = None
         if norm is not None:
             factors = inputs.weights(norm)
             ptx.wait_for_launches()
-            inputs.stage_normed(factors)
-            factor = functools.partial(inputs.factor, eps=eps)
+            inputs.stage_normed(factors, eps)
         else:
             ptx.wait_for_launches()
             inputs.stage()
@@ -379,8 +377,7 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
 
         def one_tile(tile: V, cursor: list[V]) -> list[V]:
             here = tile_of(tile)
-            place = (here.result, here.outputs, here.first, residual)
-            out = Results(sums, form, *place, out_bytes, factor)
+            out = Results(sums, form, here.result, here.outputs, here.first, residual, out_bytes)
             mine = sums.mine(thread, rank)
             added = out.ahead(mine)
             carry = ptx.loop(i32(0), turns, [f32(0.0)] * work.sums + cursor, step)

@@ -393,20 +393,17 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
             ptx.minimum(strips - first, c.strips) * s.strip_bytes,
             group,
         )
-        factor = None
         if norm is not None:
             assert isinstance(inputs, Inputs)
             factors = inputs.weights(norm)
             ptx.wait_for_launches()
-            inputs.stage_normed(factors)
-            factor = functools.partial(inputs.factor, eps=eps)
+            inputs.stage_normed(factors, eps)
         else:
             ptx.wait_for_launches()
             if isinstance(inputs, Inputs):
                 inputs.stage()
         sums = plan.sums
-        place = (result, outputs, first * STRIP, residual)
-        out = Results(sums, form, *place, out_bytes, factor)
+        out = Results(sums, form, result, outputs, first * STRIP, residual, out_bytes)
         added = out.ahead(sums.mine(thread, rank))
 
         def inputs_of(turn: V) -> list[V]:

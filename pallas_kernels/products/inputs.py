@@ -1,11 +1,10 @@
 """A block's activations in shared memory, for products that do not wait for them one by one.
 
-Every block has all rows and the channels that it multiplies with. With a norm it has all channels,
-x · weight; what the norm divides by is known when all squares are, so that results are multiplied
-with it instead of activations (`Inputs.factor`), and nobody waits for it:
+Every block has all rows and the channels that it multiplies with; with a norm it has all channels,
+and computes the norm by itself, which takes less than a launch:
 
     row        channels, 2 bytes each                 | unused: rows begin 64 bytes apart, so that
-    0 … R − 1  x, or x · weight                       | the lanes of two rows read all banks
+    0 … R − 1  x, in the end its norm                 | the lanes of two rows read all banks
     sums       Σ x² of each row, of each warp
 """
 
@@ -95,25 +94,21 @@ class Inputs:
         may be asked for early."""
         return [self._load_at(weight, i32(0), piece.channel) for piece in self._columns()]
 
-    def stage_normed(self, weights: list[list[V]]) -> None:
-        """Bring them times the norm's weights, and add their squares."""
-        s = self.staged
-        columns = self._columns()
+    def stage_normed(self, weights: list[list[V]], eps: float) -> None:
+        """Bring them, and norm them: each thread what it has brought."""
+        s, columns = self.staged, self._columns()
         rows = [[dataclasses.replace(c, row=i32(row)) for c in columns] for row in range(s.rows)]
         squares, most = [], max(1, AT_ONCE // len(columns))
         for first in range(0, s.rows, most):
             here = rows[first : first + most]
             for pieces, loaded in [(row, [self._load(piece) for piece in row]) for row in here]:
                 square = f32(0.0)
-                for piece, words, weight in zip(pieces, loaded, weights, strict=True):
-                    x, w = _floats(words), _floats(weight)
+                for piece, words in zip(pieces, loaded, strict=True):
                     added = f32(0.0)
-                    for number in x:
+                    for number in _floats(words):
                         added = ptx.fma(number, number, added)
                     square = square + ptx.select(piece.inside, added, 0.0)
-                    scaled = [a * b for a, b in zip(x, w, strict=True)]
-                    packed = [ptx.pack_bf16(*scaled[i : i + 2]) for i in range(0, PIECE, 2)]
-                    ptx.when(piece.inside, functools.partial(self._store, piece, packed))
+                    ptx.when(piece.inside, functools.partial(self._store, piece, words))
                 squares.append(square)
         for distance in (16, 8, 4, 2, 1):
             squares = [x + ptx.shuffle_xor(x, distance) for x in squares]
@@ -125,20 +120,28 @@ class Inputs:
 
         ptx.when((self.thread & 31).equals(0), leave)
         ptx.sync_threads(i32(1), self.threads)
+        for row, pieces in enumerate(rows):
+            factor = self._factor(sums + 4 * s.warps * row, eps)
+            for piece, weight in zip(pieces, weights, strict=True):
+                x = _floats(ptx.load(self._place(piece), 4))
+                numbers = [a * factor * w for a, w in zip(x, _floats(weight), strict=True)]
+                words = [ptx.pack_bf16(*numbers[i : i + 2]) for i in range(0, PIECE, 2)]
+                ptx.when(piece.inside, functools.partial(self._store, piece, words))
+        ptx.sync_threads(i32(1), self.threads)
 
     def at(self, row: V, channel: V) -> V:
         """Address of a row's channel."""
         return self.shared + row * self.staged.row_bytes + (channel - self.first) * 2
 
-    def factor(self, row: V, eps: float) -> V:
-        """What a normed row's products are multiplied with: its warps' sums added in one order."""
-        s = self.staged
-        at = self.shared + s.sums + row * (4 * s.warps)
-        parts = [x for i in range(0, s.warps, 4) for x in ptx.load(at + 4 * i, 4, "f32")]
+    def _factor(self, sums: V, eps: float) -> V:
+        """What a row is multiplied with: its warps' sums added in one order."""
+        parts = [
+            x for i in range(0, self.staged.warps, 4) for x in ptx.load(sums + 4 * i, 4, "f32")
+        ]
         total = parts[0]
         for part in parts[1:]:
             total = total + part
-        return ptx.reciprocal_sqrt(total * (1.0 / s.given) + eps)
+        return ptx.reciprocal_sqrt(total * (1.0 / self.staged.given) + eps)
 
     def _columns(self) -> list[_Piece]:
         """The thread's pieces of a row."""
@@ -164,9 +167,11 @@ class Inputs:
         held = ptx.minimum(channel, self.staged.given - PIECE)
         return ptx.load(source + (row * self.staged.given + held).to_i64() * 2, 4)
 
+    def _place(self, piece: _Piece) -> V:
+        return self.shared + piece.row * self.staged.row_bytes + piece.column * (2 * PIECE)
+
     def _store(self, piece: _Piece, words: list[V]) -> None:
-        at = self.shared + piece.row * self.staged.row_bytes + piece.column * (2 * PIECE)
-        ptx.store(at, words)
+        ptx.store(self._place(piece), words)
 
 
 def _floats(words: list[V]) -> list[V]:

@@ -128,7 +128,6 @@ class Results:
 
     out_bytes  of a result: 4, or 2 for bfloat16
     residual   what is added, bfloat16 in the results' shape; or None
-    factor     what a row's sums are multiplied with, by row; or None
     """
 
     def __init__(
@@ -140,11 +139,10 @@ class Results:
         first: V,
         residual: V | None,
         out_bytes: int,
-        factor: Callable[[V], V] | None = None,
     ):
         self.sums, self.form, self.result = sums, form, result
         self.outputs, self.first, self.residual = outputs, first, residual
-        self.out_bytes, self.factor = out_bytes, factor
+        self.out_bytes = out_bytes
 
     def ahead(self, mine: Sequence[tuple[V, V]]) -> list[list[V]]:
         """Of each of the thread's quads: what it is added to, asked for before the products."""
@@ -165,9 +163,6 @@ class Results:
 
     def write(self, index: V, parts: list[list[V]], added: list[V]) -> None:
         """A quad's result from its sums; `added`: `ahead`'s of it."""
-        if self.factor is not None:
-            factor = self.factor(index // (self.sums.outputs // 4))
-            parts = [[x * factor for x in part] for part in parts]
         four = parts[0]
         if self.form.gated:
             gate, up = (_rounded(part) for part in parts)
