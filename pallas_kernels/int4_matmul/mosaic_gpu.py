@@ -360,6 +360,7 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
     s, c, form = plan.shape, plan.config, plan.shape.form
 
     def body(addresses: Sequence[V], shared: V) -> None:
+        ptx.let_next_begin()  # its blocks fit beside these, and order their weights
         x, *rest = addresses
         norm = rest.pop(0) if form.norm else None
         residual = rest.pop(0) if form.residual else None
@@ -421,7 +422,6 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         start = [*[f32(0.0)] * size, *inputs_of(i32(0))]
         work.keep(ring.data, ptx.loop(i32(0), turns, start, step)[:size])  # the ring is empty
         ptx.sync_threads(i32(1), 32 * plan.warps)
-        ptx.let_next_begin()
 
         def write(i: int, index: V, parts: list[list[V]]) -> None:
             out.write(index, parts, added[i])
