@@ -19,12 +19,13 @@ Capability = tuple[int, int]  # CUDA compute capability: major, minor
 class Generation:
     """Devices from one compute capability on, up to the next record's.
 
-    shared_bytes  shared memory that a block can have, in bytes
-    threads       a multiprocessor runs at once
-    least_jax     the first version of JAX that compiles kernels for it
-    bf16_mma      matrix products of one warp take bfloat16 (m16n8k16)
-    bulk_copies   a copy engine brings pieces of memory into shared memory, and barriers count bytes
-    clusters      blocks reach each other's shared memory
+    shared_bytes    shared memory that a block can have, in bytes
+    threads         a multiprocessor runs at once
+    least_jax       the first version of JAX that compiles kernels for it
+    bf16_mma        matrix products of one warp take bfloat16 (m16n8k16)
+    bulk_copies     a copy engine brings pieces of memory into shared memory, and barriers count
+                    bytes
+    clusters        blocks reach each other's shared memory
     early_launches  a launch may begin before the one before it has ended
     """
 
@@ -56,7 +57,12 @@ def _generation(
 
 
 # JAX 0.10 aborts the process when it compiles a kernel for them.
-_OLDER: dict[str, Any] = {"least_jax": (0, 11), "bulk_copies": False, "clusters": False, "early_launches": False}
+_OLDER: dict[str, Any] = {
+    "least_jax": (0, 11),
+    "bulk_copies": False,
+    "clusters": False,
+    "early_launches": False,
+}
 # NVIDIA's CUDA programming guide, "Compute Capabilities": technical specifications.
 GENERATIONS = (
     _generation("before Ampere", (0, 0), 48, 1024, bf16_mma=False, **_OLDER),

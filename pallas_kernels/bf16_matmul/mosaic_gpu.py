@@ -217,15 +217,12 @@ class _Ring:
         self.step = plan.blocks // plan.config.cluster
 
     def start(self, tile: V, first: V, end: V) -> list[V]:
-        """Order the first chunks of a warp whose chunks of each tile are first, first + rows of
-        warps, … below `end`; a group of copies each. The cursor."""
+        """Order the first chunk of a warp whose chunks of each tile are first, first + rows of
+        warps, … below `end`: a group of copies, as each further one. The cursor."""
         self.first, self.end = first, end
         # A warp without chunks orders nothing.
         self.tiles = ptx.select(first < end, i32(sum(self.plan.tiles)), 0)
-        cursor = [i32(0), tile, first]
-        for _ in range(self.plan.config.stages):
-            cursor = self.order(cursor)
-        return cursor
+        return self.order([i32(0), tile, first])
 
     def order(self, cursor: list[V]) -> list[V]:
         """Order the chunk at the cursor, if there is one, into its slot."""
@@ -358,14 +355,22 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         work, sums = _Warp(plan, inputs, place, lane), plan.sums
         kept = shared + plan.kept
 
+        # The first weights before all else, the others behind the activations: these would have to
+        # wait for all of them.
         cursor = ring.start(first_tile, first, end)
+
+        def order_the_others() -> None:
+            nonlocal cursor
+            for _ in range(c.stages - 1):
+                cursor = ring.order(cursor)
+
         if norm is not None:
             factors = inputs.weights(norm)
             ptx.wait_for_launches()
-            inputs.stage_normed(factors, eps)
+            inputs.stage_normed(factors, eps, order_the_others)
         else:
             ptx.wait_for_launches()
-            inputs.stage()
+            inputs.stage(order_the_others)
         turns = ptx.ceil_div(ptx.at_least(end - first, 0), plan.rows_of_warps)
 
         def step(turn: V, carry: list[V]) -> list[V]:

@@ -12,13 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 
 from pallas_kernels import ptx
 from pallas_kernels.ptx import V, f32, i32
 
 PIECE = 8  # channels: 16 bytes
 APART = 8  # pieces between those that neighbouring blocks begin with
-AT_ONCE = 8  # pieces that a thread has asked for before it waits for one
+AT_ONCE = 8  # pieces that a thread asks for before it waits for one
+
+
+def nothing() -> None:
+    """To do meanwhile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +59,11 @@ class Staged:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """A thread's: which 8 channels of the block's, from `channel` on in memory, and whether it is
-    one (those past the end repeat the last)."""
+    """8 channels of a row: which of the block's, and from where on in memory."""
 
     row: V
     column: V
     channel: V
-    inside: V
 
 
 class Inputs:
@@ -73,43 +76,41 @@ class Inputs:
         # Blocks begin at different channels: all would else ask one place of L2 at a time.
         self.turned = ptx.special("ctaid.x") * APART % self.pieces
 
-    def stage(self) -> None:
+    def stage(self, meanwhile: Callable[[], None] = nothing) -> None:
         """Bring them, as they are."""
         every = self.staged.rows * self.pieces
-
-        def batch(start: V, carry: list[V]) -> list[V]:
-            indices = [start + self.threads * i for i in range(min(AT_ONCE, turns))]
-            held = [ptx.minimum(index, every - 1) for index in indices]
-            pieces = [self._piece(x // self.pieces, x % self.pieces) for x in held]
-            for piece, words in [(piece, self._load(piece)) for piece in pieces]:
-                self._store(piece, words)
-            return carry
-
-        turns = -(-every // self.threads)
-        ptx.loop(self.thread, i32(every), [], batch, step=self.threads * min(AT_ONCE, turns))
+        indices = [self.thread + i for i in range(0, every, self.threads)]
+        held = [ptx.minimum(index, every - 1) for index in indices]
+        pieces = [self._piece(x // self.pieces, x % self.pieces) for x in held]
+        for piece, words in self._bring(pieces, meanwhile):
+            self._store(piece, words)
         ptx.sync_threads(i32(1), self.threads)
 
     def weights(self, weight: V) -> list[list[V]]:
         """Of the norm, [given], for each of the thread's columns: no launch writes them, so they
         may be asked for early."""
-        return [self._load_at(weight, i32(0), piece.channel) for piece in self._columns()]
+        return [self._load_at(weight, piece) for piece, _ in self._columns()]
 
-    def stage_normed(self, weights: list[list[V]], eps: float) -> None:
+    def stage_normed(
+        self, weights: list[list[V]], eps: float, meanwhile: Callable[[], None] = nothing
+    ) -> None:
         """Bring them, and norm them: each thread what it has brought."""
         s, columns = self.staged, self._columns()
-        rows = [[dataclasses.replace(c, row=i32(row)) for c in columns] for row in range(s.rows)]
-        squares, most = [], max(1, AT_ONCE // len(columns))
-        for first in range(0, s.rows, most):
-            here = rows[first : first + most]
-            for pieces, loaded in [(row, [self._load(piece) for piece in row]) for row in here]:
-                square = f32(0.0)
-                for piece, words in zip(pieces, loaded, strict=True):
-                    added = f32(0.0)
-                    for number in _floats(words):
-                        added = ptx.fma(number, number, added)
-                    square = square + ptx.select(piece.inside, added, 0.0)
-                    ptx.when(piece.inside, functools.partial(self._store, piece, words))
-                squares.append(square)
+        rows = [
+            [(dataclasses.replace(piece, row=i32(row)), inside) for piece, inside in columns]
+            for row in range(s.rows)
+        ]
+        brought = self._bring([piece for row in rows for piece, _ in row], meanwhile)
+        squares = []
+        for row in rows:
+            square = f32(0.0)
+            for (_, inside), (piece, words) in zip(row, brought, strict=False):
+                added = f32(0.0)
+                for number in _floats(words):
+                    added = ptx.fma(number, number, added)
+                square = square + ptx.select(inside, added, 0.0)
+                self._store(piece, words)
+            squares.append(square)
         for distance in (16, 8, 4, 2, 1):
             squares = [x + ptx.shuffle_xor(x, distance) for x in squares]
         sums, warp = self.shared + s.sums, self.thread >> 5
@@ -122,11 +123,11 @@ class Inputs:
         ptx.sync_threads(i32(1), self.threads)
         for row, pieces in enumerate(rows):
             factor = self._factor(sums + 4 * s.warps * row, eps)
-            for piece, weight in zip(pieces, weights, strict=True):
+            for (piece, inside), weight in zip(pieces, weights, strict=True):
                 x = _floats(ptx.load(self._place(piece), 4))
                 numbers = [a * factor * w for a, w in zip(x, _floats(weight), strict=True)]
                 words = [ptx.pack_bf16(*numbers[i : i + 2]) for i in range(0, PIECE, 2)]
-                ptx.when(piece.inside, functools.partial(self._store, piece, words))
+                ptx.when(inside, functools.partial(self._store, piece, words))
         ptx.sync_threads(i32(1), self.threads)
 
     def at(self, row: V, channel: V) -> V:
@@ -143,29 +144,39 @@ class Inputs:
             total = total + part
         return ptx.reciprocal_sqrt(total * (1.0 / self.staged.given) + eps)
 
-    def _columns(self) -> list[_Piece]:
-        """The thread's pieces of a row."""
+    def _bring(
+        self, pieces: list[_Piece], meanwhile: Callable[[], None]
+    ) -> Iterator[tuple[_Piece, list[V]]]:
+        """Each with its words, a few asked for at a time; `meanwhile` once the first are."""
+        for first in range(0, len(pieces), AT_ONCE):
+            here = pieces[first : first + AT_ONCE]
+            loaded = [self._load(piece) for piece in here]
+            if not first:
+                meanwhile()
+            yield from zip(here, loaded, strict=True)
+
+    def _columns(self) -> list[tuple[_Piece, V]]:
+        """The thread's pieces of a row, and whether each is one: those past the end repeat the
+        last."""
         indices = [self.thread + first for first in range(0, self.pieces, self.threads)]
         held = [ptx.minimum(x, self.pieces - 1) for x in indices]
         return [
-            dataclasses.replace(self._piece(i32(0), x), inside=index < self.pieces)
+            (self._piece(i32(0), x), index < self.pieces)
             for index, x in zip(indices, held, strict=True)
         ]
 
     def _piece(self, row: V, index: V) -> _Piece:
         column = (index + self.turned) % self.pieces
-        channel = self.first + column * PIECE
-        return _Piece(row, column, channel, channel < self.staged.given)
+        return _Piece(row, column, self.first + column * PIECE)
 
     def _load(self, piece: _Piece) -> list[V]:
         """Words of a piece of x; 0 beyond its channels."""
         given = piece.channel < self.staged.given
-        held = ptx.minimum(piece.channel, self.staged.given - PIECE)
-        return [ptx.select(given, x, 0) for x in self._load_at(self.x, piece.row, held)]
+        return [ptx.select(given, x, 0) for x in self._load_at(self.x, piece)]
 
-    def _load_at(self, source: V, row: V, channel: V) -> list[V]:
-        held = ptx.minimum(channel, self.staged.given - PIECE)
-        return ptx.load(source + (row * self.staged.given + held).to_i64() * 2, 4)
+    def _load_at(self, source: V, piece: _Piece) -> list[V]:
+        held = ptx.minimum(piece.channel, self.staged.given - PIECE)
+        return ptx.load(source + (piece.row * self.staged.given + held).to_i64() * 2, 4)
 
     def _place(self, piece: _Piece) -> V:
         return self.shared + piece.row * self.staged.row_bytes + piece.column * (2 * PIECE)

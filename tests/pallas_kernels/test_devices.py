@@ -14,6 +14,7 @@ import pytest
 from jax.experimental.mosaic.gpu import core as mosaic_core
 from jax.experimental.mosaic.gpu import utils as mosaic_utils
 from jax.experimental.mosaic.gpu.core import artificial_shared_memory_limit
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_cases import attention_call, random_weight, without_poison
 
 from pallas_kernels import devices, dispatch, ptx, tuned
@@ -231,14 +232,18 @@ HOPPERS = (
     "barrier.cluster",
     "mapa.shared::cluster",
     "st.shared::cluster",
+    "griddepcontrol",
 )
 
 
 @pytest.mark.parametrize("capability", ["8.6", "12.0"])
 def test_instructions_are_those_of_the_device(on, monkeypatch, capability):
-    """Lowered for it, with its shared memory; bulk copies where they are, else unit by unit."""
+    """Lowered for it, with its shared memory; bulk copies where they are, else unit by unit; early
+    launches where they are."""
     device = on(capability)
-    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    early: list[str] = []  # what tells JAX to launch a kernel early; JAX 0.10 has no such thing
+    monkeypatch.setattr(plgpu, "griddepcontrol_wait", lambda: early.append("wait"), raising=False)
     (module,) = [m for m in (mosaic_core, mosaic_utils) if hasattr(m, "_infer_arch")]
     monkeypatch.setattr(module, "_infer_arch", lambda: device.capability)
     emitted, asm = set(), ptx.asm
@@ -264,6 +269,10 @@ def test_instructions_are_those_of_the_device(on, monkeypatch, capability):
     if bulk:
         assert "cp.async.bulk" in text
         assert "cp.async.cg" not in text
+        assert "griddepcontrol.wait" in text
+        assert "griddepcontrol.launch_dependents" in text
+        assert early == ["wait"]
     else:
         assert not [name for name in HOPPERS if name in text]
         assert "cp.async.cg" in text
+        assert not early

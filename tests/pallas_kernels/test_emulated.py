@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from kernel_cases import HEADS, attention_call, heads_call, relative_error, without_poison
 
+from pallas_kernels import ptx
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
 from pallas_kernels.add_rms_norm import xla as norm_reference
 from pallas_kernels.kv_attention import mosaic_gpu as attention
@@ -122,3 +123,23 @@ def test_quantized_bit_for_bit(which, head_dim, group_size):
     expected = jax.jit(getattr(quantize_reference, which), static_argnums=1)(x, group_size)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("operand", [0, 1])
+def test_only_what_is_declared_is_read_before_the_wait(operand):
+    """A body that reads the other one before it waits for the launches that write it is found."""
+
+    def body(addresses, shared):
+        del shared
+        early = ptx.load(addresses[operand])
+        ptx.wait_for_launches()
+        ptx.store(addresses[2], early)
+
+    out = [jax.ShapeDtypeStruct((32,), jnp.int32)]
+    run = ptx.kernel(body, out, name="reads", blocks=1, warpgroups=1, ahead=[1])
+    x = jnp.arange(32, dtype=jnp.int32)
+    if operand == 1:
+        assert run(x, x + 7)[0][0] == 7
+    else:
+        with pytest.raises(AssertionError, match="too late"):
+            run(x, x + 7)
