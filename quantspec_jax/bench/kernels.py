@@ -30,7 +30,7 @@ from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import LayerCache, Planes, QuantizedWeight, tile, untile
 from pallas_kernels.products.around import NOTHING, Around, apart
 from pallas_kernels.quantize_pack import api as quantize
-from quantspec_jax.bench import record
+from quantspec_jax.bench import flashinfer, record
 from quantspec_jax.checks import require
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.presets import PRESETS
@@ -383,7 +383,7 @@ def scattered_pages(
 
 
 def _attention_peers(shapes: Shapes, context: int, kv_heads: int) -> dict[str, float]:
-    """Milliseconds of one query token over a bf16 cache, by JAX's own attention."""
+    """Milliseconds of one query token: JAX's own attention over a bf16 cache, and FlashInfer's."""
     calls = []
     for i in range(2):
         keys = jax.random.split(jax.random.key(i), 3)
@@ -394,7 +394,8 @@ def _attention_peers(shapes: Shapes, context: int, kv_heads: int) -> dict[str, f
     for implementation in ("cudnn", "xla"):
         fn = jax.jit(functools.partial(jax.nn.dot_product_attention, implementation=implementation))
         found[f"{implementation} bf16, 1 query"] = 1e3 * timing.device_seconds(fn, calls)
-    return found
+    del calls
+    return found | flashinfer.milliseconds(context, shapes.heads, kv_heads, shapes.head_dim)
 
 
 def _tune(
