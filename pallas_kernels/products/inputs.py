@@ -121,9 +121,9 @@ class Inputs:
 
         ptx.when((self.thread & 31).equals(0), leave)
         ptx.sync_threads(i32(1), self.threads)
-        for row, pieces in enumerate(rows):
-            factor = self._factor(sums + 4 * s.warps * row, eps)
-            for (piece, inside), weight in zip(pieces, weights, strict=True):
+        for i, row in enumerate(rows):
+            factor = self._factor(sums + 4 * s.warps * i, eps)
+            for (piece, inside), weight in zip(row, weights, strict=True):
                 x = _floats(ptx.load(self._place(piece), 4))
                 numbers = [a * factor * w for a, w in zip(x, _floats(weight), strict=True)]
                 words = [ptx.pack_bf16(*numbers[i : i + 2]) for i in range(0, PIECE, 2)]
