@@ -12,10 +12,14 @@ memory, and all groups of input channels, or, with clusters, an even share of th
     sums      each warp's in its own registers; then over the block's warps in shared memory; then
               over the cluster's blocks in each other's shared memory
 
-What stands around the products (`products.around`) is in the same launch: inputs that are to be
-normed are staged in shared memory while the first pieces are on their way; of gate and up a block
+What stands around the products (`products.around`) is in the same launch: of gate and up a block
 has the same strips, two pieces of each group; what is added to the results is asked for before the
-first product.
+first product. Activations are brought into shared memory at once, and normed there, unless they are
+many (`MOST_STAGED`): a warp's groups are then read from memory, a turn ahead.
+
+Where launches begin early (`ptx.launch`), the first pieces are ordered while the launch before this
+one ends. What is left is a chain of waits, for the activations and for each other; that is why they
+are staged: in turns, 8,960 → 1,536 waited for L2 five times.
 
 A piece is one bulk copy into a ring that a warp has for itself: its first lane orders the first
 pieces before anything else, and a further one when the warp is done with one. No two warps wait
@@ -47,8 +51,8 @@ of 128 blocks reads all of them, 22 MB together, from L2 (from L1 they would add
 count there: lanes that read whole sectors (`layout.TiledWeight`), worth 0.8, and blocks that begin
 at different groups, worth 0.5 to 0.8, since one place of L2 would else serve everyone at a time.
 
-Tried without gain: activations one turn earlier (+0.5 to 1), by the copy engine (+0.6) or by
-asynchronous copies (+0.4) into shared memory; more stages (+1: activations wait behind weights);
+Tried without gain, in launches that do not begin early: activations one turn earlier (+0.5 to 1),
+by the copy engine (+0.6) or by asynchronous copies (+0.4) into shared memory; more stages (+1: activations wait behind weights);
 twice the strips, with clusters of two that share the groups, so that half of the activations are
 read (+0.6: leaving sums to each other takes longer); clusters of four (+7: it seems that they do
 not all fit on the chip at once); more sums, for shorter chains of products (±0).
