@@ -52,10 +52,11 @@ count there: lanes that read whole sectors (`layout.TiledWeight`), worth 0.8, an
 at different groups, worth 0.5 to 0.8, since one place of L2 would else serve everyone at a time.
 
 Tried without gain, in launches that do not begin early: activations one turn earlier (+0.5 to 1),
-by the copy engine (+0.6) or by asynchronous copies (+0.4) into shared memory; more stages (+1: activations wait behind weights);
-twice the strips, with clusters of two that share the groups, so that half of the activations are
-read (+0.6: leaving sums to each other takes longer); clusters of four (+7: it seems that they do
-not all fit on the chip at once); more sums, for shorter chains of products (±0).
+by the copy engine (+0.6) or by asynchronous copies (+0.4) into shared memory; more stages (+1:
+activations wait behind weights); twice the strips, with clusters of two that share the groups, so
+that half of the activations are read (+0.6: leaving sums to each other takes longer); clusters of
+four (+7: it seems that they do not all fit on the chip at once); more sums, for shorter chains of
+products (±0).
 
 Tried without gain: all products between two attentions (o, gate and up, down, the next q, k and v)
 in one launch of a block a multiprocessor, whose warps order weights across them while the blocks
