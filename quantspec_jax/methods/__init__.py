@@ -77,6 +77,7 @@ METHODS: dict[str, Method] = {
     "cq-2c8b": Coupled(2),
     "cq-4c8b": Coupled(4),
     "cq-4c8b-unweighted": Coupled(4, weighted=False),
+    "cq-4c8b-unweighted-no-sinks": Coupled(4, weighted=False, sinks=0),
     "cq-8c8b": Coupled(8),
     "cq-4c8b-after": Coupled(4, before_rope=False),
     "cq-8c8b-after": Coupled(8, before_rope=False),

@@ -10,6 +10,11 @@ One table of 2^b numbers a layer, for keys and for values: k-means of all z with
 by Fisher's information, the squared gradient of the loss at each number (section 3.3). Quantiles,
 what counts as an outlier and the 50 steps are as in the authors' code; there scikit-learn makes the
 tables, here the same algorithm in JAX.
+
+Without outliers it shows which tokens are learned from. SmolLM2 on 2,048 tokens of Moby-Dick, 2
+bits, no exact first token, perplexity (full: 46.4), greedy and sampled proposals that are accepted:
+55.4, 0.773, 0.808 from 8 × 1,024 tokens from all over a novel; from one place of it 57.1, 0.745,
+0.795 with 8 × 1,024 and 59.1, 0.741, 0.790 with 16 × 1,024.
 """
 
 from __future__ import annotations
