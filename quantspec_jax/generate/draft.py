@@ -8,9 +8,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
 from pallas_kernels.kv_attention.read import Pages
 from quantspec_jax.cache import KVCache, schedule
-from quantspec_jax.generate.cache_pass import cache_pass
+from quantspec_jax.generate.cache_pass import Rope, cache_pass
 from quantspec_jax.generate.sampling import also_seen, choose
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.models.parameters import Params
@@ -27,6 +28,7 @@ class Proposals(NamedTuple):
 def draft(
     params: Params,
     state: DecodeState,
+    rope: Rope,
     program: Program,
     pages: Sequence[Pages] | None = None,
 ) -> tuple[Proposals, KVCache]:
@@ -35,6 +37,9 @@ def draft(
     Each step appends the draft's own keys and values to the buffers; the verification writes the
     same slots again. Steps past the next flush do not count (`cache.schedule`): they repeat the
     last position before it.
+
+    Args:
+      rope: cos and sin of the round's positions.
     """
     start = state.cache.length
     sampling, coupling = state.requests.sampling, program.coupling
@@ -44,9 +49,8 @@ def draft(
     def step(i, carry):
         cache, token, seen, found = carry
         position = jnp.minimum(start + i, last)
-        logits, cache = cache_pass(
-            params, program, cache, token[:, None], position, program.draft_read, pages
-        )
+        call = (params, program, cache, token[:, None], position, program.draft_read, pages)
+        logits, cache = cache_pass(*call, rope, start)
         token, probabilities = choose(
             logits[:, 0], seen, sampling, keys, position + 1, coupling.draft_role, program.sampled
         )
@@ -58,7 +62,9 @@ def draft(
 
     nothing = no_proposals(len(start), program.gamma, program.model.vocab_size)
     carry = (state.cache, state.pending, state.seen, nothing)
-    cache, _, _, found = jax.lax.fori_loop(0, program.gamma, step, carry)
+    # On a GPU a turn's counter and its writes are launches of their own, and fuse with nothing.
+    unroll = dispatch.device() is not None
+    cache, _, _, found = jax.lax.fori_loop(0, program.gamma, step, carry, unroll=unroll)
     return found, cache
 
 

@@ -23,6 +23,7 @@ from pallas_kernels.kv_attention.read import Pages
 from quantspec_jax.cache import flush, flush_due, rollback, schedule
 from quantspec_jax.generate import recoded
 from quantspec_jax.generate.accept import Verdict, accept
+from quantspec_jax.generate.cache_pass import rope_at
 from quantspec_jax.generate.draft import draft, no_proposals
 from quantspec_jax.generate.logprobs import score
 from quantspec_jax.generate.policies import Sizes
@@ -131,10 +132,11 @@ def read_round(
     start, active = state.cache.length, ~state.finished
     proposals = no_proposals(len(start), 0, program.model.vocab_size)
     cache = state.cache
+    rope = rope_at(start[:, None] + jnp.arange(program.cache.pass_width)[None], program)
     if program.gamma:
-        proposals, cache = draft(draft_params, state, program, pages)
+        proposals, cache = draft(draft_params, state, rope, program, pages)
     logits, cache, by_page = verify(
-        params, dataclasses.replace(state, cache=cache), proposals.tokens, program
+        params, dataclasses.replace(state, cache=cache), proposals.tokens, rope, program
     )
     proposed = jnp.minimum(program.gamma, schedule.room(start, program.cache.group_size))
     verdict = accept(logits, proposals, proposed, state, program)
