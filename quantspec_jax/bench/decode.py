@@ -47,7 +47,7 @@ from quantspec_jax.generate.config import BACKENDS, GenerateConfig
 from quantspec_jax.generate.couplings import REJECTION
 from quantspec_jax.generate.policies import POLICIES, Policy, policy
 from quantspec_jax.generate.requests import requests
-from quantspec_jax.generate.state import COUNTED, DecodeState, Program, axes_of
+from quantspec_jax.generate.state import STATISTICS, DecodeState, Program, axes_of
 from quantspec_jax.loading import Model
 from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
 from quantspec_jax.models.config import ModelConfig
@@ -164,9 +164,7 @@ def random_state(
         finished=each(False, dtype=bool),
         broken=each(False, dtype=bool),
         rounds=each(0),
-        proposed=each(0, COUNTED),
-        accepted=each(0, COUNTED),
-        draft_pages=each(0, 2),
+        statistics=each(0, STATISTICS),
         drafted=each(False, capacity, dtype=bool),
     )
     if program.mesh is None:

@@ -39,7 +39,7 @@ from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.logprobs import Logprobs, nothing
 from quantspec_jax.generate.prefill import COMPILED, begin, end, layer, prefill
 from quantspec_jax.generate.requests import Requests, requests
-from quantspec_jax.generate.state import COUNTED, DecodeState, Program, insert
+from quantspec_jax.generate.state import COUNTED, STATISTICS, DecodeState, Program, insert
 from quantspec_jax.generate.tiles import (
     TILE_STAGES,
     memory_of_unseen,
@@ -688,9 +688,7 @@ class Engine:
             finished=~each(dtype=bool),
             broken=each(dtype=bool),
             rounds=each(),
-            proposed=each(COUNTED),
-            accepted=each(COUNTED),
-            draft_pages=each(2),
+            statistics=each(STATISTICS),
             drafted=each(self.capacity, dtype=bool),
             logprobs=None if number is None else nothing(batch, self.capacity, number),
         )

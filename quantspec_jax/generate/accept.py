@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.shapes import Each, Logits, shaped
 from quantspec_jax.generate.couplings import Verdict
 from quantspec_jax.generate.draft import Proposals
-from quantspec_jax.generate.sampling import also_seen, either, penalize, warp
+from quantspec_jax.generate.sampling import also_seen, either, largest, penalize, warp
 from quantspec_jax.generate.state import DecodeState, Program
 
 
@@ -47,9 +47,10 @@ def accept(
         return program.coupling.verdict(p, q, *rest)
 
     def greedy() -> Verdict:
-        penalized = penalize(logits, _seen_by_row(state.seen, tokens), sampling)
-        best = jnp.argmax(penalized, -1).astype(jnp.int32)
-        return program.coupling.greedy(best, *rest)
+        penalized = logits
+        if program.sampled is None:
+            penalized = penalize(logits, _seen_by_row(state.seen, tokens), sampling)
+        return program.coupling.greedy(largest(penalized)[1], *rest)
 
     return either(program.sampled, sampling, drawn, greedy)
 

@@ -55,7 +55,7 @@ def draft(
             logits[:, 0], seen, sampling, keys, position + 1, coupling.draft_role, program.sampled
         )
         found = Proposals(
-            jax.lax.dynamic_update_index_in_dim(found.tokens, token, i, 1),
+            jnp.where(jnp.arange(program.gamma) == i, token[:, None], found.tokens),
             jax.lax.dynamic_update_index_in_dim(found.probabilities, probabilities, i, 1),
         )
         return cache, token, also_seen(seen, token), found
@@ -65,7 +65,7 @@ def draft(
     # On a GPU a turn's counter and its writes are launches of their own, and fuse with nothing.
     unroll = dispatch.device() is not None
     cache, _, _, found = jax.lax.fori_loop(0, program.gamma, step, carry, unroll=unroll)
-    return found, cache
+    return jax.lax.optimization_barrier(found), cache
 
 
 def no_proposals(batch: int, gamma: int, vocabulary: int) -> Proposals:
