@@ -244,7 +244,9 @@ def _emit(
     seen = state.seen
     if program.sampled is not False:
         seen = seen.at[jnp.arange(b)[:, None], new].max(index < number[:, None])
-    last = jnp.sum(jnp.where(index == number[:, None] - 1, new, 0), 1)
+    last = new[:, 0]
+    for i in range(1, width):
+        last = jnp.where(number > i, new[:, i], last)
     return dataclasses.replace(
         state,
         seen=seen,
