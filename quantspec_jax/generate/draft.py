@@ -28,6 +28,7 @@ class Proposals(NamedTuple):
 def draft(
     params: Params,
     state: DecodeState,
+    positions: jax.Array,
     rope: Rope,
     program: Program,
     pages: Sequence[Pages] | None = None,
@@ -39,16 +40,16 @@ def draft(
     last position before it.
 
     Args:
-      rope: cos and sin of the round's positions.
+      positions: [B, γ+1 or more] int32, the round's, and rope: cos and sin of them.
     """
     start = state.cache.length
     sampling, coupling = state.requests.sampling, program.coupling
     keys = coupling.draft_keys(state.requests.keys, start + 1)
-    last = schedule.last_position(start, program.cache.group_size)
+    last = schedule.last_position(positions[:, 0], program.cache.group_size)
 
     def step(i, carry):
         cache, token, seen, found = carry
-        position = jnp.minimum(start + i, last)
+        position = jnp.minimum(jax.lax.dynamic_index_in_dim(positions, i, 1, False), last)
         call = (params, program, cache, token[:, None], position, program.draft_read, pages)
         logits, cache = cache_pass(*call, rope, start)
         token, probabilities = choose(

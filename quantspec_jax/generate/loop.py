@@ -137,9 +137,11 @@ def read_round(
     start, active = state.cache.length, ~state.finished
     proposals = no_proposals(len(start), 0, program.model.vocab_size)
     cache = state.cache
-    rope = rope_at(start[:, None] + jnp.arange(program.cache.pass_width)[None], program)
+    positions = start[:, None] + jnp.arange(program.cache.pass_width)[None]
+    positions = jax.lax.optimization_barrier(positions)  # as in `_decided`
+    rope = rope_at(positions, program)
     if program.gamma:
-        proposals, cache = draft(draft_params, state, rope, program, pages)
+        proposals, cache = draft(draft_params, state, positions, rope, program, pages)
     logits, cache, by_page = verify(
         params, dataclasses.replace(state, cache=cache), proposals.tokens, rope, program
     )
