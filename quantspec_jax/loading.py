@@ -20,8 +20,8 @@ from quantspec_jax.dtypes import BFLOAT16, FLOAT32, float_type
 from quantspec_jax.models.attention import causal_attention
 from quantspec_jax.models.config import ModelConfig, RopeScaling
 from quantspec_jax.models.decoder import forward, unembed
-from quantspec_jax.models.rope import rope_frequencies, rope_tables
 from quantspec_jax.models.parameters import Params, check_params
+from quantspec_jax.models.rope import rope_frequencies, rope_tables
 from quantspec_jax.sharding import check_mesh, mesh_of, place_model, place_params
 from quantspec_jax.stored_kv import StoredKV
 from quantspec_jax.weights.entries import draft_tree, quantize_params, with_first

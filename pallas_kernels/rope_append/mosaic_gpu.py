@@ -169,7 +169,7 @@ def rope_append(
     heads: Heads, cache: LayerCache, start: jax.Array, first: jax.Array | None = None
 ) -> tuple[jax.Array, LayerCache]:
     """See `pallas_kernels.rope_append.api.rope_append`; bf16 activations and buffer."""
-    b, tokens, num_heads, head_dim = heads.q.shape
+    b, tokens, num_heads = heads.q.shape[:3]
     slots = cache.key_buffer.shape[2]
     half = slots if cache.keys is None else slots // 2
     vectors = num_heads + 2 * heads.k.shape[2]
@@ -182,5 +182,15 @@ def rope_append(
         blocks=b * tokens * -(-vectors // WARPS),
         warpgroups=WARPS // 4,
         updated=2,
-    )(start, start if first is None else first, *tables, heads.q, heads.k, heads.v, *optional, cache.key_buffer, cache.value_buffer)
+    )(
+        start,
+        start if first is None else first,
+        *tables,
+        heads.q,
+        heads.k,
+        heads.v,
+        *optional,
+        cache.key_buffer,
+        cache.value_buffer,
+    )
     return queries, dataclasses.replace(cache, key_buffer=key_buffer, value_buffer=value_buffer)

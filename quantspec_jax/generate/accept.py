@@ -25,6 +25,7 @@ def accept(
     proposed: Each,
     state: DecodeState,
     program: Program,
+    best: jax.Array | None = None,
 ) -> Verdict:
     """Compare a round's proposals with the target.
 
@@ -34,6 +35,7 @@ def accept(
       proposals: γ a sequence.
       proposed: [B] int32, 0..γ: only the first so many proposals count.
       state: before the round.
+      best: [B, γ+1] int32, where each row's logits are largest, if that is known.
 
     Returns:
       How many proposals are accepted, and the token after them.
@@ -47,10 +49,12 @@ def accept(
         return program.coupling.verdict(p, q, *rest)
 
     def greedy() -> Verdict:
-        penalized = logits
+        chosen = best
         if program.sampled is None:
-            penalized = penalize(logits, _seen_by_row(state.seen, tokens), sampling)
-        return program.coupling.greedy(largest(penalized)[1], *rest)
+            chosen = largest(penalize(logits, _seen_by_row(state.seen, tokens), sampling))[1]
+        elif chosen is None:
+            chosen = largest(logits)[1]
+        return program.coupling.greedy(chosen, *rest)
 
     return either(program.sampled, sampling, drawn, greedy)
 

@@ -18,7 +18,6 @@ from quantspec_jax.models.decoder import forward, unembed
 from quantspec_jax.models.parameters import Params
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
-
 Rope = tuple[jax.Array, jax.Array]
 
 

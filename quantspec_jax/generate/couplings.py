@@ -83,7 +83,7 @@ def leading(holds: jax.Array, proposed: jax.Array) -> jax.Array:
     number, goes_on = jnp.zeros_like(proposed), jnp.ones_like(proposed, bool)
     for i in range(holds.shape[1]):  # in place of a sum over them: that would be a launch
         goes_on &= holds[:, i] & (i < proposed)
-        number += goes_on
+        number += goes_on.astype(jnp.int32)
     return number
 
 

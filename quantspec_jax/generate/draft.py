@@ -56,7 +56,7 @@ def draft(
             logits[:, 0], seen, sampling, keys, position + 1, coupling.draft_role, program.sampled
         )
         found = Proposals(
-            jnp.where(jnp.arange(program.gamma) == i, token[:, None], found.tokens),
+            jnp.where(jnp.arange(program.gamma)[None] == i, token[:, None], found.tokens),
             jax.lax.dynamic_update_index_in_dim(found.probabilities, probabilities, i, 1),
         )
         return cache, token, also_seen(seen, token), found

@@ -30,7 +30,7 @@ from quantspec_jax.generate.couplings import Verdict
 from quantspec_jax.generate.draft import draft, no_proposals
 from quantspec_jax.generate.logprobs import score
 from quantspec_jax.generate.policies import Sizes
-from quantspec_jax.generate.sampling import not_finite
+from quantspec_jax.generate.sampling import largest
 from quantspec_jax.generate.split import split
 from quantspec_jax.generate.state import DecodeState, Program, counted
 from quantspec_jax.generate.verify import verify
@@ -146,8 +146,9 @@ def read_round(
         params, dataclasses.replace(state, cache=cache), proposals.tokens, rope, program
     )
     proposed = jnp.minimum(program.gamma, schedule.room(start, program.cache.group_size))
-    verdict = accept(logits, proposals, proposed, state, program)
-    decided = _decided(verdict, proposals.tokens, logits)
+    most, best = largest(logits)
+    verdict = accept(logits, proposals, proposed, state, program, best)
+    decided = _decided(verdict, proposals.tokens, ~jnp.isfinite(most))
     broken = active & decided.broken
     active &= ~broken
     accepted = jnp.where(active, decided.accepted, 0)
@@ -182,10 +183,12 @@ class _Decided(NamedTuple):
     broken: jax.Array
 
 
-def _decided(verdict: Verdict, proposals: jax.Array, logits: jax.Array) -> _Decided:
-    """All of it lies in one small array: on a GPU that is one launch, and what follows from it are
+def _decided(verdict: Verdict, proposals: jax.Array, wrong: jax.Array) -> _Decided:
+    """From the proposals [B, γ] and whether a row of logits is not finite, [B, γ+1] bool.
+
+    All of it lies in one small array: on a GPU that is one launch, and what follows from it are
     few, for XLA joins what reads the same array."""
-    gamma, accepted, wrong = proposals.shape[1], verdict.accepted, not_finite(logits)
+    gamma, accepted = proposals.shape[1], verdict.accepted
     tokens = [jnp.where(accepted == i, verdict.token, proposals[:, i]) for i in range(gamma)]
     broken = functools.reduce(
         jnp.logical_or, (wrong[:, i] & (i <= accepted) for i in range(gamma + 1))
@@ -216,8 +219,8 @@ def _pages_read(
 def _emit(
     state: DecodeState, decided: _Decided, logits: jax.Array, program: Program
 ) -> DecodeState:
-    """Write a round's tokens up to an end token or the limit; and what the logits say of them, where
-    the program writes that down."""
+    """Write a round's tokens up to an end token or the limit; and, where the program writes that
+    down, what the logits say of them."""
     new, accepted = decided.tokens, decided.accepted
     b, width = new.shape
     index = jnp.arange(width)[None]

@@ -23,9 +23,9 @@ from quantspec_jax.methods.method import Layer, Method
 from quantspec_jax.models.attention import causal_attention
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.decoder import forward
-from quantspec_jax.models.rope import rope_frequencies, rope_tables
 from quantspec_jax.models.linear import computed
 from quantspec_jax.models.parameters import Params
+from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
 TEXTS, LENGTH = 16, 64
 
