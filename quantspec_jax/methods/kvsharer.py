@@ -79,7 +79,7 @@ def run(
     rope = rope_tables(*frequencies, jnp.arange(s)[None])
     layers = range(config.num_layers)
     hidden, _ = forward(params, config, tokens, rope, layers, attend, backend="xla")
-    return computed(hidden), kept[0], kept[1]
+    return computed(hidden, "xla"), kept[0], kept[1]
 
 
 @dataclasses.dataclass(frozen=True)

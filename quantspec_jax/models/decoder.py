@@ -127,7 +127,7 @@ def run_block(
     x, left, state = _run_block(
         block, next_norm, config, x, h, rope, state, attend, backend=backend, axes=axes
     )
-    return x, computed(left), state
+    return x, computed(left, backend), state
 
 
 def _run_block(
@@ -209,4 +209,4 @@ def _whole_product(hidden: Activations, weight: jax.Array, tied: bool, backend: 
     x, around = apart_from_norm(hidden)
     if bf16.takes(x, [weight], around, tied, backend):
         return bf16.bf16_matmuls(x, [weight], around, transposed=tied, backend=backend)[0]
-    return matmul(computed(hidden), weight, tied, jnp.float32, precision(x.dtype))
+    return matmul(computed(hidden, backend), weight, tied, jnp.float32, precision(x.dtype))
