@@ -385,7 +385,7 @@ def measure(compiled: Compiled, setting: Setting) -> dict[str, Any]:
     drafted = case.gamma
     milliseconds = statistics.median(seconds) * 1e3
     tokens = made / rounds
-    launches = launches_a_round(compiled.text, drafted) if compiled.text else None
+    launches = launches_a_round(compiled.text) if compiled.text else None
     profile = None
     if jax.default_backend() != "cpu":
         kernels = traced(lambda: compiled.run(state, TRACED_ROUNDS))
