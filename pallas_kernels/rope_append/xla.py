@@ -19,8 +19,8 @@ def rope_append(
     """See `pallas_kernels.rope_append.api.rope_append`."""
     if first is not None:
         rows = (start - first)[:, None] + jnp.arange(heads.q.shape[1])[None]
-        tables = (jnp.take_along_axis(x, rows[..., None, None], 1) for x in heads.rope)
-        heads = dataclasses.replace(heads, rope=tuple(tables))
+        cos, sin = (jnp.take_along_axis(x, rows[..., None, None], 1) for x in heads.rope)
+        heads = dataclasses.replace(heads, rope=(cos, sin))
     q, k, v = heads.finished()
     return q, append(cache, k.swapaxes(1, 2), v.swapaxes(1, 2), start)
 

@@ -210,7 +210,7 @@ class Engine:
         else:
             self._insert(first, state)
         for slot in taken:
-            self._slots[slot] = _Slot(config.temperature > 0, config.logprobs)
+            self._slots[slot] = _Slot(config.warped, config.logprobs)
         self._ended[taken] = False
         self._look()
         try:
@@ -406,7 +406,7 @@ class Engine:
         lie = self._lie[slot] = self._lie[slot][: self._same(slot, useful)]
         self._standing.pop(slot, None)
         self._stand_still(slot, g * len(lie))
-        self._slots[slot] = _Slot(config.temperature > 0, config.logprobs)
+        self._slots[slot] = _Slot(config.warped, config.logprobs)
         self._ended[slot] = False
         self._prompts.append(_Prompt(slot, ids, wants, every, g * len(lie)))
         return slot

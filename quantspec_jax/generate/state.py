@@ -59,8 +59,9 @@ class Program:
       draft_view: in which view.
       exact_tiles: how many tiles at the beginning a draft reads as finely as the target does.
       coupling: how proposals are accepted.
-      sampled: whether any sequence is sampled; None: the program finds out, in branches. A GPU's
-        branch waits for the host.
+      sampled: whether any sequence is drawn or penalized; False: the tokens are where the logits are
+        largest, whatever `requests` say, and `seen` stays as it is. None: the program finds out, in
+        branches. A GPU's branch waits for the host.
       backend: which kernels run.
       logprobs: whether the log-probabilities of new tokens are written down.
       mesh: of the devices that the arrays are split over; None: there is one.
@@ -130,7 +131,8 @@ class DecodeState:
     cache     every token before the pending one
     requests  what the sequences want
     memory    what the draft policy remembers
-    seen      [B, N] bool, tokens of the prompt and of the text so far (repetition penalty)
+    seen      [B, N] bool, tokens of the prompt and of the text so far (repetition penalty); of the
+              prompt alone where no program needed to know (`Program.sampled`)
     pending   [B] int32
     tokens    [B, M] int32, new tokens, the pending one included; valid below `count`
     count     [B] int32
