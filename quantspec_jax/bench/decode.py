@@ -42,6 +42,7 @@ from quantspec_jax.commands.options import mesh as mesh_of_options
 from quantspec_jax.cost import Costs, bytes_read, cache_read_bytes, weight_bytes
 from quantspec_jax.dtypes import float_type
 from quantspec_jax.engine.adaptive import MOST_DRAFTED, PRIOR
+from quantspec_jax.engine.prepare import known_sampled
 from quantspec_jax.engine.programs import DECODE
 from quantspec_jax.generate.config import BACKENDS, GenerateConfig
 from quantspec_jax.generate.couplings import REJECTION
@@ -280,6 +281,7 @@ class Setting:
             case.gamma,
             policy=self.policy,
             coupling=Simulated(tuple(alphas)) if case.gamma and alphas else REJECTION,
+            sampled=known_sampled(False),
             backend=args.backend,
             mesh=self.mesh,
         )

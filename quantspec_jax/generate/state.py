@@ -59,8 +59,8 @@ class Program:
       draft_view: in which view.
       exact_tiles: how many tiles at the beginning a draft reads as finely as the target does.
       coupling: how proposals are accepted.
-      sampled: whether any sequence is drawn or penalized; False: the tokens are where the logits are
-        largest, whatever `requests` say, and `seen` stays as it is. None: the program finds out, in
+      sampled: whether any sequence is drawn or penalized; False: tokens are the argmax of the
+        logits, whatever `requests` say, and `seen` stays as it is. None: the program finds out, in
         branches. A GPU's branch waits for the host.
       backend: which kernels run.
       logprobs: whether the log-probabilities of new tokens are written down.
