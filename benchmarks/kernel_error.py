@@ -21,6 +21,7 @@ import quantspec_jax as qs
 from pallas_kernels.kv_attention.api import kv_attention
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.rope_append.api import rope_append
+from quantspec_jax.generate.cache_pass import rope_at
 from quantspec_jax.models.decoder import forward
 
 
@@ -48,8 +49,8 @@ def errors(model: qs.Model, ids: list[int], view: str, tokens: int) -> dict[str,
 
         positions = cache.length[:, None] + jnp.arange(tokens)
         last = jnp.array([ids[-tokens:]], jnp.int32)
-        length = program.cache.max_length
-        return forward(params, model.config, last, positions, layers, attend, rope_length=length)[1]
+        rope = rope_at(positions, program)
+        return forward(params, model.config, last, rope, layers, attend)[1]
 
     found = np.stack(jax.device_get(one_pass(model.params, cache.layers)))
     return {"error": float(found[:, 0].max()), "error_after_rounding": float(found[:, 1].max())}

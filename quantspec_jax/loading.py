@@ -21,6 +21,7 @@ from quantspec_jax.models.attention import causal_attention
 from quantspec_jax.models.config import ModelConfig, RopeScaling
 from quantspec_jax.models.decoder import forward, unembed
 from quantspec_jax.models.parameters import Params, check_params
+from quantspec_jax.models.rope import rope_frequencies, rope_tables
 from quantspec_jax.sharding import check_mesh, mesh_of, place_model, place_params
 from quantspec_jax.stored_kv import StoredKV
 from quantspec_jax.weights.entries import draft_tree, quantize_params, with_first
@@ -111,21 +112,15 @@ class Model:
 @functools.partial(jax.jit, static_argnames="config")
 def full_logits(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Array:
     """Causal forward pass in full precision, no cache: [B, S] → [B, S, N] float32."""
-    b, s = tokens.shape
+    s = tokens.shape[1]
 
     def attend(state: None, heads: Heads) -> tuple[jax.Array, None]:
         return causal_attention(*heads.finished(), config.head_dim**-0.5), state
 
-    hidden, _ = forward(
-        params,
-        config,
-        tokens,
-        jnp.broadcast_to(jnp.arange(s), (b, s)),
-        (None,) * config.num_layers,
-        attend,
-        rope_length=s,
-        backend="xla",
-    )
+    frequencies = rope_frequencies(config.rope, config.head_dim, s)
+    rope = rope_tables(*frequencies, jnp.arange(s)[None])
+    layers = (None,) * config.num_layers
+    hidden, _ = forward(params, config, tokens, rope, layers, attend, backend="xla")
     return unembed(params, hidden)
 
 

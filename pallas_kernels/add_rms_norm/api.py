@@ -30,6 +30,15 @@ def add_rms_norm(
     return xla.add_rms_norm(x, y, weight, eps)
 
 
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, backend: str = "auto") -> jax.Array:
+    """The RMS norm of x [..., E] alone, in x's type; of one row XLA makes two launches."""
+    if _mosaic_gpu(x, backend):
+        from pallas_kernels.add_rms_norm import mosaic_gpu
+
+        return dispatch.shared(mosaic_gpu.rms_norm, ("eps",))(x, weight, eps=eps)
+    return xla.rms_norm(x, weight, eps)
+
+
 def _mosaic_gpu(x: jax.Array, backend: str) -> bool:
     """Whether the Pallas kernel takes the call. CUDA code is imported only where it can."""
     if backend == "xla" or dispatch.device() is None:

@@ -64,12 +64,16 @@ def _block_sum(x: V, shared: V, thread: V, warps: int) -> V:
     return total
 
 
-def _body(channels: int, warpgroups: int, y_itemsize: int, eps: float) -> Callable[..., None]:
+def _body(
+    channels: int, warpgroups: int, y_itemsize: int | None, eps: float
+) -> Callable[..., None]:
+    """`y_itemsize`: None where nothing is added."""
     threads = 128 * warpgroups
     chunks = channels // CHUNK
 
     def body(addresses: Sequence[V], shared: V) -> None:
-        x, y, weight, total, normed = addresses
+        x, *y, weight = addresses[: 2 if y_itemsize is None else 3]
+        *total, normed = addresses[len(y) + 2 :]
         thread, row = ptx.special("tid.x"), ptx.special("ctaid.x")
         held: list[tuple[V, V, V, list[V]]] = []
         square = f32(0.0)
@@ -79,14 +83,16 @@ def _body(channels: int, warpgroups: int, y_itemsize: int, eps: float) -> Callab
             # Threads past the end repeat the last chunk, and neither count nor write it.
             channel = ptx.minimum(chunk, chunks - 1) * CHUNK
             at = row.to_i64() * channels + channel.to_i64()
-            pairs = zip(_wide(x + at * 2, 2), _wide(y + at * y_itemsize, y_itemsize), strict=True)
-            words = _packed([a + b for a, b in pairs])
-            sums = [half(word) for word in words for half in (ptx.low_bf16, ptx.high_bf16)]
+            sums = _wide(x + at * 2, 2)
+            if y_itemsize is not None:
+                added = _wide(y[0] + at * y_itemsize, y_itemsize)
+                words = _packed([a + b for a, b in zip(sums, added, strict=True)])
+                sums = [half(word) for word in words for half in (ptx.low_bf16, ptx.high_bf16)]
+                ptx.when(inside, functools.partial(ptx.store, total[0] + at * 2, words))
             here = f32(0.0)
             for number in sums:
                 here = ptx.fma(number, number, here)
             square = square + ptx.select(inside, here, 0.0)
-            ptx.when(inside, functools.partial(ptx.store, total + at * 2, words))
             held.append((inside, at, channel, sums))
         mean = _block_sum(square, shared, thread, 4 * warpgroups) * (1.0 / channels)
         factor = ptx.reciprocal_sqrt(mean + eps)
@@ -102,18 +108,27 @@ def add_rms_norm(
     x: jax.Array, y: jax.Array, weight: jax.Array, *, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.add_rms_norm.api.add_rms_norm`; bf16 x."""
+    total, normed = _run(x, [y if y.dtype == jnp.float32 else y.astype(x.dtype)], weight, eps)
+    return total, normed
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
+    """See `pallas_kernels.add_rms_norm.api.rms_norm`; bf16 x."""
+    return _run(x, [], weight, eps)[0]
+
+
+def _run(x: jax.Array, added: list[jax.Array], weight: jax.Array, eps: float) -> list[jax.Array]:
+    """The sum, if something is added, and the norm."""
     channels = x.shape[-1]
     rows = x.size // channels
     warpgroups = min(WARPGROUPS, -(-channels // (CHUNK * 128)))
-    if y.dtype != jnp.float32:
-        y = y.astype(x.dtype)
     out = jax.ShapeDtypeStruct((rows, channels), x.dtype)
-    total, normed = ptx.kernel(
-        _body(channels, warpgroups, y.dtype.itemsize, eps),
-        [out, out],
-        name="add_rms_norm",
+    found = ptx.kernel(
+        _body(channels, warpgroups, added[0].dtype.itemsize if added else None, eps),
+        [out] * (len(added) + 1),
+        name="add_rms_norm" if added else "rms_norm",
         blocks=rows,
         warpgroups=warpgroups,
         shared_bytes=64,
-    )(x.reshape(rows, channels), y.reshape(rows, channels), weight.astype(x.dtype))
-    return total.reshape(x.shape), normed.reshape(x.shape)
+    )(*(part.reshape(rows, channels) for part in (x, *added)), weight.astype(x.dtype))
+    return [each.reshape(x.shape) for each in found]

@@ -11,7 +11,12 @@ from pallas_kernels.rope_append.heads import Heads
 
 
 def rope_append(
-    heads: Heads, cache: LayerCache, start: jax.Array, *, backend: str = "auto"
+    heads: Heads,
+    cache: LayerCache,
+    start: jax.Array,
+    first: jax.Array | None = None,
+    *,
+    backend: str = "auto",
 ) -> tuple[jax.Array, LayerCache]:
     """Finish a pass's heads, and write keys and values into the buffer; one launch, in place.
 
@@ -19,6 +24,8 @@ def rope_append(
       heads: of S consecutive tokens a sequence.
       cache: the layer's.
       start: [B] int32, position of the first.
+      first: [B] int32, position of the first row of `heads.rope`, which may have more rows than the
+        pass; None: it is `start`, and there are S rows.
       backend: `auto`, `mosaic_gpu` or `xla`.
 
     Returns:
@@ -28,8 +35,8 @@ def rope_append(
     if _mosaic_gpu(heads, cache, backend):
         from pallas_kernels.rope_append import mosaic_gpu
 
-        return dispatch.shared(mosaic_gpu.rope_append, ())(heads, cache, start)
-    return xla.rope_append(heads, cache, start)
+        return dispatch.shared(mosaic_gpu.rope_append, ())(heads, cache, start, first)
+    return xla.rope_append(heads, cache, start, first)
 
 
 def _mosaic_gpu(heads: Heads, cache: LayerCache, backend: str) -> bool:

@@ -38,11 +38,11 @@ def unsupported(heads: Heads, cache: LayerCache) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Warp:
-    """A warp's vector: of token `token` = b S + s."""
+    """A warp's vector; `row` of the tables is its token's."""
 
     channels: int
     lane: V
-    token: V
+    row: V
 
     @property
     def words(self) -> list[tuple[V, V]]:
@@ -85,8 +85,8 @@ class _Warp:
         return _rounded([x * factor * w for x, w in zip(numbers, weights, strict=True)])
 
     def rotated(self, numbers: Numbers, cos: V, sin: V) -> Numbers:
-        """By tables [tokens, D], of which the first half is read."""
-        at = (self.token * (4 * self.channels)).to_i64()
+        """By rows of tables [rows, D], of which the first half is read."""
+        at = (self.row * (4 * self.channels)).to_i64()
         half = len(numbers) // 2
         cosines, sines = (self.read(table + at, 4)[:half] for table in (cos, sin))
         first, second = numbers[:half], numbers[half:]
@@ -108,12 +108,12 @@ def _body(heads: Heads, slots: int, half: int) -> Callable[[Sequence[V], V], Non
     in."""
     _, tokens, num_heads, channels = heads.q.shape
     kv_heads = heads.k.shape[2]
-    vectors = num_heads + 2 * kv_heads
+    vectors, rows = num_heads + 2 * kv_heads, heads.rope[0].shape[1]
     present = [x is not None for x in (*heads.biases, *heads.norms)]
 
     def body(addresses: Sequence[V], shared: V) -> None:
         del shared
-        starts, cos, sin, *rest = addresses
+        starts, firsts, cos, sin, *rest = addresses
         projected, rest = rest[:3], rest[3:]
         *others, key_buffer, value_buffer, queries = rest
         optional = [others.pop(0) if here else None for here in present]
@@ -123,8 +123,10 @@ def _body(heads: Heads, slots: int, half: int) -> Callable[[Sequence[V], V], Non
         blocks_a_token = -(-vectors // WARPS)
         token = block // blocks_a_token
         vector = block % blocks_a_token * WARPS + ptx.uniform(thread >> 5)
-        warp = _Warp(channels, thread & 31, token)
         b, s = token // tokens, token % tokens
+        (start,) = ptx.load(starts + b.to_i64() * 4)
+        (first,) = ptx.load(firsts + b.to_i64() * 4)
+        warp = _Warp(channels, thread & 31, b * rows + s + (start - first))
 
         def finished(which: int, head: V) -> Numbers:
             """A head of q (0), k (1) or v (2)."""
@@ -146,13 +148,12 @@ def _body(heads: Heads, slots: int, half: int) -> Callable[[Sequence[V], V], Non
             warp.write(queries + at, finished(0, vector))
 
         def buffered(which: int, buffer: V, head: V) -> None:
-            (start,) = ptx.load(starts + b.to_i64() * 4)
-            first = start % slots
-            slot = first + s
+            begin = start % slots
+            slot = begin + s
             row = (b * kv_heads + head).to_i64() * slots + slot.to_i64()
             write = functools.partial(warp.write, buffer + row * (2 * channels))
             numbers = finished(which, head)
-            ptx.when(slot < (first // half + 1) * half, lambda: write(numbers))
+            ptx.when(slot < (begin // half + 1) * half, lambda: write(numbers))
 
         key, value = vector - num_heads, vector - (num_heads + kv_heads)
         ptx.when(vector < num_heads, query)
@@ -164,14 +165,16 @@ def _body(heads: Heads, slots: int, half: int) -> Callable[[Sequence[V], V], Non
     return body
 
 
-def rope_append(heads: Heads, cache: LayerCache, start: jax.Array) -> tuple[jax.Array, LayerCache]:
+def rope_append(
+    heads: Heads, cache: LayerCache, start: jax.Array, first: jax.Array | None = None
+) -> tuple[jax.Array, LayerCache]:
     """See `pallas_kernels.rope_append.api.rope_append`; bf16 activations and buffer."""
-    b, tokens, num_heads, head_dim = heads.q.shape
+    b, tokens, num_heads = heads.q.shape[:3]
     slots = cache.key_buffer.shape[2]
     half = slots if cache.keys is None else slots // 2
     vectors = num_heads + 2 * heads.k.shape[2]
     optional = [x.astype(jnp.bfloat16) for x in (*heads.biases, *heads.norms) if x is not None]
-    tables = [jnp.broadcast_to(x, (b, tokens, 1, head_dim)) for x in heads.rope]
+    tables = [jnp.broadcast_to(x, (b, *x.shape[1:])) for x in heads.rope]
     queries, key_buffer, value_buffer = ptx.kernel(
         _body(heads, slots, half),
         [jax.ShapeDtypeStruct(heads.q.shape, jnp.bfloat16)],
@@ -179,5 +182,15 @@ def rope_append(heads: Heads, cache: LayerCache, start: jax.Array) -> tuple[jax.
         blocks=b * tokens * -(-vectors // WARPS),
         warpgroups=WARPS // 4,
         updated=2,
-    )(start, *tables, heads.q, heads.k, heads.v, *optional, cache.key_buffer, cache.value_buffer)
+    )(
+        start,
+        start if first is None else first,
+        *tables,
+        heads.q,
+        heads.k,
+        heads.v,
+        *optional,
+        cache.key_buffer,
+        cache.value_buffer,
+    )
     return queries, dataclasses.replace(cache, key_buffer=key_buffer, value_buffer=value_buffer)

@@ -13,8 +13,14 @@ from pallas_kernels.rope_append.heads import Heads
 from pallas_kernels.shapes import CacheKV, Each, shaped
 
 
-def rope_append(heads: Heads, cache: LayerCache, start: jax.Array) -> tuple[jax.Array, LayerCache]:
+def rope_append(
+    heads: Heads, cache: LayerCache, start: jax.Array, first: jax.Array | None = None
+) -> tuple[jax.Array, LayerCache]:
     """See `pallas_kernels.rope_append.api.rope_append`."""
+    if first is not None:
+        rows = (start - first)[:, None] + jnp.arange(heads.q.shape[1])[None]
+        cos, sin = (jnp.take_along_axis(x, rows[..., None, None], 1) for x in heads.rope)
+        heads = dataclasses.replace(heads, rope=(cos, sin))
     q, k, v = heads.finished()
     return q, append(cache, k.swapaxes(1, 2), v.swapaxes(1, 2), start)
 

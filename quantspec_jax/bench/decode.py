@@ -42,12 +42,13 @@ from quantspec_jax.commands.options import mesh as mesh_of_options
 from quantspec_jax.cost import Costs, bytes_read, cache_read_bytes, weight_bytes
 from quantspec_jax.dtypes import float_type
 from quantspec_jax.engine.adaptive import MOST_DRAFTED, PRIOR
+from quantspec_jax.engine.prepare import known_sampled
 from quantspec_jax.engine.programs import DECODE
 from quantspec_jax.generate.config import BACKENDS, GenerateConfig
 from quantspec_jax.generate.couplings import REJECTION
 from quantspec_jax.generate.policies import POLICIES, Policy, policy
 from quantspec_jax.generate.requests import requests
-from quantspec_jax.generate.state import COUNTED, DecodeState, Program, axes_of
+from quantspec_jax.generate.state import STATISTICS, DecodeState, Program, axes_of
 from quantspec_jax.loading import Model
 from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
 from quantspec_jax.models.config import ModelConfig
@@ -164,9 +165,7 @@ def random_state(
         finished=each(False, dtype=bool),
         broken=each(False, dtype=bool),
         rounds=each(0),
-        proposed=each(0, COUNTED),
-        accepted=each(0, COUNTED),
-        draft_pages=each(0, 2),
+        statistics=each(0, STATISTICS),
         drafted=each(False, capacity, dtype=bool),
     )
     if program.mesh is None:
@@ -282,6 +281,7 @@ class Setting:
             case.gamma,
             policy=self.policy,
             coupling=Simulated(tuple(alphas)) if case.gamma and alphas else REJECTION,
+            sampled=known_sampled(False),
             backend=args.backend,
             mesh=self.mesh,
         )
@@ -387,7 +387,7 @@ def measure(compiled: Compiled, setting: Setting) -> dict[str, Any]:
     drafted = case.gamma
     milliseconds = statistics.median(seconds) * 1e3
     tokens = made / rounds
-    launches = launches_a_round(compiled.text, drafted) if compiled.text else None
+    launches = launches_a_round(compiled.text) if compiled.text else None
     profile = None
     if jax.default_backend() != "cpu":
         kernels = traced(lambda: compiled.run(state, TRACED_ROUNDS))

@@ -1,8 +1,8 @@
 """Launches of a round of the decode loop, counted in XLA's optimized program.
 
-A kernel, a fusion or a copy is a launch. A loop counts as often as it turns, with its condition
-where the number of turns is not known; of branches the first counts, the greedy one. The program is
-a loop of rounds up to the next flush, in a loop of flushes.
+A kernel, a fusion or a copy is a launch. A loop counts as often as it turns; where that is not
+known, once, with its condition: the rounds that read the same pages. Of branches the first counts,
+the greedy one. The program is a loop of rounds up to the next flush, in a loop of flushes.
 """
 
 from __future__ import annotations
@@ -60,35 +60,25 @@ class Module:
             elif " = " in line and line.startswith(" "):
                 current.append(Operation(_kind(line.split(" = ", 1)[1]), line))
 
-    def launches(self, name: str, steps: float) -> float:
-        """Launches of a computation. Its loops of an unknown number of turns take `steps` steps,
-        each of them as large a part; a turn may be several steps, a loop in the loop."""
-        total = 0.0
-        operations = self.computations[name]
-        unknown = [x for x in operations if x.kind == "while" and x.turns is None]
-        for operation in operations:
+    def launches(self, name: str) -> int:
+        """Launches of a computation."""
+        total = 0
+        for operation in self.computations[name]:
             if operation.kind in LAUNCHES:
                 total += 1
-            elif operation in unknown:
-                turns = steps / self.steps(operation) / len(unknown)
-                total += self.turn(operation, steps) * turns
             elif operation.kind == "while":
-                total += self.turn(operation, steps) * (operation.turns or 0)
+                turns = 1 if operation.turns is None else operation.turns
+                total += self.turn(operation) * turns
             elif operation.kind == "call":
-                total += self.launches(operation.called("to_apply"), steps)
+                total += self.launches(operation.called("to_apply"))
             elif operation.kind == "conditional":
-                total += self.launches(operation.branch, steps)
+                total += self.launches(operation.branch)
         return total
 
-    def turn(self, loop: Operation, steps: float) -> float:
+    def turn(self, loop: Operation) -> int:
         """Launches of one turn of a loop."""
-        condition = self.launches(loop.called("condition"), steps) if loop.turns is None else 0
-        return self.launches(loop.called("body"), steps) + condition
-
-    def steps(self, loop: Operation) -> int:
-        """Steps of a turn: those of the loop in its body, or 1."""
-        inside = [x.turns for x in self.computations[loop.called("body")] if x.kind == "while"]
-        return next((n for n in inside if n), 1)
+        condition = self.launches(loop.called("condition")) if loop.turns is None else 0
+        return self.launches(loop.called("body")) + condition
 
     def open_loop(self, name: str) -> Operation | None:
         """The first loop of an unknown number of turns in a computation."""
@@ -100,9 +90,8 @@ class Module:
         return None
 
 
-def launches_a_round(text: str, drafted: float = 0) -> float | None:
-    """Launches of a round in which `drafted` tokens are drafted where that number is not fixed;
-    None where the program is no decode loop.
+def launches_a_round(text: str) -> int | None:
+    """Launches of a round; None where the program is no decode loop.
 
     Args:
       text: the optimized program, `compiled.as_text()`.
@@ -110,7 +99,7 @@ def launches_a_round(text: str, drafted: float = 0) -> float | None:
     module = Module(text)
     until_flush = module.open_loop(module.entry) if module.entry else None
     rounds = module.open_loop(until_flush.called("body")) if until_flush else None
-    return module.turn(rounds, drafted) if rounds else None
+    return module.turn(rounds) if rounds else None
 
 
 def _kind(rest: str) -> str:

@@ -33,7 +33,7 @@ VERSION = 3  # of how it is measured
 # What a round changes beside the cache's arrays.
 SMALL = (
     *("memory", "seen", "pending", "tokens", "count", "finished"),
-    *("broken", "rounds", "proposed", "accepted", "draft_pages"),
+    *("broken", "rounds", "statistics"),
 )
 _known: dict[str, float] = {}
 

@@ -39,7 +39,7 @@ from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.logprobs import Logprobs, nothing
 from quantspec_jax.generate.prefill import COMPILED, begin, end, layer, prefill
 from quantspec_jax.generate.requests import Requests, requests
-from quantspec_jax.generate.state import COUNTED, DecodeState, Program, insert
+from quantspec_jax.generate.state import COUNTED, STATISTICS, DecodeState, Program, insert
 from quantspec_jax.generate.tiles import (
     TILE_STAGES,
     memory_of_unseen,
@@ -210,7 +210,7 @@ class Engine:
         else:
             self._insert(first, state)
         for slot in taken:
-            self._slots[slot] = _Slot(config.temperature > 0, config.logprobs)
+            self._slots[slot] = _Slot(config.warped, config.logprobs)
         self._ended[taken] = False
         self._look()
         try:
@@ -406,7 +406,7 @@ class Engine:
         lie = self._lie[slot] = self._lie[slot][: self._same(slot, useful)]
         self._standing.pop(slot, None)
         self._stand_still(slot, g * len(lie))
-        self._slots[slot] = _Slot(config.temperature > 0, config.logprobs)
+        self._slots[slot] = _Slot(config.warped, config.logprobs)
         self._ended[slot] = False
         self._prompts.append(_Prompt(slot, ids, wants, every, g * len(lie)))
         return slot
@@ -688,9 +688,7 @@ class Engine:
             finished=~each(dtype=bool),
             broken=each(dtype=bool),
             rounds=each(),
-            proposed=each(COUNTED),
-            accepted=each(COUNTED),
-            draft_pages=each(2),
+            statistics=each(STATISTICS),
             drafted=each(self.capacity, dtype=bool),
             logprobs=None if number is None else nothing(batch, self.capacity, number),
         )

@@ -63,7 +63,8 @@ def prepare(
 
 
 def known_sampled(sampled: bool) -> bool | None:
-    """`Program.sampled`: where branches cost nothing, one program serves both."""
+    """`Program.sampled`, from whether any sequence is `GenerateConfig.warped`: where branches cost
+    nothing, one program serves both."""
     return None if dispatch.device() is None else sampled
 
 
@@ -113,7 +114,7 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         draft_view=config.draft_view,
         exact_tiles=config.exact_tiles,
         coupling=coupling(config.coupling),
-        sampled=known_sampled(config.temperature > 0),
+        sampled=known_sampled(config.warped),
         backend=config.backend,
         mesh=None if mesh.size == 1 else mesh,
     )

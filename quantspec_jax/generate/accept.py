@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.shapes import Each, Logits, shaped
 from quantspec_jax.generate.couplings import Verdict
 from quantspec_jax.generate.draft import Proposals
-from quantspec_jax.generate.sampling import also_seen, either, penalize, warp
+from quantspec_jax.generate.sampling import also_seen, either, largest, penalize, warp
 from quantspec_jax.generate.state import DecodeState, Program
 
 
@@ -25,6 +25,7 @@ def accept(
     proposed: Each,
     state: DecodeState,
     program: Program,
+    best: jax.Array | None = None,
 ) -> Verdict:
     """Compare a round's proposals with the target.
 
@@ -34,6 +35,7 @@ def accept(
       proposals: γ a sequence.
       proposed: [B] int32, 0..γ: only the first so many proposals count.
       state: before the round.
+      best: [B, γ+1] int32, where each row's logits are largest, if that is known.
 
     Returns:
       How many proposals are accepted, and the token after them.
@@ -47,9 +49,12 @@ def accept(
         return program.coupling.verdict(p, q, *rest)
 
     def greedy() -> Verdict:
-        penalized = penalize(logits, _seen_by_row(state.seen, tokens), sampling)
-        best = jnp.argmax(penalized, -1).astype(jnp.int32)
-        return program.coupling.greedy(best, *rest)
+        chosen = best
+        if program.sampled is None:
+            chosen = largest(penalize(logits, _seen_by_row(state.seen, tokens), sampling))[1]
+        elif chosen is None:
+            chosen = largest(logits)[1]
+        return program.coupling.greedy(chosen, *rest)
 
     return either(program.sampled, sampling, drawn, greedy)
 

@@ -16,6 +16,9 @@ from quantspec_jax.cache import KVCache, LayerCache
 from quantspec_jax.generate.state import Program, PromptProgram
 from quantspec_jax.models.decoder import forward, unembed
 from quantspec_jax.models.parameters import Params
+from quantspec_jax.models.rope import rope_frequencies, rope_tables
+
+Rope = tuple[jax.Array, jax.Array]
 
 
 @shaped
@@ -27,6 +30,8 @@ def cache_pass(
     start: Each,
     read: Read,
     pages: Sequence[Pages] | None = None,
+    rope: Rope | None = None,
+    rope_from: Each | None = None,
 ) -> tuple[Logits, KVCache]:
     """Run S consecutive tokens of each sequence over the cache and append their keys and values.
 
@@ -34,12 +39,21 @@ def cache_pass(
       tokens: [B, S] int32; start: [B] int32, position of the first.
       read: what to read of the coded tokens.
       pages: which tiles of them in each layer; None: all.
+      rope: `rope_at` of the tokens' positions, or with `rope_from` of more of them from that
+        position [B] on; None: it is computed.
 
     Returns:
       [B, S, N] float32 logits, and the cache with S more tokens in its buffers; its lengths are as
       they were.
     """
-    return observed_pass(params, program, cache, tokens, start, read, pages)[:2]
+    return observed_pass(params, program, cache, tokens, start, read, pages, rope, rope_from)[:2]
+
+
+def rope_at(positions: jax.Array, program: Program) -> Rope:
+    """cos and sin [B, S, 1, D] float32 of positions [B, S]."""
+    model = program.model
+    frequencies = rope_frequencies(model.rope, model.head_dim, program.cache.max_length)
+    return rope_tables(*frequencies, positions)
 
 
 def attention(
@@ -96,6 +110,8 @@ def observed_pass(
     start: Each,
     read: Read,
     pages: Sequence[Pages] | None = None,
+    rope: Rope | None = None,
+    rope_from: jax.Array | None = None,
     *,
     masses: bool = False,
 ) -> tuple[jax.Array, KVCache, list[ByPage] | None]:
@@ -107,22 +123,23 @@ def observed_pass(
 
     def attend(state: Layer, heads: Heads) -> tuple[jax.Array, After]:
         layer, listed = state
-        q, layer = rope_append(heads, layer, slot, backend=program.backend)
+        q, layer = rope_append(heads, layer, slot, rope_from, backend=program.backend)
         found = attention(q, layer, cache, start, listed, read, program, masses)
         by_page = None
         if found.page_log_sums is not None:
             by_page = ByPage(found.page_log_sums, found.log_sum_exp)
         return found.out, (layer, by_page)
 
+    if rope is None:
+        rope = rope_at(start[:, None] + jnp.arange(tokens.shape[1])[None], program)
     lists = [None] * len(cache.layers) if pages is None else pages
     hidden, made = forward(
         params,
         program.model,
         tokens,
-        start[:, None] + jnp.arange(tokens.shape[1])[None],
+        rope,
         list(zip(cache.layers, lists, strict=True)),
         attend,
-        rope_length=program.cache.max_length,
         backend=program.backend,
         axes=program.axes,
     )

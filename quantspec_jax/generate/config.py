@@ -180,6 +180,11 @@ class GenerateConfig:
         return tuple(dict.fromkeys((() if self.ignore_eos else eos_ids) + self.stop_ids))
 
     @property
+    def warped(self) -> bool:
+        """Whether it takes more than the argmax of the logits: a draw, or a penalty."""
+        return self.temperature > 0 or self.repetition_penalty != 1
+
+    @property
     def target_view(self) -> str:
         """What the target reads of the cache."""
         return self.kv or (TARGET_VIEW if self.mode == "quantspec" else PLAIN_VIEW)

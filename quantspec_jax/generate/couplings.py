@@ -80,8 +80,11 @@ class Coupling(Protocol):
 
 def leading(holds: jax.Array, proposed: jax.Array) -> jax.Array:
     """[B] int32: how many of the first `proposed` of [B, γ] hold without a gap."""
-    counts = jnp.arange(holds.shape[1])[None] < proposed[:, None]
-    return jnp.sum(jnp.cumprod(holds & counts, 1, dtype=jnp.int32), 1, dtype=jnp.int32)
+    number, goes_on = jnp.zeros_like(proposed), jnp.ones_like(proposed, bool)
+    for i in range(holds.shape[1]):  # in place of a sum over them: that would be a launch
+        goes_on &= holds[:, i] & (i < proposed)
+        number += goes_on.astype(jnp.int32)
+    return number
 
 
 def _last(holds: jax.Array, proposed: jax.Array) -> jax.Array:

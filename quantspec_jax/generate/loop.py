@@ -14,7 +14,9 @@ round, or for some rounds at a time (`Policy.every`), and again after each flush
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +24,19 @@ import jax.numpy as jnp
 from pallas_kernels.kv_attention.read import Pages
 from quantspec_jax.cache import flush, flush_due, rollback, schedule
 from quantspec_jax.generate import recoded
-from quantspec_jax.generate.accept import Verdict, accept
+from quantspec_jax.generate.accept import accept
+from quantspec_jax.generate.cache_pass import rope_at
+from quantspec_jax.generate.couplings import Verdict
 from quantspec_jax.generate.draft import draft, no_proposals
 from quantspec_jax.generate.logprobs import score
 from quantspec_jax.generate.policies import Sizes
-from quantspec_jax.generate.requests import is_end
-from quantspec_jax.generate.sampling import not_finite
+from quantspec_jax.generate.sampling import largest
 from quantspec_jax.generate.split import split
 from quantspec_jax.generate.state import DecodeState, Program, counted
 from quantspec_jax.generate.verify import verify
 from quantspec_jax.models.parameters import Params
 
 NO_END = jnp.iinfo(jnp.int32).max
-
-Carry = tuple[DecodeState, jax.Array]  # and the rounds of this call so far
 
 
 @split("params params state whole", "state", like=2)
@@ -58,58 +59,63 @@ def generate_tokens(
       max_rounds: int32, may be traced.
     """
 
-    def unfinished(carry: Carry) -> jax.Array:
-        state, rounds = carry
-        return ~jnp.all(state.finished) & (rounds < max_rounds)
+    before = state.rounds
 
-    def no_flush_due(carry: Carry) -> jax.Array:
-        return unfinished(carry) & ~jnp.any(flush_due(carry[0].cache))
+    def unfinished(state: DecodeState) -> jax.Array:
+        return goes_on(state, before, max_rounds)
 
-    def body(carry: Carry) -> Carry:
-        state, rounds = carry
-        return one_round(params, draft_params, state, program), rounds + 1
+    def no_flush_due(state: DecodeState) -> jax.Array:
+        return unfinished(state) & ~jnp.any(flush_due(state.cache))
 
-    def some_rounds(carry: Carry) -> Carry:
-        return with_one_choice(params, draft_params, carry, no_flush_due, program)
+    def body(state: DecodeState) -> DecodeState:
+        return one_round(params, draft_params, state, program)
+
+    def some_rounds(state: DecodeState) -> DecodeState:
+        return with_one_choice(params, draft_params, state, no_flush_due, program)
 
     # Rounds until a flush is due, the flush, and again. A branch around the flush in each round
     # would make XLA copy the buffers, and one around a choice of pages would wait for the host.
     several = program.gamma and program.policy.every != 1
     rounds_with_their_choice = some_rounds if several else body
 
-    def until_flush(carry: Carry) -> Carry:
-        state, rounds = jax.lax.while_loop(no_flush_due, rounds_with_their_choice, carry)
+    def until_flush(state: DecodeState) -> DecodeState:
+        state = jax.lax.while_loop(no_flush_due, rounds_with_their_choice, state)
         cache = state.cache
         if cache.codec.recodes:
             cache = recoded.flush(params["kv"], cache, program)
         else:
             cache = flush(cache, program.backend, program.axes)
-        return dataclasses.replace(state, cache=cache), rounds
+        return dataclasses.replace(state, cache=cache)
 
-    return jax.lax.while_loop(unfinished, until_flush, (state, jnp.int32(0)))[0]
+    return jax.lax.while_loop(unfinished, until_flush, state)
+
+
+def goes_on(state: DecodeState, before: jax.Array, rounds: jax.Array | int) -> jax.Array:
+    """Whether a sequence has not finished, and there were fewer than `rounds` rounds since its
+    number [B] was `before`: it has taken part in all of them."""
+    return jnp.any(~state.finished & (state.rounds - before < rounds))
 
 
 def with_one_choice(
     params: Params,
     draft_params: Params,
-    carry: Carry,
-    go_on: Callable[[Carry], jax.Array],
+    state: DecodeState,
+    go_on: Callable[[DecodeState], jax.Array],
     program: Program,
-) -> Carry:
+) -> DecodeState:
     """Rounds whose drafts read the same pages, `Policy.every` of them or while `go_on`. A call has
     one of these at least."""
-    state, first = carry
-    pages, every = pages_to_read(state, program), program.policy.every
+    first, every = state.rounds, program.policy.every
+    pages = pages_to_read(state, program)
 
-    def more(carry: Carry) -> jax.Array:
-        within = True if every is None else carry[1] - first < every
-        return within & go_on(carry)
+    def more(state: DecodeState) -> jax.Array:
+        within = True if every is None else goes_on(state, first, every)
+        return within & go_on(state)
 
-    def body(carry: Carry) -> Carry:
-        state, rounds = carry
-        return read_round(params, draft_params, state, program, pages), rounds + 1
+    def body(state: DecodeState) -> DecodeState:
+        return read_round(params, draft_params, state, program, pages)
 
-    return jax.lax.while_loop(more, body, carry)
+    return jax.lax.while_loop(more, body, state)
 
 
 def one_round(
@@ -131,34 +137,65 @@ def read_round(
     start, active = state.cache.length, ~state.finished
     proposals = no_proposals(len(start), 0, program.model.vocab_size)
     cache = state.cache
+    positions = start[:, None] + jnp.arange(program.cache.pass_width)[None]
+    positions = jax.lax.optimization_barrier(positions)  # as in `_decided`
+    rope = rope_at(positions, program)
     if program.gamma:
-        proposals, cache = draft(draft_params, state, program, pages)
+        proposals, cache = draft(draft_params, state, positions, rope, program, pages)
     logits, cache, by_page = verify(
-        params, dataclasses.replace(state, cache=cache), proposals.tokens, program
+        params, dataclasses.replace(state, cache=cache), proposals.tokens, rope, program
     )
     proposed = jnp.minimum(program.gamma, schedule.room(start, program.cache.group_size))
-    verdict = accept(logits, proposals, proposed, state, program)
-
-    # Of rows behind the one that decides the round's last token nothing is kept.
-    kept = jnp.arange(program.gamma + 1)[None] <= verdict.accepted[:, None]
-    broken = active & jnp.any(not_finite(logits) & kept, -1)
+    most, best = largest(logits)
+    verdict = accept(logits, proposals, proposed, state, program, best)
+    decided = _decided(verdict, proposals.tokens, ~jnp.isfinite(most))
+    broken = active & decided.broken
     active &= ~broken
-    accepted = jnp.where(active, verdict.accepted, 0)
+    accepted = jnp.where(active, decided.accepted, 0)
+    proposed = jnp.where(active, proposed, 0)
+    read = _pages_read(state, pages, program, proposed > 0)
+    numbers = (counted(proposed), counted(accepted), read)
     state = dataclasses.replace(
         state,
         finished=state.finished | broken,
         broken=state.broken | broken,
         cache=rollback(cache, jnp.where(active, start + accepted + 1, start)),
         rounds=state.rounds + active.astype(jnp.int32),
-        proposed=state.proposed + counted(jnp.where(active, proposed, 0)),
-        accepted=state.accepted + counted(accepted),
-        draft_pages=state.draft_pages + _pages_read(state, pages, program, active & (proposed > 0)),
+        statistics=state.statistics + jnp.concatenate(numbers, 1),
     )
     if by_page is not None:  # votes on what the next choice is
-        call = (state.memory, by_page, verdict.accepted)
+        call = (state.memory, by_page, decided.accepted)
         memory = program.policy.update(*call, backend=program.backend)
         state = dataclasses.replace(state, memory=memory)
-    return _emit(state, proposals.tokens, verdict, logits if program.logprobs else None)
+    return _emit(state, decided, logits, program)
+
+
+class _Decided(NamedTuple):
+    """What a round decides.
+
+    tokens    [B, γ+1] int32, the accepted proposals and the token after them; beyond, anything
+    accepted  [B] int32
+    broken    [B] bool, a logit of a row up to the one that the last token is from is not finite
+    """
+
+    tokens: jax.Array
+    accepted: jax.Array
+    broken: jax.Array
+
+
+def _decided(verdict: Verdict, proposals: jax.Array, wrong: jax.Array) -> _Decided:
+    """From the proposals [B, γ] and whether a row of logits is not finite, [B, γ+1] bool.
+
+    All of it lies in one small array: on a GPU that is one launch, and what follows from it are
+    few, for XLA joins what reads the same array."""
+    gamma, accepted = proposals.shape[1], verdict.accepted
+    tokens = [jnp.where(accepted == i, verdict.token, proposals[:, i]) for i in range(gamma)]
+    broken = functools.reduce(
+        jnp.logical_or, (wrong[:, i] & (i <= accepted) for i in range(gamma + 1))
+    )
+    columns = [*tokens, verdict.token, accepted, broken.astype(jnp.int32)]
+    small = jax.lax.optimization_barrier(jnp.stack(columns, 1))
+    return _Decided(small[:, : gamma + 1], small[:, gamma + 1], small[:, gamma + 2] > 0)
 
 
 def pages_to_read(state: DecodeState, program: Program) -> tuple[Pages, ...] | None:
@@ -180,45 +217,48 @@ def _pages_read(
 
 
 def _emit(
-    state: DecodeState, proposals: jax.Array, verdict: Verdict, logits: jax.Array | None
+    state: DecodeState, decided: _Decided, logits: jax.Array, program: Program
 ) -> DecodeState:
-    """Write a round's tokens, the accepted proposals and the one after them, up to an end token or
-    the limit; with logits, what these say of them."""
-    b, gamma = proposals.shape
-    accepted, token = verdict.accepted[:, None], verdict.token[:, None]
-    index = jnp.arange(gamma + 1)[None]
-    padded = jnp.concatenate([proposals, token], 1)
-    new = jnp.where(index == accepted, token, padded)  # [B, γ + 1]
-    ends = is_end(new, state.requests.eos_ids) & (index <= accepted)
-    number = jnp.where(ends.any(-1), jnp.argmax(ends, -1), verdict.accepted) + 1
-    limit = state.requests.limit
-    number = jnp.where(state.finished, 0, jnp.minimum(number, limit - state.count))
+    """Write a round's tokens up to an end token or the limit; and, where the program writes that
+    down, what the logits say of them."""
+    new, accepted = decided.tokens, decided.accepted
+    b, width = new.shape
+    index = jnp.arange(width)[None]
+    eos_ids = state.requests.eos_ids[:, None]
+    first_end = jnp.min(jnp.where(new[..., None] == eos_ids, index[..., None], width), (1, 2))
+    ended = first_end <= accepted
+    wanted = jnp.minimum(first_end, accepted) + 1
+    room = state.requests.limit - state.count
+    number = jnp.where(state.finished, 0, jnp.minimum(wanted, room))
 
     offset = jnp.arange(state.tokens.shape[1])[None] - state.count[:, None]
     written = (offset >= 0) & (offset < number[:, None])
-    source = jnp.clip(offset, 0, gamma)
+    source = jnp.clip(offset, 0, width - 1)
 
-    def write(rows: jax.Array, new: jax.Array) -> jax.Array:  # [B, M, ...] from [B, γ + 1, ...]
+    def write(rows: jax.Array, new: jax.Array) -> jax.Array:  # [B, M, ...] from [B, γ+1, ...]
         rest = (1,) * (rows.ndim - 2)
         shifted = jnp.take_along_axis(new, source.reshape(*source.shape, *rest), 1)
         return jnp.where(written.reshape(*written.shape, *rest), shifted, rows)
 
     drafted, logprobs = state.drafted, state.logprobs
     if drafted is not None:
-        drafted = write(drafted, index < accepted)
-    if logits is not None and logprobs is not None:
+        drafted = write(drafted, index < accepted[:, None])
+    if program.logprobs and logprobs is not None:
         scores = score(logits, new, logprobs.ids.shape[-1])
         logprobs = jax.tree.map(write, logprobs, scores)
-    count = state.count + number
-    kept = index < number[:, None]
-    last = jnp.take_along_axis(new, jnp.maximum(number - 1, 0)[:, None], 1)[:, 0]
+    seen = state.seen
+    if program.sampled is not False:
+        seen = seen.at[jnp.arange(b)[:, None], new].max(index < number[:, None])
+    last = new[:, 0]
+    for i in range(1, width):
+        last = jnp.where(number > i, new[:, i], last)
     return dataclasses.replace(
         state,
-        seen=state.seen.at[jnp.arange(b)[:, None], new].max(kept),
+        seen=seen,
         pending=jnp.where(state.finished, state.pending, last),
         tokens=write(state.tokens, new),
         drafted=drafted,
         logprobs=logprobs,
-        count=count,
-        finished=state.finished | (count >= limit) | ((ends & kept).any(-1)),
+        count=state.count + number,
+        finished=state.finished | (wanted >= room) | ended,
     )

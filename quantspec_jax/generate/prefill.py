@@ -17,7 +17,7 @@ from quantspec_jax.generate.recoded import recode_prompt
 from quantspec_jax.generate.requests import Requests, is_end
 from quantspec_jax.generate.sampling import Role, choose, not_finite
 from quantspec_jax.generate.split import own_tiles, split
-from quantspec_jax.generate.state import COUNTED, DecodeState, PromptProgram
+from quantspec_jax.generate.state import STATISTICS, DecodeState, PromptProgram
 from quantspec_jax.models.attention import part_of_prompt_attention, prompt_attention, uses_cudnn
 from quantspec_jax.models.decoder import block_params, embed, run_block, unembed
 from quantspec_jax.models.parameters import Params
@@ -210,7 +210,7 @@ def first_state(
         scores = jax.tree.map(lambda rows, new: rows.at[:, :1].set(new), room, first)
 
     codec, g = program.cache.codec, program.cache.group_size
-    one, none = jnp.ones(b, jnp.int32), jnp.zeros((b, COUNTED), jnp.int32)
+    one = jnp.ones(b, jnp.int32)
     return DecodeState(
         cache=KVCache((), lengths, codec.quantized_length(lengths, g), g, codec),
         requests=requests,
@@ -222,9 +222,7 @@ def first_state(
         finished=is_end(token[:, None], requests.eos_ids)[:, 0] | (one >= requests.limit) | broken,
         broken=broken,
         rounds=jnp.zeros(b, jnp.int32),
-        proposed=none,
-        accepted=jnp.zeros_like(none),
-        draft_pages=jnp.zeros((b, 2), jnp.int32),
+        statistics=jnp.zeros((b, STATISTICS), jnp.int32),
         drafted=jnp.zeros((b, capacity), bool),
         logprobs=scores,
     )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ import numpy as np
 from pallas_kernels.shapes import Each, Keys, LastLogits, Logits, Seen, SeenRows, shaped
 
 Result = TypeVar("Result")
+
+CHUNK = 8192  # numbers of a row that one block of a GPU's threads goes through
 
 
 class Role(enum.IntEnum):
@@ -71,10 +73,40 @@ def also_seen(seen: jax.Array, token: jax.Array) -> jax.Array:
     return seen | (jnp.arange(seen.shape[-1])[None] == token[:, None])
 
 
+def largest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., N] float32 → [...] the largest number of each row, and int32 where it is first; NaN,
+    and some place, where the row has one.
+
+    In two steps, of which the second is short: on a GPU the first is a launch, and the second is
+    part of whatever reads it.
+    """
+    n = x.shape[-1]
+    parts = -(-n // CHUNK)
+    chunk = -(-n // parts)
+    beyond = [(0, 0)] * (x.ndim - 1) + [(0, parts * chunk - n)]
+    x = jnp.pad(x, beyond, constant_values=-jnp.inf).reshape(*x.shape[:-1], parts, chunk)
+    places = jnp.arange(parts * chunk, dtype=jnp.int32).reshape(parts, chunk)
+    start = (np.float32(-np.inf), np.int32(0))
+    found = jax.lax.reduce((x, jnp.broadcast_to(places, x.shape)), start, _larger, (x.ndim - 1,))
+    most, place = (each[..., 0] for each in found)
+    for i in range(1, parts):
+        other, its_place = (each[..., i] for each in found)
+        larger = (other > most) | (other != other)
+        most, place = jnp.where(larger, other, most), jnp.where(larger, its_place, place)
+    return most, place
+
+
+def _larger(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> Any:
+    """Of two numbers and their places the larger number, of equal ones the one that is first."""
+    first = (a[0] > b[0]) | (a[0] != a[0])
+    place = jnp.where(first | ((a[0] == b[0]) & (a[1] < b[1])), a[1], b[1])
+    return jnp.where(first, a[0], b[0]), place
+
+
 def not_finite(logits: jax.Array) -> jax.Array:
     """[..., N] logits → [...] bool: whether one is NaN or infinite, in one pass. A single −∞ is not
     told from a token that cannot come."""
-    return ~jnp.isfinite(jnp.max(logits, -1))  # the maximum of a row with a NaN is NaN
+    return ~jnp.isfinite(largest(logits)[0])  # the maximum of a row with a NaN is NaN
 
 
 def _ordered(x: jax.Array) -> jax.Array:
@@ -225,7 +257,8 @@ def choose(
         return draw(probabilities, keys, position, role), probabilities
 
     def greedy() -> tuple[jax.Array, jax.Array]:
-        token = jnp.argmax(penalize(logits, seen, sampling)[:, 0], -1).astype(jnp.int32)
+        penalized = logits if sampled is False else penalize(logits, seen, sampling)
+        token = largest(penalized[:, 0])[1]
         return token, jnp.zeros((logits.shape[0], logits.shape[-1]), jnp.float32)
 
     return either(sampled, sampling, drawn, greedy)

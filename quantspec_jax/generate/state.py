@@ -23,6 +23,7 @@ from quantspec_jax.generate.requests import Requests
 from quantspec_jax.models.config import ModelConfig
 
 COUNTED = 16  # positions of a round that statistics tell apart; the last counts all beyond, too
+STATISTICS = 2 * COUNTED + 2
 
 
 def axes_of(mesh: Mesh | None) -> Axes:
@@ -58,8 +59,9 @@ class Program:
       draft_view: in which view.
       exact_tiles: how many tiles at the beginning a draft reads as finely as the target does.
       coupling: how proposals are accepted.
-      sampled: whether any sequence is sampled; None: the program finds out, in branches. A GPU's
-        branch waits for the host.
+      sampled: whether any sequence is drawn or penalized; False: tokens are the argmax of the
+        logits, whatever `requests` say, and `seen` stays as it is. None: the program finds out, in
+        branches. A GPU's branch waits for the host.
       backend: which kernels run.
       logprobs: whether the log-probabilities of new tokens are written down.
       mesh: of the devices that the arrays are split over; None: there is one.
@@ -117,7 +119,7 @@ class Program:
     jax.tree_util.register_dataclass,
     data_fields=[
         *("cache", "requests", "memory", "seen", "pending", "tokens", "count", "finished"),
-        *("broken", "rounds", "proposed", "accepted", "draft_pages", "drafted", "logprobs"),
+        *("broken", "rounds", "statistics", "drafted", "logprobs"),
     ],
     meta_fields=[],
 )
@@ -129,17 +131,15 @@ class DecodeState:
     cache     every token before the pending one
     requests  what the sequences want
     memory    what the draft policy remembers
-    seen      [B, N] bool, tokens of the prompt and of the text so far (repetition penalty)
+    seen      [B, N] bool, tokens of the prompt and of the text so far (repetition penalty); of the
+              prompt alone where no program needed to know (`Program.sampled`)
     pending   [B] int32
     tokens    [B, M] int32, new tokens, the pending one included; valid below `count`
     count     [B] int32
     finished  [B] bool, an end token was produced or the limit reached, or it is broken
     broken    [B] bool, the target's logits for the next token were not finite
     rounds    [B] int32, rounds in which the sequence took part
-    proposed, accepted  [B, COUNTED] int32, drafted tokens that counted, and those of them that were
-              accepted, by their place in the round
-    draft_pages  [B, 2] int32, pages that drafts read in a layer, and those that there were, each
-              summed over the rounds
+    statistics  [B, STATISTICS] int32, summed over the rounds: `proposed`, `accepted`, `draft_pages`
     drafted   [B, M] bool, which new tokens the draft proposed; None: nobody asks
     logprobs  of the new tokens; None: nobody asks
     """
@@ -154,11 +154,24 @@ class DecodeState:
     finished: jax.Array
     broken: jax.Array
     rounds: jax.Array
-    proposed: jax.Array
-    accepted: jax.Array
-    draft_pages: jax.Array
+    statistics: jax.Array
     drafted: jax.Array | None = None
     logprobs: Logprobs | None = None
+
+    @property
+    def proposed(self) -> jax.Array:
+        """[B, COUNTED] int32, drafted tokens that counted, by their place in the round."""
+        return self.statistics[:, :COUNTED]
+
+    @property
+    def accepted(self) -> jax.Array:
+        """[B, COUNTED] int32, those of them that were accepted."""
+        return self.statistics[:, COUNTED : 2 * COUNTED]
+
+    @property
+    def draft_pages(self) -> jax.Array:
+        """[B, 2] int32, pages that drafts read in a layer, and those that there were."""
+        return self.statistics[:, 2 * COUNTED :]
 
 
 def counted(number: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.decoder import forward
 from quantspec_jax.models.linear import computed
 from quantspec_jax.models.parameters import Params
+from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
 TEXTS, LENGTH = 16, 64
 
@@ -74,11 +75,11 @@ def run(
         keys, values = (x[sources[layer]] for x in kept)
         return causal_attention(q, keys, values, config.head_dim**-0.5), layer
 
-    at = jnp.broadcast_to(jnp.arange(s), (b, s))
-    hidden, _ = forward(
-        params, config, tokens, at, range(config.num_layers), attend, rope_length=s, backend="xla"
-    )
-    return computed(hidden), kept[0], kept[1]
+    frequencies = rope_frequencies(config.rope, config.head_dim, s)
+    rope = rope_tables(*frequencies, jnp.arange(s)[None])
+    layers = range(config.num_layers)
+    hidden, _ = forward(params, config, tokens, rope, layers, attend, backend="xla")
+    return computed(hidden, "xla"), kept[0], kept[1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,6 @@ from quantspec_jax.models.linear import (
     products,
 )
 from quantspec_jax.models.parameters import Params
-from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
 # attend(state of layer i, what the products made of it) → (output [B,S,H,D], new state)
 Attend = Callable[[Any, Heads], tuple[jax.Array, Any]]
@@ -53,28 +52,26 @@ def forward(
     params: Params,
     config: ModelConfig,
     tokens: jax.Array,
-    positions: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
     layers: Sequence[Any],
     attend: Attend,
     *,
-    rope_length: int,
     backend: str = "auto",
     axes: Axes = ONE,
 ) -> tuple[Activations, tuple[Any, ...]]:
     """Run the decoder's blocks.
 
     Args:
-      tokens, positions: [B, S] int32.
+      tokens: [B, S] int32.
+      rope: cos and sin [B, S, 1, D] float32 at their positions (`rope_tables`).
       layers: L states, one for each layer, handed to `attend`.
       attend: attention of one layer.
-      rope_length: tokens the generation is allocated for (`rope_frequencies`).
       axes: over which devices the arrays are split.
 
     Returns:
       [B, S, E] hidden states after the final norm, which may be left to `unembed`, and the L new
       states.
     """
-    rope = rope_tables(*rope_frequencies(config.rope, config.head_dim, rope_length), positions)
     x = _rows_of(params["embedding"], tokens, axes)
     h: Activations = Normed(x, params["layers"]["0"]["attention_norm"], config.rms_norm_eps)
     new_layers = []
@@ -130,7 +127,7 @@ def run_block(
     x, left, state = _run_block(
         block, next_norm, config, x, h, rope, state, attend, backend=backend, axes=axes
     )
-    return x, computed(left), state
+    return x, computed(left, backend), state
 
 
 def _run_block(
@@ -212,4 +209,4 @@ def _whole_product(hidden: Activations, weight: jax.Array, tied: bool, backend: 
     x, around = apart_from_norm(hidden)
     if bf16.takes(x, [weight], around, tied, backend):
         return bf16.bf16_matmuls(x, [weight], around, transposed=tied, backend=backend)[0]
-    return matmul(computed(hidden), weight, tied, jnp.float32, precision(x.dtype))
+    return matmul(computed(hidden, backend), weight, tied, jnp.float32, precision(x.dtype))

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.add_rms_norm.api import add_rms_norm
-from pallas_kernels.add_rms_norm.xla import rms_norm
+from pallas_kernels.add_rms_norm.api import add_rms_norm, rms_norm
 from pallas_kernels.bf16_matmul import api as bf16
 from pallas_kernels.bf16_matmul.xla import matmul
 from pallas_kernels.int4_matmul import api as int4
@@ -53,9 +52,9 @@ class Normed:
 Activations = jax.Array | Normed
 
 
-def computed(x: Activations) -> jax.Array:
+def computed(x: Activations, backend: str) -> jax.Array:
     """Activations as an array."""
-    return rms_norm(x.x, x.weight, x.eps) if isinstance(x, Normed) else x
+    return rms_norm(x.x, x.weight, x.eps, backend=backend) if isinstance(x, Normed) else x
 
 
 def apart_from_norm(x: Activations, around: Around = NOTHING) -> tuple[jax.Array, Around]:
@@ -144,7 +143,7 @@ def products(
     found = _one_launch(x, layers, backend, out_dtype)
     if found is not None:
         return found
-    x = computed(x)
+    x = computed(x, backend)
     results: list[jax.Array | None] = [None] * len(layers)
     for i, weights in enumerate(layers):
         if results[i] is not None:

@@ -92,6 +92,6 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 @shaped
 def rope_tables(frequencies: np.ndarray, attention: float, positions: Ids) -> tuple[Tables, Tables]:
     """cos and sin [B, S, 1, D] float32 at `positions` [B, S]."""
-    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)[None, None]
-    angles = jnp.concatenate([angles, angles], -1)[:, :, None]
+    both = np.concatenate([frequencies, frequencies])[None, None, None]
+    angles = positions.astype(jnp.float32)[..., None, None] * jnp.asarray(both)
     return jnp.cos(angles) * attention, jnp.sin(angles) * attention

@@ -194,6 +194,7 @@ def others() -> Iterator[tuple[str, Any, Any]]:
             yield f"{kernel.__name__} {head_dim}", run, (x,)
     x = jnp.zeros((2, 4096), jnp.bfloat16)
     yield "add_rms_norm", functools.partial(norm.add_rms_norm, eps=1e-6), (x, x, x[0])
+    yield "rms_norm", functools.partial(norm.rms_norm, eps=1e-6), (x, x[0])
     sums = PageLogSums(jnp.zeros((1, 2, 130, 2, 6)), jnp.array([130]), 3)
     seen = [ByPage(sums, jnp.zeros((1, 3, 4)))] * 80
     yield "page_votes of 80 layers", choice.page_votes, (seen, jnp.array([2]))

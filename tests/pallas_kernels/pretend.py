@@ -24,10 +24,13 @@ from pallas_kernels import devices, dispatch
 _HELD = contextlib.ExitStack()
 
 
-def pretend(capability: str, shared_kib: int | None = None) -> devices.Device:
+def pretend(
+    capability: str, shared_kib: int | None = None, like: devices.Device | None = None
+) -> devices.Device:
     """Take the default device for one of `capability`, for the rest of this process.
 
-    Configurations of attention that were measured on the device at hand are not taken.
+    Configurations of attention that were measured on the device at hand are not taken; those that
+    were measured on `like` are, if that is given.
     """
     gpu = jax.devices()[0] if jax.default_backend() == "gpu" else None
     named = types.SimpleNamespace(
@@ -38,6 +41,8 @@ def pretend(capability: str, shared_kib: int | None = None) -> devices.Device:
         core_count=getattr(gpu, "core_count", 100),
         shared_memory_per_block_optin=(shared_kib or 0) << 10,
     )
+    if like is not None:
+        named.device_kind, named.core_count = like.name, like.multiprocessors
     device = devices.of(named)
     (module,) = [m for m in (core, utils) if hasattr(m, "_infer_arch")]
     module._infer_arch = lambda: device.capability

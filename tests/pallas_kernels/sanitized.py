@@ -19,7 +19,7 @@ from kernel_cases import (
     random_weight,
 )
 
-from pallas_kernels.add_rms_norm.api import add_rms_norm
+from pallas_kernels.add_rms_norm.api import add_rms_norm, rms_norm
 from pallas_kernels.bf16_matmul.api import bf16_matmuls
 from pallas_kernels.int4_matmul.api import int4_matmuls
 from pallas_kernels.kv_attention.api import kv_attention
@@ -74,6 +74,7 @@ def calls():
         yield functools.partial(kernel, group_size=128), (x,)
     x = jax.random.normal(jax.random.key(3), (5, 1032)).astype(jnp.bfloat16)
     yield functools.partial(add_rms_norm, eps=1e-6), (x, x, x[0])
+    yield functools.partial(rms_norm, eps=1e-6), (x, x[0])
     lse = jnp.zeros((2, 3, 4))
     sums = PageLogSums(jnp.zeros((2, 2, 130, 2, 6)), jnp.array([130, 7]), 3)
     yield page_votes, ([ByPage(sums, lse)] * 3, jnp.array([2, 0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import emulator
@@ -89,6 +90,8 @@ def test_add_rms_norm(rows, channels, y_dtype):
     np.testing.assert_array_equal(found[0], expected[0])
     wide = expected[1].astype(jnp.float32)  # a sum in another order may round otherwise
     np.testing.assert_allclose(found[1].astype(jnp.float32), wide, rtol=2**-7, atol=1e-6)
+    # The norm alone is the same numbers.
+    np.testing.assert_array_equal(norm.rms_norm(found[0], weight, eps=1e-5), found[1])
 
 
 # In the middle of a half of the ring, at its end where rows have to be dropped, and around; the
@@ -109,6 +112,26 @@ def test_rope_append(case, planes, start):
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         np.testing.assert_allclose(a, b, rtol=2**-7, atol=2**-7)
     np.testing.assert_array_equal(layer.value_buffer, reference.value_buffer)
+
+
+@pytest.mark.parametrize("case", ["bias", "all, odd"])
+def test_rope_append_finds_a_passs_rows_in_tables_of_more(case):
+    """As with tables of the pass alone, however far into the others it begins."""
+    heads, layer, start = heads_call(case, True, (31, 62))
+    before = jnp.array([0, 2], jnp.int32)[: len(start)]  # rows before a sequence's own
+    tokens = heads.q.shape[1]
+    rows = jnp.arange(tokens)[None] + before[:, None]
+    tables = tuple(
+        jnp.full((len(start), tokens + 3, *x.shape[2:]), jnp.nan)
+        .at[jnp.arange(len(start))[:, None], rows]
+        .set(x)
+        for x in heads.rope
+    )
+    within = dataclasses.replace(heads, rope=tables)
+    for run in (rope.rope_append, functools.partial(rope_reference.rope_append, backend="xla")):
+        expected, found = run(heads, layer, start), run(within, layer, start, start - before)
+        for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.mark.parametrize("which", ["quantize_keys", "quantize_values"])

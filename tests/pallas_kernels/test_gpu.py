@@ -3,6 +3,7 @@ older device: `pretend`."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -404,6 +405,17 @@ def test_rope_append(case, start):
         assert np.linalg.norm(a - c) <= 4e-3 * np.linalg.norm(c)
 
 
+def test_rope_append_finds_a_passs_rows_in_tables_of_more():
+    heads, layer, start = heads_call("bias", True, (31, 62))
+    own = jnp.full((1, 2, *heads.rope[0].shape[2:]), jnp.nan)
+    tables = tuple(jnp.concatenate([own, x, own], 1) for x in heads.rope)
+    run = jax.jit(functools.partial(rope.rope_append, backend="mosaic_gpu"))
+    expected = run(heads, layer, start)
+    found = run(dataclasses.replace(heads, rope=tables), layer, start, start - 2)
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
 @pytest.mark.parametrize("y_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("rows", "channels"), [(1, 576), (5, 4096), (16, 3584), (300, 16384)])
 def test_add_rms_norm(rows, channels, y_dtype):
@@ -419,6 +431,8 @@ def test_add_rms_norm(rows, channels, y_dtype):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(found[0], expected[0])
     assert relative_error(found[1], expected[1].astype(jnp.float32)) <= 1e-3
+    alone = jax.jit(functools.partial(norm.rms_norm, eps=1e-5, backend="mosaic_gpu"))
+    np.testing.assert_array_equal(alone(found[0], weight), found[1])
 
 
 @pytest.mark.parametrize(

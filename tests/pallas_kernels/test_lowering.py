@@ -198,6 +198,8 @@ def test_add_rms_norm(channels, y_dtype):
     assert norm.unsupported(x) is None
     text = lower(functools.partial(norm.add_rms_norm, eps=1e-6), x, x.astype(y_dtype), x[0, 0])
     assert text.count("custom_call @mosaic_gpu") == 1
+    text = lower(functools.partial(norm.rms_norm, eps=1e-6), x, x[0, 0])
+    assert text.count("custom_call @mosaic_gpu") == 1
 
 
 @pytest.mark.parametrize("case", HEADS)

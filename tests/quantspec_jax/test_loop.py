@@ -56,6 +56,23 @@ def test_greedy_tokens_are_those_of_autoregressive_decoding(gamma):
     assert (np.asarray(speculative.rounds) < np.asarray(alone.rounds)).all()
 
 
+def test_a_program_for_argmax_or_for_draws_makes_the_tokens_that_branches_make():
+    """Greedy ones, penalties included; the one for argmax does not look at penalties."""
+
+    def made(sampled, penalty):
+        p = program(4, sampled=sampled)
+        sampling = sampling_arrays(GenerateConfig(repetition_penalty=penalty), len(LENGTHS))
+        state = start(p, prompts(LENGTHS), LENGTHS, 40, sampling=sampling)
+        return new_tokens(decode(p, state))
+
+    plain, penalized = made(None, 1.0), made(None, 1.3)
+    assert plain != penalized
+    assert made(False, 1.0) == made(True, 1.0) == plain
+    assert made(True, 1.3) == penalized
+    # The prefill has made the first token, with its penalty.
+    assert made(False, 1.3) != penalized
+
+
 def test_proposals_are_counted_by_their_place():
     """Each place's proposals are those of rounds that reach it; what is accepted has no gap."""
     state = run(4)

@@ -61,7 +61,7 @@ def names(text: str) -> list[str]:
     """The kernels' functions, calls of one form sharing one."""
     found = re.findall(
         r"func.func private @(add_rms_norm|bf16_matmuls|int4_matmuls|kv_attention|most_voted"
-        r"|page_votes|quantize_\w+?|rope_append)(?:_\d+)?\(",
+        r"|page_votes|quantize_\w+?|rms_norm|rope_append)(?:_\d+)?\(",
         text,
     )
     return sorted(found)
@@ -86,12 +86,13 @@ def test_each_kernel_is_in_the_program_once_however_many_layers_call_it(bits, po
     # sum; the target's, and both lm_heads with the last norm. The second planes of 8 bits have no
     # minima: they are launches of their own, and so is what stands around them.
     products = ["bf16_matmuls"] * 6 + ["int4_matmuls"] * (4 if bits == 4 else 8)
-    norms = [] if bits == 4 else ["add_rms_norm"]
+    sums, norms = ([], []) if bits == 4 else (["add_rms_norm"], ["rms_norm"])
     attention, rope = ["kv_attention"] * 2, ["rope_append"] * 2
     quantize = ["quantize_keys", "quantize_values"]
     choice = ["most_voted", "page_votes"] if policy.votes else []
     for text in (one, three):
-        assert names(text) == [*norms, *products, *attention, *choice, *quantize, *rope]
+        found = [*sums, *products, *attention, *choice, *quantize, *norms, *rope]
+        assert names(text) == found
         # Attention is two kernels, the pass over the cache and the merge of its parts.
         assert len(kernels(text)) == len(names(text)) + 2
         assert len(set(kernels(text))) == len(kernels(text))

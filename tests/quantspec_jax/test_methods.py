@@ -169,10 +169,8 @@ def test_gradients_come_down_a_block_at_a_time():
             keys, values = shifts[i]
             return causal_attention(q, k + keys, v + values, config.head_dim**-0.5), i
 
-        layers, at = range(config.num_layers), jnp.arange(12)[None]
-        hidden, _ = forward(
-            params, config, tokens, at, layers, attend, rope_length=12, backend="xla"
-        )
+        layers, rope = range(config.num_layers), whole_tables(config, 12)
+        hidden, _ = forward(params, config, tokens, rope, layers, attend, backend="xla")
         log_probs = jax.nn.log_softmax(unembed(params, hidden[0, :-1], "xla"))
         return -jnp.take_along_axis(log_probs, tokens[0, 1:, None], 1).sum()
 

@@ -107,7 +107,7 @@ def state_of(seen, sampling, keys, length) -> DecodeState:
     """A state of which an acceptance reads all there is."""
     cache = KVCache((), length, jnp.zeros_like(length), G, CODECS["hierarchical"])
     requests = Requests(sampling, keys, jnp.zeros((0, 1)), jnp.zeros(0))
-    return DecodeState(cache, requests, (), seen, *[jnp.zeros(0)] * 9)
+    return DecodeState(cache, requests, (), seen, *[jnp.zeros(0)] * 7)
 
 
 def total(by_place) -> np.ndarray:
