@@ -20,6 +20,8 @@ the prompt.
     recent     share of what is read that goes to the pages before the buffer (one at least)
     page       tokens; a share of them is read: the first page, the one before the buffer, and those
                with most votes
+    even       share of what is read that is the same in all layers; the rest goes where the end of
+               the prompt has most mass that would else not be read
     clusters   the tokens of a tile lie in the order of so many clusters of keys (k-means), so that
                smaller pages hold what belongs together; 0: in the order of their positions
 
@@ -61,7 +63,7 @@ G, ROWS, AFTER = 128, 8, 512
 ROUNDS = 32  # whose votes count, at most
 LEAST = 1e-2  # weight of a round that counts
 OBSERVED, POOLED = 32, 7  # SnapKV's window and kernel
-BLOCK = 128  # queries at a time
+BLOCK = G  # queries at a time
 CLUSTERS = (0, 8, 16)
 PRECISION = jax.lax.Precision.HIGHEST
 
@@ -81,6 +83,8 @@ class Votes:
     page: int = 128
     clusters: int = 0
     whole_layers: int = 0  # the first layers read everything
+    even: float = 1.0
+    power: float = 1.0
 
 
 PLACES = (0, 3, 6)
@@ -101,6 +105,11 @@ VARIED: dict[str, list[dict[str, Any]]] = {
         {"page": 32, "clusters": 8},
     ],
     "whole": [{"whole_layers": 2}],
+    "now": [{"decay": 0.7}],
+    "even": [
+        *({"even": even} for even in (0.0, 0.5)),
+        *({"even": even, "power": 2.0} for even in (0.0, 0.5)),
+    ],
 }
 
 
@@ -178,23 +187,24 @@ def attend_target(q: jax.Array, layer: Held, prompt: int, finest: int) -> tuple[
     k = layer.full[0].shape[0]
     blocks = q.reshape(t // BLOCK, BLOCK, k, h // k, d)
 
+    token = jnp.arange(t)
+
     def one(block: tuple[jax.Array, jax.Array]) -> Any:
         query, begin = block
         position = begin + jnp.arange(BLOCK)
-        token = jnp.arange(t)[None]
-        coded = (token < quantized_length(position, G)[:, None])[None, None]
-        both = [jnp.einsum("skrd,ktd->krst", query, x[0], precision=PRECISION)
-                for x in (layer.target, layer.full)]  # fmt: skip
-        scores = jnp.where(coded, *both) * d**-0.5
+        coded = token < quantized_length(begin, G)  # as long as a tile, a block has one buffer
+        keys, values = (
+            jnp.where(coded[:, None], *both) for both in zip(layer.target, layer.full, strict=True)
+        )
+        scores = jnp.einsum("skrd,ktd->krst", query, keys, precision=PRECISION) * d**-0.5
         p = jax.nn.softmax(jnp.where(token <= position[:, None], scores, -jnp.inf), -1)
-        out = sum(jnp.einsum("krst,ktd->skrd", jnp.where(mask, p, 0), x[1], precision=PRECISION)
-                  for mask, x in ((coded, layer.target), (~coded, layer.full)))  # fmt: skip
+        out = jnp.einsum("krst,ktd->skrd", p, values, precision=PRECISION)
         read = jnp.where(coded, p, 0)
         masses = [
-            jnp.take_along_axis(read, order[:, None, None], -1)
+            (read if i == 0 else jnp.take_along_axis(read, order[:, None, None], -1))
             .reshape(*p.shape[:-1], t // finest, finest)
             .sum(-1)
-            for order in layer.orders
+            for i, order in enumerate(layer.orders)
         ]
         seen = (position >= prompt - OBSERVED) & (position < prompt)
         observed = jnp.where(seen[None, None, :, None], read, 0).sum((1, 2))
@@ -247,14 +257,21 @@ def votes(draft: Votes, masses: Masses, position: jax.Array, heads: int, forms: 
 
 @partial(jax.jit, static_argnames=("draft", "heads", "forms"))
 def chosen(
-    masses: Masses, orders: Any, position: Any, *, draft: Votes, heads: int, forms: Forms
+    masses: Masses,
+    orders: Any,
+    position: Any,
+    share: Any,
+    *,
+    draft: Votes,
+    heads: int,
+    forms: Forms,
 ) -> jax.Array:
     """[N, K, T] bool: the tokens of the planes that the draft at a position reads."""
     t = masses.observed.shape[-1]
     coded = quantized_length(position, G)[:, None] // draft.page  # [N, 1]
     pages = t // draft.page
     number = jnp.arange(pages)[None]
-    budget = jnp.ceil(draft.share * coded).astype(jnp.int32)
+    budget = jnp.ceil(share * coded).astype(jnp.int32)
     priority = (
         jnp.broadcast_to(number[:, None].astype(jnp.float32), (len(position), heads, pages))
         if draft.voters == "window"
@@ -363,6 +380,24 @@ def compared(head: Any, target: jax.Array, draft: jax.Array) -> tuple[jax.Array,
     return jnp.argmax(p, -1) == jnp.argmax(q, -1), jnp.minimum(p, q).sum(-1)
 
 
+def by_layer(draft: Votes, ends: list[np.ndarray], heads: int, total: int) -> np.ndarray:
+    """The share that each layer reads of a text of `total` tokens, the draft's on average: from
+    masses [rows, H, T/finest] a layer of the prompt's end."""
+    if draft.even == 1:
+        return np.full(len(ends), draft.share, np.float32)
+    pages = int(quantized_length(jnp.int32(total - AFTER), G)) // draft.page
+    mass = np.stack(ends)
+    mass = mass.reshape(*mass.shape[:3], total // draft.page, -1).sum(-1)[..., :pages]
+    worth = (mass**draft.power).sum(1).reshape(len(ends), heads, -1, pages).sum(2)
+    budget = int(np.ceil(draft.share * pages))
+    worth[..., 0] = worth[..., -1] = np.inf
+    gain = -np.sort(-worth, -1).sum(1)  # of the n-th page in every head of a layer
+    gain[:, : max(2, round(draft.even * budget))] = np.inf
+    best = np.argsort(-gain.reshape(-1), kind="stable")[: budget * len(ends)]
+    number = np.bincount(best // pages, minlength=len(ends))
+    return (draft.share * number / budget).astype(np.float32)
+
+
 def measure(
     model: qs.Model, ids: list[int], positions: int, vary: Sequence[str]
 ) -> list[dict[str, Any]]:
@@ -375,20 +410,26 @@ def measure(
     streams = {draft: Stream(*(x[:, position] for x in target)) for draft in drafts(vary)}
     forms = Forms.of(streams)
     shares = dict.fromkeys(streams, 0.0)
+    layers = []
     for i in range(config.num_layers):
         block, norm = block_params(model.params, i)
         options: Any = {"config": config, "prompt": prompt, "forms": forms}
         target, layer, masses = target_block(block, norm, target, **options)
-        buffer = recent(layer, position)
-        of_planes = (jnp.arange(t)[None] < quantized_length(position, G)[:, None])[:, None]
-        for draft, stream in streams.items():
+        layers.append((layer, masses))
+        print(f"layer {i + 1} of {config.num_layers}", file=sys.stderr, flush=True)
+    of_planes = (jnp.arange(t)[None] < quantized_length(position, G)[:, None])[:, None]
+    ends = [np.asarray(x.by_order[0][prompt - OBSERVED : prompt]) for _, x in layers]
+    for draft in streams:
+        share_of = by_layer(draft, ends, config.num_kv_heads, t)
+        for i, (layer, masses) in enumerate(layers):
+            block, norm = block_params(model.params, i)
             options = {"draft": draft, "heads": config.num_kv_heads, "forms": forms}
-            read = chosen(masses, layer.orders, position, **options)
+            read = chosen(masses, layer.orders, position, share_of[i], **options)
             read = read | (i < draft.whole_layers)
-            call = (block, norm, stream, layer, buffer, read, position)
+            call = (block, norm, streams[draft], layer, recent(layer, position), read, position)
             streams[draft] = draft_block(*call, config=config)
             shares[draft] += float((read & of_planes).sum() / of_planes.sum()) / config.num_kv_heads
-        print(f"layer {i + 1} of {config.num_layers}", file=sys.stderr, flush=True)
+        print(draft, file=sys.stderr, flush=True)
     rows: list[dict[str, Any]] = []
     said = {
         draft: compared(model.params, target.h[0, position], stream.h[0])

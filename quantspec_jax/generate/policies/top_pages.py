@@ -41,7 +41,7 @@ class TopPages(Policy):
 
     share: float = 0.25
     every: int = 1
-    decay: float = 0.5
+    decay: float = 0.7
     name: ClassVar[str] = "top-pages"
     observes: ClassVar[bool] = True
     votes: ClassVar[bool] = True
