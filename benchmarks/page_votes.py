@@ -290,42 +290,28 @@ def chosen(
     return jnp.take_along_axis(by_token, jnp.argsort(order, -1)[None], -1)
 
 
-class Recent(NamedTuple):
-    """The buffer of each position: keys and values [N, K, 2 G, D] and which come before it."""
-
-    keys: jax.Array
-    values: jax.Array
-    mask: jax.Array
-
-
-@jax.jit
-def recent(layer: Held, position: jax.Array) -> Recent:
-    token = quantized_length(position, G)[:, None] + jnp.arange(2 * G)
-    at = jnp.minimum(token, layer.full[0].shape[1] - 1)
-    return Recent(*(x[:, at].swapaxes(0, 1) for x in layer.full), token < position[:, None])
-
-
-def attend_draft(
-    q: Any, own: Any, layer: Held, buffer: Recent, read: jax.Array, position: jax.Array
-) -> jax.Array:
+def attend_draft(q: Any, own: Any, layer: Held, read: jax.Array, position: jax.Array) -> jax.Array:
     """[N, H, D] queries with their own keys and values [N, K, D] → [N, H, D]."""
     n, h, d = q.shape
     k, t = layer.full[0].shape[:2]
     query = q.reshape(n, k, h // k, d) * d**-0.5
-    coded = jnp.arange(t)[None] < quantized_length(position, G)[:, None]
+    bound, first = quantized_length(position, G)[:, None], max(t - AFTER - 2 * G, 0)
+    token, last = jnp.arange(t)[None], jnp.arange(first, t)[None]
+    buffers = tuple(x[:, first:] for x in layer.full)
+    buffered = (last >= bound) & (last < position[:, None])
 
-    def scores(equation: str, keys: jax.Array, mask: jax.Array) -> jax.Array:
-        found = jnp.einsum(equation, query, keys, precision=PRECISION)
+    def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
+        found = jnp.einsum("nkrd,ktd->nkrt", query, keys, precision=PRECISION)
         return jnp.where(mask, found, -jnp.inf)
 
     parts = [
-        scores("nkrd,ktd->nkrt", layer.draft[0], (coded[:, None] & read)[:, :, None]),
-        scores("nkrd,nktd->nkrt", buffer.keys, buffer.mask[:, None, None]),
+        scores(layer.draft[0], ((token < bound)[:, None] & read)[:, :, None]),
+        scores(buffers[0], buffered[:, None, None]),
         (query * own[0][:, :, None]).sum(-1)[..., None],
     ]
     p = jax.nn.softmax(jnp.concatenate(parts, -1), -1)
     out = jnp.einsum("nkrt,ktd->nkrd", p[..., :t], layer.draft[1], precision=PRECISION)
-    out += jnp.einsum("nkrt,nktd->nkrd", p[..., t:-1], buffer.values, precision=PRECISION)
+    out += jnp.einsum("nkrt,ktd->nkrd", p[..., t:-1], buffers[1], precision=PRECISION)
     return (out + p[..., -1:] * own[1][:, :, None]).reshape(n, h, d)
 
 
@@ -350,7 +336,6 @@ def draft_block(
     norm: Any,
     stream: Stream,
     layer: Held,
-    buffer: Recent,
     read: jax.Array,
     position: jax.Array,
     *,
@@ -360,7 +345,7 @@ def draft_block(
 
     def attend(_: None, heads: Heads) -> Any:
         q, k, v = heads.finished()
-        return attend_draft(q[0], (k[0], v[0]), layer, buffer, read, position)[None], None
+        return attend_draft(q[0], (k[0], v[0]), layer, read, position)[None], None
 
     rope = tables(config, position[None])
     x, h, _ = run_block(block, norm, config, *stream, rope, None, attend, backend="xla")
@@ -426,7 +411,7 @@ def measure(
             options = {"draft": draft, "heads": config.num_kv_heads, "forms": forms}
             read = chosen(masses, layer.orders, position, share_of[i], **options)
             read = read | (i < draft.whole_layers)
-            call = (block, norm, streams[draft], layer, recent(layer, position), read, position)
+            call = (block, norm, streams[draft], layer, read, position)
             streams[draft] = draft_block(*call, config=config)
             shares[draft] += float((read & of_planes).sum() / of_planes.sum()) / config.num_kv_heads
         print(draft, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What the last verification attends to."""
+"""What the last verifications attend to."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ PROMPT_QUERIES = 8  # of a prompt that vote before the first verification does
 @dataclasses.dataclass(frozen=True)
 class TopPages(Policy):
     """The first page, the one before the buffer, and those with most attention mass in the last
-    verification, for each kv head (the principle of Vegas, arXiv 2602.07223, in pages of a 4-bit
-    plane). All rows up to the last accepted one vote, and all query heads of a kv head: measured in
-    benchmarks/page-votes-*.json.
+    verifications, for each kv head (the principle of Vegas, arXiv 2602.07223, in pages of a 4-bit
+    plane). All rows up to the last accepted one vote, and all query heads of a kv head; what counts
+    is the sum of their votes over the verifications so far, each weighing `decay` times as much as
+    the one after it: measured in benchmarks/page-votes-*.json.
 
     Args:
       share: of the coded tokens that are read, in all.
-      every: rounds that read the same pages; the last one's verification votes. More tokens that
-        are coded end them earlier.
+      every: rounds that read the same pages; their verifications vote on what comes next. More
+        tokens that are coded end them earlier.
+      decay: of the votes of earlier verifications, a verification, in [0, 1); 0: they are
+        forgotten.
     """
 
     share: float = 0.25
