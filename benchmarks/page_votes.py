@@ -20,8 +20,9 @@ the prompt.
     recent     share of what is read that goes to the pages before the buffer (one at least)
     page       tokens; a share of them is read: the first page, the one before the buffer, and those
                with most votes
-    even       share of what is read that is the same in all layers; the rest goes where the end of
-               the prompt has most mass that would else not be read
+    even       share of what is read that is the same in all layers; the rest goes to the layers
+               where the prompt's 32 last queries have most mass that would else not be read
+    power      of masses, as the last counts them: above 1, peaks count more than what is spread
     clusters   the tokens of a tile lie in the order of so many clusters of keys (k-means), so that
                smaller pages hold what belongs together; 0: in the order of their positions
 
@@ -95,7 +96,7 @@ VARIED: dict[str, list[dict[str, Any]]] = {
         {"voters": "first"},
     ],
     "heads": [{"heads": heads} for heads in ("kv max", "layer")],
-    "decay": [{"decay": decay} for decay in (0.3, 0.5, 0.7, 0.8, 0.9)],
+    "decay": [{"decay": decay} for decay in (0.5, 0.7, 0.9)],
     "age": [{"age": age, "place": j} for age in (0, 1, 2, 3, 5, 7, 11, 15) for j in PLACES],
     "prompt": [{"prompt": weight} for weight in (0.25, 1.0)],
     "recent": [{"recent": share} for share in (0.25, 0.5, 0.75)],
@@ -105,10 +106,9 @@ VARIED: dict[str, list[dict[str, Any]]] = {
         {"page": 32, "clusters": 8},
     ],
     "whole": [{"whole_layers": 2}],
-    "now": [{"decay": 0.7}],
     "even": [
-        *({"even": even} for even in (0.0, 0.5)),
-        *({"even": even, "power": 2.0} for even in (0.0, 0.5)),
+        {"even": 0.5},
+        {"even": 0.5, "power": 2.0},
     ],
 }
 
