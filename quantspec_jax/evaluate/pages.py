@@ -21,7 +21,7 @@ from quantspec_jax.models.attention import Tokens
 from quantspec_jax.models.linear import precision
 
 VERIFIED = 5  # rows, as of γ = 4
-ROUNDS = 4  # what votes before them decays to is less than a verification's by far
+ROUNDS = 4  # what votes before them decay to counts little
 BLOCK = 128  # positions at a time
 
 

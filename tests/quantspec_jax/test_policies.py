@@ -37,7 +37,7 @@ from quantspec_jax.models.presets import PRESETS
 LENGTHS = [67, 50, 130]  # 3, 2 and 7 pages coded
 NEW = 60
 CHOOSING = (Window, SnapKV, TopPages)
-SELDOM, ONCE = TopPages(0.5, every=2), TopPages(1.0, every=1000)
+SELDOM, ONCE = TopPages(0.5, every=2, decay=0.7), TopPages(1.0, every=1000)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ policy's business.
     all         every page: QuantSpec
     window      sinks and the most recent pages: StreamingLLM
     snapkv      what the prompt's end attends to, chosen once: SnapKV
-    top_pages   what the last verifications attend to
+    top_pages   what the last verification attends to
 
 A new one is a file here and an entry in `POLICIES`.
 """
