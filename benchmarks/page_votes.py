@@ -7,7 +7,8 @@ round read the pages with most of it. Teacher-forced, with full weights: the tar
 once (8-bit view); a draft at position t reads the target's keys and values below t, of the planes
 the chosen pages alone (4-bit view, tile 0 with both planes), and its own at t. The draft at place j
 of its round chose by the rows t − j − 1, ..., t − j − 8 of a round all of whose proposals were
-accepted. Positions are of the text's last quarter, as many as --positions.
+accepted. Positions are of the text's last 512, as many as --positions; what comes before them is
+the prompt.
 
     voters     the rows that vote: last, first, first and last, all; `own` is the draft's own query,
                which no selection in advance can beat
@@ -19,11 +20,19 @@ accepted. Positions are of the text's last quarter, as many as --positions.
     recent     share of what is read that goes to the pages before the buffer (one at least)
     page       tokens; a share of them is read: the first page, the one before the buffer, and those
                with most votes
+    even       share of what is read that is the same in all layers; the rest goes to the layers
+               where the prompt's 32 last queries have most mass that would else not be read
+    power      of masses, as the last counts them: above 1, peaks count more than what is spread
     clusters   the tokens of a tile lie in the order of so many clusters of keys (k-means), so that
                smaller pages hold what belongs together; 0: in the order of their positions
 
-Drafts of other policies read as many tokens: `window` the most recent ones, `snapkv` those that the
-32 last queries of the first three quarters attend to (max over 7 tokens, then summed by page).
+Drafts of other policies read as many tokens: `window` the most recent ones, `snapkv` what was coded
+after the prompt and the pages that the prompt's 32 last queries attend to (max over 7 tokens, then
+summed by page).
+
+    *_error       standard error of a mean over the positions
+    over_default  sampled acceptance less that of the votes as they are by default with the same
+                  share, at the same positions
 """
 
 from __future__ import annotations
@@ -31,7 +40,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,9 +60,11 @@ from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.decoder import block_params, run_block, unembed
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
-G, ROWS, FINEST = 128, 8, 16
+G, ROWS, AFTER = 128, 8, 512
+ROUNDS = 32  # whose votes count, at most
+LEAST = 1e-2  # weight of a round that counts
 OBSERVED, POOLED = 32, 7  # SnapKV's window and kernel
-BLOCK = 128  # queries at a time
+BLOCK = G  # queries at a time
 CLUSTERS = (0, 8, 16)
 PRECISION = jax.lax.Precision.HIGHEST
 
@@ -73,6 +84,8 @@ class Votes:
     page: int = 128
     clusters: int = 0
     whole_layers: int = 0  # the first layers read everything
+    even: float = 1.0
+    power: float = 1.0
 
 
 PLACES = (0, 3, 6)
@@ -83,7 +96,7 @@ VARIED: dict[str, list[dict[str, Any]]] = {
         {"voters": "first"},
     ],
     "heads": [{"heads": heads} for heads in ("kv max", "layer")],
-    "decay": [{"decay": decay} for decay in (0.5, 0.9)],
+    "decay": [{"decay": decay} for decay in (0.5, 0.7, 0.9)],
     "age": [{"age": age, "place": j} for age in (0, 1, 2, 3, 5, 7, 11, 15) for j in PLACES],
     "prompt": [{"prompt": weight} for weight in (0.25, 1.0)],
     "recent": [{"recent": share} for share in (0.25, 0.5, 0.75)],
@@ -93,6 +106,10 @@ VARIED: dict[str, list[dict[str, Any]]] = {
         {"page": 32, "clusters": 8},
     ],
     "whole": [{"whole_layers": 2}],
+    "even": [
+        {"even": 0.5},
+        {"even": 0.5, "power": 2.0},
+    ],
 }
 
 
@@ -105,8 +122,20 @@ def drafts(vary: Sequence[str]) -> list[Votes]:
     return list(dict.fromkeys(found))
 
 
+class Forms(NamedTuple):
+    """What drafts are of, together: the least page, and numbers of clusters in a tile."""
+
+    finest: int
+    clusters: tuple[int, ...]
+
+    @classmethod
+    def of(cls, drafts: Iterable[Votes]) -> Forms:
+        found = list(drafts)
+        return cls(min(x.page for x in found), tuple(sorted({0, *(x.clusters for x in found)})))
+
+
 class Masses(NamedTuple):
-    """Attention mass [T, H, T/16] of the target's queries in runs of 16 tokens, by how tokens are
+    """Attention mass [T, H, T/finest] of the target's queries in the least pages, by how tokens are
     ordered; and of the prompt's last queries a token, [K, T]."""
 
     by_order: tuple[jax.Array, ...]
@@ -143,38 +172,39 @@ def clustered(keys: jax.Array, clusters: int) -> jax.Array:
     return (order + G * jnp.arange(t // G)[None, :, None]).reshape(k, t)
 
 
-def held(keys: jax.Array, values: jax.Array) -> Held:
+def held(keys: jax.Array, values: jax.Array, forms: Forms) -> Held:
     """[T, K, D] keys after RoPE and values."""
     full, codec = tuple(x.swapaxes(0, 1)[None] for x in (keys, values)), CODECS["hierarchical"]
     target, draft = (codec.decoded(*full, Read(*x), G) for x in (("int8",), ("int4", EXACT_TILES)))
     plain = jnp.broadcast_to(jnp.arange(len(keys)), (keys.shape[1], len(keys)))
-    orders = [plain, *(clustered(target[0][0], c) for c in CLUSTERS[1:])]
+    orders = [plain, *(clustered(target[0][0], c) for c in forms.clusters[1:])]
     return Held(*(tuple(x[0] for x in pair) for pair in (full, target, draft)), tuple(orders))
 
 
-def attend_target(q: jax.Array, layer: Held, prompt: int) -> tuple[jax.Array, Masses]:
+def attend_target(q: jax.Array, layer: Held, prompt: int, finest: int) -> tuple[jax.Array, Masses]:
     """[T, H, D] queries over the target's view → output [T, H, D] and masses."""
     t, h, d = q.shape
     k = layer.full[0].shape[0]
     blocks = q.reshape(t // BLOCK, BLOCK, k, h // k, d)
 
+    token = jnp.arange(t)
+
     def one(block: tuple[jax.Array, jax.Array]) -> Any:
         query, begin = block
         position = begin + jnp.arange(BLOCK)
-        token = jnp.arange(t)[None]
-        coded = (token < quantized_length(position, G)[:, None])[None, None]
-        both = [jnp.einsum("skrd,ktd->krst", query, x[0], precision=PRECISION)
-                for x in (layer.target, layer.full)]  # fmt: skip
-        scores = jnp.where(coded, *both) * d**-0.5
+        coded = token < quantized_length(begin, G)  # as long as a tile, a block has one buffer
+        keys, values = (
+            jnp.where(coded[:, None], *both) for both in zip(layer.target, layer.full, strict=True)
+        )
+        scores = jnp.einsum("skrd,ktd->krst", query, keys, precision=PRECISION) * d**-0.5
         p = jax.nn.softmax(jnp.where(token <= position[:, None], scores, -jnp.inf), -1)
-        out = sum(jnp.einsum("krst,ktd->skrd", jnp.where(mask, p, 0), x[1], precision=PRECISION)
-                  for mask, x in ((coded, layer.target), (~coded, layer.full)))  # fmt: skip
+        out = jnp.einsum("krst,ktd->skrd", p, values, precision=PRECISION)
         read = jnp.where(coded, p, 0)
         masses = [
-            jnp.take_along_axis(read, order[:, None, None], -1)
-            .reshape(*p.shape[:-1], t // FINEST, FINEST)
+            (read if i == 0 else jnp.take_along_axis(read, order[:, None, None], -1))
+            .reshape(*p.shape[:-1], t // finest, finest)
             .sum(-1)
-            for order in layer.orders
+            for i, order in enumerate(layer.orders)
         ]
         seen = (position >= prompt - OBSERVED) & (position < prompt)
         observed = jnp.where(seen[None, None, :, None], read, 0).sum((1, 2))
@@ -189,10 +219,11 @@ def attend_target(q: jax.Array, layer: Held, prompt: int) -> tuple[jax.Array, Ma
     return out.reshape(t, h, d), Masses(tuple(map(flat, masses)), observed.sum(0))
 
 
-def votes(draft: Votes, masses: Masses, position: jax.Array, heads: int) -> jax.Array:
+def votes(draft: Votes, masses: Masses, position: jax.Array, heads: int, forms: Forms) -> jax.Array:
     """[N] positions → [N, K, T/page] votes."""
-    mass = masses.by_order[CLUSTERS.index(draft.clusters)]
-    t, h, _ = mass.shape
+    of_order = masses.by_order[forms.clusters.index(draft.clusters)]
+    t, h, _ = of_order.shape
+    mass = of_order.reshape(t, h, t // draft.page, -1).sum(-1)
     pooled = jax.lax.reduce_window(
         masses.observed, -jnp.inf, jax.lax.max, (1, POOLED), (1, 1), "SAME"
     )
@@ -200,7 +231,9 @@ def votes(draft: Votes, masses: Masses, position: jax.Array, heads: int) -> jax.
     if draft.voters == "snapkv":
         return jnp.broadcast_to(of_prompt, (len(position), *of_prompt.shape[1:]))
     last = position - draft.place - 1 - draft.age * ROWS
-    rounds = 8 if draft.decay else 1
+    rounds = 1
+    while rounds < ROUNDS and draft.decay**rounds >= LEAST:
+        rounds += 1
     rows = {"last": [0], "first": [ROWS - 1], "first and last": [0, ROWS - 1]}.get(
         draft.voters, range(ROWS)
     )
@@ -212,7 +245,7 @@ def votes(draft: Votes, masses: Masses, position: jax.Array, heads: int) -> jax.
             for k in range(rounds)
             for row in rows
         )
-    pooled = found.reshape(len(position), heads, h // heads, -1, draft.page // FINEST).sum(-1)
+    pooled = found.reshape(len(position), heads, h // heads, -1)
     by_head = pooled.max(2) if draft.heads == "kv max" else pooled.sum(2)
     if draft.heads == "layer":
         by_head = jnp.broadcast_to(by_head.sum(1, keepdims=True), by_head.shape)
@@ -222,74 +255,74 @@ def votes(draft: Votes, masses: Masses, position: jax.Array, heads: int) -> jax.
     return by_head
 
 
-@partial(jax.jit, static_argnames=("draft", "heads"))
-def chosen(masses: Masses, orders: Any, position: Any, *, draft: Votes, heads: int) -> jax.Array:
+@partial(jax.jit, static_argnames=("draft", "heads", "forms"))
+def chosen(
+    masses: Masses,
+    orders: Any,
+    position: Any,
+    share: Any,
+    *,
+    draft: Votes,
+    heads: int,
+    forms: Forms,
+) -> jax.Array:
     """[N, K, T] bool: the tokens of the planes that the draft at a position reads."""
     t = masses.observed.shape[-1]
     coded = quantized_length(position, G)[:, None] // draft.page  # [N, 1]
     pages = t // draft.page
     number = jnp.arange(pages)[None]
-    budget = jnp.ceil(draft.share * coded).astype(jnp.int32)
+    budget = jnp.ceil(share * coded).astype(jnp.int32)
     priority = (
         jnp.broadcast_to(number[:, None].astype(jnp.float32), (len(position), heads, pages))
         if draft.voters == "window"
-        else votes(draft, masses, position, heads)
+        else votes(draft, masses, position, heads, forms)
     )
     newest = jnp.maximum(1, jnp.round(draft.recent * budget)).astype(jnp.int32)
+    if draft.voters == "snapkv":
+        of_prompt = quantized_length(jnp.int32(t - AFTER), G) // draft.page
+        newest = jnp.minimum(coded - of_prompt, budget - 1)
     always = (number == 0) | (number >= coded - newest)
     priority = jnp.where(always[:, None], jnp.inf, priority)
     priority = jnp.where((number < coded)[:, None], priority, -jnp.inf)
     rank = jnp.argsort(jnp.argsort(-priority, -1), -1)
     by_token = jnp.repeat(rank < budget[:, :, None], draft.page, -1)
-    order = orders[CLUSTERS.index(draft.clusters)]
+    order = orders[forms.clusters.index(draft.clusters)]
     return jnp.take_along_axis(by_token, jnp.argsort(order, -1)[None], -1)
 
 
-class Recent(NamedTuple):
-    """The buffer of each position: keys and values [N, K, 2 G, D] and which come before it."""
-
-    keys: jax.Array
-    values: jax.Array
-    mask: jax.Array
-
-
-@jax.jit
-def recent(layer: Held, position: jax.Array) -> Recent:
-    token = quantized_length(position, G)[:, None] + jnp.arange(2 * G)
-    at = jnp.minimum(token, layer.full[0].shape[1] - 1)
-    return Recent(*(x[:, at].swapaxes(0, 1) for x in layer.full), token < position[:, None])
-
-
-def attend_draft(
-    q: Any, own: Any, layer: Held, buffer: Recent, read: jax.Array, position: jax.Array
-) -> jax.Array:
+def attend_draft(q: Any, own: Any, layer: Held, read: jax.Array, position: jax.Array) -> jax.Array:
     """[N, H, D] queries with their own keys and values [N, K, D] → [N, H, D]."""
     n, h, d = q.shape
     k, t = layer.full[0].shape[:2]
     query = q.reshape(n, k, h // k, d) * d**-0.5
-    coded = jnp.arange(t)[None] < quantized_length(position, G)[:, None]
+    bound, first = quantized_length(position, G)[:, None], max(t - AFTER - 2 * G, 0)
+    token, last = jnp.arange(t)[None], jnp.arange(first, t)[None]
+    buffers = tuple(x[:, first:] for x in layer.full)
+    buffered = (last >= bound) & (last < position[:, None])
 
-    def scores(equation: str, keys: jax.Array, mask: jax.Array) -> jax.Array:
-        found = jnp.einsum(equation, query, keys, precision=PRECISION)
+    def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
+        found = jnp.einsum("nkrd,ktd->nkrt", query, keys, precision=PRECISION)
         return jnp.where(mask, found, -jnp.inf)
 
     parts = [
-        scores("nkrd,ktd->nkrt", layer.draft[0], (coded[:, None] & read)[:, :, None]),
-        scores("nkrd,nktd->nkrt", buffer.keys, buffer.mask[:, None, None]),
+        scores(layer.draft[0], ((token < bound)[:, None] & read)[:, :, None]),
+        scores(buffers[0], buffered[:, None, None]),
         (query * own[0][:, :, None]).sum(-1)[..., None],
     ]
     p = jax.nn.softmax(jnp.concatenate(parts, -1), -1)
     out = jnp.einsum("nkrt,ktd->nkrd", p[..., :t], layer.draft[1], precision=PRECISION)
-    out += jnp.einsum("nkrt,nktd->nkrd", p[..., t:-1], buffer.values, precision=PRECISION)
+    out += jnp.einsum("nkrt,ktd->nkrd", p[..., t:-1], buffers[1], precision=PRECISION)
     return (out + p[..., -1:] * own[1][:, :, None]).reshape(n, h, d)
 
 
-@partial(jax.jit, static_argnames=("config", "prompt"))
-def target_block(block: Any, norm: Any, stream: Stream, *, config: ModelConfig, prompt: int) -> Any:
+@partial(jax.jit, static_argnames=("config", "prompt", "forms"))
+def target_block(
+    block: Any, norm: Any, stream: Stream, *, config: ModelConfig, prompt: int, forms: Forms
+) -> Any:
     def attend(_: None, heads: Heads) -> Any:
         q, k, v = heads.finished()
-        layer = held(k[0], v[0])
-        out, masses = attend_target(q[0], layer, prompt)
+        layer = held(k[0], v[0], forms)
+        out, masses = attend_target(q[0], layer, prompt, forms.finest)
         return out[None], (layer, masses)
 
     rope = tables(config, jnp.arange(stream.x.shape[1])[None])
@@ -303,7 +336,6 @@ def draft_block(
     norm: Any,
     stream: Stream,
     layer: Held,
-    buffer: Recent,
     read: jax.Array,
     position: jax.Array,
     *,
@@ -313,7 +345,7 @@ def draft_block(
 
     def attend(_: None, heads: Heads) -> Any:
         q, k, v = heads.finished()
-        return attend_draft(q[0], (k[0], v[0]), layer, buffer, read, position)[None], None
+        return attend_draft(q[0], (k[0], v[0]), layer, read, position)[None], None
 
     rope = tables(config, position[None])
     x, h, _ = run_block(block, norm, config, *stream, rope, None, attend, backend="xla")
@@ -333,32 +365,67 @@ def compared(head: Any, target: jax.Array, draft: jax.Array) -> tuple[jax.Array,
     return jnp.argmax(p, -1) == jnp.argmax(q, -1), jnp.minimum(p, q).sum(-1)
 
 
+def by_layer(draft: Votes, ends: list[np.ndarray], heads: int, total: int) -> np.ndarray:
+    """The share that each layer reads of a text of `total` tokens, the draft's on average: from
+    masses [rows, H, T/finest] a layer of the prompt's end."""
+    if draft.even == 1:
+        return np.full(len(ends), draft.share, np.float32)
+    pages = int(quantized_length(jnp.int32(total - AFTER), G)) // draft.page
+    mass = np.stack(ends)
+    mass = mass.reshape(*mass.shape[:3], total // draft.page, -1).sum(-1)[..., :pages]
+    worth = (mass**draft.power).sum(1).reshape(len(ends), heads, -1, pages).sum(2)
+    budget = int(np.ceil(draft.share * pages))
+    worth[..., 0] = worth[..., -1] = np.inf
+    gain = -np.sort(-worth, -1).sum(1)  # of the n-th page in every head of a layer
+    gain[:, : max(2, round(draft.even * budget))] = np.inf
+    best = np.argsort(-gain.reshape(-1), kind="stable")[: budget * len(ends)]
+    number = np.bincount(best // pages, minlength=len(ends))
+    return (draft.share * number / budget).astype(np.float32)
+
+
 def measure(
     model: qs.Model, ids: list[int], positions: int, vary: Sequence[str]
 ) -> list[dict[str, Any]]:
     """A row a draft."""
     config, t = model.config, len(ids)
-    prompt = 3 * t // 4
+    prompt = t - AFTER
     position = jnp.asarray(np.linspace(prompt, t - 1, positions).astype(np.int32))
     tokens = jnp.asarray([ids], jnp.int32)
     target = embedded(model.params, tokens, config)
     streams = {draft: Stream(*(x[:, position] for x in target)) for draft in drafts(vary)}
+    forms = Forms.of(streams)
     shares = dict.fromkeys(streams, 0.0)
+    layers = []
     for i in range(config.num_layers):
         block, norm = block_params(model.params, i)
-        target, layer, masses = target_block(block, norm, target, config=config, prompt=prompt)
-        buffer = recent(layer, position)
-        of_planes = (jnp.arange(t)[None] < quantized_length(position, G)[:, None])[:, None]
-        for draft, stream in streams.items():
-            read = chosen(masses, layer.orders, position, draft=draft, heads=config.num_kv_heads)
+        options: Any = {"config": config, "prompt": prompt, "forms": forms}
+        target, layer, masses = target_block(block, norm, target, **options)
+        layers.append((layer, masses))
+        print(f"layer {i + 1} of {config.num_layers}", file=sys.stderr, flush=True)
+    of_planes = (jnp.arange(t)[None] < quantized_length(position, G)[:, None])[:, None]
+    ends = [np.asarray(x.by_order[0][prompt - OBSERVED : prompt]) for _, x in layers]
+    for draft in streams:
+        share_of = by_layer(draft, ends, config.num_kv_heads, t)
+        for i, (layer, masses) in enumerate(layers):
+            block, norm = block_params(model.params, i)
+            options = {"draft": draft, "heads": config.num_kv_heads, "forms": forms}
+            read = chosen(masses, layer.orders, position, share_of[i], **options)
             read = read | (i < draft.whole_layers)
-            call = (block, norm, stream, layer, buffer, read, position)
+            call = (block, norm, streams[draft], layer, read, position)
             streams[draft] = draft_block(*call, config=config)
             shares[draft] += float((read & of_planes).sum() / of_planes.sum()) / config.num_kv_heads
-        print(f"layer {i + 1} of {config.num_layers}", file=sys.stderr, flush=True)
-    rows = []
-    for draft, stream in streams.items():
-        same, overlap = compared(model.params, target.h[0, position], stream.h[0])
+        print(draft, file=sys.stderr, flush=True)
+    rows: list[dict[str, Any]] = []
+    said = {
+        draft: compared(model.params, target.h[0, position], stream.h[0])
+        for draft, stream in streams.items()
+    }
+
+    def error(x: jax.Array) -> float:
+        return float(x.std() / len(x) ** 0.5)
+
+    for draft, (same, overlap) in said.items():
+        over = overlap - said[Votes(draft.share)][1] if draft.share < 1 else jnp.zeros(1)
         rows.append(
             {
                 **dataclasses.asdict(draft),
@@ -366,6 +433,9 @@ def measure(
                 "read_share": shares[draft] / config.num_layers,
                 "greedy_acceptance": float(same.mean()),
                 "sampled_acceptance": float(overlap.mean()),
+                "sampled_error": error(overlap),
+                "over_default": float(over.mean()),
+                "over_default_error": error(over),
             }
         )
         script.show(rows[-1])
@@ -376,7 +446,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = script.new_parser(__doc__)
     script.add_model(parser)
     script.add_text(parser)
-    parser.add_argument("--context", type=int, default=2048, help="a multiple of 512")
+    parser.add_argument("--context", type=int, default=2048, help="a multiple of 128")
     parser.add_argument("--positions", type=int, default=256)
     parser.add_argument(
         "--vary", nargs="+", choices=tuple(VARIED), default=list(VARIED), help="what (all)"

@@ -12,14 +12,21 @@ verifications; each policy is a sequence of one batch. Tokens with which the new
 end a round as a flush does.
 
     share, every   of the coded tokens; rounds that read the same pages
+    decay          of the votes of earlier verifications
     read_share     what was read, of the coded tokens, on average over the rounds
+    tokens         that each draft followed
+    *_error        standard error of a mean over the rounds
+    over_window    sampled acceptance less that of `window` with the same share on the same tokens;
+    over_snapkv    likewise
     by_place       greedy acceptance by place in the round
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,10 +43,10 @@ from quantspec_jax.bench.text import rounds_between_choices
 from quantspec_jax.cache import KVCache, flush, rollback
 from quantspec_jax.cache.codecs import EXACT_TILES
 from quantspec_jax.checks import require
-from quantspec_jax.commands.options import DTYPES
+from quantspec_jax.commands.options import DTYPES, add_rope, rope
 from quantspec_jax.engine.programs import PROGRAMS
 from quantspec_jax.generate.cache_pass import cache_pass, observed_pass
-from quantspec_jax.generate.policies import Policy, Sizes, policy
+from quantspec_jax.generate.policies import Policy, Sizes, TopPages, policy
 from quantspec_jax.generate.prefill import COMPILED, prefill
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.models.parameters import Params
@@ -154,12 +161,16 @@ def remembered(
 ) -> tuple[Program, DecodeState, list[Any]]:
     """The program and state after a prompt, and what each policy remembers of it."""
     memories: dict[Any, Any] = {}
+
+    def key(each: Policy) -> Any:  # votes are the same whatever share is read by them
+        return each.name if each.votes else (each.name, each.share)
+
     for each in policies:
-        if each.observes and (each.name, each.share) not in memories:
+        if each.observes and key(each) not in memories:
             _, state = prefilled(model, ids, each, rows, new)
-            memories[each.name, each.share] = state.memory
+            memories[key(each)] = state.memory
     program, state = prefilled(model, ids, policy("all"), rows, new)
-    return program, state, [memories.get((each.name, each.share), ()) for each in policies]
+    return program, state, [memories.get(key(each), ()) for each in policies]
 
 
 def follow(
@@ -240,6 +251,11 @@ def table(done: list[Followed], policies: tuple[Policy, ...]) -> list[dict[str, 
     return rows
 
 
+def error(means: np.ndarray) -> float:
+    """Standard error of the mean of rounds' means."""
+    return float(means.std() / len(means) ** 0.5)
+
+
 def rows_of(
     group: list[Followed], draft: Draft, policies: tuple[Policy, ...]
 ) -> list[dict[str, Any]]:
@@ -247,6 +263,15 @@ def rows_of(
     pairs = zip(*(each.scores[draft] for each in group), strict=True)
     greedy, sampled = (np.concatenate(x, 1) for x in pairs)
     share = np.concatenate([each.share for each in group], 1)
+    others = {(each.name, each.share): b for b, each in enumerate(policies)}
+
+    def over(b: int) -> Iterator[tuple[str, float | None]]:
+        for name in ("window", "snapkv"):
+            other = others.get((name, policies[b].share))
+            better = None if other in (None, b) else (sampled[b] - sampled[other]).mean(1)
+            yield f"over_{name}", None if better is None else float(better.mean())
+            yield f"over_{name}_error", None if better is None else error(better)
+
     return [
         {
             "weights": draft.weights,
@@ -254,24 +279,33 @@ def rows_of(
             "policy": each.name,
             "share": each.share,
             "every": each.every if each.votes else None,
+            "decay": each.decay if isinstance(each, TopPages) else None,
             "read_share": float(share[b].mean()),
+            "tokens": greedy[b].size,
             "greedy_acceptance": float(greedy[b].mean()),
             "sampled_acceptance": float(sampled[b].mean()),
+            "sampled_error": error(sampled[b].mean(1)),
+            **dict(over(b)),
             "by_place": greedy[b].mean(0).tolist(),
         }
         for b, each in enumerate(policies)
     ]
 
 
+def asked(args: argparse.Namespace) -> Iterator[Policy]:
+    for share in args.share:
+        for name in args.policy:
+            for every in rounds_between_choices(name, args.every):
+                found = policy(name, share, every)
+                if isinstance(found, TopPages) and args.decay is not None:
+                    yield from (dataclasses.replace(found, decay=decay) for decay in args.decay)
+                else:
+                    yield found
+
+
 def measure(model: qs.Model, args: argparse.Namespace, write: Any) -> None:
     """The table grows with each text."""
-    policies = tuple(
-        policy(name, share, every)
-        for share in args.share
-        for name in args.policy
-        for every in rounds_between_choices(name, args.every)
-    )
-    policies = (policy("all"), *policies)
+    policies = (policy("all"), *asked(args))
     drafts = tuple(Draft(weights, view) for weights in args.weights for view in args.view)
     done: list[Followed] = []
     for kind in args.follow:
@@ -302,16 +336,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--policy", nargs="+", choices=choosing, default=list(choosing))
     parser.add_argument("--share", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--every", type=int, nargs="+", default=[1], help="of top-pages (1)")
+    parser.add_argument("--decay", type=float, nargs="+", help="of top-pages (its own)")
     parser.add_argument("--weights", nargs="+", choices=("own", "full"), default=["own"])
     parser.add_argument("--view", nargs="+", choices=("int4", "int8"), default=["int4"])
     parser.add_argument("--dtype", choices=DTYPES, help="the device's own")
+    add_rope(parser)
     return parser
 
 
 def main() -> int:
     args = make_parser().parse_args()
     require(128 % args.rows == 0, "--rows", args.rows, "a divisor of 128")
-    model = qs.load(args.model, dtype=args.dtype)
+    model = qs.load(args.model, dtype=args.dtype, rope=rope(args))
     more = {
         "model": record.model_name(args.model),
         "text": args.text.stem,
