@@ -12,9 +12,9 @@ what counts as an outlier and the 50 steps are as in the authors' code; there sc
 tables, here the same algorithm in JAX.
 
 Without outliers it shows which tokens are learned from. SmolLM2 on 2,048 tokens of Moby-Dick, 2
-bits, no exact first token, perplexity (full: 46.4), greedy and sampled proposals that are accepted:
-55.4, 0.773, 0.808 from 8 × 1,024 tokens from all over a novel; from one place of it 57.1, 0.745,
-0.795 with 8 × 1,024 and 59.1, 0.741, 0.790 with 16 × 1,024.
+bits, no exact first token: perplexity 55.4 (full: 46.4), 0.773 and 0.808 of greedy and sampled
+proposals accepted, from 8 × 1,024 tokens from all over a novel; 57.6, 0.760 and 0.791 from
+16 × 1,024 of one place of it (benchmarks/codecs-kvquant-dense-smollm2-*.json).
 """
 
 from __future__ import annotations
