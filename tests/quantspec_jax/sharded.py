@@ -473,7 +473,7 @@ def kernels_on_each_device() -> None:
     names = set(lowered_loop.names(text))
     assert names == {
         *("add_rms_norm", "int4_matmuls", "kv_attention"),
-        *("quantize_keys", "quantize_values", "rope_append"),
+        *("quantize_keys", "quantize_values", "rms_norm", "rope_append"),
     }
     operands = {
         name: re.findall(r"tensor<([^>]*)>", found)
