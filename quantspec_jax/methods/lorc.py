@@ -4,7 +4,9 @@ that make them.
     W = U Σ Vᵀ        stored: c = h U_r Σ_r        read: c V_rᵀ = (h W) V_r V_rᵀ
 
 so that what is read of keys (before RoPE) and values is a fixed projection of them; a bias is taken
-off before and put back. W has its norm's gain folded in, and the heads of a layer share r numbers.
+off before and put back. W has its norm's gain folded in unless `folds` is off, which is worth a few
+points of what drafts get accepted (benchmarks/codecs-lorc-smollm2-*.json), and the heads of a layer
+share r numbers.
 Layers differ in rank (section 3.3): κ_l = κ(W_k) κ(W_v), κ̃_l = Π_{j ≥ l} κ_j, and the greater κ̃ the
 more stays, between two ranks by log κ̃.
 
@@ -52,11 +54,12 @@ def ranks(conditions: np.ndarray, share: float, spread: float, n: int) -> list[i
 
 @dataclasses.dataclass(frozen=True)
 class LoRC(Method):
-    """share: of the numbers, that stay."""
+    """share: of the numbers, that stay; folds: the norm's gain is part of the weights."""
 
     share: float = 0.5
     spread: float = 0.0
     learned_from: str = "weights"
+    folds: bool = True
     before_rope: bool = dataclasses.field(default=True, kw_only=True)
     learns: bool = dataclasses.field(default=False, kw_only=True)
 
@@ -81,7 +84,7 @@ class LoRC(Method):
             return [()] * config.num_layers
         require(not config.qk_norm, "LoRC", "a model that norms its keys", "keys linear in a norm")
         layers = [model.params["layers"][str(i)] for i in range(config.num_layers)]
-        found = [[_weight(layer, name) for name in ("k", "v")] for layer in layers]
+        found = [[_weight(layer, name, self.folds) for name in ("k", "v")] for layer in layers]
         vectors = [[right_vectors(weight) for weight in both] for both in found]
         conditions = [np.prod([s[0] / s[-1] for _, s in both]) for both in vectors]
         n = channels(config)
@@ -118,10 +121,10 @@ class LoRC(Method):
         )
 
 
-def _weight(layer: Any, name: str) -> np.ndarray:
-    """[E, n] of the norm's output before its gain."""
-    gain = np.asarray(layer["attention_norm"], np.float64)
-    return gain[:, None] * np.asarray(layer[name]["kernel"], np.float64)
+def _weight(layer: Any, name: str, folds: bool) -> np.ndarray:
+    """[E, n] of the norm's output, before its gain where that is folded in."""
+    weight = np.asarray(layer[name]["kernel"], np.float64)
+    return np.asarray(layer["attention_norm"], np.float64)[:, None] * weight if folds else weight
 
 
 def _bias(layer: Any, name: str, n: int) -> jax.Array:

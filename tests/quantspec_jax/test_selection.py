@@ -253,6 +253,19 @@ def test_lorc_of_full_rank_is_the_identity_and_a_bias_costs_none():
         assert ((a - exact) ** 2).sum() < ((b - exact) ** 2).sum()
 
 
+def test_lorc_has_the_vectors_of_the_weights_with_their_norms_gain_or_without():
+    config, params, _ = tiny_model()
+    layer = params["layers"]["0"]
+    layer["attention_norm"] = jnp.linspace(0.1, 2.0, config.hidden_size)
+    model = Model(config, params, draft=DraftConfig(bits=None))
+    kernel = np.asarray(layer["k"]["kernel"], np.float64)
+    gain = np.asarray(layer["attention_norm"], np.float64)[:, None]
+    for folds, weight in ((True, gain * kernel), (False, kernel)):
+        ((keys, _), *_) = LoRC(0.5, folds=folds).prepare(model, None)
+        vectors = np.linalg.svd(weight, full_matrices=False)[2][: keys.onto.shape[0] // 2]
+        np.testing.assert_allclose(keys.onto, vectors.T @ vectors, atol=1e-5)
+
+
 def test_lorc_ranks_fall_with_depth_and_keep_their_mean():
     found = lorc.ranks(np.full(8, 10.0), 0.5, 0.4, 64)
     assert found == sorted(found, reverse=True)
