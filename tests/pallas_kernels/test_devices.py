@@ -242,6 +242,7 @@ def test_instructions_are_those_of_the_device(on, monkeypatch, capability):
     launches where they are."""
     device = on(capability)
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    monkeypatch.setenv("QUANTSPEC_EARLY_LAUNCHES", "1")
     early: list[str] = []  # what tells JAX to launch a kernel early; JAX 0.10 has no such thing
     monkeypatch.setattr(plgpu, "griddepcontrol_wait", lambda: early.append("wait"), raising=False)
     (module,) = [m for m in (mosaic_core, mosaic_utils) if hasattr(m, "_infer_arch")]
