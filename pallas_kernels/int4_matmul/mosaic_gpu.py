@@ -365,7 +365,7 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
     s, c, form = plan.shape, plan.config, plan.shape.form
 
     def body(addresses: Sequence[V], shared: V) -> None:
-        ptx.let_next_begin()  # its blocks fit beside these, and order their weights
+        ptx.let_next_begin()  # where its blocks fit beside these, they order their weights
         x, *rest = addresses
         norm = rest.pop(0) if form.norm else None
         residual = rest.pop(0) if form.residual else None
