@@ -364,13 +364,7 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
             for _ in range(c.stages - 1):
                 cursor = ring.order(cursor)
 
-        if norm is not None:
-            factors = inputs.weights(norm)
-            ptx.wait_for_launches()
-            inputs.stage_normed(factors, eps, order_the_others)
-        else:
-            ptx.wait_for_launches()
-            inputs.stage(order_the_others)
+        inputs.bring(norm, eps, order_the_others)
         turns = ptx.ceil_div(ptx.at_least(end - first, 0), plan.rows_of_warps)
 
         def step(turn: V, carry: list[V]) -> list[V]:
@@ -441,9 +435,7 @@ def bf16_matmuls(
     plan = Plan(shape, config, multiprocessors)
     form = shape.form
     dtype = jnp.dtype(jnp.bfloat16 if form.gated or form.residual else out_dtype)
-    extra = [] if around.norm is None else [around.norm.astype(x.dtype)]
-    if around.residual is not None:
-        extra.append(around.residual.reshape(shape.rows, -1))
+    operands, ahead = around.operands(x.reshape(shape.rows, shape.inputs), weights)
     found = ptx.kernel(
         _body(plan, dtype.itemsize, around.eps),
         [jax.ShapeDtypeStruct((shape.rows, n), dtype) for n in shape.outputs[: len(plan.tiles)]],
@@ -452,7 +444,6 @@ def bf16_matmuls(
         warpgroups=config.warpgroups,
         shared_bytes=plan.shared_bytes,
         cluster=config.cluster,
-        # The weights, and before them the norm's.
-        ahead=[1] * form.norm + [*range(1 + len(extra), 1 + len(extra) + len(weights))],
-    )(x.reshape(shape.rows, shape.inputs), *extra, *weights)
+        ahead=ahead,
+    )(*operands)
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in found]

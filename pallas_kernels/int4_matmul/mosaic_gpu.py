@@ -399,15 +399,10 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
             ptx.minimum(strips - first, c.strips) * s.strip_bytes,
             group,
         )
-        if norm is not None:
-            assert isinstance(inputs, Inputs)
-            factors = inputs.weights(norm)
-            ptx.wait_for_launches()
-            inputs.stage_normed(factors, eps)
+        if isinstance(inputs, Inputs):
+            inputs.bring(norm, eps)
         else:
             ptx.wait_for_launches()
-            if isinstance(inputs, Inputs):
-                inputs.stage()
         sums = plan.sums
         out = Results(sums, form, result, outputs, first * STRIP, residual, out_bytes)
         added = out.ahead(sums.mine(thread, rank))
@@ -487,9 +482,7 @@ def int4_matmuls(
     if missing and not form.norm:
         rows = jnp.pad(rows, ((0, 0), (0, missing)))
     dtype = jnp.dtype(jnp.bfloat16 if form.gated or form.residual else out_dtype)
-    extra = [] if around.norm is None else [around.norm.astype(x.dtype)]
-    if around.residual is not None:
-        extra.append(around.residual.reshape(shape.rows, -1))
+    operands, ahead = around.operands(rows, [w.strips for w in weights])
     found = ptx.kernel(
         _body(plan, dtype.itemsize, around.eps),
         [
@@ -501,7 +494,6 @@ def int4_matmuls(
         warpgroups=config.warpgroups,
         shared_bytes=plan.shared_bytes,
         cluster=config.cluster,
-        # The weights, and before them the norm's.
-        ahead=[1] * form.norm + [*range(1 + len(extra), 1 + len(extra) + len(weights))],
-    )(rows, *extra, *[w.strips for w in weights])
+        ahead=ahead,
+    )(*operands)
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in found]

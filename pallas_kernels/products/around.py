@@ -62,6 +62,17 @@ class Around:
     def form(self) -> Form:
         return Form(self.norm is not None, self.residual is not None, self.gated)
 
+    def operands(
+        self, x: jax.Array, weights: Sequence[jax.Array]
+    ) -> tuple[list[jax.Array], list[int]]:
+        """A kernel's: activations [R, Kin], the norm's weight, the residual, the products' weights;
+        and the places of those that are no activations."""
+        norm = [] if self.norm is None else [self.norm.astype(x.dtype)]
+        residual = [] if self.residual is None else [self.residual.reshape(len(x), -1)]
+        first = 1 + len(norm) + len(residual)
+        places = [*range(1, 1 + len(norm)), *range(first, first + len(weights))]
+        return [x, *norm, *residual, *weights], places
+
 
 NOTHING = Around()
 

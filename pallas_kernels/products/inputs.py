@@ -76,31 +76,37 @@ class Inputs:
         # Blocks begin at different channels: all would else ask one place of L2 at a time.
         self.turned = ptx.special("ctaid.x") * APART % self.pieces
 
-    def stage(self, meanwhile: Callable[[], None] = nothing) -> None:
-        """Bring them, as they are."""
+    def bring(self, norm: V | None, eps: float, meanwhile: Callable[[], None] = nothing) -> None:
+        """Wait for the launches before, and bring them: as they are, or normed with the weights
+        [given] at `norm`, which no launch writes, so that they are asked for before the wait.
+        `meanwhile` is done once the first activations have been asked for."""
+        if norm is None:
+            ptx.wait_for_launches()
+            self._stage(meanwhile)
+        else:
+            weights = [self._load_at(norm, piece) for piece, _ in self._columns()]
+            ptx.wait_for_launches()
+            self._stage_normed(weights, eps, meanwhile)
+
+    def _stage(self, meanwhile: Callable[[], None]) -> None:
         every = self.staged.rows * self.pieces
         indices = [self.thread + i for i in range(0, every, self.threads)]
         held = [ptx.minimum(index, every - 1) for index in indices]
         pieces = [self._piece(x // self.pieces, x % self.pieces) for x in held]
-        for piece, words in self._bring(pieces, meanwhile):
+        for piece, words in self._loaded(pieces, meanwhile):
             self._store(piece, words)
         ptx.sync_threads(i32(1), self.threads)
 
-    def weights(self, weight: V) -> list[list[V]]:
-        """Of the norm, [given], for each of the thread's columns: no launch writes them, so they
-        may be asked for early."""
-        return [self._load_at(weight, piece) for piece, _ in self._columns()]
-
-    def stage_normed(
-        self, weights: list[list[V]], eps: float, meanwhile: Callable[[], None] = nothing
+    def _stage_normed(
+        self, weights: list[list[V]], eps: float, meanwhile: Callable[[], None]
     ) -> None:
-        """Bring them, and norm them: each thread what it has brought."""
+        """Each thread norms what it has brought. weights: of its columns."""
         s, columns = self.staged, self._columns()
         rows = [
             [(dataclasses.replace(piece, row=i32(row)), inside) for piece, inside in columns]
             for row in range(s.rows)
         ]
-        brought = self._bring([piece for row in rows for piece, _ in row], meanwhile)
+        brought = self._loaded([piece for row in rows for piece, _ in row], meanwhile)
         squares = []
         for row in rows:
             square = f32(0.0)
@@ -144,7 +150,7 @@ class Inputs:
             total = total + part
         return ptx.reciprocal_sqrt(total * (1.0 / self.staged.given) + eps)
 
-    def _bring(
+    def _loaded(
         self, pieces: list[_Piece], meanwhile: Callable[[], None]
     ) -> Iterator[tuple[_Piece, list[V]]]:
         """Each with its words, a few asked for at a time; `meanwhile` once the first are."""
