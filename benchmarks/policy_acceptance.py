@@ -12,7 +12,6 @@ verifications; each policy is a sequence of one batch. Tokens with which the new
 end a round as a flush does.
 
     share, every   of the coded tokens; rounds that read the same pages
-    decay          of the votes of earlier verifications
     read_share     what was read, of the coded tokens, on average over the rounds
     tokens         that each draft followed
     *_error        standard error of a mean over the rounds
@@ -24,7 +23,6 @@ end a round as a flush does.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +44,7 @@ from quantspec_jax.checks import require
 from quantspec_jax.commands.options import DTYPES, add_rope, rope
 from quantspec_jax.engine.programs import PROGRAMS
 from quantspec_jax.generate.cache_pass import cache_pass, observed_pass
-from quantspec_jax.generate.policies import Policy, Sizes, TopPages, policy
+from quantspec_jax.generate.policies import Policy, Sizes, policy
 from quantspec_jax.generate.prefill import COMPILED, prefill
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.models.parameters import Params
@@ -279,7 +277,6 @@ def rows_of(
             "policy": each.name,
             "share": each.share,
             "every": each.every if each.votes else None,
-            "decay": each.decay if isinstance(each, TopPages) else None,
             "read_share": float(share[b].mean()),
             "tokens": greedy[b].size,
             "greedy_acceptance": float(greedy[b].mean()),
@@ -296,11 +293,7 @@ def asked(args: argparse.Namespace) -> Iterator[Policy]:
     for share in args.share:
         for name in args.policy:
             for every in rounds_between_choices(name, args.every):
-                found = policy(name, share, every)
-                if isinstance(found, TopPages) and args.decay is not None:
-                    yield from (dataclasses.replace(found, decay=decay) for decay in args.decay)
-                else:
-                    yield found
+                yield policy(name, share, every)
 
 
 def measure(model: qs.Model, args: argparse.Namespace, write: Any) -> None:
@@ -336,7 +329,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--policy", nargs="+", choices=choosing, default=list(choosing))
     parser.add_argument("--share", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--every", type=int, nargs="+", default=[1], help="of top-pages (1)")
-    parser.add_argument("--decay", type=float, nargs="+", help="of top-pages (its own)")
     parser.add_argument("--weights", nargs="+", choices=("own", "full"), default=["own"])
     parser.add_argument("--view", nargs="+", choices=("int4", "int8"), default=["int4"])
     parser.add_argument("--dtype", choices=DTYPES, help="the device's own")

@@ -12,33 +12,22 @@ from pallas_kernels.kv_attention.read import ByPage
 from pallas_kernels.page_choice import xla
 
 
-def page_votes(
-    seen: Sequence[ByPage],
-    last: jax.Array,
-    earlier: jax.Array | None = None,
-    *,
-    decay: float = 1.0,
-    backend: str = "auto",
-) -> jax.Array:
+def page_votes(seen: Sequence[ByPage], last: jax.Array, *, backend: str = "auto") -> jax.Array:
     """The attention mass of each page in each layer, summed over the rows that vote and over the
-    query heads of a key-value head, and `decay` times the earlier votes; of all layers in one
-    launch.
+    query heads of a key-value head; of all layers in one launch.
 
     Args:
       seen: of each layer.
       last: [B] int32, 0 … S − 1: rows up to this one vote.
-      earlier: [B, L, K, T/G] float32, of the passes before, updated in place; None: there are none.
 
     Returns:
-      [B, L, K, T/G] float32; anything for pages that hold no coded tokens, and never had earlier
-      votes.
+      [B, L, K, T/G] float32; anything for pages that hold no coded tokens.
     """
     if _mosaic_gpu(backend, lambda kernels: kernels.votes_unsupported(seen)):
         from pallas_kernels.page_choice import mosaic_gpu
 
-        kernel = dispatch.shared(mosaic_gpu.page_votes, ("decay",))
-        return kernel(list(seen), last, earlier, decay=decay)
-    return xla.page_votes(seen, last, earlier, decay=decay)
+        return dispatch.shared(mosaic_gpu.page_votes, ())(list(seen), last)
+    return xla.page_votes(seen, last)
 
 
 def most_voted(

@@ -10,8 +10,6 @@ sums lie together, parts and rows; their references, −log-sum-exp of the row, 
 
     Σ 2^(log sum · log2 e + reference)        over a page's parts and rows
 
-Earlier votes, decayed, are added in place, each by the thread that has its page.
-
 Choice: a block has all pages of a layer, sequence and key-value head, a thread some that follow
 each other. Votes are sums of masses, none below 0: their bits have their order. The vote of the
 last page that is chosen is found bit by bit, each time by counting the pages that have as much;
@@ -71,7 +69,7 @@ def _one_of(addresses: Sequence[V], index: V) -> V:
 
 
 def _votes_body(
-    layers: int, shape: tuple[int, ...], tokens: int, decay: float | None
+    layers: int, shape: tuple[int, ...], tokens: int
 ) -> Callable[[Sequence[V], V], None]:
     _, kv_heads, tiles, _, rows = shape
     of_page = math.prod(shape[3:])
@@ -115,54 +113,36 @@ def _votes_body(
 
         (total,) = ptx.loop(i32(0), i32(of_page), [f32(0.0)], add, step=step)
         vote = ptx.select(tile < written, total, f32(0.0))
-
-        def write() -> None:
-            where, found = votes + (row * tiles + tile).to_i64() * 4, vote
-            if decay is not None:
-                (before,) = ptx.load(where, 1, "f32")
-                found = ptx.fma(before, f32(decay), vote)
-            ptx.store(where, [found])
-
-        ptx.when(tile < tiles, write)
+        where = votes + (row * tiles + tile).to_i64() * 4
+        ptx.when(tile < tiles, lambda: ptx.store(where, [vote]))
 
     return body
 
 
-def page_votes(
-    seen: Sequence[ByPage], last: jax.Array, earlier: jax.Array | None = None, *, decay: float = 1.0
-) -> jax.Array:
+def page_votes(seen: Sequence[ByPage], last: jax.Array) -> jax.Array:
     """See `pallas_kernels.page_choice.api.page_votes`."""
-    some = []
-    for i in range(0, len(seen), MOST_LAYERS):
-        before = None if earlier is None else earlier[:, i : i + MOST_LAYERS]
-        some.append(_votes(seen[i : i + MOST_LAYERS], last, before, decay))
+    some = [_votes(seen[i : i + MOST_LAYERS], last) for i in range(0, len(seen), MOST_LAYERS)]
     return some[0] if len(some) == 1 else jnp.concatenate(some, 1)
 
 
-def _votes(
-    seen: Sequence[ByPage], last: jax.Array, earlier: jax.Array | None, decay: float
-) -> jax.Array:
+def _votes(seen: Sequence[ByPage], last: jax.Array) -> jax.Array:
     sums = seen[0].log_sums
     batch, kv_heads, tiles = sums.parts.shape[:3]
     layers = len(seen)
-    votes = jax.ShapeDtypeStruct((batch, layers, kv_heads, tiles), jnp.float32)
-    fresh = earlier is None
-    (found,) = ptx.kernel(
-        _votes_body(layers, sums.parts.shape, sums.tokens, None if fresh else decay),
-        [votes] if fresh else [],
+    (votes,) = ptx.kernel(
+        _votes_body(layers, sums.parts.shape, sums.tokens),
+        [jax.ShapeDtypeStruct((batch, layers, kv_heads, tiles), jnp.float32)],
         name="page_votes",
         blocks=batch * layers * kv_heads * -(-tiles // THREADS),
         warpgroups=THREADS // 128,
         shared_bytes=4 * math.prod(sums.parts.shape[3:]),
-        updated=0 if fresh else 1,
     )(
         *[each.log_sums.parts.reshape(-1) for each in seen],
         *[each.log_sum_exp.reshape(-1) for each in seen],
         last,
         sums.written,
-        *([] if fresh else [earlier]),
     )
-    return found
+    return votes
 
 
 # The choice --------------------------------------------------------------------------------------

@@ -11,9 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.kv_attention.read import ByPage
 
 
-def page_votes(
-    seen: Sequence[ByPage], last: jax.Array, earlier: jax.Array | None = None, *, decay: float = 1.0
-) -> jax.Array:
+def page_votes(seen: Sequence[ByPage], last: jax.Array) -> jax.Array:
     """See `pallas_kernels.page_choice.api.page_votes`."""
 
     def votes(each: ByPage) -> jax.Array:  # of a layer: summed before they are joined
@@ -23,8 +21,7 @@ def page_votes(
         by_head = jnp.where(voting[:, :, None, None], masses, 0.0).sum(1)
         return by_head.reshape(b, k, -1, tiles).sum(2)
 
-    found = jnp.stack([votes(each) for each in seen], 1)
-    return found if earlier is None else decay * earlier + found
+    return jnp.stack([votes(each) for each in seen], 1)
 
 
 def most_voted(

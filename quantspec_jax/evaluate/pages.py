@@ -1,9 +1,9 @@
 """Which pages a draft reads at each position of a text, teacher-forced.
 
-Each position is taken as the first proposal of a round: its policy has seen `ROUNDS` verifications
-of `VERIFIED` positions each before it, all of whose proposals were accepted, and the prompt ended
-where the positions that are counted begin. What chooses is the policy itself, as in decoding: a
-position is a sequence of its batch.
+Each position is taken as the first proposal of a round: its policy has seen a verification of the
+`VERIFIED` positions before it, all of whose proposals were accepted, and the prompt ended where the
+positions that are counted begin. What chooses is the policy itself, as in decoding: a position is a
+sequence of its batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from quantspec_jax.models.attention import Tokens
 from quantspec_jax.models.linear import precision
 
 VERIFIED = 5  # rows, as of γ = 4
-ROUNDS = 4  # what votes before them decay to counts little
 BLOCK = 128  # positions at a time
 
 
@@ -60,11 +59,10 @@ def pages_at_positions(
         number = len(position)
         memory = jax.tree.map(lambda x: jnp.broadcast_to(x, (number, *x.shape[1:])), begun)
         if masses is not None:
+            rows = position[:, None] - VERIFIED + jnp.arange(VERIFIED)[None]
+            verified = masses[jnp.maximum(rows, 0)]  # [positions, rows, H, T/G]
             accepted = jnp.full(number, VERIFIED - 1)
-            for back in range(ROUNDS, 0, -1):
-                rows = position[:, None] - back * VERIFIED + jnp.arange(VERIFIED)[None]
-                verified = masses[jnp.maximum(rows, 0)]  # [positions, rows, H, T/G]
-                memory = policy.update(memory, [ByPage.of(verified, kv_heads)], accepted)
+            memory = policy.update(memory, [ByPage.of(verified, kv_heads)], accepted)
         pages = policy.pages(memory, quantized_length(position, group_size) // group_size, sizes)
         assert pages is not None, "a policy that chooses"
         return _named(pages[0], tiles)

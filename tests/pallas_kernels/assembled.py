@@ -198,8 +198,6 @@ def others() -> Iterator[tuple[str, Any, Any]]:
     sums = PageLogSums(jnp.zeros((1, 2, 130, 2, 6)), jnp.array([130]), 3)
     seen = [ByPage(sums, jnp.zeros((1, 3, 4)))] * 80
     yield "page_votes of 80 layers", choice.page_votes, (seen, jnp.array([2]))
-    run = functools.partial(choice.page_votes, decay=0.7)
-    yield "page_votes decayed", run, (seen, jnp.array([2]), jnp.zeros((1, 80, 2, 130)))
     run = functools.partial(choice.most_voted, places=258, ends=(1, 1))
     yield "most_voted", run, (jnp.zeros((1, 80, 2, 1032)), jnp.array([1000]), jnp.array([250]))
     for case in HEADS:

@@ -78,8 +78,6 @@ def calls():
     lse = jnp.zeros((2, 3, 4))
     sums = PageLogSums(jnp.zeros((2, 2, 130, 2, 6)), jnp.array([130, 7]), 3)
     yield page_votes, ([ByPage(sums, lse)] * 3, jnp.array([2, 0]))
-    decayed = functools.partial(page_votes, decay=0.7)
-    yield decayed, ([ByPage(sums, lse)] * 3, jnp.array([2, 0]), jnp.zeros((2, 3, 2, 130)))
     yield (
         functools.partial(most_voted, places=80, ends=(1, 1)),
         (

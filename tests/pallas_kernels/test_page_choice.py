@@ -62,12 +62,6 @@ def test_votes_are_the_mass_of_the_rows_that_vote(
         heads = np.asarray(lse, np.float64)[b, : last[b] + 1, k * group : (k + 1) * group]
         expected = np.exp(parts - heads.T).sum((1, 2, 3))
         np.testing.assert_allclose(found[b, layer, k, :written], expected, rtol=1e-4)
-    # Earlier votes, decayed, and the same ones; also for pages that no row reads.
-    earlier = jax.random.uniform(jax.random.key(tiles), found.shape)
-    both = way.page_votes(seen, jnp.asarray(last, jnp.int32), earlier, decay=0.7)
-    for b, written in enumerate(np.asarray(seen[0].log_sums.written)):
-        new = np.where(np.arange(tiles) < written, found[b], 0)
-        np.testing.assert_allclose(both[b], 0.7 * np.asarray(earlier[b]) + new, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +111,6 @@ def test_all_layers_are_one_launch_each():
     votes = jnp.zeros((1, 32, 2, 1032))
     for layers, launches in ((80, 1), (129, 2)):
         text = lower(mosaic_gpu.page_votes, seen * layers, jnp.zeros(1, jnp.int32))
-        assert len(re.findall("custom_call @mosaic_gpu", text)) == launches
-        earlier = jnp.zeros((1, layers, 2, 20))
-        decayed = functools.partial(mosaic_gpu.page_votes, decay=0.5)
-        text = lower(decayed, seen * layers, jnp.zeros(1, jnp.int32), earlier)
         assert len(re.findall("custom_call @mosaic_gpu", text)) == launches
     choose = functools.partial(mosaic_gpu.most_voted, places=258, ends=(1, 1))
     text = lower(choose, votes, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))

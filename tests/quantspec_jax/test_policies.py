@@ -37,7 +37,7 @@ from quantspec_jax.models.presets import PRESETS
 LENGTHS = [67, 50, 130]  # 3, 2 and 7 pages coded
 NEW = 60
 CHOOSING = (Window, SnapKV, TopPages)
-SELDOM, ONCE = TopPages(0.5, every=2, decay=0.7), TopPages(1.0, every=1000)
+SELDOM, ONCE = TopPages(0.5, every=2), TopPages(1.0, every=1000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def cut(layers):
 
 def layers_of(chosen):
     """Both where pages are looked at layer by layer."""
-    return 2 if isinstance(chosen, TopPages) and chosen.share == 0.5 and chosen.every == 1 else 1
+    return 2 if chosen == TopPages(0.5) else 1
 
 
 @functools.cache
@@ -199,11 +199,9 @@ def test_snapkv_chooses_the_pages_whose_pooled_tokens_have_most():
     assert page.tiles[0, 0, : page.count[0]].tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.7])
-def test_top_pages_are_those_of_the_verifications_accepted_rows(decay):
-    """Recomputed for each layer and kv head from the pass that the round made, and from the votes
-    before it where they count."""
-    p, state = begun(TopPages(0.5, decay=decay))
+def test_top_pages_are_those_of_the_last_verifications_accepted_rows():
+    """Recomputed for each layer and kv head from the pass that the round made."""
+    p, state = begun(TopPages(0.5))
     sizes = Sizes(p.model.num_layers, p.model.num_kv_heads, p.cache.num_tiles)
     params, after = tiny_model()[1], go(p, state, max_rounds=1)
     pages = pages_to_read(after, p)
@@ -219,7 +217,6 @@ def test_top_pages_are_those_of_the_verifications_accepted_rows(decay):
     for layer, mass in enumerate(np.asarray([x.masses for x in masses])):  # [B, S, H, tiles]
         for b, n in enumerate(coded):
             votes = mass[b, : moved[b]].sum(0).reshape(sizes.kv_heads, -1, sizes.tiles).sum(1)
-            votes += decay * np.asarray(state.memory[b, layer])
             count = max(int(np.ceil(0.5 * n)), 2)
             for k in range(sizes.kv_heads):
                 best = np.argsort(-votes[k, 1 : n - 1])[: count - 2] + 1
@@ -340,8 +337,6 @@ def test_what_is_no_policy_is_refused_by_name():
         qs.GenerateConfig(draft_policy="window", draft_every=2)
     with pytest.raises(ValueError, match="draft_every is 0; allowed: an integer ≥ 1"):
         qs.GenerateConfig(draft_policy="top-pages", draft_every=0)
-    with pytest.raises(ValueError, match=r"decay is 1; allowed: a number in \[0, 1\)"):
-        TopPages(decay=1)
     with pytest.raises(ValueError, match="draft_every is 2; allowed: None with draft_policy auto"):
         qs.GenerateConfig(draft_policy="auto", draft_every=2)
     with pytest.raises(ValueError, match="draft_view is 'full'; allowed: int8, int4"):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.kv_attention.read import ByPage, Pages
 from pallas_kernels.page_choice.api import most_voted, page_votes
-from quantspec_jax.checks import is_int, is_number, require
+from quantspec_jax.checks import is_int, require
 from quantspec_jax.generate.policies.policy import (
     SINKS,
     Policy,
@@ -37,13 +37,10 @@ class TopPages(Policy):
       share: of the coded tokens that are read, in all.
       every: rounds that read the same pages; the last one's verification votes. More tokens that
         are coded end them earlier.
-      decay: of the votes of earlier verifications, a verification, in [0, 1); 0: they are
-        forgotten. With SmolLM2 no other was measured to be better.
     """
 
     share: float = 0.25
     every: int = 1
-    decay: float = 0.0
     name: ClassVar[str] = "top-pages"
     observes: ClassVar[bool] = True
     votes: ClassVar[bool] = True
@@ -52,8 +49,6 @@ class TopPages(Policy):
         super().__post_init__()
         possible = is_int(self.every) and self.every >= 1
         require(possible, "draft_every", self.every, "an integer ≥ 1")
-        within = is_number(self.decay) and 0 <= self.decay < 1
-        require(within, "decay", self.decay, "a number in [0, 1)")
 
     def observe(
         self,
@@ -90,6 +85,5 @@ class TopPages(Policy):
         accepted: jax.Array,
         backend: str = "auto",
     ) -> jax.Array:
-        """The votes of this verification, and what those before it have decayed to."""
-        earlier = memory if self.decay else None
-        return page_votes(seen, accepted, earlier, decay=self.decay, backend=backend)
+        """The votes of this verification alone."""
+        return page_votes(seen, accepted, backend=backend)
