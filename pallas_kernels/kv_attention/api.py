@@ -47,7 +47,8 @@ def kv_attention(
       start: [B] int32, position of the pass's first token.
       read: what to read of the cache (`pallas_kernels.kv_attention.read.Read`).
       sm_scale: factor on the scores, 1/√D as a rule.
-      pages: the tiles of the planes that are read; None: all that are coded.
+      pages: the tiles of the planes that are read; None: all that are coded. Page log-sums are
+        given in a kernel where no list says which.
       page_log_sums: give those, too.
       strict: leave out the row's own position.
       out_dtype: of the output; with bf16 queries the kernel writes float32 or bfloat16.
@@ -125,15 +126,15 @@ def _most_tokens(q: jax.Array, cache: LayerCache, options: dict[str, Any], backe
 
 
 def _check_pages(pages: Pages | None, cache: LayerCache) -> None:
-    """A list for each sequence and key-value head, of tiles that the cache has."""
+    """A list for each sequence and key-value head, of tiles that the cache has, and a count."""
     if pages is None:
         return
     b, k = cache.key_buffer.shape[:2]
-    shapes = (pages.tiles.shape, pages.count.shape)
     if cache.keys is None:
         raise ValueError("pages is a list; allowed: None, since the cache has no tiles")
-    one = pages.tiles.ndim == 3 and pages.tiles.shape[2] > 0
-    if not one or shapes != ((b, k, pages.tiles.shape[2]), (b,)):
+    listed = (b, k, 1) if pages.tiles is None else pages.tiles.shape
+    if listed[:2] != (b, k) or len(listed) != 3 or not listed[2] or pages.count.shape != (b,):
+        shapes = (listed, pages.count.shape)
         raise ValueError(f"pages are of shapes {shapes}; allowed: [{b}, {k}, P ≥ 1] and [{b}]")
 
 

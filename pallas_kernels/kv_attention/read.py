@@ -43,11 +43,11 @@ class Pages:
     is read in any case.
 
     tiles  [B, K, P] int32: tiles that hold coded tokens, ascending, each once; entries at and
-           beyond `count` hold anything
-    count  [B] int32, up to P
+           beyond `count` hold anything. None: the first ones
+    count  [B] int32, up to P, or up to the number of tiles that the planes have
     """
 
-    tiles: jax.Array
+    tiles: jax.Array | None
     count: jax.Array
 
 

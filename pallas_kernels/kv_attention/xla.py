@@ -216,22 +216,24 @@ def _attend_planes(
     read: Read,
     pages: Pages | None,
 ) -> Walk:
-    """Attend to the tiles that are coded, of `pages` only those listed."""
+    """Attend to the tiles that are coded, of `pages` only those listed or counted."""
     n, g = planes[0].upper.shape[2:4]
-    coded = (quantized_length // g)[:, None, None]  # [B, 1, 1]
+    listed = None if pages is None else pages.tiles
+    count = (quantized_length // g if pages is None else pages.count)[:, None, None]  # [B, 1, 1]
     exact = min(read.exact_tiles, n)
     if exact:
         index = jnp.arange(exact)[None, None]
-        mask = index < coded
-        if pages is not None:
-            listed = jnp.arange(pages.tiles.shape[2])[None, None] < pages.count[:, None, None]
-            found = (pages.tiles[..., None] == index[:, :, None]) & listed[..., None]
-            mask &= found.any(2)
+        if listed is None:
+            mask = index < count
+        else:
+            chosen = jnp.arange(listed.shape[2])[None, None] < count
+            found = (listed[..., None] == index[:, :, None]) & chosen[..., None]
+            mask = found.any(2)
         first = jax.tree.map(lambda x: x[:, :, :exact], planes)
         walk = _attend_tiles(walk, rows, first, index, mask, "int8")
 
     # Of a list the work follows its length.
-    places = n if pages is None else pages.tiles.shape[2]
+    places = n if listed is None else listed.shape[2]
     fewest, most = TILES_AT_ONCE
     step = min(max(n // 4, fewest), most, places)
     if jax.default_backend() == "gpu":
@@ -246,16 +248,15 @@ def _attend_planes(
         def cut(x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, begin, step, 2)
 
-        if pages is None:
-            index, mask, tiles = place, new & (place < coded), jax.tree.map(cut, planes)
+        mask = new & (place < count)
+        if listed is None:
+            index, tiles = place, jax.tree.map(cut, planes)
         else:
-            mask = new & (place < pages.count[:, None, None])
-            index = jnp.where(mask, cut(pages.tiles), 0)
+            index = jnp.where(mask, cut(listed), 0)
             tiles = jax.tree.map(lambda x: _gather(x, index), planes)
         return _attend_tiles(walk, rows, tiles, index, mask & (index >= exact), read.view)
 
-    reach = jnp.max(coded if pages is None else pages.count)
-    return _turns(-(-reach // step), -(-places // step), some, walk)
+    return _turns(-(-jnp.max(count) // step), -(-places // step), some, walk)
 
 
 def _gather(leaf: jax.Array, index: jax.Array) -> jax.Array:

@@ -74,6 +74,7 @@ def pages_at_positions(
 
 def _named(pages: Pages, tiles: int) -> jax.Array:
     """[N, K, P] lists → [N, K, tiles] bool."""
+    assert pages.tiles is not None, "a policy lists what it chooses"
     place = jnp.arange(pages.tiles.shape[-1])[None, None]
     listed = jnp.where(place < pages.count[:, None, None], pages.tiles, tiles)
     n, k = (x[..., None] for x in jnp.ogrid[: listed.shape[0], : listed.shape[1]])

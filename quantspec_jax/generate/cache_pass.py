@@ -76,10 +76,8 @@ def attention(
         start_here, dtype = axes.before(start + 1, cache.group_size) - 1, jnp.float32
     elif axes.cp > 1:
         assert layer.keys is not None
-        b, k, places = layer.keys.upper.shape[:3]
         if pages is None:
-            every = jnp.broadcast_to(jnp.arange(places, dtype=jnp.int32), (b, k, places))
-            pages = Pages(every, axes.tiles_before(coded // cache.group_size))
+            pages = Pages(None, axes.tiles_before(coded // cache.group_size))
         before_buffer = coded - q.shape[1]
         start_here, dtype = jnp.where(axes.part("cp") == 0, start, before_buffer), jnp.float32
     found = kv_attention(

@@ -98,12 +98,20 @@ def random_pages(
     return Pages(jnp.asarray(tiles), jnp.asarray(count, jnp.int32))
 
 
+def lists_of(pages: Pages, kv_heads: int, tiles: int) -> np.ndarray:
+    """[B, K, P]: a count without a list is of the first ones."""
+    if pages.tiles is not None:
+        return np.asarray(pages.tiles)
+    return np.broadcast_to(np.arange(tiles), (len(pages.count), kv_heads, tiles))
+
+
 def with_poison_but_in(call, pages: Pages):
     """The same call with NaN scales in tiles that are not listed."""
     q, cache, *lengths = call
-    tiles = np.arange(cache.keys.upper.shape[2])
-    used = np.arange(pages.tiles.shape[2])[None, None] < np.asarray(pages.count)[:, None, None]
-    listed = ((np.asarray(pages.tiles)[..., None] == tiles) & used[..., None]).any(2)
+    kv_heads, number = cache.keys.upper.shape[1:3]
+    lists = lists_of(pages, kv_heads, number)
+    used = np.arange(lists.shape[2])[None, None] < np.asarray(pages.count)[:, None, None]
+    listed = ((lists[..., None] == np.arange(number)) & used[..., None]).any(2)
 
     def poisoned(planes: Planes) -> Planes:
         mask = listed.reshape(*listed.shape, *[1] * (planes.scale.ndim - 3))
@@ -144,7 +152,7 @@ def plain_attention(call, read: Read, sm_scale: float, strict: bool, pages=None)
             for view in ("int8", read.view)
         }
     if pages is not None:
-        listed, counts = np.asarray(pages.tiles), np.asarray(pages.count)
+        listed, counts = lists_of(pages, kv_heads, tiles), np.asarray(pages.count)
     page_lse = np.full((*q.shape[:3], tiles), -np.inf)
     for b, h, i in np.ndindex(batch, heads, tokens):
         k, n, last = h // (heads // kv_heads), int(quantized[b]), int(start[b]) + i - strict

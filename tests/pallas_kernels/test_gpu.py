@@ -35,7 +35,7 @@ from pallas_kernels.int4_matmul import mosaic_gpu as matmul_kernel
 from pallas_kernels.int4_matmul import xla as matmul_reference
 from pallas_kernels.kv_attention import api as attention
 from pallas_kernels.kv_attention import configs, mosaic_gpu
-from pallas_kernels.kv_attention.read import ByPage, PageLogSums, Read
+from pallas_kernels.kv_attention.read import ByPage, PageLogSums, Pages, Read
 from pallas_kernels.layout import tile
 from pallas_kernels.page_choice.api import most_voted, page_votes
 from pallas_kernels.quantize_pack import api as quantize
@@ -130,13 +130,14 @@ def test_attention_in_every_configuration(view, tokens):
     expected = reference(call, Read(view))
     pages = random_pages(np.asarray(call[2]) // 128, 2, [6, 1], 8)
     exact = Read(view, int(view == "int4"))
+    counted = Pages(None, jnp.array([6, 1]))
     # One of these in turn.
-    more = [{"pages": pages}, {"page_log_sums": True}]
+    more = [{"pages": pages}, {"page_log_sums": True}, {"pages": counted, "page_log_sums": True}]
     wanted = [reference(call, exact, **asked) for asked in more]
     for i, config in enumerate(configs.candidates(shape)):
         check_attention(call, Read(view), expected, config=config)
-        which = more[i % 2].get("pages")
-        check_attention(call, exact, wanted[i % 2], config=config, pages=which)
+        which = more[i % 3].get("pages")
+        check_attention(call, exact, wanted[i % 3], config=config, pages=which)
 
 
 def test_stages_are_read_before_they_are_filled_anew():

@@ -19,7 +19,7 @@ from kernel_cases import (
 )
 
 from pallas_kernels.kv_attention import mosaic_gpu as attention
-from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.kv_attention.read import Pages, Read
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +105,20 @@ def test_pages_of_a_list(view, exact_tiles, group, config):
     pages = random_pages(coded, 2, [0, 3, 2], 5)
     assert 0 not in np.asarray(pages.tiles)[1, 0, :3]
     check(call, Read(view, exact_tiles), config, blocks=3, pages=pages)
+
+
+@pytest.mark.parametrize(
+    ("view", "exact_tiles", "config"),
+    [
+        ("int8", 0, attention.Config(1, 2, 1, 2)),
+        ("int4", 1, attention.Config(1, 2, 2, 2, True, True)),
+    ],
+)
+def test_the_first_tiles_as_many_as_are_counted(view, exact_tiles, config):
+    """With page log-sums; the buffer begins where the coded tokens end, not the counted ones."""
+    call = ragged_call(view, [30, 64 * 7 + 5, 64 * 3], group=2, tokens=4)
+    pages = Pages(None, jnp.array([0, 3, 1]))
+    check(call, Read(view, exact_tiles), config, blocks=3, pages=pages, page_log_sums=True)
 
 
 @pytest.mark.parametrize(

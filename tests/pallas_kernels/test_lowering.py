@@ -16,7 +16,7 @@ from pallas_kernels.add_rms_norm import mosaic_gpu as norm
 from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
 from pallas_kernels.kv_attention import api, configs, mosaic_gpu
-from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.kv_attention.read import Pages, Read
 from pallas_kernels.layout import tile
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
 from pallas_kernels.rope_append import mosaic_gpu as rope
@@ -74,6 +74,7 @@ def test_attention(view, head_dim, group_size, group, tokens):
         (Read("int4", 1), 4, 1, "pages"),
         (Read("int8"), 6, 16, "pages"),
         (Read("int8"), 4, 8, "page_log_sums"),
+        (Read("int8"), 4, 8, "page_log_sums of a count"),
     ],
 )
 def test_attention_to_pages(read, group, tokens, asked):
@@ -84,6 +85,7 @@ def test_attention_to_pages(read, group, tokens, asked):
         positions=[384],
     )  # fmt: skip
     pages = random_pages([2], 2, [1], 2) if asked == "pages" else None
+    pages = Pages(None, jnp.array([1])) if asked.endswith("count") else pages
     options = {
         "read": read, "sm_scale": 0.1, "strict": False, "page_log_sums": asked != "pages",
     }  # fmt: skip

@@ -58,7 +58,7 @@ def test_attention(view, strict, head_dim, group_size, group, tokens):
 
 @pytest.mark.parametrize(
     ("view", "exact_tiles", "listed"),
-    [("int4", 1, False), ("int4", 2, True), ("int8", 0, True)],
+    [("int4", 1, "all"), ("int4", 2, "list"), ("int8", 0, "list"), ("int4", 1, "count")],
 )
 def test_attention_to_chosen_pages(view, listed, exact_tiles):
     """Nothing, one page, and several of ragged sequences, other ones for each head, with the first
@@ -69,9 +69,12 @@ def test_attention_to_chosen_pages(view, listed, exact_tiles):
     )  # fmt: skip
     coded = np.asarray(call[2]) // 8
     assert coded.tolist() == [0, 2, 16, 10]
-    pages = random_pages(coded, 2, [0, 1, 11, 10], 12) if listed else None
-    if pages is not None:
+    pages = None
+    if listed == "list":
+        pages = random_pages(coded, 2, [0, 1, 11, 10], 12)
         assert {0, 1} & set(np.asarray(pages.tiles)[1, :, 0].tolist())
+    elif listed == "count":
+        pages = Pages(None, jnp.array([0, 1, 11, 10]))
     check(call, Read(view, exact_tiles), pages=pages)
 
 

@@ -35,6 +35,7 @@ from quantspec_jax.engine.prepare import prepare
 from quantspec_jax.engine.programs import DECODE
 from quantspec_jax.generate import prefill as stages
 from quantspec_jax.generate.config import GenerateConfig
+from quantspec_jax.generate.policies import ALL, Policy, TopPages
 from quantspec_jax.generate.prefill import prefill
 from quantspec_jax.generate.requests import requests
 from quantspec_jax.generate.state import DecodeState, Program, PromptProgram
@@ -50,6 +51,7 @@ from quantspec_jax.weights.entries import draft_tree, quantize_params
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 from quantspec_jax.weights.sizes import draft_bytes
 
+CUDA_SHAPES = dataclasses.replace(lowered_loop.MODEL, num_layers=2)
 CONFIG = ModelConfig("qwen2", 96, 64, 128, 2, 8, 4, 16, 2048, qkv_bias=True)
 # What each logical axis is split over, said again.
 OVER = {"heads": "tp", "kv_heads": "tp", "mlp": "tp", "vocab": "tp"}
@@ -449,10 +451,35 @@ def measured_over_devices() -> None:
 
 def kernels_on_each_device() -> None:
     """Lowered for CUDA: the kernels are called inside the loop with a device's part of every
-    array, and the devices meet as often as on a CPU."""
-    shapes = dataclasses.replace(lowered_loop.MODEL, num_layers=2)
-    there = mesh(tp=2, cp=2)
-    program = Program(shapes, CacheConfig(2048, 128, "int8", 5, "bfloat16"), 4, mesh=there)  # type: ignore[arg-type]
+    array, and the devices meet as often as on a CPU: with top-pages, whose votes come from kernels,
+    too, once more a round, to count what was read."""
+    voting = {"page_votes", "most_voted"}
+    for draft_policy, more, meetings in ((ALL, set(), 0), (TopPages(0.25), voting, 1)):
+        names, operands, text = lowered_for_cuda(draft_policy)
+        assert names == more | {
+            *("add_rms_norm", "int4_matmuls", "kv_attention"),
+            *("quantize_keys", "quantize_values", "rms_norm", "rope_append"),
+        }
+        shapes, tp, cp = CUDA_SHAPES, 2, 2
+        h, k, d = shapes.num_heads, shapes.num_kv_heads, shapes.head_dim
+        attention = [operands[name] for name in operands if name.startswith("kv_attention")]
+        assert sorted(x[0] for x in attention) == [f"1x{s}x{h // tp}x{d}xbf16" for s in (1, 5)]
+        for each in attention:
+            assert f"1x{k // tp}x{16 // cp}x128x{d // 2}xui8" in each
+        groups = shapes.intermediate_size // 64 // tp
+        assert any(f"{groups}x{shapes.hidden_size // 16}x576xui8" in x for x in operands.values())
+        passes, layers = 2, shapes.num_layers
+        reduced = len(re.findall(r"stablehlo\.all_reduce", text))
+        assert reduced == passes * (2 * layers + 1) + meetings
+        assert len(re.findall(r"stablehlo\.all_gather", text)) == passes * (layers + 1)
+
+
+def lowered_for_cuda(draft_policy: Policy) -> tuple[set[str], dict[str, list[str]], str]:
+    """The decode loop over 2 × 2 devices: the kernels' names, each function's operands, and the
+    text."""
+    shapes, there = CUDA_SHAPES, mesh(tp=2, cp=2)
+    cache = CacheConfig(2048, 128, "int8", 5, jnp.dtype("bfloat16"))
+    program = Program(shapes, cache, 4, draft_policy, mesh=there)
     params = jax.eval_shape(lambda: init_params(shapes, jax.random.key(0), jnp.bfloat16))
 
     def place(tree: Any) -> Any:
@@ -470,25 +497,11 @@ def kernels_on_each_device() -> None:
         state = bench.state_forms(program, 1, 1024)
         traced = DECODE.trace(place(params), place(draft), state, jnp.int32(5), program=program)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    names = set(lowered_loop.names(text))
-    assert names == {
-        *("add_rms_norm", "int4_matmuls", "kv_attention"),
-        *("quantize_keys", "quantize_values", "rms_norm", "rope_append"),
-    }
     operands = {
         name: re.findall(r"tensor<([^>]*)>", found)
         for name, found in re.findall(r"func\.func private @(\w+)\((.*?)\) ->", text)
     }
-    tp, cp, (h, k, d) = 2, 2, (shapes.num_heads, shapes.num_kv_heads, shapes.head_dim)
-    attention = [operands[name] for name in operands if name.startswith("kv_attention")]
-    assert sorted(x[0] for x in attention) == [f"1x{s}x{h // tp}x{d}xbf16" for s in (1, 5)]
-    for each in attention:
-        assert f"1x{k // tp}x{16 // cp}x128x{d // 2}xui8" in each
-    groups = shapes.intermediate_size // 64 // tp
-    assert any(f"{groups}x{shapes.hidden_size // 16}x576xui8" in x for x in operands.values())
-    passes, layers = 2, shapes.num_layers
-    assert len(re.findall(r"stablehlo\.all_reduce", text)) == passes * (2 * layers + 1)
-    assert len(re.findall(r"stablehlo\.all_gather", text)) == passes * (layers + 1)
+    return set(lowered_loop.names(text)), operands, text
 
 
 CHECKS = (

@@ -26,7 +26,8 @@ A second kernel merges the partial results by log-sum-exp, and rounds to bfloat1
 
 Where a list says which pages are read, a head's tiles are those of its list, as many as its count
 on the device says: the address of a tile's parts is all that changes, and the entry that names it
-is loaded a unit before it is needed. Tiles that the draft view reads exactly take two stages, as
+is loaded a unit before it is needed. A count without a list is for a device that has a part of the
+tiles alone. Tiles that the draft view reads exactly take two stages, as
 the others and then their lower planes, and one computation, in a loop of its own before the others.
 Page log-sums (`pages`) come from the sums of probabilities that the softmax keeps anyway, set apart
 for a tile; each warp writes those of its tokens, and who reads them adds them up (`PageLogSums`).

@@ -49,7 +49,8 @@ def shape_of(
         strict=strict,
         sm_scale=float(sm_scale),
         exact_tiles=0 if cache.keys is None else read.exact_tiles,
-        places=None if pages is None else pages.tiles.shape[2],
+        places=None if pages is None or pages.tiles is None else pages.tiles.shape[2],
+        counted=pages is not None,
         page_log_sums=page_log_sums and cache.keys is not None,
     )
 
@@ -71,7 +72,7 @@ def unsupported(shape: Shape, dtypes: Sequence[Any]) -> str | None:
     if shape.rows > most:
         return f"a key-value head has {shape.rows} query rows; it takes up to {most}"
     if shape.listed and shape.page_log_sums:
-        return "it gives page log-sums only where it reads all pages"
+        return "it gives page log-sums only where no list says which pages it reads"
     return None
 
 
@@ -102,7 +103,8 @@ def kv_attention(
         operands += [part.scale, part.minimum]
     operands += [part.lower for part in planes] if shape.exact_tiles else []
     counts = [] if pages is None else [pages.count]
-    operands += [] if pages is None else [pages.tiles, pages.count]
+    operands += [] if pages is None or pages.tiles is None else [pages.tiles]
+    operands += counts
     results: list[tuple[int, ...]]
     results = [(plan.partials, shape.rows, shape.head_dim), (plan.partials, shape.rows, 2)]
     results += [shape_of_sums(plan)] if shape.page_log_sums else []
@@ -130,5 +132,6 @@ def kv_attention(
     found = None
     if page_log_sums:  # there may be no tiles
         parts = sums[0] if sums else jnp.zeros((shape.batch, shape.kv_heads, 0, 1, shape.rows))
-        found = PageLogSums(parts, quantized_length // shape.group_size, shape.tokens)
+        written = quantized_length // shape.group_size if pages is None else pages.count
+        found = PageLogSums(parts, written, shape.tokens)
     return Attended(output, log_sum_exp, found)

@@ -20,7 +20,8 @@ class Operands:
         self.tile_names = [n for n in names if "." in n]
         self.lower_names = ["keys.lower", "values.lower"] if plan.shape.exact_tiles else []
         names += self.lower_names
-        names += ["tiles", "count"] if plan.shape.listed else []
+        names += ["tiles"] if plan.shape.listed else []
+        names += ["count"] if plan.shape.counted else []
         names += ["output", "statistics"]
         names += ["page_sums"] if plan.shape.page_log_sums else []
         self.by_name = dict(zip(names, addresses, strict=True))

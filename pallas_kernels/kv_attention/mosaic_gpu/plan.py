@@ -46,6 +46,7 @@ class Shape:
     sm_scale: float
     exact_tiles: int = 0
     places: int | None = None  # of a list of pages for each head; None: there is none
+    counted: bool = False  # whether a count says how many tiles are read, as each list has one
     page_log_sums: bool = False
 
     @property

@@ -34,9 +34,11 @@ class Pipeline:
         self.plan, self.operands, self.lengths = plan, operands, lengths
         self.copies = ptx.copies_of(plan.bulk)(plan.team_threads, thread)
         stages = plan.config.stages
-        # Values that say what to order next: eight; whether an exact tile's second stage is due; of
-        # a list the buffer's first slot and the next tile, which is loaded a unit ahead.
-        self.producer = 8 + bool(plan.shape.exact_tiles) + 2 * plan.shape.listed
+        # Values that say what to order next: eight; whether an exact tile's second stage is due;
+        # the buffer's first slot, if the tiles are counted; and a list's next tile, which is loaded
+        # a unit ahead.
+        s = plan.shape
+        self.producer = 8 + bool(s.exact_tiles) + s.counted + s.listed
         self.barriers = shared + team * (16 * stages)
         self.ring = shared + plan.barrier_bytes + team * (stages * plan.stage_bytes)
 
@@ -59,8 +61,8 @@ class Pipeline:
         tiles, units, _ = self.lengths.units(b)
         state = [b, k, unit, tiles, units, end - first, zero, zero]
         state += [zero] if s.exact_tiles else []
-        if s.listed:
-            state += [self.lengths.first_slot(b), self.operands.listed_tile(s, b, k, unit)]
+        state += [self.lengths.first_slot(b)] if s.counted else []
+        state += [self.operands.listed_tile(s, b, k, unit)] if s.listed else []
         return state
 
     def produce(self, state: list[V]) -> list[V]:
@@ -68,7 +70,8 @@ class Pipeline:
         b, k, unit, tiles, units, left, stage, phase, *more = state
         s = self.plan.shape
         second = more.pop(0) if s.exact_tiles else None
-        slot, tile = more if s.listed else (tiles * s.group_size, unit)
+        slot = more.pop(0) if s.counted else tiles * s.group_size
+        tile = more.pop(0) if s.listed else unit
 
         def issue() -> None:
             self.copies.wait(self.empty(stage), phase ^ 1)
@@ -97,10 +100,10 @@ class Pipeline:
             wrap = (k + 1).equals(s.kv_heads)
             new_b = ptx.minimum(ptx.select(wrap, b + 1, b), s.batch - 1)
             new_tiles, new_units, _ = self.lengths.units(new_b)
-            new_slot = [self.lengths.first_slot(new_b)] if s.listed else []
+            new_slot = [self.lengths.first_slot(new_b)] if s.counted else []
             return [new_b, ptx.select(wrap, i32(0), k + 1), i32(0), new_tiles, new_units, *new_slot]
 
-        here = [b, k, following, tiles, units] + ([slot] if s.listed else [])
+        here = [b, k, following, tiles, units] + ([slot] if s.counted else [])
         b, k, unit, tiles, units, *more = ptx.choose(
             following.equals(units), next_head, lambda: here, here
         )
