@@ -114,7 +114,9 @@ def kernel(
 
     def call(*operands: jax.Array) -> tuple[jax.Array, ...]:
         read = len(operands) - updated
-        written = [jax.new_ref(x) for x in operands[read:]]
+        # XLA would hand over a slice where it lies and take the result from elsewhere, as if it
+        # were not updated in place (its dynamic-slice fusion, which JAX 0.11 and 0.12 have on).
+        written = [jax.new_ref(jax.lax.optimization_barrier(x)) for x in operands[read:]]
         results = run(*operands[:read], *written)
         return (*results, *map(jax.freeze, written))
 

@@ -33,7 +33,7 @@ from kernel_cases import (
 )
 from pretend import pretend
 
-from pallas_kernels import devices
+from pallas_kernels import devices, ptx
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
 from pallas_kernels.bf16_matmul import configs as bf16_configs
 from pallas_kernels.bf16_matmul import mosaic_gpu as bf16
@@ -204,6 +204,18 @@ def others() -> Iterator[tuple[str, Any, Any]]:
         yield f"rope_append {case}", rope.rope_append, heads_call(case, True, (5, 97))
 
 
+def slices_in_place(x: jax.Array) -> jax.Array:
+    """Each half of x is updated in place by a launch of its own."""
+
+    def body(addresses: Any, shared: Any) -> None:
+        (before,) = ptx.load(addresses[0], 1, "f32")
+        ptx.store(addresses[0], [before + 1.0])
+
+    add = ptx.kernel(body, [], name="in_place", blocks=1, warpgroups=1, updated=1)
+    half = len(x) // 2
+    return jnp.concatenate([add(x[:half])[0], add(x[half:])[0]])
+
+
 def main() -> None:
     device = pretend(sys.argv[1])
     described = topologies.get_topology_desc(
@@ -215,11 +227,14 @@ def main() -> None:
         *attention_to_pages(device),
         *products(device),
         *others(),
+        ("in_place", slices_in_place, (jnp.zeros((4, 64)),)),
     ):
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
         )
-        jax.jit(kernel).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
+        compiled = jax.jit(kernel).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
+        if name == "in_place":  # a fusion would lose the update
+            assert "slice_fusion" not in compiled.as_text()
         print("assembled", name, flush=True)
 
 

@@ -32,5 +32,5 @@ def test_every_kernel_assembles(capability):
     found = [line.split()[1] for line in ran.stdout.splitlines() if line.startswith("assembled")]
     assert {*found} == {
         "add_rms_norm", "bf16_matmul", "int4_matmul", "kv_attention", "most_voted",
-        "page_votes", "quantize_keys", "quantize_values", "rms_norm", "rope_append",
+        "page_votes", "quantize_keys", "quantize_values", "rms_norm", "rope_append", "in_place",
     }  # fmt: skip
