@@ -4,8 +4,7 @@ From compute capability 9.0 on a launch may begin while the one before it ends (
 "griddepcontrol"; CUDA's programming guide, "Programmatic Dependent Launch"): what it does before it
 waits costs nothing then. It waits for all that was launched before it, since that waits, too.
 
-Only where the environment's QUANTSPEC_EARLY_LAUNCHES is 1: kernels pass their tests on a GPU so,
-but whole texts were not compared yet.
+Not where the environment's QUANTSPEC_EARLY_LAUNCHES is 0, to compare.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _LEAST_JAX = (0, 12)
 
 def begins_early() -> bool:
     """Whether a launch begins before the one before it has ended, on the default device."""
-    if os.environ.get("QUANTSPEC_EARLY_LAUNCHES") != "1" or jax.__version_info__ < _LEAST_JAX:
+    if os.environ.get("QUANTSPEC_EARLY_LAUNCHES") == "0" or jax.__version_info__ < _LEAST_JAX:
         return False
     return dispatch.target().generation.early_launches
 

@@ -25,6 +25,7 @@ from pallas_kernels.kv_attention import configs, mosaic_gpu
 from pallas_kernels.kv_attention.api import kv_attention
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import tile
+from pallas_kernels.ptx.launch import begins_early
 
 OLDER = {"8.0": "NVIDIA A100-SXM4-80GB", "8.6": "NVIDIA GeForce RTX 3090", "7.5": "Tesla T4"}
 NEWER = {"9.0": "NVIDIA H100", "10.0": "NVIDIA B200", "12.0": "NVIDIA GeForce RTX 5090"}
@@ -242,7 +243,7 @@ def test_instructions_are_those_of_the_device(on, monkeypatch, capability):
     launches where they are."""
     device = on(capability)
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
-    monkeypatch.setenv("QUANTSPEC_EARLY_LAUNCHES", "1")
+    monkeypatch.delenv("QUANTSPEC_EARLY_LAUNCHES", raising=False)
     early: list[str] = []  # what tells JAX to launch a kernel early; JAX 0.10 has no such thing
     monkeypatch.setattr(plgpu, "griddepcontrol_wait", lambda: early.append("wait"), raising=False)
     (module,) = [m for m in (mosaic_core, mosaic_utils) if hasattr(m, "_infer_arch")]
@@ -277,3 +278,21 @@ def test_instructions_are_those_of_the_device(on, monkeypatch, capability):
         assert not [name for name in HOPPERS if name in text]
         assert "cp.async.cg" in text
         assert not early
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "told", "expected"),
+    [
+        ("9.0", (0, 12, 0), None, True),
+        ("9.0", (0, 12, 0), "0", False),
+        ("9.0", (0, 11, 2), None, False),
+        ("8.0", (0, 12, 0), None, False),
+    ],
+)
+def test_launches_begin_early_where_they_can(on, monkeypatch, capability, version, told, expected):
+    on(capability)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.delenv("QUANTSPEC_EARLY_LAUNCHES", raising=False)
+    if told is not None:
+        monkeypatch.setenv("QUANTSPEC_EARLY_LAUNCHES", told)
+    assert begins_early() == expected
