@@ -40,8 +40,8 @@ def _clamped(words: list[V]) -> list[V]:
 
 
 def _numbers(low: V, high: V) -> tuple[V, V, V, V, V]:
-    """For a group from `low` to `high`: float16 bits of ŝ and of m̂; m̂, divisor ŝ/16 and its
-    reciprocal."""
+    """For a group from `low` to `high`: float16 bits of ŝ and of m̂; m̂, the negated divisor −ŝ/16,
+    and the divisor's reciprocal."""
     minimum = ptx.f16_below(low)
     m, _ = ptx.unpack_f16(minimum)
     span = high - m
@@ -51,15 +51,15 @@ def _numbers(low: V, high: V) -> tuple[V, V, V, V, V]:
     s, _ = ptx.unpack_f16(scale)
     divisor = ptx.select(some, s * (1 / 16), f32(1.0))
     inverse = ptx.asm("rcp.rn.f32 $0, $1;", ["f32"], [divisor])[0]
-    return ptx.select(some, scale, i32(0)), minimum, m, divisor, inverse
+    return ptx.select(some, scale, i32(0)), minimum, m, divisor * -1.0, inverse
 
 
-def _code(x: V, low: V, divisor: V, inverse: V) -> V:
+def _code(x: V, low: V, minus_divisor: V, inverse: V) -> V:
     """16 u + l + 8 in the low byte; the rest of the word is anything. The quotient is at most 240
     but for its rounding, since ŝ was rounded up."""
     offset = x - low
     first = offset * inverse
-    rest = ptx.fma(f32(0.0) - first, divisor, offset)
+    rest = ptx.fma(first, minus_divisor, offset)
     quotient = ptx.fma(rest, inverse, first)
     return (quotient + ROUND_PLUS_8).bits()
 
@@ -128,9 +128,9 @@ def _keys_body(head_dim: int, group_size: int):
                 pairs.append(x)
             stored = []
             for i, part in enumerate((ptx.low_bf16, ptx.high_bf16)):
-                *two, m, divisor, inverse = _numbers(part(pairs[1]), part(pairs[0]))
+                *two, m, minus_divisor, inverse = _numbers(part(pairs[1]), part(pairs[0]))
                 stored.append(two)
-                for j, x in enumerate((m, divisor, inverse)):
+                for j, x in enumerate((m, minus_divisor, inverse)):
                     ptx.store(numbers + j * (4 * head_dim) + thread * 8 + 4 * i, [x])
             target = tile * (2 * head_dim) + (thread * 4).to_i64()
             for where, low, high in zip((scale, minimum), *stored, strict=True):
@@ -205,8 +205,8 @@ def _values_body(head_dim: int, group_size: int, groups: int, runs: int):
             for i, x in enumerate(extremes):
                 token = mine * groups + i
                 low, high = f32(0.0) - ptx.high_bf16(x), ptx.low_bf16(x)
-                *stored, m, divisor, inverse = _numbers(low, high)
-                ptx.store(numbers + token * 16, [m, divisor, inverse, m])
+                *stored, m, minus_divisor, inverse = _numbers(low, high)
+                ptx.store(numbers + token * 16, [m, minus_divisor, inverse, m])
                 at = (place + token.to_i64()) * 2
                 for where, bits in zip((scale, minimum), stored, strict=True):
                     ptx.store_half(where + at, bits)
@@ -216,10 +216,11 @@ def _values_body(head_dim: int, group_size: int, groups: int, runs: int):
             for four in range(RUN // 4):
                 codes: list[list[V]] = [[] for _ in range(channels)]
                 for t in range(4 * four, 4 * four + 4):
-                    m, divisor, inverse, _ = ptx.load(numbers + 16 * t, 4, "f32")
+                    m, minus_divisor, inverse, _ = ptx.load(numbers + 16 * t, 4, "f32")
                     for c in range(channels):
                         unpack = ptx.high_bf16 if c % 2 else ptx.low_bf16
-                        codes[c].append(_code(unpack(rows[t][c // 2]), m, divisor, inverse))
+                        x = unpack(rows[t][c // 2])
+                        codes[c].append(_code(x, m, minus_divisor, inverse))
                 for c in range(channels):
                     packed[c].append(_bytes(codes[c]))
             target = run.to_i64() * (RUN // 2 * head_dim) + (lane * (16 * channels)).to_i64()
