@@ -31,7 +31,7 @@ FUZZ_ARGS := --cases 2000
 KILLS := 40
 SOAK_ARGS := --shapes 300 --calls 2000
 
-.PHONY: help demo test fuzz kills soak assemble assembled lint format clean
+.PHONY: help demo test fuzz kills soak assemble assembled lint style format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
@@ -39,9 +39,14 @@ help:
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m quantspec_jax.demo
 
+# Where Python is told to write no bytecode, as in many containers, each process that tests start
+# would compile all that it imports. The type checker has one process, and runs beside the tests.
 test: export JAX_PLATFORMS := cpu
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+test: export PYTHONDONTWRITEBYTECODE :=
+test: style
+	$(BIN)/mypy & types=$$!; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS); \
+	tests=$$?; wait $$types && exit $$tests
 
 fuzz: $(VENV)/test.stamp
 	$(BIN)/python tests/fuzz/fuzz.py $(FUZZ_ARGS)
@@ -62,10 +67,12 @@ soak: export JAX_PLATFORMS := cpu
 soak: $(VENV)/test.stamp
 	$(BIN)/python tests/fuzz/soak.py $(SOAK_ARGS)
 
-lint: $(VENV)/test.stamp
+lint: style
+	$(BIN)/mypy
+
+style: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .

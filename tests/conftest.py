@@ -164,6 +164,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
+def pytest_collection_finish() -> None:
+    """What has been imported stays: Python need not look for garbage in it while JAX traces."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _free_compiled_programs() -> Iterator[None]:
     """Each program of XLA's CPU backend holds memory maps, tens to a thousand, and Linux allows a

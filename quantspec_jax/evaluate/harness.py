@@ -2,7 +2,8 @@
 
     python -m quantspec_jax.evaluate.harness run --model quantspec --model_args pretrained=DIR ...
 
-takes what `lm_eval` takes, and knows one model more. Its arguments (`--model_args`):
+takes what `lm_eval` takes, and knows one model more. An lm-eval that reads the entry points of
+packages knows it without: releases up to 0.4.13 do not. Its arguments (`--model_args`):
 
     pretrained                      whatever `quantspec_jax.load` takes
     dtype, mode, kv, gamma, group_size, max_gen_toks      as on the command line

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -51,6 +53,13 @@ def asked(kind: str, *arguments):
     return [Instance(kind, {}, each, i) for i, each in enumerate(arguments)]
 
 
+def write_task(directory) -> None:
+    """A task of two questions, `tiny`, for `--include_path`."""
+    rows = [{"question": question, "choices": choices} for question, choices in CHOICES]
+    (directory / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (directory / "tiny.yaml").write_text(TASK.format(path=directory / "rows.jsonl"))
+
+
 @pytest.mark.filterwarnings("default")
 def test_numbers_and_texts_are_those_of_transformers(both, tmp_path):
     theirs, ours = both
@@ -71,9 +80,7 @@ def test_numbers_and_texts_are_those_of_transformers(both, tmp_path):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    rows = [{"question": question, "choices": choices} for question, choices in CHOICES]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "tiny.yaml").write_text(TASK.format(path=tmp_path / "rows.jsonl"))
+    write_task(tmp_path)
     tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
     expected, found = (
         lm_eval.simple_evaluate(lm, tasks=["tiny"], task_manager=tasks, bootstrap_iters=0)
@@ -109,3 +116,42 @@ def test_drafts_have_numbers_of_their_own_and_targets_the_text(both):
             QuantSpecLM(full.model, **wrong)
     with pytest.raises(ValueError, match="generation options"):
         target.generate_until(asked("generate_until", (TEXT, {"until": [], "beams": 4})))
+
+
+def test_an_entry_point_names_the_model():
+    """What an lm-eval that reads entry points needs to know."""
+    pytest.importorskip("lm_eval")
+    from quantspec_jax.evaluate.harness import QuantSpecLM
+
+    (entry,) = importlib.metadata.entry_points(group="lm_eval.models", name="quantspec")
+    assert entry.load() is QuantSpecLM
+
+
+@pytest.mark.parametrize("program", ["quantspec_jax.evaluate.harness", "lm_eval"])
+def test_the_command_line_knows_the_model(program, tiny_llama_dir, tmp_path):
+    """Log-likelihoods of the draft too, and the answers are those of transformers' model."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api import registry
+
+    if program == "lm_eval" and not hasattr(registry, "load_plugins"):
+        pytest.skip(f"lm-eval {importlib.metadata.version('lm-eval')} reads no entry points")
+    write_task(tmp_path)
+    found = {}
+    for model, options in (
+        ("hf", "dtype=float32"),
+        ("quantspec", "mode=autoregressive,kv=full"),
+        ("quantspec", "of=draft,group_size=8"),
+    ):
+        call = [sys.executable, "-m", program, "run", "--model", model, "--device", "cpu"]
+        call += ["--model_args", f"pretrained={tiny_llama_dir},{options}", "--tasks", "tiny"]
+        call += ["--include_path", str(tmp_path), "--log_samples"]
+        call += ["--output_path", str(tmp_path / options)]
+        done = subprocess.run(call, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (samples,) = (tmp_path / options).rglob("samples_tiny_*.jsonl")
+        rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda x: x["doc_id"])
+        found[options] = np.asarray([[float(x) for x, _ in row["filtered_resps"]] for row in rows])
+    theirs, ours, draft = found.values()
+    assert ours.shape == (2, 2)
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    assert not np.allclose(draft, theirs, atol=1e-3)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+import tiny
 from tiny import (
     OPTIMIZED,
     VOCABULARY,
@@ -18,10 +19,8 @@ from tiny import (
     _decode,
     decode,
     new_tokens,
-    program,
     prompts,
     start,
-    tiny_model,
     total,
 )
 
@@ -38,17 +37,24 @@ from quantspec_jax.weights.formats import DraftConfig
 
 LENGTHS = [67, 50, 96]  # all beyond 3 G, none a multiple of it but the last
 NEW = 90  # five flushes
+# To compile takes time by the layer, and the loop knows of none: two tests have two.
+tiny_model = functools.partial(tiny.tiny_model, layers=1)
 
 
-def run(gamma, width=None, lengths=LENGTHS, view="int8", new=NEW, seed=0, draft=None, **options):
-    p = program(gamma, view, width)
-    return decode(p, start(p, prompts(lengths, seed), lengths, new, **options), draft=draft)
+def program(*args, layers=1, **options):
+    return tiny.program(*args, layers=layers, **options)
 
 
-@pytest.mark.parametrize("gamma", [1, 3, 4, 8])
-def test_greedy_tokens_are_those_of_autoregressive_decoding(gamma):
-    speculative = run(gamma)
-    alone = run(0, width=gamma + 1)
+def run(gamma, width=None, view="int8", new=NEW, draft=None, layers=1, **options):
+    p = program(gamma, view, width, layers=layers)
+    rows = prompts(LENGTHS)
+    return decode(p, start(p, rows, LENGTHS, new, **options), draft=draft)
+
+
+@pytest.mark.parametrize(("gamma", "layers"), [(1, 1), (3, 1), (4, 2), (8, 1)])
+def test_greedy_tokens_are_those_of_autoregressive_decoding(gamma, layers):
+    speculative = run(gamma, layers=layers)
+    alone = run(0, width=gamma + 1, layers=layers)
     assert new_tokens(speculative) == new_tokens(alone)
     accepted, proposed = total(speculative.accepted), total(speculative.proposed)
     assert (accepted < proposed).all(), "a draft that is never wrong tests nothing"
@@ -170,9 +176,9 @@ def damaged_for(rows, tokens: list[list[int]], params):
 @pytest.mark.parametrize("gamma", [0, 3])
 def test_logits_that_are_not_finite_end_their_sequence_alone(gamma, temperature):
     """In the middle of a text; of the others not a token changes."""
-    _, params, draft = tiny_model()
+    _, params, draft = tiny.tiny_model(layers=2)
     sampling = sampling_arrays(GenerateConfig(temperature=temperature), 3)
-    p = program(gamma)
+    p = program(gamma, layers=2)
     rows = prompts(LENGTHS) % 60
     whole = decode(p, start(p, rows, LENGTHS, 30, sampling))
     assert not np.asarray(whole.broken).any()
@@ -402,7 +408,7 @@ def test_a_draft_with_the_full_weights_is_rejected_only_for_its_cache():
 def test_a_round_of_sampling_follows_the_target(gamma, name, policy):
     """Joint distribution of three new positions over many keys, against ancestral sampling from the
     target's own logits at temperature 0.8 with top-k 4: chi-square. Whatever the draft reads."""
-    config, params, _ = tiny_model()
+    config, params, _ = tiny.tiny_model()
     vocabulary, draws = 6, 20_000
     small = dataclasses.replace(config, vocab_size=vocabulary, num_layers=1)
     cut = {**params, "layers": {"0": params["layers"]["0"]}}
@@ -472,7 +478,7 @@ def test_a_round_of_sampling_follows_the_target(gamma, name, policy):
 
 
 def test_quantize_params_leaves_embedding_and_lm_head_alone():
-    config, params, _ = tiny_model()
+    config, params, _ = tiny.tiny_model()
     own = quantize_params(params, DraftConfig(group_size=32, layers="mlp"))
     assert set(own) == {"layers"}
     assert set(own["layers"]["0"]) == {"gate", "up", "down"}

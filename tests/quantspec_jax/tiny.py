@@ -29,10 +29,10 @@ OPTIMIZED = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_pa
 
 
 @functools.cache
-def tiny_model(seed: int = 0, head_dim: int = 16):
-    """(config, params, draft params): two layers, grouped queries, weights large enough that the
-    draft is often wrong."""
-    config = ModelConfig("llama", VOCABULARY, 32, 64, 2, 4, 2, head_dim, 4096)
+def tiny_model(seed: int = 0, head_dim: int = 16, layers: int = 2):
+    """(config, params, draft params): grouped queries, weights large enough that the draft is often
+    wrong."""
+    config = ModelConfig("llama", VOCABULARY, 32, 64, layers, 4, 2, head_dim, 4096)
     params = init_params(config, jax.random.key(seed))
     params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
     own = quantize_params(params, DraftConfig(group_size=32, symmetric=True))
@@ -52,10 +52,11 @@ def program(
     view: str = "int8",
     width: int | None = None,
     max_length: int = 512,
+    layers: int = 2,
     **options,
 ):
-    """A program for the tiny model, group size G."""
-    config, _, _ = tiny_model()
+    """A program for the tiny model of so many layers, group size G."""
+    config, _, _ = tiny_model(layers=layers)
     cache = CacheConfig(max_length, G, view, width or gamma + 1)
     return Program(config, cache, gamma, **options)
 
@@ -82,7 +83,7 @@ def wants(batch: int, new: int, sampling=None, keys=None, eos=()) -> Requests:
 def start(program: Program, rows: np.ndarray, lengths, new: int, *options, params=None, **more):
     """The state after the prefill; options as in `wants`."""
     return _prefill(
-        tiny_model()[1] if params is None else params,
+        tiny_model(layers=program.model.num_layers)[1] if params is None else params,
         jnp.asarray(rows),
         jnp.asarray(lengths, jnp.int32),
         wants(len(lengths), new, *options, **more),
@@ -93,7 +94,7 @@ def start(program: Program, rows: np.ndarray, lengths, new: int, *options, param
 
 def decode(program: Program, state: DecodeState, max_rounds=10_000, params=None, draft=None):
     """Run the loop."""
-    _, target, draft_params = tiny_model()
+    _, target, draft_params = tiny_model(layers=program.model.num_layers)
     return _decode(
         target if params is None else params,
         draft_params if draft is None else draft,
