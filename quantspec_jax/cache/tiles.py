@@ -99,7 +99,7 @@ def put_tiles(
 
 
 def values_of(tiles: Tile) -> tuple[jax.Array, jax.Array]:
-    """Keys after RoPE and values [L, K, T, D] float32 of the tokens of T/G tiles, of planes both."""
+    """Keys after RoPE and values [L, K, T, D] float32 of T/G tiles, as both planes have them."""
     if "keys" in tiles:
         return tiles["keys"].astype(jnp.float32), tiles["values"].astype(jnp.float32)
     keys, values = _planes(tiles)

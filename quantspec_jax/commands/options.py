@@ -87,8 +87,8 @@ def add_cache_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-format",
         choices=("planes", "aqua"),
-        help="what --cache is written in: planes, as they are, or, in 2 to 4 bits a value, what the "
-        "predictors that `convert --kv aqua` stores make of them (as it was; planes where new)",
+        help="what --cache is written in: planes, as they are; aqua, 2 to 4 bits a value by the "
+        "predictors that `convert --kv aqua` stores, which loses a little (as it was, else planes)",
     )
 
 

@@ -152,9 +152,9 @@ class Session:
         or not at all.
 
         Args:
-          format: `planes`, tiles as they are: who loads them goes on as if nothing had been. `aqua`:
-            in the 2, 3 or 4 bits a value of the AQUA-KV that the model has stored; what is loaded
-            is near to what was saved (`engine.at_rest`).
+          format: `planes`, the tiles as they are. `aqua`, in the 2, 3 or 4 bits a value of the
+            AQUA-KV that is stored with the model: what is loaded is near to what was saved, and a
+            text that goes on from it may become another (`engine.at_rest`).
 
         Raises:
           ValueError: there is no such directory; or no such format, or not for this model.
