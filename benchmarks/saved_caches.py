@@ -8,8 +8,9 @@ goes-on   a turn after a context, saved, loaded, and a second turn: its tokens a
           file's bytes
 formats   the file in each format that the model has: bytes, seconds to save and to load, with
           compilation and without; and of the text that follows, read over what was loaded:
-          perplexity, and the likeliest tokens, the divergence and the text against those of the
-          session that never stopped
+          perplexity; the likeliest tokens, the divergence and the text against those of the
+          session that never stopped; and what a draft, read over the same cache, has in common with
+          its target
 kills     kill -9 in the middle of a save, again and again: what lies there is what was there before
 flips     a bit of the file, anywhere, again and again: each is noticed
 """
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import script
-from identity import given_pass
 
 import quantspec_jax as qs
 from quantspec_jax.bench import record
+from quantspec_jax.cache import flush, rollback
 from quantspec_jax.cache.codecs.codec import values_per_token
 from quantspec_jax.cache.schedule import room
 from quantspec_jax.engine import saved
+from quantspec_jax.generate.cache_pass import cache_pass
 
 Note = Callable[[dict[str, Any]], None]  # writes a row that is not finished
 
@@ -143,7 +146,7 @@ def formats(model: qs.Model, args: argparse.Namespace) -> Iterator[dict[str, Any
     ids, following = every[:n], every[n:]
     session, now = qs.Session(model, config), time.perf_counter()
     never = session.generate(ids)
-    wanted = log_probabilities(session, ids, following)
+    wanted = log_probabilities(session, ids, following)[0]
     passed("the session that never stopped", now)
     for name in ("planes", "aqua") if model.kv else ("planes",):
         seconds: dict[str, float] = {}
@@ -161,7 +164,8 @@ def formats(model: qs.Model, args: argparse.Namespace) -> Iterator[dict[str, Any
             size = path.stat().st_size
         tiles = len(again.prefixes)
         values = tiles * config.group_size * values_per_token(model.config)
-        turn, found = again.generate(ids), log_probabilities(again, ids, following)
+        turn = again.generate(ids)
+        found, drafted = log_probabilities(again, ids, following)
         right = found[np.arange(len(found)), following[1:]]
         yield {
             "what": "formats",
@@ -177,7 +181,8 @@ def formats(model: qs.Model, args: argparse.Namespace) -> Iterator[dict[str, Any
             "perplexity": float(np.exp(-right.mean(dtype=np.float64))),
             "same_top_token": float((found.argmax(-1) == wanted.argmax(-1)).mean()),
             "divergence": float((np.exp(wanted) * (wanted - found)).sum(-1).mean()),
-            "acceptance_rate": turn.stats["acceptance_rate"],
+            "draft_overlap": float(np.exp(np.minimum(found, drafted)).sum(-1).mean()),
+            "draft_same_top_token": float((found.argmax(-1) == drafted.argmax(-1)).mean()),
             "new_tokens": len(never.tokens),
             "same_tokens": same_tokens(turn.tokens, never.tokens),
         }
@@ -189,28 +194,39 @@ def same_tokens(ours: list[int], theirs: list[int]) -> int:
     return next((i for i, (a, b) in pairs if a != b), len(ours))
 
 
+@partial(jax.jit, static_argnames="program", donate_argnames="cache")
+def both_passes(params, drafts, cache, tokens, count, *, program):
+    """Log-probabilities [2, S, V] of target and draft after given tokens [1, S], over the same
+    cache, in which `count` of them stay."""
+    call = (program, cache, tokens, cache.length)
+    drafted, _ = cache_pass(drafts, *call, program.draft_read)
+    logits, new = cache_pass(params, *call, program.read)
+    found = jax.nn.log_softmax(jnp.concatenate([logits, drafted]))
+    return found, flush(rollback(new, cache.length + count), program.backend)
+
+
 def log_probabilities(session: qs.Session, ids: list[int], following: list[int]) -> np.ndarray:
-    """[N, V] after each of `following`'s tokens but the last, fed to the target over the session's
-    cache of `ids`."""
-    engine = session._engine
-    program, params = engine.program, session.model.params
+    """[2, N, V] after each of `following`'s tokens but the last, fed to target and draft over the
+    session's cache of `ids`."""
+    engine, model = session._engine, session.model
     (slot,) = engine.add([ids], dataclasses.replace(session.config, max_new_tokens=1))
     while engine.running:
         engine.step()
     engine.remove(slot)
     assert engine._state is not None
     cache, found = jax.tree.map(jnp.copy, engine._state.cache), []
-    rows, at = program.cache.pass_width, 0
+    program, at = engine.program, 0
+    rows = program.cache.pass_width
     while at < len(following) - 1:
         free = room(int(cache.length[0]), program.cache.group_size) + 1
         count = min(rows, free, len(following) - 1 - at)
         fed = np.zeros((1, rows), np.int32)
         fed[0, :count] = following[at : at + count]
-        call = (params, cache, jnp.asarray(fed), jnp.int32(count))
-        logits, cache = given_pass(*call, program=program)
-        found.append(np.asarray(jax.nn.log_softmax(logits[0, :count])))
+        call = (model.params, model.draft_params, cache, jnp.asarray(fed), jnp.int32(count))
+        both, cache = both_passes(*call, program=program)
+        found.append(np.asarray(both)[:, :count])
         at += count
-    return np.concatenate(found)
+    return np.concatenate(found, 1)
 
 
 def saved_file(model: qs.Model, args: argparse.Namespace, path: Path) -> qs.Session:
