@@ -85,7 +85,8 @@ class Coder:
     """Codes and decodes the tiles of one session.
 
     Attributes:
-      kept: the coded tiles of the text that was saved or loaded last, by their names.
+      kept: the coded tiles of the text that was saved or loaded last, by their names: in the
+        host's memory, beside the tiles.
     """
 
     def __init__(self, model: Model, cache: CacheConfig):
@@ -228,8 +229,8 @@ def _decode_layer(
         x, few = x.swapaxes(1, 2), sinks.shape[2]
         return x.at[:, :, :few].set(jnp.where(begins, sinks, x[:, :, :few]))
 
-    both = (whole(x, _at(sinks[i], number)) for i, x in enumerate((keys, values)))
-    return tiles_of(*both, group_size, dtype), made
+    keys, values = (whole(x, _at(sinks[i], number)) for i, x in enumerate((keys, values)))
+    return tiles_of(keys, values, group_size, dtype), made
 
 
 @program("count")

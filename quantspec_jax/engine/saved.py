@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from quantspec_jax.engine import at_rest, fingerprint
 from quantspec_jax.engine.prefixes import HostTile
 from quantspec_jax.files import exists, open_file, whole
 from quantspec_jax.loading import Model
+
+Forms = Callable[[int], dict[str, jax.ShapeDtypeStruct]]  # of a tile by its number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +120,13 @@ def load(path: str | Path, model: Model, cache: CacheConfig) -> Saved:
             _check_same(path, about, identity(model, cache, format))
             count = jax.ShapeDtypeStruct((about["tokens"],), np.dtype(np.int32))
             tokens = _array(path, file, about, "tokens", count).tolist()
-            every = _forms(model, cache, format, about["tiles"])
+            forms = _forms(model, cache, format)
             tiles = [
                 {
                     name: _array(path, file, about, f"tile.{i}.{name}", form)
-                    for name, form in forms.items()
+                    for name, form in forms(i).items()
                 }
-                for i, forms in enumerate(every)
+                for i in range(about["tiles"])
             ]
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or no saved cache: {error}") from error
@@ -156,18 +159,17 @@ def _check_same(path: str | Path, there: Mapping[str, Any], here: Mapping[str, A
             raise ValueError(f"{path} is a cache {words}; allowed: what was saved with the same")
 
 
-def _forms(
-    model: Model, cache: CacheConfig, format: str, tiles: int
-) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    """Of each tile the shapes and types of its arrays."""
+def _forms(model: Model, cache: CacheConfig, format: str) -> Forms:
+    """Shapes and types of a tile's arrays."""
     if format == "aqua":
-        return [at_rest.forms(model, cache, i) for i in range(tiles)]
+        return partial(at_rest.forms, model, cache)
 
     def tile() -> Any:
         empty = create(model.config, cache.arrays, 1)
         return get_tile(empty.layers, jnp.int32(0), jnp.int32(0), cache.group_size)
 
-    return [jax.eval_shape(tile)] * tiles
+    same = jax.eval_shape(tile)
+    return lambda _: same
 
 
 def _array(

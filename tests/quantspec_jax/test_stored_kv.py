@@ -64,7 +64,7 @@ def test_what_is_stored_is_what_eval_would_learn(
     assert cli.main([*run, "--kv", "aqua", "--max-new-tokens", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kv"] == "aqua"
 
-    run = ["generate", "--model", "out", "--prompt-file", "words.txt", "--mode", "autoregressive"]
+    run = ["generate", "--model", "out", "--prompt", WORDS[:1200], "--mode", "autoregressive"]
     run += ["--max-new-tokens", "1", "--json", "--cache"]
     sizes = []
     for more in (["a"], ["b", "--cache-format", "aqua"], ["b"], ["b", "--cache-format", "planes"]):
