@@ -184,7 +184,7 @@ class Session:
         cache_bytes: int = CACHE_BYTES,
     ) -> Session:
         """The session that `save` wrote, in either format: it goes on as if it had never stopped,
-        draft included; from one of `aqua`, as far as that tells.
+        draft included; of format `aqua`, from what the codes say.
 
         Raises:
           ValueError: the file is damaged, or of another model, tokenizer, type, codec, group size,
