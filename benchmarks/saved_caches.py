@@ -6,6 +6,11 @@ goes-on   a turn after a context, saved, loaded, and a second turn: its tokens a
           those of a session that never stopped, in both modes; seconds to save, to load and to read
           the context, and what is new: where the rest lies still, and where it was loaded; and the
           file's bytes
+formats   the file in each format that the model has: bytes, seconds to save and to load, with
+          compilation and without; and of the text that follows, read over what was loaded:
+          perplexity; the likeliest tokens, the divergence and the text against those of the
+          session that never stopped; and what a draft, read over the same cache, has in common with
+          its target
 kills     kill -9 in the middle of a save, again and again: what lies there is what was there before
 flips     a bit of the file, anywhere, again and again: each is noticed
 """
@@ -13,6 +18,7 @@ flips     a bit of the file, anywhere, again and again: each is noticed
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import random
 import signal
@@ -20,17 +26,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import script
 
 import quantspec_jax as qs
 from quantspec_jax.bench import record
+from quantspec_jax.cache import flush, rollback
+from quantspec_jax.cache.codecs.codec import values_per_token
+from quantspec_jax.cache.schedule import room
 from quantspec_jax.engine import saved
+from quantspec_jax.generate.cache_pass import cache_pass
 
 Note = Callable[[dict[str, Any]], None]  # writes a row that is not finished
 
@@ -124,6 +136,99 @@ def goes_on(model: qs.Model, args: argparse.Namespace, mode: dict[str, Any]) -> 
     }
 
 
+def formats(model: qs.Model, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row a format. Greedy, so that texts can be compared."""
+    n, length = args.context, args.context + args.following + args.new_tokens + 256
+    config = qs.GenerateConfig(
+        gamma=4, max_new_tokens=args.new_tokens, max_length=length, ignore_eos=True
+    )
+    every = script.tokens(model, args.text, n + args.following + 1)
+    ids, following = every[:n], every[n:]
+    session, now = qs.Session(model, config), time.perf_counter()
+    never = session.generate(ids)
+    wanted = log_probabilities(session, ids, following)[0]
+    passed("the session that never stopped", now)
+    for name in ("planes", "aqua") if model.kv else ("planes",):
+        seconds: dict[str, float] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "a.safetensors"
+            for when in ("first_", ""):  # programs are made, and are there
+                session._coder = None  # nothing is coded yet
+                began = time.perf_counter()
+                session.save(path, format=name)
+                written = passed("saved", began)
+                again = qs.Session.load(path, model, config)
+                loaded = passed("loaded", written)
+                seconds[f"{when}save_seconds"] = written - began
+                seconds[f"{when}load_seconds"] = loaded - written
+            size = path.stat().st_size
+        tiles = len(again.prefixes)
+        values = tiles * config.group_size * values_per_token(model.config)
+        turn = again.generate(ids)
+        found, drafted = log_probabilities(again, ids, following)
+        right = found[np.arange(len(found)), following[1:]]
+        yield {
+            "what": "formats",
+            "format": model.kv.stored.name if model.kv and name == "aqua" else name,
+            "context": n,
+            "tiles": tiles,
+            "bytes": size,
+            "bits_a_value": 8 * size / values,
+            **seconds,
+            "prefill_seconds": never.stats["prefill_seconds"],
+            "cached_tokens": turn.stats["cached_tokens"],
+            "following": len(found),
+            "perplexity": float(np.exp(-right.mean(dtype=np.float64))),
+            "same_top_token": float((found.argmax(-1) == wanted.argmax(-1)).mean()),
+            "divergence": float((np.exp(wanted) * (wanted - found)).sum(-1).mean()),
+            "draft_overlap": float(np.exp(np.minimum(found, drafted)).sum(-1).mean()),
+            "draft_same_top_token": float((found.argmax(-1) == drafted.argmax(-1)).mean()),
+            "new_tokens": len(never.tokens),
+            "same_tokens": same_tokens(turn.tokens, never.tokens),
+        }
+
+
+def same_tokens(ours: list[int], theirs: list[int]) -> int:
+    """How many are the same, from the beginning."""
+    pairs = enumerate(zip(ours, theirs, strict=True))
+    return next((i for i, (a, b) in pairs if a != b), len(ours))
+
+
+@partial(jax.jit, static_argnames="program", donate_argnames="cache")
+def both_passes(params, drafts, cache, tokens, count, *, program):
+    """Log-probabilities [2, S, V] of target and draft after given tokens [1, S], over the same
+    cache, in which `count` of them stay."""
+    call = (program, cache, tokens, cache.length)
+    drafted, _ = cache_pass(drafts, *call, program.draft_read)
+    logits, new = cache_pass(params, *call, program.read)
+    found = jax.nn.log_softmax(jnp.concatenate([logits, drafted]))
+    return found, flush(rollback(new, cache.length + count), program.backend)
+
+
+def log_probabilities(session: qs.Session, ids: list[int], following: list[int]) -> np.ndarray:
+    """[2, N, V] after each of `following`'s tokens but the last, fed to target and draft over the
+    session's cache of `ids`."""
+    engine, model = session._engine, session.model
+    (slot,) = engine.add([ids], dataclasses.replace(session.config, max_new_tokens=1))
+    while engine.running:
+        engine.step()
+    engine.remove(slot)
+    assert engine._state is not None
+    cache, found = jax.tree.map(jnp.copy, engine._state.cache), []
+    program, at = engine.program, 0
+    rows = program.cache.pass_width
+    while at < len(following) - 1:
+        free = room(int(cache.length[0]), program.cache.group_size) + 1
+        count = min(rows, free, len(following) - 1 - at)
+        fed = np.zeros((1, rows), np.int32)
+        fed[0, :count] = following[at : at + count]
+        call = (model.params, model.draft_params, cache, jnp.asarray(fed), jnp.int32(count))
+        both, cache = both_passes(*call, program=program)
+        found.append(np.asarray(both)[:, :count])
+        at += count
+    return np.concatenate(found, 1)
+
+
 def saved_file(model: qs.Model, args: argparse.Namespace, path: Path) -> qs.Session:
     config = config_of(MODES["quantspec"], args.context, args.new_tokens)
     session = qs.Session(model, config)
@@ -210,6 +315,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--context", type=int, default=4000)
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--following", type=int, default=512, help="tokens of the text (formats)")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--within", type=float, default=0.001, help="seconds")
     parser.add_argument("--flips", type=int, default=100)
@@ -227,15 +333,15 @@ def main() -> None:
         cores = len(os.sched_getaffinity(0))
         script.write(__file__, args, [*rows, row], **about, cores=cores)
 
-    steps = {
-        "goes-on": [lambda mode=mode: goes_on(model, args, MODES[mode]) for mode in args.modes],
-        "kills": [lambda: kills(model, args, note)],
-        "flips": [lambda: flips(model, args)],
+    steps: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
+        "goes-on": lambda: (goes_on(model, args, MODES[mode]) for mode in args.modes),
+        "formats": lambda: formats(model, args),
+        "kills": lambda: [kills(model, args, note)],
+        "flips": lambda: [flips(model, args)],
     }
     for name in args.what:
-        for step in steps[name]:
-            row = script.show(step())
-            note(row)
+        for row in steps[name]():
+            note(script.show(row))
             rows.append(row)
 
 

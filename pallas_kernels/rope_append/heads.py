@@ -63,3 +63,10 @@ def rotate(x: Queries, cos: Tables, sin: Tables) -> Queries:
     first, second = jnp.split(x.astype(jnp.float32), 2, -1)
     turned = jnp.concatenate([-second, first], -1)
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
+
+
+@shaped
+def unrotated(x: Queries, cos: Tables, sin: Tables) -> Queries:
+    """The inverse of `rotate`; tables may carry an attention factor f (YaRN), which is divided by:
+    (cos, −sin) alone would give f² x."""
+    return rotate(x, cos, -sin) / (cos * cos + sin * sin)

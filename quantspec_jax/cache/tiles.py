@@ -4,19 +4,24 @@ mapping from the name of an array to the array, [L, K, ...]:
     keys.upper, keys.lower, keys.scale, keys.minimum, values. ...   where the codec codes tokens
     keys, values                                                    where it keeps them as they are
 
-A tile holds both views, the draft's and the target's.
+A tile holds both views, the draft's and the target's. `values_of` reads a layer of tiles that are
+joined along axis 2, `tiles_of` makes it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from pallas_kernels.kv_attention.xla import dequantize_keys, dequantize_values
 from pallas_kernels.layout import LayerCache, Planes
+from pallas_kernels.quantize_pack.xla import quantize_keys, quantize_values
+from pallas_kernels.rope_append.xla import narrowed
 
 Tile = dict[str, jax.Array]
 
@@ -25,17 +30,24 @@ def _arrays(layer: LayerCache) -> Tile:
     """What holds the tokens that stay, by name; axis 2 runs over tiles, or over tokens."""
     if layer.keys is None or layer.values is None:
         return {"keys": layer.key_buffer, "values": layer.value_buffer}
-    planes = {"keys": layer.keys, "values": layer.values}
+    return _named(layer.keys, layer.values)
+
+
+def _named(keys: Planes, values: Planes) -> Tile:
+    planes = {"keys": keys, "values": values}
     return {f"{part}.{name}": x for part in planes for name, x in planes[part]._asdict().items()}
+
+
+def _planes(arrays: Tile) -> Iterator[Planes]:
+    """Those of keys and of values."""
+    for part in ("keys", "values"):
+        yield Planes(*(arrays[f"{part}.{name}"] for name in Planes._fields))
 
 
 def _with_arrays(layer: LayerCache, arrays: Tile) -> LayerCache:
     if layer.keys is None:
         return dataclasses.replace(layer, key_buffer=arrays["keys"], value_buffer=arrays["values"])
-    keys, values = (
-        Planes(*(arrays[f"{part}.{name}"] for name in Planes._fields))
-        for part in ("keys", "values")
-    )
+    keys, values = _planes(arrays)
     return dataclasses.replace(layer, keys=keys, values=values)
 
 
@@ -84,3 +96,19 @@ def put_tiles(
         return jax.lax.dynamic_update_slice(x, own, _begin(x, sequence, first, wide, devices))
 
     return _with_arrays(layer, {name: write(x, new[name]) for name, x in _arrays(layer).items()})
+
+
+def values_of(tiles: Tile) -> tuple[jax.Array, jax.Array]:
+    """Keys after RoPE and values [L, K, T, D] float32 of T/G tiles, as both planes have them."""
+    if "keys" in tiles:
+        return tiles["keys"].astype(jnp.float32), tiles["values"].astype(jnp.float32)
+    keys, values = _planes(tiles)
+    return dequantize_keys(keys, "int8"), dequantize_values(values, "int8")
+
+
+def tiles_of(keys: jax.Array, values: jax.Array, group_size: int, dtype: np.dtype | None) -> Tile:
+    """T/G tiles of keys and values [L, K, T, D] float32, in planes as a prompt's are, or, where
+    there are none, in type `dtype`."""
+    if dtype is not None:
+        return {"keys": narrowed(keys, dtype), "values": narrowed(values, dtype)}
+    return _named(quantize_keys(keys, group_size), quantize_values(values, group_size))

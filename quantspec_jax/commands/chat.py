@@ -13,13 +13,17 @@ from quantspec_jax.checks import require
 from quantspec_jax.commands import terminal
 from quantspec_jax.commands.generate import add_options, generate_config, summary
 from quantspec_jax.commands.options import (
+    add_cache_format,
     add_draft,
     add_dtype,
     add_model,
     add_rope,
+    check_cache_format,
     command,
     draft_config,
+    given,
     load_model,
+    refuse,
     rope,
 )
 from quantspec_jax.files import check_output, exists
@@ -34,6 +38,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--cache", metavar="FILE", help="the conversation goes on from it, and is saved to it"
     )
+    add_cache_format(parser)
     add_dtype(parser)
     add_options(parser)
     add_draft(parser)
@@ -47,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
     rope(args)
     if args.cache is not None:
         check_output(args.cache, "--cache")
+    else:
+        refuse(given(args, "cache_format"), "a conversation that is not saved: name --cache")
     there = args.cache is not None and exists(Path(args.cache))
     allowed = args.system is None or not there
     require(allowed, "--system", args.system, "none where --cache has a conversation already")
@@ -56,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
     import quantspec_jax as qs
 
     model = load_model(args, draft if config.mode == "quantspec" else DraftConfig(bits=None))
+    check_cache_format(args, model)
     if there:
         session = qs.Session.load(args.cache, model, config)
         terminal.notice(f"{len(session.messages)} messages from {args.cache}")
@@ -68,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         kept = turn.stats["cached_tokens"]
         terminal.notice(f"{summary(turn.stats)}; {kept} of {turn.stats['prompt_tokens']} kept")
         if args.cache is not None:
-            session.save(args.cache)
+            session.save(args.cache, args.cache_format or session.format)
 
 
 def _lines() -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from quantspec_jax.checks import require
 from quantspec_jax.commands import terminal
 from quantspec_jax.commands.options import (
+    add_cache_format,
     add_draft,
     add_dtype,
     add_every,
@@ -18,6 +19,7 @@ from quantspec_jax.commands.options import (
     add_model,
     add_reading,
     add_rope,
+    check_cache_format,
     command,
     draft_config,
     draft_options,
@@ -65,6 +67,7 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="a saved cache: used as far as the prompt begins like it, written where it does not",
     )
+    add_cache_format(parser)
     parser.add_argument(
         "--logprobs",
         type=int,
@@ -162,6 +165,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         require(args.prefill != "whole", "--prefill", args.prefill, "tiles, with --cache")
         config = dataclasses.replace(config, prefill="tiles")
         check_output(args.cache, "--cache")
+    else:
+        refuse(given(args, "cache_format"), "a cache that is not saved: name --cache")
     prompts: list[Any] = args.prompt or [read_text(args.prompt_file)]
     for prompt in prompts:
         require(prompt != "", "prompt", prompt, "a text of one character or more")
@@ -174,6 +179,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from quantspec_jax.api import backend_in_use
 
     model = load_model(args, draft if config.mode == "quantspec" else DraftConfig(bits=None))
+    check_cache_format(args, model)
     if args.chat:
         from quantspec_jax.text.chat import chat_ids
 
@@ -234,8 +240,9 @@ def with_cache(
     turn = session.generate(ids, jax.random.key(args.seed), on_text=on_text)
     n = len(before)  # after an interruption there may be no more tiles, but more tokens
     longer = len(session.tokens) > n and session.tokens[:n] == before
-    if not there or longer or len(session.prefixes) > kept:
-        session.save(path)
+    format = args.cache_format or session.format
+    if not there or longer or len(session.prefixes) > kept or format != session.format:
+        session.save(path, format)
         terminal.notice(f"cache of {len(ids)} tokens written to {path}")
     output = {"text": turn.text, "tokens": turn.tokens, **turn.stats}
     if config.logprobs is not None:

@@ -82,6 +82,24 @@ def refuse(options: Mapping[str, Any], reason: str) -> None:
         raise ValueError(f"{names} cannot go with {reason}")
 
 
+def add_cache_format(parser: argparse.ArgumentParser) -> None:
+    """In which format --cache is written."""
+    parser.add_argument(
+        "--cache-format",
+        choices=("planes", "aqua"),
+        help="what --cache is written in: planes, as they are; aqua, 2 to 4 bits a value by the "
+        "predictors that `convert --kv aqua` stores, which loses a little (as it was, else planes)",
+    )
+
+
+def check_cache_format(args: argparse.Namespace, model: Any) -> None:
+    """What is wrong with --cache-format, before anything is generated."""
+    from quantspec_jax.engine.at_rest import check_format
+
+    if args.cache_format is not None:
+        check_format(args.cache_format, model)
+
+
 def seed(text: str) -> int:
     """An option's value: a seed."""
     number = int(text)

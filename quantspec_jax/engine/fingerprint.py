@@ -1,4 +1,5 @@
-"""Fingerprints of what a saved cache depends on: the target's weights, and the tokenizer."""
+"""Fingerprints of what a saved cache depends on: the target's weights, the tokenizer, and what a
+codec of caches has learned."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantspec_jax.loading import Model
+from quantspec_jax.loading import LearnedKV, Model
 from quantspec_jax.models.parameters import flatten
 
 
@@ -20,6 +21,14 @@ def of_model(model: Model) -> str:
     digest = hashlib.sha256(repr((model.config, model.dtype.name)).encode())
     for path, leaf in sorted(flatten(model.params).items()):
         digest.update(f"{path} {leaf.shape} {int(_checksum(leaf))}".encode())
+    return digest.hexdigest()
+
+
+def of_kv(kv: LearnedKV) -> str:
+    """Of what a codec has learned: another text, or another number of bits, gives another one."""
+    digest = hashlib.sha256(repr(kv.stored).encode())
+    for leaf in jax.tree.leaves(kv.learned):
+        digest.update(f"{leaf.shape} {int(_checksum(leaf))}".encode())
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """Saved caches: the tiles of one prompt, in one safetensors file.
 
     tokens            [n] int32, the prompt's and the text's after it
-    tile.0.<name>     the arrays of `cache.tiles`, both views; tile 1, ...
+    tile.0.<name>     the arrays of `cache.tiles`, both views, or those of `at_rest`; tile 1, ...
     metadata          `quantspec`: an object of what the tiles depend on and a CRC-32 of each array,
                       and its own after it, in a line. (Of two keys the order would be random.)
 
@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +30,29 @@ from quantspec_jax.cache import create
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.cache.tiles import get_tile
 from quantspec_jax.checks import require, within
-from quantspec_jax.engine import fingerprint
+from quantspec_jax.engine import at_rest, fingerprint
 from quantspec_jax.engine.prefixes import HostTile
 from quantspec_jax.files import exists, open_file, whole
 from quantspec_jax.loading import Model
 
+Forms = Callable[[int], dict[str, jax.ShapeDtypeStruct]]  # of a tile by its number
+
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What a file holds: tokens, the tiles of their beginning, and what else its writer put in."""
+    """What a file holds: tokens, the tiles of their beginning, as they lie in a file of its format,
+    and what else its writer put in."""
 
     tokens: list[int]
     tiles: Sequence[HostTile]
     extra: dict[str, Any]
+    format: str
 
 
-def identity(model: Model, cache: CacheConfig) -> dict[str, Any]:
+def identity(model: Model, cache: CacheConfig, format: str) -> dict[str, Any]:
     """What tiles depend on, and what has to be the same where they are read again."""
     codec = next(name for name, codec in _codecs().items() if codec == cache.codec)
-    return {
+    found = {
         "version": CACHE_VERSION,
         "model": fingerprint.of_model(model),
         "tokenizer": fingerprint.of_tokenizer(model.tokenizer),
@@ -56,6 +61,11 @@ def identity(model: Model, cache: CacheConfig) -> dict[str, Any]:
         "view": cache.view,
         "group_size": cache.group_size,
     }
+    if format == "planes":
+        return found
+    assert model.kv is not None
+    learned = {"bits": model.kv.stored.bits, "kv": fingerprint.of_kv(model.kv)}
+    return found | {"version": at_rest.VERSION, "format": format} | learned
 
 
 def _codecs() -> Mapping[str, Any]:
@@ -71,15 +81,17 @@ def save(
     tokens: Sequence[int],
     tiles: Sequence[HostTile],
     extra: Mapping[str, Any],
+    format: str = "planes",
 ) -> None:
-    """Write a file; what lay there before stays until it is whole."""
+    """Write a file; what lay there before stays until it is whole. `tiles` are as they lie there:
+    of format aqua, coded."""
     path = Path(path)
     require(path.parent.is_dir(), "path", str(path), "a file in an existing directory")
     arrays = {"tokens": np.asarray(tokens, np.int32)}
     for i, tile in enumerate(tiles):
         arrays |= {f"tile.{i}.{name}": _plain(x) for name, x in tile.items()}
     sums = {name: zlib.crc32(x.data.cast("B")) for name, x in arrays.items()}
-    about = identity(model, cache) | {"tokens": len(tokens), "tiles": len(tiles)}
+    about = identity(model, cache, format) | {"tokens": len(tokens), "tiles": len(tiles)}
     about |= {"extra": extra, "crc32": sums}
     text = json.dumps(about)
     with whole(path) as partial:
@@ -95,22 +107,24 @@ def load(path: str | Path, model: Model, cache: CacheConfig) -> Saved:
     """Read a file.
 
     Raises:
-      ValueError: it is damaged, or of another model, tokenizer, type, codec, group size or version;
-        says which.
+      ValueError: it is damaged, or of another model, tokenizer, type, codec, group size, version or
+        calibration; says which.
     """
     require(exists(Path(path)), "path", str(path), "a file that `save` wrote")
     open_file(path).close()  # a regular one
     try:
         with within(path), safe_open(path, framework="np") as file:
             about = _about(path, file.metadata() or {})
-            _check_same(path, about, identity(model, cache))
+            format = about.get("format", "planes")
+            at_rest.check_format(format, model)
+            _check_same(path, about, identity(model, cache, format))
             count = jax.ShapeDtypeStruct((about["tokens"],), np.dtype(np.int32))
             tokens = _array(path, file, about, "tokens", count).tolist()
-            forms = _forms(model, cache)
+            forms = _forms(model, cache, format)
             tiles = [
                 {
                     name: _array(path, file, about, f"tile.{i}.{name}", form)
-                    for name, form in forms.items()
+                    for name, form in forms(i).items()
                 }
                 for i in range(about["tiles"])
             ]
@@ -119,7 +133,7 @@ def load(path: str | Path, model: Model, cache: CacheConfig) -> Saved:
     inside = all(0 <= token < model.config.vocab_size for token in tokens)
     if not inside or len(tiles) * cache.group_size > len(tokens):
         raise ValueError(f"{path} is damaged: its tokens are not those of its tiles")
-    return Saved(tokens, tiles, about["extra"])
+    return Saved(tokens, tiles, about["extra"], format)
 
 
 def _about(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -139,19 +153,23 @@ def _check_same(path: str | Path, there: Mapping[str, Any], here: Mapping[str, A
         words = {
             "model": "another model's (or other weights')",
             "tokenizer": "another tokenizer's",
+            "kv": "of another calibration of AQUA-KV",
         }.get(name, f"of {name} {found!r}, not {wanted!r}")
         if found != wanted:
             raise ValueError(f"{path} is a cache {words}; allowed: what was saved with the same")
 
 
-def _forms(model: Model, cache: CacheConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def _forms(model: Model, cache: CacheConfig, format: str) -> Forms:
     """Shapes and types of a tile's arrays."""
+    if format == "aqua":
+        return partial(at_rest.forms, model, cache)
 
     def tile() -> Any:
         empty = create(model.config, cache.arrays, 1)
         return get_tile(empty.layers, jnp.int32(0), jnp.int32(0), cache.group_size)
 
-    return jax.eval_shape(tile)
+    same = jax.eval_shape(tile)
+    return lambda _: same
 
 
 def _array(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ import jax
 
 from quantspec_jax.checks import is_int, require
 from quantspec_jax.engine import saved
+from quantspec_jax.engine.at_rest import Coder, check_format
 from quantspec_jax.engine.engine import Engine, TokenLogprob
-from quantspec_jax.engine.prefixes import Prefixes, names
+from quantspec_jax.engine.prefixes import HostTile, Prefixes, names
 from quantspec_jax.engine.reply import Reply, since
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.loading import Model
@@ -60,6 +61,7 @@ class Session:
       messages: of `chat`, so far.
       tokens: of the newest prompt and its reply.
       prefixes: the tiles that are kept.
+      format: of the file that it came from; of a session that is new, planes.
     """
 
     def __init__(
@@ -82,12 +84,14 @@ class Session:
             self.messages.append({"role": "system", "content": system})
         self.tokens: list[int] = []
         self.prefixes = Prefixes(cache_bytes)
+        self.format = "planes"
         longest = length - config.max_new_tokens
         require(
             longest >= 1, "max_new_tokens", config.max_new_tokens, f"below max_length = {length}"
         )
         self._engine = self._new_engine()
         self._prompt: list[int] = []
+        self._coder: Coder | None = None
 
     def _new_engine(self) -> Engine:
         length = self.config.max_length or 0
@@ -143,17 +147,32 @@ class Session:
             self._engine.step()
             yield reply.look(self._engine, slot)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, format: str = "planes") -> None:
         """Write the cache of the newest prompt, and the conversation, to a safetensors file, whole
         or not at all.
 
+        Args:
+          format: `planes`, the tiles as they are. `aqua`, in the 2, 3 or 4 bits a value of the
+            AQUA-KV that is stored with the model: what is loaded is near to what was saved, and a
+            text that goes on from it may become another (`engine.at_rest`).
+
         Raises:
-          ValueError: there is no such directory.
+          ValueError: there is no such directory; or no such format, or not for this model.
         """
+        check_format(format, self.model)
         cache = self._engine.program.cache
-        tiles = self.prefixes.find(names(self._prompt, cache.group_size))
+        every = names(self._prompt, cache.group_size)
+        tiles = self.prefixes.find(every)
+        if format == "aqua":
+            tiles = self._codes().encode(every, tiles)
         extra = {"messages": self.messages, "prompt_tokens": len(self._prompt)}
-        saved.save(path, self.model, cache, self.tokens, tiles, extra)
+        saved.save(path, self.model, cache, self.tokens, tiles, extra, format)
+
+    def _codes(self) -> Coder:
+        """What codes tiles, and keeps those that it has coded."""
+        if self._coder is None:
+            self._coder = Coder(self.model, self._engine.program.cache)
+        return self._coder
 
     @classmethod
     def load(
@@ -164,18 +183,23 @@ class Session:
         *,
         cache_bytes: int = CACHE_BYTES,
     ) -> Session:
-        """The session that `save` wrote: it goes on as if it had never stopped, draft included.
+        """The session that `save` wrote, in either format: it goes on as if it had never stopped,
+        draft included; of format `aqua`, from what the codes say.
 
         Raises:
-          ValueError: the file is damaged, or of another model, tokenizer, type, codec, group size
-            or version; says which.
+          ValueError: the file is damaged, or of another model, tokenizer, type, codec, group size,
+            version or calibration; says which.
         """
         session = cls(model, config, cache_bytes=cache_bytes)
         cache = session._engine.program.cache
         found = saved.load(path, model, cache)
         every = names(found.tokens, cache.group_size)
-        for i, tile in enumerate(found.tiles, 1):
+        tiles: Iterable[HostTile] = found.tiles
+        if found.format == "aqua":
+            tiles = session._codes().decode(every, found.tiles)
+        for i, tile in enumerate(tiles, 1):
             session.prefixes.keep(every[:i], tile)
+        session.format = found.format
         session.messages = found.extra["messages"]
         session.tokens = found.tokens
         session._prompt = found.tokens[: found.extra["prompt_tokens"]]

@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pallas_kernels.rope_append.heads import Heads, rotate
+from pallas_kernels.rope_append.heads import Heads, rotate, unrotated
 from quantspec_jax.cache import schedule
 from quantspec_jax.cache.codecs.codec import values_per_token
 from quantspec_jax.checks import require
 from quantspec_jax.cost import Costs, cache_read_bytes, operations, target_weight_bytes
 from quantspec_jax.evaluate.by_blocks import attend_by_blocks, padded
-from quantspec_jax.evaluate.learned import Learned, fitted, unrotated, whole_tables
+from quantspec_jax.evaluate.learned import Learned, fitted, whole_tables
 from quantspec_jax.evaluate.measures import read_tokens
 from quantspec_jax.evaluate.teacher_forced import (
     Stream,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pallas_kernels.rope_append.heads import Heads, rotate
+from pallas_kernels.rope_append.heads import Heads, rotate, unrotated
 from quantspec_jax.checks import require
 from quantspec_jax.evaluate.gradients import loss_gradients
 from quantspec_jax.evaluate.teacher_forced import Stream, embedded
@@ -232,12 +232,6 @@ def _plain_block(
     rope = whole_tables(config, stream.x.shape[1])
     x, h, made = run_block(block, norm, config, *stream, rope, None, attend, backend="xla")
     return Stream(x, h), made
-
-
-def unrotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """The inverse of `rotate`; tables may carry an attention factor f (YaRN), which is divided by:
-    (cos, −sin) alone would give f² x."""
-    return rotate(x, cos, -sin) / (cos * cos + sin * sin)
 
 
 def whole_tables(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.rope_append.heads import rotate
+from pallas_kernels.rope_append.heads import rotate, unrotated
 from quantspec_jax.cache import KVCache, LayerCache, flush_due
 from quantspec_jax.generate.state import Program, PromptProgram
 from quantspec_jax.methods import METHODS, Layer
@@ -35,7 +35,7 @@ def recode(
         jnp.take_along_axis(x, at, 2).swapaxes(1, 2).astype(jnp.float32)
         for x in (layer.key_buffer, layer.value_buffer)
     ]  # [B, S, K, D]
-    plain = rotate(old[0], cos, -sin) / (cos * cos + sin * sin)
+    plain = unrotated(old[0], cos, sin)
     shape = plain.shape
     text = Layer(*(x.reshape(-1, *shape[2:]) for x in (plain, old[1])))
     made = method.read(learned, text, below)

@@ -31,6 +31,13 @@ class Predictors(NamedTuple):
     of_values: jax.Array
 
 
+class Coded(NamedTuple):
+    """Of a layer's residuals, [T, n] each: HIGGS' codes."""
+
+    keys: higgs.Codes
+    values: higgs.Codes
+
+
 def regression(inputs: jax.Array, outputs: jax.Array) -> jax.Array:
     """W [m + 1, n] so that [inputs [N, m], 1] W is near to outputs [N, n]: least squares with
     λ mean|diag C| on the diagonal of C = Σ xxᵀ. Both are centred first, so that the bias costs
@@ -61,10 +68,12 @@ def _predicted(weights: jax.Array, inputs: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Aqua(Method):
-    """width: of the codes of all layers but the first, which has `first_width`."""
+    """width: of the codes of all layers but the first, which has `first_width`. half: scales are
+    numbers of 16 bits, as a file holds them."""
 
     width: int
     first_width: int = 4
+    half: bool = False
     before_rope: bool = dataclasses.field(default=True, kw_only=True)
     learns: bool = dataclasses.field(default=True, kw_only=True)
     stacked: bool = dataclasses.field(default=True, kw_only=True)
@@ -101,23 +110,47 @@ class Aqua(Method):
 
     def read(self, learned: Any, text: Layer, other: Layer | None) -> Layer:
         """What the codes of a layer's residuals and the layer below come to."""
+        return _like(text, *self.encode(learned, text, other)[1])
+
+    def encode(self, learned: Any, text: Layer, below: Layer | None) -> tuple[Coded, Layer]:
+        """The codes of a layer's residuals, and what they and the layer below come to, [T, n]."""
+        width = self.width_of(below)
         keys, values = map(rows, text)
-        if other is None:
-            means = learned if learned else (0.0, 0.0)
-            return _like(
-                text,
-                *(
-                    m + higgs.rounded(x - m, self.first_width)
-                    for x, m in zip((keys, values), means, strict=True)
-                ),
-            )
-        below_keys, below_values = map(rows, other)
-        read = self._residual(keys, _predicted(learned.of_keys, below_keys))
-        inputs = jnp.concatenate([read, below_values], 1)
-        return _like(text, read, self._residual(values, _predicted(learned.of_values, inputs)))
+        predicted = _predicted_keys(learned, below)
+        coded = higgs.encode(keys - predicted, width, self.half)
+        read = predicted + higgs.decode(coded, width)
+        predicted = _predicted_values(learned, read, below)
+        coded_values = higgs.encode(values - predicted, width, self.half)
+        made = predicted + higgs.decode(coded_values, width)
+        return Coded(coded, coded_values), Layer(read, made)
+
+    def decode(self, learned: Any, coded: Coded, below: Layer | None) -> Layer:
+        """The latter, from the codes: [T, n]."""
+        width = self.width_of(below)
+        read = _predicted_keys(learned, below) + higgs.decode(coded.keys, width)
+        predicted = _predicted_values(learned, read, below)
+        return Layer(read, predicted + higgs.decode(coded.values, width))
+
+    def width_of(self, below: Any) -> int:
+        """Bits of a value's code in a layer with another below it, and in the first (None)."""
+        return self.first_width if below is None else self.width
 
     def _residual(self, x: jax.Array, predicted: jax.Array) -> jax.Array:
-        return predicted + higgs.rounded(x - predicted, self.width)
+        return predicted + higgs.rounded(x - predicted, self.width, self.half)
+
+
+def _predicted_keys(learned: Any, below: Layer | None) -> jax.Array | float:
+    """By the layer below; in the first layer the mean, 0 where none was learned."""
+    if below is None:
+        return learned.of_keys if learned else 0.0
+    return _predicted(learned.of_keys, rows(below.keys))
+
+
+def _predicted_values(learned: Any, keys: jax.Array, below: Layer | None) -> jax.Array | float:
+    """By this layer's keys, as they are read, and the layer below."""
+    if below is None:
+        return learned.of_values if learned else 0.0
+    return _predicted(learned.of_values, jnp.concatenate([keys, rows(below.values)], 1))
 
 
 def _like(text: Layer, keys: jax.Array, values: jax.Array) -> Layer:

@@ -17,7 +17,7 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,17 +54,64 @@ def block_of(channels: int) -> int:
     return min(channels & -channels, LARGEST_BLOCK)
 
 
-def rounded(x: jax.Array, width: int) -> jax.Array:
-    """[..., n] float32, coded in `width` bits a value and read again. Section 4.1."""
+class Codes(NamedTuple):
+    """Of numbers [..., n]: points uint8 [..., n/2], of each pair the number of its point, below
+    4^width; scales float32 [..., n/h], of blocks of h."""
+
+    points: jax.Array
+    scales: jax.Array
+
+
+def encode(x: jax.Array, width: int, half: bool = False) -> Codes:
+    """[..., n] float32 in `width` bits a value. Section 4.1. `half`: scales are numbers that
+    bfloat16 has, 16 bits that reach as far as float32."""
     n, points = x.shape[-1], jnp.asarray(grid(width))
     h = block_of(n)
     turn = jnp.asarray(hadamard(h))
     blocks = x.reshape(-1, h)
     scale = jnp.linalg.norm(blocks, axis=-1, keepdims=True) / math.sqrt(h)
+    if half:
+        scale = jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
     safe = jnp.where(scale > 0, scale, 1.0)  # a block of zeros
     pairs = (_product(blocks, turn) / safe).reshape(-1, 2)
-    nearest = points[_nearest(pairs, points)].reshape(blocks.shape)
-    return (scale * _product(nearest, turn)).reshape(x.shape)
+    number = _nearest(pairs, points).astype(jnp.uint8)
+    return Codes(number.reshape(*x.shape[:-1], n // 2), scale.reshape(*x.shape[:-1], n // h))
+
+
+def decode(codes: Codes, width: int) -> jax.Array:
+    """What codes say, [..., n] float32."""
+    n, points = 2 * codes.points.shape[-1], jnp.asarray(grid(width))
+    h = n // codes.scales.shape[-1]
+    nearest = points[codes.points.astype(jnp.int32)].reshape(-1, h)
+    found = codes.scales.reshape(-1, 1) * _product(nearest, jnp.asarray(hadamard(h)))
+    return found.reshape(*codes.points.shape[:-1], n)
+
+
+def rounded(x: jax.Array, width: int, half: bool = False) -> jax.Array:
+    """[..., n] float32, coded and read again."""
+    return decode(encode(x, width, half), width)
+
+
+def pack(points: jax.Array, width: int) -> jax.Array:
+    """[..., m] uint8, numbers below 4^width, m a multiple of 4 → [..., m/4 · width] uint8: four
+    numbers are `width` bytes, the first one in the lowest bits of the first byte."""
+    four = points.reshape(*points.shape[:-1], -1, 4).astype(jnp.uint32)
+    word = (four << _bits(2 * width * np.arange(4), four)).sum(-1, keepdims=True, dtype=jnp.uint32)
+    found = (word >> _bits(8 * np.arange(width), four)) & np.uint32(255)
+    return found.astype(jnp.uint8).reshape(*points.shape[:-1], -1)
+
+
+def unpack(packed: jax.Array, width: int) -> jax.Array:
+    """The inverse of `pack`."""
+    some = packed.reshape(*packed.shape[:-1], -1, width).astype(jnp.uint32)
+    word = (some << _bits(8 * np.arange(width), some)).sum(-1, keepdims=True, dtype=jnp.uint32)
+    found = (word >> _bits(2 * width * np.arange(4), some)) & np.uint32(4**width - 1)
+    return found.astype(jnp.uint8).reshape(*packed.shape[:-1], -1)
+
+
+def _bits(shifts: np.ndarray, like: jax.Array) -> jax.Array:
+    """Shifts along the last axis."""
+    return jnp.asarray(shifts, jnp.uint32).reshape(*(1,) * (like.ndim - 1), -1)
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:

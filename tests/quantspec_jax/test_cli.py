@@ -127,6 +127,8 @@ class TestErrors:
             ([*NEEDED, "--backend", "cuda"], "--backend"),
             ([*NEEDED, "--kv", "full"], "kv is 'full'; allowed: int8 in mode quantspec"),
             ([*NEEDED, "--kv", "int4"], "kv is 'int4'"),
+            ([*NEEDED, "--cache-format", "aqua"], "--cache-format cannot go with a cache that is"),
+            (["chat", "--model", "x", "--cache-format", "aqua"], "--cache-format cannot go with a"),
             ([*NEEDED, "--pass-width", "5"], "--pass-width cannot go with --mode quantspec"),
             ([*NEEDED, "--mode", "autoregressive", "--gamma", "4"], "--gamma cannot go with"),
             (
@@ -503,6 +505,11 @@ class TestCaches:
         status, _, err = run(*argv, "--kv", "int8", "--prompt", text)
         assert status == 2
         assert "is a cache of codec 'full', not 'hierarchical'" in err
+        # A model without predictors: said before anything is generated.
+        written = file.read_bytes()
+        status, out, err = run(*argv, "--cache-format", "aqua", "--prompt", "Something else.")
+        assert (status, out, file.read_bytes()) == (2, "", written)
+        assert "format is 'aqua'; allowed: planes; aqua of what `quantspec convert" in err
 
     def test_a_conversation_goes_on_from_its_file(
         self, run, one_layer_llama_dir, tmp_path, monkeypatch

@@ -11,9 +11,8 @@ import pytest
 from tiny import tiny_model
 
 import quantspec_jax as qs
-from pallas_kernels.rope_append.heads import rotate
+from pallas_kernels.rope_append.heads import rotate, unrotated
 from quantspec_jax import cli, evaluate
-from quantspec_jax.evaluate.codecs import unrotated
 from quantspec_jax.evaluate.gradients import loss_gradients
 from quantspec_jax.evaluate.learned import whole_tables
 from quantspec_jax.loading import Model

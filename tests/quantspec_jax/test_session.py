@@ -170,7 +170,7 @@ def test_a_file_is_held_once(byte_level_tokenizer, tmp_path):
     config = qs.ModelConfig("llama", 325, 32, 64, 4, 4, 4, 256, 1024)
     model = qs.Model(config, init_params(config, jax.random.key(0)), byte_level_tokenizer)
     cache = qs.Session(model, config_of(MODES[1]))._engine.program.cache
-    forms, rng = saved._forms(model, cache), np.random.default_rng(0)
+    forms, rng = saved._forms(model, cache, "planes")(0), np.random.default_rng(0)
 
     def random(form: jax.ShapeDtypeStruct) -> np.ndarray:
         return np.frombuffer(rng.bytes(form.size * form.dtype.itemsize), form.dtype)

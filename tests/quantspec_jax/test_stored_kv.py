@@ -64,6 +64,17 @@ def test_what_is_stored_is_what_eval_would_learn(
     assert cli.main([*run, "--kv", "aqua", "--max-new-tokens", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kv"] == "aqua"
 
+    run = ["generate", "--model", "out", "--prompt", WORDS[:1200], "--mode", "autoregressive"]
+    run += ["--max-new-tokens", "1", "--json", "--cache"]
+    sizes = []
+    for more in (["a"], ["b", "--cache-format", "aqua"], ["b"], ["b", "--cache-format", "planes"]):
+        assert cli.main([*run, *more]) == 0
+        cached = json.loads(capsys.readouterr().out)["cached_tokens"]
+        assert (cached > 0) == (len(sizes) > 1)
+        sizes.append((tmp_path / more[0]).stat().st_size)
+    assert sizes[1] == sizes[2] < sizes[0] / 4  # float32; a file stays in its format
+    assert sizes[0] == sizes[3]
+
     damaged = next(p for p in (tmp_path / "out" / "kv").rglob("0") if p.is_file())
     damaged.write_bytes(damaged.read_bytes()[:-9] + b"x" * 9)
     with pytest.raises(ValueError, match="is damaged"):
