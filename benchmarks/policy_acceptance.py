@@ -36,7 +36,7 @@ import script
 
 import quantspec_jax as qs
 from pallas_kernels.kv_attention.read import Pages, Read
-from quantspec_jax.bench import record
+from quantspec_jax.bench import reading, record
 from quantspec_jax.bench.text import rounds_between_choices
 from quantspec_jax.cache import KVCache, flush, rollback
 from quantspec_jax.cache.codecs import EXACT_TILES
@@ -48,6 +48,7 @@ from quantspec_jax.generate.policies import Policy, Sizes, policy
 from quantspec_jax.generate.prefill import COMPILED, prefill
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.models.parameters import Params
+from quantspec_jax.plotting import check_plot
 
 PLACES = (20_000, 150_000, 300_000, 450_000)
 Scores = tuple[jax.Array, jax.Array]
@@ -316,6 +317,25 @@ def measure(model: qs.Model, args: argparse.Namespace, write: Any) -> None:
             write(table(done, policies))
 
 
+def drawn(rows: list[dict[str, Any]], context: int) -> list[dict[str, Any]]:
+    """What `bench.reading.plot` takes: of the first kind of text, over all places, the drafts with
+    the draft's own weights."""
+    first = [row for row in rows if row["text"] == rows[0]["text"] and row["weights"] == "own"]
+    return [
+        {
+            **row,
+            "context": context,
+            "gamma": None,
+            "temperature": None,
+            "acceptance_rate": row["sampled_acceptance"],
+            "accepted_by_position": row["by_place"],
+            "draft_read_share": row["read_share"],
+        }
+        for row in first
+        if row["prompts"] == rows[0]["prompts"]
+    ]
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = script.new_parser(__doc__)
     script.add_model(parser)
@@ -332,6 +352,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", nargs="+", choices=("own", "full"), default=["own"])
     parser.add_argument("--view", nargs="+", choices=("int4", "int8"), default=["int4"])
     parser.add_argument("--dtype", choices=DTYPES, help="the device's own")
+    words = "sampled acceptance against what is read, and greedy acceptance by place"
+    parser.add_argument("--plot", metavar="FILE", help=f"draw {words}")
     add_rope(parser)
     return parser
 
@@ -339,6 +361,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = make_parser().parse_args()
     require(128 % args.rows == 0, "--rows", args.rows, "a divisor of 128")
+    plot_path = check_plot(args.plot) if args.plot else None
     model = qs.load(args.model, dtype=args.dtype, rope=rope(args))
     more = {
         "model": record.model_name(args.model),
@@ -347,7 +370,14 @@ def main() -> int:
         "dtype": model.dtype.name,
         "draft": model.draft.describe(),
     }
-    measure(model, args, lambda rows: script.write(__file__, args, rows, **more))
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        script.write(__file__, args, rows, **more)
+        if plot_path is not None:
+            title = f"{more['model']}, {more['text']}"
+            reading.plot(drawn(rows, args.context), model.config, title, plot_path)
+
+    measure(model, args, write)
     return 0
 
 

@@ -56,7 +56,10 @@ def plot(rows: list[dict[str, Any]], model: ModelConfig, title: str, path: Path)
             style = {"color": colour, "label": label + share, "linestyle": line}
             by_place.plot(range(1, len(places) + 1), places, MARKERS[view], **style)
     against.set_xscale("log")
-    ticks = sorted({float(f"{megabytes(row, model):.2g}") for row in drafting})
+    ticks: list[float] = []
+    for tick in sorted({float(f"{megabytes(row, model):.2g}") for row in drafting}):
+        if not ticks or tick >= 1.2 * ticks[-1]:  # else their labels would lie upon each other
+            ticks.append(tick)
     against.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
     against.minorticks_off()
     most = max((len(row["accepted_by_position"]) for row in drafting), default=0)
