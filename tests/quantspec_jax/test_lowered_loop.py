@@ -49,7 +49,21 @@ def lowered(
     traced = jax.jit(generate_tokens, static_argnames="program").trace(
         params, own, state, jnp.int32(5), program=program
     )
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
+    return without_copies(traced.lower(lowering_platforms=("cuda",)).as_text())
+
+
+def without_copies(text: str) -> str:
+    """The text with one function of the same kernels: from JAX 0.12 on a call whose results are not
+    all used has one of its own."""
+    seen = set()
+
+    def once(function: re.Match[str]) -> str:
+        form = (function[1], *kernels(function[0]))
+        again = len(form) > 1 and form in seen
+        seen.add(form)
+        return "" if again else function[0]
+
+    return re.sub(r"  func\.func private @(\w+?)(?:_\d+)?\(.*?\n  \}", once, text, flags=re.DOTALL)
 
 
 def kernels(text: str) -> list[str]:
