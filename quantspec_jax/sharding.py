@@ -111,6 +111,13 @@ def check_mesh(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
         _require_divided(name, getattr(config, name), mesh, "tp")
 
 
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of devices that need not be there. Axes are Auto, which from JAX 0.12 on has to be
+    said."""
+    automatic = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=automatic)
+
+
 def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     """A mesh of the first devices that there are, {"tp": 2, "cp": 2}.
 

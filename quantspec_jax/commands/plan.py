@@ -125,13 +125,11 @@ def over_mesh(model: ModelConfig, sizes: dict[str, int]) -> tuple[ModelConfig, A
     Raises:
       ValueError: the mesh does not divide the model.
     """
-    from jax.sharding import AbstractMesh
-
     from quantspec_jax.axes import Axes
-    from quantspec_jax.sharding import check_mesh, heads_over
+    from quantspec_jax.sharding import abstract_mesh, check_mesh, heads_over
 
     require(min(sizes.values(), default=1) >= 1, "--mesh", sizes, "axes of 1 and more devices")
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    mesh = abstract_mesh(sizes)
     check_mesh(model, mesh)
     return heads_over(model, mesh), Axes(**sizes)
 

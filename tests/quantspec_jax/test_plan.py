@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh
 
 from quantspec_jax import cli
 from quantspec_jax.axes import Axes
@@ -43,7 +42,7 @@ from quantspec_jax.planning.plan import plan, recommendation
 from quantspec_jax.planning.recorded import measured_readings, measured_speed
 from quantspec_jax.planning.report import notes, reasons
 from quantspec_jax.planning.setting import GIB, Setting
-from quantspec_jax.sharding import cache_shardings, param_shardings
+from quantspec_jax.sharding import abstract_mesh, cache_shardings, param_shardings
 from quantspec_jax.weights.entries import quantize_params
 from quantspec_jax.weights.formats import DraftConfig, WeightFormat
 from quantspec_jax.weights.sizes import bits_per_weight, draft_bytes
@@ -437,7 +436,7 @@ def test_wrong_options_are_named(argv, words, capsys):
 def test_memory_of_a_mesh_is_what_its_arrays_take_on_a_device(sizes):
     """16 devices have the 8 key-value heads twice."""
     shapes = dataclasses.replace(PRESETS["llama-3.1-70b"], num_layers=2)
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    mesh = abstract_mesh(sizes)
     model, axes = over_mesh(shapes, sizes)
     setting = Setting(model, 131072, DEVICE, axes=axes)
     draft = DraftConfig(group_size=64)
