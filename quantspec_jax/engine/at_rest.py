@@ -10,7 +10,7 @@ of what the target reads of them, and decoded once, into what the cache holds.
 
 What is decoded is coded into planes as a prompt's tiles are, but not rounded to the cache's type
 before. Of a session a tile is coded once: what came from a file goes back as it came. (To code what
-was decoded would shrink the residuals, by 5% at 2 bits, each time.)
+was decoded would lose a little each time.)
 """
 
 from __future__ import annotations

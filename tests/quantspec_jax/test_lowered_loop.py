@@ -53,15 +53,16 @@ def lowered(
 
 
 def without_copies(text: str) -> str:
-    """The text with one function of the same kernels: from JAX 0.12 on a call whose results are not
-    all used has one of its own."""
-    seen = set()
+    """The text without functions that have the kernels of another one and give other results: from
+    JAX 0.12 on a call whose results are not all used has a function of its own. A function that is
+    there twice stays."""
+    results: dict[tuple[str, ...], str] = {}
 
     def once(function: re.Match[str]) -> str:
         form = (function[1], *kernels(function[0]))
-        again = len(form) > 1 and form in seen
-        seen.add(form)
-        return "" if again else function[0]
+        given = function[0].partition("\n")[0].rpartition(" -> ")[2]
+        fewer = len(form) > 1 and results.setdefault(form, given) != given
+        return "" if fewer else function[0]
 
     return re.sub(r"  func\.func private @(\w+?)(?:_\d+)?\(.*?\n  \}", once, text, flags=re.DOTALL)
 
