@@ -223,11 +223,27 @@ def _values_body(head_dim: int, group_size: int, groups: int, runs: int):
                         codes[c].append(_code(x, m, minus_divisor, inverse))
                 for c in range(channels):
                     packed[c].append(_bytes(codes[c]))
-            target = run.to_i64() * (RUN // 2 * head_dim) + (lane * (16 * channels)).to_i64()
+            # A lane's codes lie together; pieces change lanes, so that a store writes whole lines.
+            shift = (8 // channels).bit_length() - 1
+
+            def spot(owner: V, channel: V) -> V:
+                """Where a piece of 16 bytes waits: eight lanes in turn reach all banks."""
+                return (owner * channels + (channel ^ ((owner >> shift) & (channels - 1)))) * 16
+
+            waiting = shared + 4 * groups * 16 * RUN + warp * (2 * 32 * 16 * channels)
+            lower_too = 32 * 16 * channels
             for c in range(channels):
                 out = [_planes(packed[c][k], packed[c][4 + k]) for k in range(4)]
-                ptx.store(upper + target + 16 * c, [x[0] for x in out])
-                ptx.store(lower + target + 16 * c, [x[1] for x in out])
+                mine = waiting + spot(lane, i32(c))
+                ptx.store(mine, [x[0] for x in out])
+                ptx.store(mine + lower_too, [x[1] for x in out])
+            ptx.sync_warp()
+            target = run.to_i64() * (RUN // 2 * head_dim) + (lane * 16).to_i64()
+            for turn in range(channels):
+                piece = lane + 32 * turn
+                its = waiting + spot(piece // channels, piece % channels)
+                ptx.store(upper + target + 512 * turn, ptx.load(its, 4))
+                ptx.store(lower + target + 512 * turn, ptx.load(its + lower_too, 4))
 
         ptx.when(run < runs, work)
 
@@ -278,6 +294,6 @@ def quantize_values(values: jax.Array, group_size: int) -> Planes:
         name="quantize_values",
         blocks=-(-runs // 4),
         warpgroups=1,
-        shared_bytes=4 * groups * 16 * RUN,
+        shared_bytes=4 * (groups * 16 * RUN + 2 * 16 * d),
     )
     return Planes(*kernel(values))

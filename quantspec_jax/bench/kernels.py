@@ -343,8 +343,8 @@ def _attention_row(
         pages = None if share == 1 else scattered_pages(i, lengths, kv_heads, counts)
         calls.append((q, LayerCache(*planes, *buffers), quantized, start, pages))
 
-    if "attention" in args.tune:
-        _tune_attention([call[:4] for call in calls], view)
+    tunes = "attention" in args.tune
+    times = _tune_attention([call[:4] for call in calls], view) if tunes else {}
 
     def attend(*call: Any, backend: str = "mosaic_gpu") -> attention.Attended:
         *operands, pages = call
@@ -365,6 +365,7 @@ def _attention_row(
         share=share,
         exact_tiles=read.exact_tiles,
         page_log_sums=log_sums,
+        **times,
         peers=peers,
         error=_error(jax.jit(attend)(*calls[0])[0], expected),
     )
@@ -404,20 +405,28 @@ def _tune(
     candidates: Sequence[Any],
     measure: Callable[[Any], float],
     others: float = math.inf,
-) -> None:
-    """Measure configurations (frozen dataclasses) and write the fastest to the file of the device,
-    unless what else there is takes `others` seconds, and no longer."""
+) -> dict[str, float]:
+    """Measure configurations (frozen dataclasses, the rule's first) and write the fastest to the
+    file of the device, unless what else there is takes `others` seconds, and no longer.
+
+    Returns what a row says of it: milliseconds of the rule's choice and of the fastest.
+    """
     found = {}
     for config in candidates:
         found[config] = measure(config)
         print(f"  {config} {found[config] * 1e6:.2f} µs", file=sys.stderr, flush=True)
-    if min(found.values()) >= others:
+    best = min(found, key=found.__getitem__)
+    if found[best] < others:
+        tuned.save(dispatch.target().name, kernel, {key: vars(best)})
+    else:
         print(f"  not recorded: XLA takes {others * 1e6:.2f} µs", file=sys.stderr, flush=True)
-        return
-    tuned.save(dispatch.target().name, kernel, {key: vars(min(found, key=found.__getitem__))})
+    times = {"rule_milliseconds": found[candidates[0]], "tuned_milliseconds": found[best]}
+    if others < math.inf:
+        times["xla_milliseconds"] = others
+    return {name: 1e3 * seconds for name, seconds in times.items()}
 
 
-def _tune_attention(calls: Sequence[Any], view: str) -> None:
+def _tune_attention(calls: Sequence[Any], view: str) -> dict[str, float]:
     from pallas_kernels.kv_attention import configs, mosaic_gpu
 
     options: dict[str, Any] = {
@@ -440,7 +449,8 @@ def _tune_attention(calls: Sequence[Any], view: str) -> None:
         )
         return timing.device_seconds(fn, calls)
 
-    _tune(configs.KERNEL, configs.key(shape), list(configs.candidates(shape))[:4], measure)
+    few = list(configs.candidates(shape))[:4]
+    return _tune(configs.KERNEL, configs.key(shape), few, measure)
 
 
 def random_weight(key: jax.Array, inputs: int, outputs: int, group: int) -> QuantizedWeight:
@@ -481,11 +491,11 @@ def _matmul(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace
             whole = (matmul_reference.dequantize(untile(w)) for w in weights)
             return [jnp.matmul(h.astype(jnp.float32), w[: h.shape[-1]]) for w in whole]
 
-        def tune(calls: Sequence[Any]) -> None:
+        def tune(calls: Sequence[Any]) -> dict[str, float]:
             shape = mosaic_gpu.shape_of(*calls[0])
             bulk = dispatch.target().generation.bulk_copies
             run = functools.partial(mosaic_gpu.int4_matmuls, bulk=bulk)
-            _tune_products(configs, shape, run, calls)
+            return _tune_products(configs, shape, run, calls)
 
         run = functools.partial(matmul.int4_matmuls, backend="mosaic_gpu")
         for rows in args.rows:
@@ -515,7 +525,7 @@ def _bf16(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) 
             wide = h.astype(jnp.float32)
             return [bf16_reference.matmul(wide, w, tied, jnp.float32) for w in weights]
 
-        def tune(calls: Sequence[Any], tied: bool = tied) -> None:
+        def tune(calls: Sequence[Any], tied: bool = tied) -> dict[str, float]:
             x, first, around = calls[0]
             shape = mosaic_gpu.shape_of(x, first, around, tied)
             run = functools.partial(
@@ -525,7 +535,7 @@ def _bf16(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) 
             )
             alone = functools.partial(bf16.bf16_matmuls, transposed=tied, backend="xla")
             others = timing.device_seconds(jax.jit(alone), calls)
-            _tune_products(configs, shape, run, calls, others)
+            return _tune_products(configs, shape, run, calls, others)
 
         run = functools.partial(bf16.bf16_matmuls, transposed=tied, backend="mosaic_gpu")
         for rows in args.rows:
@@ -554,7 +564,7 @@ class _Products:
         outputs: Sequence[int],
         ceilings: dict[str, float],
         args: argparse.Namespace,
-        tune: Callable[[Sequence[Any]], None] | None,
+        tune: Callable[[Sequence[Any]], dict[str, float]] | None,
         peer: Callable[[Sequence[Any]], float] | None,
     ) -> dict[str, Any]:
         around = _around(name, inputs, outputs, self.rows) if args.around else NOTHING
@@ -562,8 +572,7 @@ class _Products:
             (_normal(jax.random.key(i), (self.rows, inputs)), w, around)
             for i, w in enumerate(self.weights)
         ]
-        if tune is not None and self.rows in TUNED_ROWS:
-            tune(calls)
+        times = tune(calls) if tune is not None and self.rows in TUNED_ROWS else {}
         multiply = jax.jit(self.run)
         x, first, _ = calls[0]
         with jax.default_matmul_precision("highest"):
@@ -577,6 +586,7 @@ class _Products:
             query_tokens=self.rows,
             shape=[inputs, *outputs],
             around=parts,
+            **times,
             peers={} if peer is None else {f"bf16 product, {self.rows} rows": peer(calls)},
             error=_error(multiply(*calls[0]), expected),
         )
@@ -600,13 +610,13 @@ def _tune_products(
     run: Callable[..., Any],
     calls: Sequence[Any],
     others: float = math.inf,
-) -> None:
+) -> dict[str, float]:
     """Measure a few configurations of a kernel's `configs` on a shape."""
 
     def measure(config: Any) -> float:
         return timing.device_seconds(jax.jit(functools.partial(run, config=config)), calls)
 
-    _tune(configs.KERNEL, configs.key(shape), configs.diverse(shape), measure, others)
+    return _tune(configs.KERNEL, configs.key(shape), configs.diverse(shape), measure, others)
 
 
 def _quantize(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) -> Any:
