@@ -1,7 +1,7 @@
 """Products of a few activation rows with bfloat16 weights, and what stands around them.
 
-Weights are read where they lie. The Pallas kernel takes up to 16 rows, of shapes for which it was
-measured to be faster than XLA (`quantspec bench kernels --tune bf16`); all else is XLA's.
+Weights are read where they lie. The Pallas kernel takes up to 16 rows, where it is known to be
+faster than XLA (`configs.faster`); all else is XLA's.
 """
 
 from __future__ import annotations

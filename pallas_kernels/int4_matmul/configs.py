@@ -67,7 +67,8 @@ def _microseconds(shape: Shape, config: Config) -> float:
     starved = max(0.0, 1 - ahead / 64e3)
     flooded = 0.0 if shape.form.norm else min(1.0, max(0.0, ahead / 90e3 - 1) * 6)
     waves = -(-plan.blocks // slots)
-    edges = 0.5 * (waves - 1) + (0.9 + 0.05 * config.cluster) * (config.cluster > 1)
+    edges = 0.5 * (waves - 1) + (0.6 + 0.05 * config.cluster) * (config.cluster > 1)
+    edges += (config.cluster > 2) + 0.45 * (config.warpgroups > 2)  # sums of many, and their waits
     # A warp takes some 0.06 for a strip of a group; beside others' loads, but for its last piece.
     strips = -(-plan.blocks // processors) * plan.strips * share
     together = min(12, plan.warps * -(-min(plan.blocks, slots) // processors))
