@@ -26,9 +26,10 @@ import quantspec_jax as qs
 from quantspec_jax.bench import decode
 from quantspec_jax.bench.simulated import Simulated
 from quantspec_jax.engine.engine import Engine, _Slot
-from quantspec_jax.engine.prepare import known_sampled
+from quantspec_jax.engine.prepare import known
 from quantspec_jax.engine.scheduler import ROUNDS
 from quantspec_jax.generate.logprobs import MOST, nothing
+from quantspec_jax.generate.sampling import GREEDY
 from quantspec_jax.models.module import init_params
 from quantspec_jax.models.presets import PRESETS
 
@@ -82,14 +83,14 @@ def new_state(engine: Engine, args: argparse.Namespace) -> qs.DecodeState:
 def prepare(model: qs.Model, engine: Engine, args: argparse.Namespace) -> None:
     """Compile what the engine decodes with."""
     forms = jax.eval_shape(lambda: new_state(engine, args))
-    program = dataclasses.replace(engine.program, sampled=known_sampled(False))
+    program = dataclasses.replace(engine.program, warpers=known(GREEDY))
     engine._runner.prepare(model, forms, program)
 
 
 def fill(engine: Engine, args: argparse.Namespace) -> None:
     """All slots decode."""
     engine._state = new_state(engine, args)
-    engine._slots = [_Slot(False, None) for _ in range(args.slots)]
+    engine._slots = [_Slot(GREEDY, None) for _ in range(args.slots)]
     engine._runner.made("cache")
     engine._look()
 

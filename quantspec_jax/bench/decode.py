@@ -42,12 +42,13 @@ from quantspec_jax.commands.options import mesh as mesh_of_options
 from quantspec_jax.cost import Costs, bytes_read, cache_read_bytes, weight_bytes
 from quantspec_jax.dtypes import float_type
 from quantspec_jax.engine.adaptive import MOST_DRAFTED, PRIOR
-from quantspec_jax.engine.prepare import known_sampled
+from quantspec_jax.engine.prepare import known
 from quantspec_jax.engine.programs import DECODE
 from quantspec_jax.generate.config import BACKENDS, GenerateConfig
 from quantspec_jax.generate.couplings import REJECTION
 from quantspec_jax.generate.policies import POLICIES, Policy, policy
 from quantspec_jax.generate.requests import requests
+from quantspec_jax.generate.sampling import GREEDY
 from quantspec_jax.generate.state import STATISTICS, DecodeState, Program, axes_of
 from quantspec_jax.loading import Model
 from quantspec_jax.memory import require_memory, temporary_bytes, tree_bytes
@@ -281,7 +282,7 @@ class Setting:
             case.gamma,
             policy=self.policy,
             coupling=Simulated(tuple(alphas)) if case.gamma and alphas else REJECTION,
-            sampled=known_sampled(False),
+            warpers=known(GREEDY),
             backend=args.backend,
             mesh=self.mesh,
         )

@@ -32,13 +32,14 @@ from quantspec_jax.engine import draft_cost
 from quantspec_jax.engine.adaptive import AdaptiveGamma
 from quantspec_jax.engine.bucket import bucket
 from quantspec_jax.engine.prefixes import HostTile, Prefixes, names
-from quantspec_jax.engine.prepare import known_sampled, pad, program_for
+from quantspec_jax.engine.prepare import KINDS, known, pad, program_for
 from quantspec_jax.engine.programs import Ahead, Runner
 from quantspec_jax.engine.statistics import Clock, Counters
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.logprobs import Logprobs, nothing
 from quantspec_jax.generate.prefill import COMPILED, begin, end, layer, prefill
 from quantspec_jax.generate.requests import Requests, requests
+from quantspec_jax.generate.sampling import GREEDY, Warpers
 from quantspec_jax.generate.state import COUNTED, STATISTICS, DecodeState, Program, insert
 from quantspec_jax.generate.tiles import (
     TILE_STAGES,
@@ -96,7 +97,7 @@ class Progress:
 class _Slot:
     """What the host has of a slot's sequence."""
 
-    sampled: bool
+    warpers: Warpers
     logprobs: int | None
     kept: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -210,7 +211,7 @@ class Engine:
         else:
             self._insert(first, state)
         for slot in taken:
-            self._slots[slot] = _Slot(config.warped, config.logprobs)
+            self._slots[slot] = _Slot(config.warpers, config.logprobs)
         self._ended[taken] = False
         self._look()
         try:
@@ -296,13 +297,12 @@ class Engine:
         state, gamma = self._state, self.program.gamma
         if self.adaptive is not None:
             gamma = self.adaptive.gamma
-        sampled = {known_sampled(each) for each in (False, True)}
         scored = {False, self.config.logprobs is not None}
         kinds = {*itertools.product({gamma}, scored), (0, False)}  # plain ones, to compare with
         every = [
-            dataclasses.replace(draft_cost.with_gamma(self.program, g), sampled=s, logprobs=p)
+            dataclasses.replace(draft_cost.with_gamma(self.program, g), warpers=w, logprobs=p)
             for g, p in sorted(kinds)
-            for s in sampled
+            for w in dict.fromkeys(map(known, KINDS))
         ]
         meshed = mesh_of(self.model.params) is not None
 
@@ -367,7 +367,7 @@ class Engine:
         used = [slot for slot in self._slots if slot is not None]
         program = dataclasses.replace(
             self.program,
-            sampled=known_sampled(any(slot.sampled for slot in used)),
+            warpers=known(functools.reduce(operator.or_, (slot.warpers for slot in used), GREEDY)),
             logprobs=any(slot.logprobs is not None for slot in used),
         )
         adaptive = self.config.mode == "quantspec" and self.config.gamma == "auto" and speculate
@@ -406,7 +406,7 @@ class Engine:
         lie = self._lie[slot] = self._lie[slot][: self._same(slot, useful)]
         self._standing.pop(slot, None)
         self._stand_still(slot, g * len(lie))
-        self._slots[slot] = _Slot(config.warped, config.logprobs)
+        self._slots[slot] = _Slot(config.warpers, config.logprobs)
         self._ended[slot] = False
         self._prompts.append(_Prompt(slot, ids, wants, every, g * len(lie)))
         return slot

@@ -22,6 +22,7 @@ from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.couplings import coupling
 from quantspec_jax.generate.policies import Policy, policy
 from quantspec_jax.generate.requests import Requests, requests
+from quantspec_jax.generate.sampling import GREEDY, Warpers
 from quantspec_jax.generate.state import Program
 from quantspec_jax.loading import Model
 from quantspec_jax.sharding import mesh_of
@@ -62,10 +63,16 @@ def prepare(
     return Prepared(program, bucket(config.max_new_tokens), (*pad(ids, padded), wants))
 
 
-def known_sampled(sampled: bool) -> bool | None:
-    """`Program.sampled`, from whether any sequence is `GenerateConfig.warped`: where branches cost
-    nothing, one program serves both."""
-    return None if dispatch.device() is None else sampled
+# Programs for these serve all; top-k comes with top-p, as a rule.
+KINDS = (GREEDY, Warpers(True, False, False), Warpers(True, False, True), Warpers())
+
+
+def known(warpers: Warpers) -> Warpers | None:
+    """`Program.warpers`, from what the sequences want: one of `KINDS`; None where branches cost
+    nothing, and one program serves all."""
+    if dispatch.device() is None:
+        return None
+    return next(kind for kind in KINDS if kind | warpers == kind)
 
 
 def pad(prompts: Sequence[Sequence[int]], length: int) -> tuple[jax.Array, jax.Array]:
@@ -114,7 +121,7 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         draft_view=config.draft_view,
         exact_tiles=config.exact_tiles,
         coupling=coupling(config.coupling),
-        sampled=known_sampled(config.warped),
+        warpers=known(config.warpers),
         backend=config.backend,
         mesh=None if mesh.size == 1 else mesh,
     )

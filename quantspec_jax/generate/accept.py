@@ -45,18 +45,18 @@ def accept(
     rest = (tokens, proposed, state.requests.keys, state.cache.length + 1)
 
     def drawn() -> Verdict:
-        p = warp(logits, _seen_by_row(state.seen, tokens), sampling, program.sampled is None)
+        p = warp(logits, _seen_by_row(state.seen, tokens), sampling, program.warpers)
         return program.coupling.verdict(p, q, *rest)
 
     def greedy() -> Verdict:
         chosen = best
-        if program.sampled is None:
+        if program.warpers is None:
             chosen = largest(penalize(logits, _seen_by_row(state.seen, tokens), sampling))[1]
         elif chosen is None:
             chosen = largest(logits)[1]
         return program.coupling.greedy(chosen, *rest)
 
-    return either(program.sampled, sampling, drawn, greedy)
+    return either(program.warpers, sampling, drawn, greedy)
 
 
 def _seen_by_row(seen: jax.Array, proposals: jax.Array) -> jax.Array:

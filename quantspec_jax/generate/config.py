@@ -10,6 +10,7 @@ from quantspec_jax.checks import is_int, is_number, require
 from quantspec_jax.generate.couplings import COUPLINGS
 from quantspec_jax.generate.logprobs import MOST as MOST_LOGPROBS
 from quantspec_jax.generate.policies import POLICIES, policy
+from quantspec_jax.generate.sampling import Warpers
 
 Mode = Literal["quantspec", "autoregressive"]
 Backend = Literal["auto", "mosaic_gpu", "xla"]
@@ -180,9 +181,14 @@ class GenerateConfig:
         return tuple(dict.fromkeys((() if self.ignore_eos else eos_ids) + self.stop_ids))
 
     @property
-    def warped(self) -> bool:
-        """Whether it takes more than the argmax of the logits: a draw, or a penalty."""
-        return self.temperature > 0 or self.repetition_penalty != 1
+    def warpers(self) -> Warpers:
+        """What it takes beyond the argmax of the logits."""
+        drawn = self.temperature > 0
+        return Warpers(
+            drawn or self.repetition_penalty != 1,
+            drawn and self.top_k > 0,
+            drawn and self.top_p < 1,
+        )
 
     @property
     def target_view(self) -> str:

@@ -53,7 +53,7 @@ def draft(
         call = (params, program, cache, token[:, None], position, program.draft_read, pages)
         logits, cache = cache_pass(*call, rope, start)
         token, probabilities = choose(
-            logits[:, 0], seen, sampling, keys, position + 1, coupling.draft_role, program.sampled
+            logits[:, 0], seen, sampling, keys, position + 1, coupling.draft_role, program.warpers
         )
         found = Proposals(
             jnp.where(jnp.arange(program.gamma)[None] == i, token[:, None], found.tokens),

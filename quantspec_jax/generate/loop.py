@@ -30,7 +30,7 @@ from quantspec_jax.generate.couplings import Verdict
 from quantspec_jax.generate.draft import draft, no_proposals
 from quantspec_jax.generate.logprobs import score
 from quantspec_jax.generate.policies import Sizes
-from quantspec_jax.generate.sampling import largest
+from quantspec_jax.generate.sampling import GREEDY, largest
 from quantspec_jax.generate.split import split
 from quantspec_jax.generate.state import DecodeState, Program, counted
 from quantspec_jax.generate.verify import verify
@@ -247,7 +247,7 @@ def _emit(
         scores = score(logits, new, logprobs.ids.shape[-1])
         logprobs = jax.tree.map(write, logprobs, scores)
     seen = state.seen
-    if program.sampled is not False:
+    if program.warpers != GREEDY:
         seen = seen.at[jnp.arange(b)[:, None], new].max(index < number[:, None])
     last = new[:, 0]
     for i in range(1, width):

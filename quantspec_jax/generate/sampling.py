@@ -10,12 +10,14 @@ of magnitude faster than sorting a vocabulary; on a GPU, where launches cost mor
 four at a time.
 
 A GPU's branch waits for the host to read its condition. There nothing of this is in a branch: the
-program is compiled for drawing or for argmax alone (`Program.sampled`).
+program is compiled for what its sequences want (`Warpers`).
 """
 
 from __future__ import annotations
 
 import enum
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -55,6 +57,26 @@ class Sampling(NamedTuple):
     repetition_penalty: jax.Array
 
 
+class Warpers(NamedTuple):
+    """What a program's sequences want beyond the argmax of logits; it is compiled without the rest.
+
+    draws  a draw, or a penalty
+    top_k  a draw that is filtered so
+    top_p  likewise
+    """
+
+    draws: bool = True
+    top_k: bool = True
+    top_p: bool = True
+
+    def __or__(self, other: Warpers) -> Warpers:
+        """What either wants."""
+        return Warpers(*map(max, self, other))
+
+
+GREEDY = Warpers(False, False, False)
+
+
 def any_sampled(sampling: Sampling) -> jax.Array:
     """[] bool: whether any sequence draws at all; if none does, only argmax is computed."""
     return jnp.any(sampling.temperature > 0)
@@ -80,11 +102,8 @@ def largest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     In two steps, of which the second is short: on a GPU the first is a launch, and the second is
     part of whatever reads it.
     """
-    n = x.shape[-1]
-    parts = -(-n // CHUNK)
-    chunk = -(-n // parts)
-    beyond = [(0, 0)] * (x.ndim - 1) + [(0, parts * chunk - n)]
-    x = jnp.pad(x, beyond, constant_values=-jnp.inf).reshape(*x.shape[:-1], parts, chunk)
+    x = _in_parts(x, -jnp.inf)
+    parts, chunk = x.shape[-2:]
     places = jnp.arange(parts * chunk, dtype=jnp.int32).reshape(parts, chunk)
     start = (np.float32(-np.inf), np.int32(0))
     found = jax.lax.reduce((x, jnp.broadcast_to(places, x.shape)), start, _larger, (x.ndim - 1,))
@@ -125,11 +144,35 @@ def _largest(
     steps = jnp.arange(1, 1 << bits, dtype=jnp.uint32).reshape(-1, *[1] * len(shape))
 
     def more(i: jax.Array, found: jax.Array) -> jax.Array:
-        shift = (32 - bits * (i + 1)).astype(jnp.uint32)
+        shift = jnp.uint32(32 - bits) - jnp.uint32(bits) * jnp.uint32(i)
         digit = jnp.sum(jax.vmap(holds)(found[None] | (steps << shift)), 0, dtype=jnp.uint32)
         return found | (digit << shift)
 
-    return jax.lax.fori_loop(0, 32 // bits, more, jnp.zeros(shape, jnp.uint32))
+    # On a GPU a turn's counter would be a launch of its own.
+    nothing = jnp.zeros(shape, jnp.uint32)
+    return jax.lax.fori_loop(0, 32 // bits, more, nothing, unroll=bits > 1)
+
+
+def _sum(x: jax.Array, bits: int) -> jax.Array:
+    """[..., N] → [...] sums; where bits are found several at a time, in the two steps of
+    `largest`."""
+    if bits == 1:
+        return jnp.sum(x, -1)
+    return functools.reduce(operator.add, _last(jnp.sum(_in_parts(x, 0), -1)))
+
+
+def _in_parts(x: jax.Array, filler: float) -> jax.Array:
+    """[..., N] → [..., parts, chunk], filled up at its end."""
+    n = x.shape[-1]
+    parts = -(-n // CHUNK)
+    chunk = -(-n // parts)
+    beyond = [(0, 0)] * (x.ndim - 1) + [(0, parts * chunk - n)]
+    return jnp.pad(x, beyond, constant_values=filler).reshape(*x.shape[:-1], parts, chunk)
+
+
+def _last(x: jax.Array) -> list[jax.Array]:
+    """[..., N] → N of [...]"""
+    return [x[..., i] for i in range(x.shape[-1])]
 
 
 def _top_k(order: jax.Array, k: jax.Array, bits: int) -> jax.Array:
@@ -137,7 +180,7 @@ def _top_k(order: jax.Array, k: jax.Array, bits: int) -> jax.Array:
     n = order.shape[-1]
     k = jnp.where(k > 0, jnp.minimum(k, n), n)[:, None]
     smallest = _largest(
-        lambda key: jnp.sum(order >= key[..., None], -1, dtype=jnp.int32) >= k,
+        lambda key: _sum((order >= key[..., None]).astype(jnp.int32), bits) >= k,
         order.shape[:-1],
         bits,
     )
@@ -146,58 +189,66 @@ def _top_k(order: jax.Array, k: jax.Array, bits: int) -> jax.Array:
 
 def _top_p(order: jax.Array, weights: jax.Array, top_p: jax.Array, bits: int) -> jax.Array:
     """[B, S, N] bool: what is left once the least likely tokens, 1 − top_p of the mass together
-    at most, are removed. Of equal tokens the first stay, as at temperature 0.
+    at most, are removed. Of equal tokens the first stay, as at temperature 0. `order` is that of
+    numbers the largest of which is 0.
     """
-    budget = (1 - top_p)[:, None] * jnp.sum(weights, -1)
+    budget = (1 - top_p)[:, None] * _sum(weights, bits)
 
     def mass_below(key: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(order < key[..., None], weights, 0.0), -1)
+        return _sum(jnp.where(order < key[..., None], weights, 0.0), bits)
 
     smallest = _largest(lambda key: mass_below(key) <= budget, order.shape[:-1], bits)
-    smallest = jnp.minimum(smallest, jnp.max(order, -1))
+    smallest = jnp.minimum(smallest, _ordered(jnp.float32(0)))  # the largest's
     # The mass of what is below fits into the budget, that of all that equals `smallest` does not.
     equal = order == smallest[..., None]
-    weight = jnp.max(jnp.where(equal, weights, 0.0), -1)
+    weight = largest(jnp.where(equal, weights, 0.0))[0]
     room = jnp.maximum(budget - mass_below(smallest), 0.0)
-    kept = jnp.maximum(jnp.sum(equal, -1).astype(jnp.float32) - jnp.floor(room / weight), 1.0)
+    count = _sum(equal.astype(jnp.float32), bits)
+    kept = jnp.maximum(count - jnp.floor(room / weight), 1.0)
     rank = jnp.cumsum(equal, -1, dtype=jnp.int32)
     return (order > smallest[..., None]) | (equal & (rank.astype(jnp.float32) <= kept[..., None]))
 
 
 @shaped
-def warp(logits: Logits, seen: SeenRows, sampling: Sampling, branches: bool = True) -> Logits:
+def warp(
+    logits: Logits, seen: SeenRows, sampling: Sampling, warpers: Warpers | None = None
+) -> Logits:
     """The distribution that tokens are drawn from.
 
     Args:
       logits: [B, S, N] float32.
       seen: [B, S, N] bool, tokens of the prompt and the text before each row.
       sampling: one value a sequence.
-      branches: leave out, in branches, the filters that are off in all sequences.
+      warpers: which filters a sequence wants; None: branches leave out those that none does.
 
     Returns:
       [B, S, N] float32 probabilities; at temperature 0, 1 at the (first) largest penalized logit.
       At least one token of a row survives.
     """
     x = penalize(logits, seen, sampling)
-    best = jnp.arange(x.shape[-1])[None, None] == jnp.argmax(x, -1)[..., None]
+    most, place = largest(x)
+    best = jnp.arange(x.shape[-1])[None, None] == place[..., None]
     temperature = sampling.temperature[:, None, None]
     # Subtracting first keeps the smallest temperatures from overflowing.
-    x = (x - jnp.max(x, -1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1.0)
+    x = (x - most[..., None]) / jnp.where(temperature > 0, temperature, 1.0)
     order, weights = _ordered(x), jnp.exp(x)
 
-    def filtered(on: jax.Array, keep: Callable[[], jax.Array]) -> jax.Array:
-        if not branches:
-            return keep()
-        return jax.lax.cond(jnp.any(on), keep, lambda: jnp.ones_like(seen))
+    def filtered(
+        wanted: bool | None, on: jax.Array, keep: Callable[[], jax.Array]
+    ) -> jax.Array | np.bool_:
+        if wanted is None:
+            return jax.lax.cond(jnp.any(on), keep, lambda: jnp.ones_like(seen))
+        return keep() if wanted else np.bool_(True)
 
-    bits = 1 if branches else 4
-    keep = filtered(sampling.top_k > 0, lambda: _top_k(order, sampling.top_k, bits))
+    _, by_k, by_p = warpers or (None, None, None)
+    bits = 1 if warpers is None else 4
+    keep = filtered(by_k, sampling.top_k > 0, lambda: _top_k(order, sampling.top_k, bits))
     weights = jnp.where(keep, weights, 0.0)
-    keep = filtered(sampling.top_p < 1, lambda: _top_p(order, weights, sampling.top_p, bits))
+    keep = filtered(by_p, sampling.top_p < 1, lambda: _top_p(order, weights, sampling.top_p, bits))
     # The largest weight is 1 and survives, so min-p compares with the weights themselves.
     keep &= weights >= sampling.min_p[:, None, None]
     weights = jnp.where(keep, weights, 0.0)
-    probabilities = weights / jnp.sum(weights, -1, keepdims=True)
+    probabilities = weights / _sum(weights, bits)[..., None]
     return jnp.where(temperature > 0, probabilities, best.astype(jnp.float32))
 
 
@@ -233,7 +284,7 @@ def choose(
     keys: Keys,
     position: Each,
     role: Role,
-    sampled: bool | None = None,
+    warpers: Warpers | None = None,
 ) -> tuple[Each, LastLogits]:
     """The token at sequence position `position`: the draft's, or the autoregressive target's.
 
@@ -244,7 +295,7 @@ def choose(
       keys: [B] typed PRNG keys, one a sequence.
       position: [B] int32, position of the token that is chosen.
       role: `Role.DRAFT` or `Role.TARGET`.
-      sampled: whether any sequence is drawn, where that is known; None: a branch finds out.
+      warpers: what the sequences want, where that is known; None: branches find out.
 
     Returns:
       [B] int32 tokens and the [B, N] float32 probabilities they were drawn from; where every
@@ -253,25 +304,25 @@ def choose(
     logits, seen = logits[:, None], seen[:, None]
 
     def drawn() -> tuple[jax.Array, jax.Array]:
-        probabilities = warp(logits, seen, sampling, sampled is None)[:, 0]
+        probabilities = warp(logits, seen, sampling, warpers)[:, 0]
         return draw(probabilities, keys, position, role), probabilities
 
     def greedy() -> tuple[jax.Array, jax.Array]:
-        penalized = logits if sampled is False else penalize(logits, seen, sampling)
+        penalized = logits if warpers == GREEDY else penalize(logits, seen, sampling)
         token = largest(penalized[:, 0])[1]
         return token, jnp.zeros((logits.shape[0], logits.shape[-1]), jnp.float32)
 
-    return either(sampled, sampling, drawn, greedy)
+    return either(warpers, sampling, drawn, greedy)
 
 
 def either(
-    sampled: bool | None,
+    warpers: Warpers | None,
     sampling: Sampling,
     drawn: Callable[[], Result],
     greedy: Callable[[], Result],
 ) -> Result:
-    """`drawn()` where any sequence is sampled, else `greedy()`; in a branch where `sampled` does
+    """`drawn()` where any sequence is sampled, else `greedy()`; in a branch where `warpers` does
     not say which."""
-    if sampled is None:
+    if warpers is None:
         return jax.lax.cond(any_sampled(sampling), drawn, greedy)
-    return drawn() if sampled else greedy()
+    return drawn() if warpers.draws else greedy()

@@ -20,6 +20,7 @@ from quantspec_jax.generate.couplings import REJECTION, Coupling
 from quantspec_jax.generate.logprobs import Logprobs
 from quantspec_jax.generate.policies import ALL, Policy
 from quantspec_jax.generate.requests import Requests
+from quantspec_jax.generate.sampling import Warpers
 from quantspec_jax.models.config import ModelConfig
 
 COUNTED = 16  # positions of a round that statistics tell apart; the last counts all beyond, too
@@ -59,9 +60,9 @@ class Program:
       draft_view: in which view.
       exact_tiles: how many tiles at the beginning a draft reads as finely as the target does.
       coupling: how proposals are accepted.
-      sampled: whether any sequence is drawn or penalized; False: tokens are the argmax of the
-        logits, whatever `requests` say, and `seen` stays as it is. None: the program finds out, in
-        branches. A GPU's branch waits for the host.
+      warpers: what any sequence wants. What is not in it does not happen, whatever `requests` say:
+        with `GREEDY` tokens are the argmax of the logits, and `seen` stays as it is. None: the
+        program finds out, in branches. A GPU's branch waits for the host.
       backend: which kernels run.
       logprobs: whether the log-probabilities of new tokens are written down.
       mesh: of the devices that the arrays are split over; None: there is one.
@@ -74,7 +75,7 @@ class Program:
     draft_view: str | None = None
     exact_tiles: int = EXACT_TILES
     coupling: Coupling = REJECTION
-    sampled: bool | None = None
+    warpers: Warpers | None = None
     backend: str = "auto"
     logprobs: bool = False
     mesh: Mesh | None = None
@@ -132,7 +133,7 @@ class DecodeState:
     requests  what the sequences want
     memory    what the draft policy remembers
     seen      [B, N] bool, tokens of the prompt and of the text so far (repetition penalty); of the
-              prompt alone where no program needed to know (`Program.sampled`)
+              prompt alone where no program needed to know (`Program.warpers`)
     pending   [B] int32
     tokens    [B, M] int32, new tokens, the pending one included; valid below `count`
     count     [B] int32

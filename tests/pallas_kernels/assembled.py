@@ -16,7 +16,7 @@ from typing import Any
 
 # What the plugin would look for beyond ptxas is for running.
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-if (nvcc := importlib.util.find_spec("nvidia.cuda_nvcc")) is not None:
+if importlib.util.find_spec("nvidia") and (nvcc := importlib.util.find_spec("nvidia.cuda_nvcc")):
     for folder in nvcc.submodule_search_locations or ():
         os.environ["PATH"] = f"{folder}/bin:{os.environ['PATH']}"
 

@@ -3,8 +3,8 @@ tests/pallas_kernels is on Python's path:
 
 python tests/quantspec_jax/compiled_loop.py
 
-A line for each draft policy, number of layers and γ: launches of a round of Qwen2.5-1.5B's shapes,
-greedy. It takes JAX's CUDA plugin (`pip install .[assemble]`).
+A line for each draft policy, number of layers, γ and way to choose a token: launches of a round of
+Qwen2.5-1.5B's shapes. It takes JAX's CUDA plugin (`pip install .[assemble]`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from quantspec_jax.bench.launches import launches_a_round
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.engine.programs import DECODE
 from quantspec_jax.generate.policies import policy
+from quantspec_jax.generate.sampling import GREEDY, Warpers
 from quantspec_jax.generate.state import Program
 from quantspec_jax.models.module import init_params
 from quantspec_jax.models.presets import PRESETS
@@ -31,17 +32,23 @@ from quantspec_jax.weights.entries import draft_tree, quantize_params
 from quantspec_jax.weights.formats import DraftConfig
 
 CONTEXT = 4096
+WARPERS = {"greedy": GREEDY, "draws": Warpers(True, False, False), "top-p": Warpers(True, False)}
 CASES = (
-    *((policy, layers, 4) for policy in ("all", "window", "top-pages") for layers in (2, 3)),
-    *((policy, layers, 3) for policy in ("all", "top-pages") for layers in (2, 3)),
+    *(
+        (policy, layers, 4, "greedy")
+        for policy in ("all", "window", "top-pages")
+        for layers in (2, 3)
+    ),
+    *((policy, layers, 3, "greedy") for policy in ("all", "top-pages") for layers in (2, 3)),
+    *(("all", 2, 4, chosen) for chosen in ("draws", "top-p")),
 )
 
 
-def compiled(name: str, layers: int, gamma: int, device: jax.Device) -> str:
-    """The optimized program of greedy decoding."""
+def compiled(name: str, layers: int, gamma: int, chosen: str, device: jax.Device) -> str:
+    """The optimized program of decoding."""
     model = dataclasses.replace(PRESETS["qwen2.5-1.5b"], num_layers=layers)
     cache = CacheConfig(CONTEXT + 1024, 128, "int8", gamma + 1, jnp.dtype("bfloat16"))
-    program = Program(model, cache, gamma, policy(name), sampled=False)
+    program = Program(model, cache, gamma, policy(name), warpers=WARPERS[chosen])
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.bfloat16))
     own = jax.eval_shape(lambda x: draft_tree(x, quantize_params(x, DraftConfig())), params)
     state = jax.eval_shape(lambda: random_state(program, 1, CONTEXT, 128, 99))
@@ -59,9 +66,9 @@ def main() -> None:
     described = topologies.get_topology_desc(
         platform="cuda", topology="1x1x1", target_config=target(device)
     )
-    for name, layers, gamma in CASES:
-        text = compiled(name, layers, gamma, described.devices[0])
-        row = {"policy": name, "layers": layers, "gamma": gamma}
+    for name, layers, gamma, chosen in CASES:
+        text = compiled(name, layers, gamma, chosen, described.devices[0])
+        row = {"policy": name, "layers": layers, "gamma": gamma, "chosen": chosen}
         print(json.dumps(row | {"round": launches_a_round(text)}), flush=True)
 
 

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.assemble
 
 
 @pytest.fixture(scope="module")
-def launches() -> dict[tuple[str, int, int], float]:
-    """A round's, by policy, number of layers and γ."""
+def every() -> dict[tuple[str, int, int, str], float]:
+    """A round's, by policy, number of layers, γ and how a token is chosen."""
     assert importlib.util.find_spec("jax_plugins.xla_cuda12"), "pip install .[assemble]"
     script = Path(__file__).with_name("compiled_loop.py")
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
@@ -30,7 +30,14 @@ def launches() -> dict[tuple[str, int, int], float]:
     ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-1000:] + ran.stderr[-3000:]
     rows = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    return {(row["policy"], row["layers"], row["gamma"]): row["round"] for row in rows}
+    names = ("policy", "layers", "gamma", "chosen")
+    return {tuple(row[name] for name in names): row["round"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def launches(every) -> dict[tuple[str, int, int], float]:
+    """Those of greedy decoding."""
+    return {tuple(case): number for (*case, chosen), number in every.items() if chosen == "greedy"}
 
 
 def test_top_pages_adds_four_launches_to_a_round(launches):
@@ -60,3 +67,10 @@ def test_what_a_round_pays_outside_of_its_layers(launches):
     """Of 82 that there were."""
     for policy, most in (("all", 31), ("window", 34), ("top-pages", 35)):
         assert launches[policy, 2, 4] - 2 * 7 * 5 <= most
+
+
+def test_what_draws_add_to_a_round(every):
+    """In its five choices; of 552 that there were, whatever was filtered."""
+    greedy = every["all", 2, 4, "greedy"]
+    for chosen, most in (("draws", 45), ("top-p", 210)):
+        assert every["all", 2, 4, chosen] - greedy <= most

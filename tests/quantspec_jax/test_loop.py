@@ -26,12 +26,14 @@ from tiny import (
 
 from pallas_kernels.kv_attention.read import Read
 from quantspec_jax.cache.codecs import EXACT_TILES
+from quantspec_jax.engine.prepare import KINDS
 from quantspec_jax.generate.cache_pass import cache_pass
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.couplings import COUPLINGS, coupling
 from quantspec_jax.generate.loop import generate_tokens, one_round
 from quantspec_jax.generate.policies import ALL, Policy, TopPages
 from quantspec_jax.generate.requests import sampling_arrays
+from quantspec_jax.generate.sampling import GREEDY
 from quantspec_jax.weights.entries import merge, quantize_params
 from quantspec_jax.weights.formats import DraftConfig
 
@@ -65,18 +67,20 @@ def test_greedy_tokens_are_those_of_autoregressive_decoding(gamma, layers):
 def test_a_program_for_argmax_or_for_draws_makes_the_tokens_that_branches_make():
     """Greedy ones, penalties included; the one for argmax does not look at penalties."""
 
-    def made(sampled, penalty):
-        p = program(4, sampled=sampled)
+    def made(warpers, penalty):
+        p = program(4, warpers=warpers)
         sampling = sampling_arrays(GenerateConfig(repetition_penalty=penalty), len(LENGTHS))
         state = start(p, prompts(LENGTHS), LENGTHS, 40, sampling=sampling)
         return new_tokens(decode(p, state))
 
     plain, penalized = made(None, 1.0), made(None, 1.3)
     assert plain != penalized
-    assert made(False, 1.0) == made(True, 1.0) == plain
-    assert made(True, 1.3) == penalized
+    for kind in KINDS:
+        assert made(kind, 1.0) == plain
+    for kind in KINDS[1:]:
+        assert made(kind, 1.3) == penalized
     # The prefill has made the first token, with its penalty.
-    assert made(False, 1.3) != penalized
+    assert made(GREEDY, 1.3) != penalized
 
 
 def test_proposals_are_counted_by_their_place():

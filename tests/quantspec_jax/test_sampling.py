@@ -9,7 +9,7 @@ from transformers.generation import logits_process as hf
 
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.requests import sampling_arrays
-from quantspec_jax.generate.sampling import Role, Sampling, choose, draw, warp
+from quantspec_jax.generate.sampling import Role, Sampling, Warpers, choose, draw, warp
 
 VOCABULARIES = (7, 53, 1000)
 WARPERS = {
@@ -36,6 +36,9 @@ WARPERS = {
 }
 
 
+COMPILED_FOR = ("any", "wanted", "all")
+
+
 def reference(logits: np.ndarray, seen: np.ndarray, config: GenerateConfig) -> np.ndarray:
     """[R, N] rows through transformers' processors, in the order that its `generate` has."""
     rows = []
@@ -57,15 +60,17 @@ def reference(logits: np.ndarray, seen: np.ndarray, config: GenerateConfig) -> n
     return np.stack(rows)
 
 
-jitted_warp = jax.jit(warp)
+jitted_warp = jax.jit(warp, static_argnames="warpers")
 
 
 def both(
-    logits: np.ndarray, seen: np.ndarray, config: GenerateConfig
+    logits: np.ndarray, seen: np.ndarray, config: GenerateConfig, compiled_for: str = "any"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[B, S, N] probabilities, ours and those of transformers."""
+    """[B, S, N] probabilities, ours and those of transformers. Ours of a program that finds out
+    what is wanted, that is compiled for just that, or for all there is."""
     b, s, n = logits.shape
-    ours = jitted_warp(jnp.asarray(logits), jnp.asarray(seen), sampling_arrays(config, b))
+    warpers = {"any": None, "wanted": config.warpers, "all": Warpers()}[compiled_for]
+    ours = jitted_warp(jnp.asarray(logits), jnp.asarray(seen), sampling_arrays(config, b), warpers)
     theirs = reference(logits.reshape(-1, n), seen.reshape(-1, n), config)
     return np.asarray(ours), theirs.reshape(b, s, n)
 
@@ -76,16 +81,19 @@ def same(ours: np.ndarray, theirs: np.ndarray) -> None:
     np.testing.assert_allclose(ours.sum(-1), 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("compiled_for", COMPILED_FOR)
 @pytest.mark.parametrize("n", VOCABULARIES)
 @pytest.mark.parametrize("name", WARPERS)
-def test_warp_is_that_of_transformers(name: str, n: int) -> None:
+def test_warp_is_that_of_transformers(name: str, n: int, compiled_for: str) -> None:
     random = np.random.default_rng(n)
     logits = (random.normal(size=(2, 3, n)) * 3).astype(np.float32)
-    same(*both(logits, random.random((2, 3, n)) < 0.3, GenerateConfig(**WARPERS[name])))
+    seen = random.random((2, 3, n)) < 0.3
+    same(*both(logits, seen, GenerateConfig(**WARPERS[name]), compiled_for))
 
 
+@pytest.mark.parametrize("compiled_for", COMPILED_FOR)
 @pytest.mark.parametrize("name", WARPERS)
-def test_equal_logits(name: str) -> None:
+def test_equal_logits(name: str, compiled_for: str) -> None:
     """As many survive a threshold as in transformers, where an unstable sort says which: here the
     first ones do.
     """
@@ -93,7 +101,7 @@ def test_equal_logits(name: str) -> None:
     random = np.random.default_rng(1)
     logits = random.integers(-6, 6, (2, 8, 53)).astype(np.float32) / 2
     unseen = np.zeros(logits.shape, bool)
-    ours, theirs = both(logits, unseen, GenerateConfig(**WARPERS[name]))
+    ours, theirs = both(logits, unseen, GenerateConfig(**WARPERS[name]), compiled_for)
     same(np.sort(ours), np.sort(theirs))
     for row, p in zip(logits.reshape(-1, 53), ours.reshape(-1, 53), strict=True):
         for value in np.unique(row):
@@ -101,11 +109,12 @@ def test_equal_logits(name: str) -> None:
             assert np.array_equal(survives, np.sort(survives)[::-1])
 
 
+@pytest.mark.parametrize("compiled_for", COMPILED_FOR)
 @pytest.mark.parametrize("top_p", [0.125, 0.25, 0.5, 0.51, 0.75, 0.76, 1.0])
-def test_top_p_at_exact_boundaries(top_p: float) -> None:
+def test_top_p_at_exact_boundaries(top_p: float, compiled_for: str) -> None:
     logits = np.zeros((1, 1, 8), np.float32)  # cumulative probabilities are multiples of 1/8
     config = GenerateConfig(temperature=1.0, top_p=top_p)
-    ours, theirs = both(logits, np.zeros(logits.shape, bool), config)
+    ours, theirs = both(logits, np.zeros(logits.shape, bool), config, compiled_for)
     same(np.sort(ours), np.sort(theirs))
 
 
