@@ -148,8 +148,8 @@ def headlines(runs: Sequence[Run]) -> list[Headline]:
 
 
 def headlines_of(run: Run) -> list[Headline]:
-    """A row for each model, context and temperature: γ auto, which is what users get unless they
-    say otherwise, where the run has it, else the fastest γ."""
+    """A row for each model, context and temperature: of what users get unless they say otherwise,
+    drafts that read all pages and γ auto, where the run has it, else the fastest γ."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in run.rows:
         drafts = row.get("gamma", row.get("acceptance")) is not None
@@ -161,8 +161,9 @@ def headlines_of(run: Run) -> list[Headline]:
 
 def _headline(run: Run, rows: list[dict[str, Any]]) -> Headline:
     """`speed_up` is over plain decoding with a cache in full precision, of the same run."""
-    adaptive = [row for row in rows if row.get("gamma") == "auto"]
-    row = max(adaptive or rows, key=lambda each: each["tokens_per_second"])
+    for name, usual in (("policy", (None, "all")), ("gamma", ("auto",))):
+        rows = [row for row in rows if row.get(name) in usual] or rows
+    row = max(rows, key=lambda each: each["tokens_per_second"])
     if run.simulated is not None:
         acceptance = f"{run.simulated:g}, *simulated*"
     elif row["acceptance_rate"] is not None:
