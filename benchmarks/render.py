@@ -148,8 +148,8 @@ def headlines(runs: Sequence[Run]) -> list[Headline]:
 
 
 def headlines_of(run: Run) -> list[Headline]:
-    """A row for each model, context and temperature: of what users get unless they say otherwise,
-    drafts that read all pages and γ auto, where the run has it, else the fastest γ."""
+    """A row for each model, context and temperature: what users get unless they say otherwise, auto
+    by policy and γ, where the run has it; else all pages, and the fastest γ."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in run.rows:
         drafts = row.get("gamma", row.get("acceptance")) is not None
@@ -161,7 +161,7 @@ def headlines_of(run: Run) -> list[Headline]:
 
 def _headline(run: Run, rows: list[dict[str, Any]]) -> Headline:
     """`speed_up` is over plain decoding with a cache in full precision, of the same run."""
-    for name, usual in (("policy", (None, "all")), ("gamma", ("auto",))):
+    for name, usual in (("policy", ("auto",)), ("policy", (None, "all")), ("gamma", ("auto",))):
         rows = [row for row in rows if row.get(name) in usual] or rows
     row = max(rows, key=lambda each: each["tokens_per_second"])
     if run.simulated is not None:

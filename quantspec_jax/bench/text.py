@@ -188,7 +188,7 @@ def cases(args: argparse.Namespace, temperature: float) -> list[Case]:
     return plain + [
         Case(QUANTSPEC, gamma, policy, coupling, share, view, every)
         for coupling in couplings
-        for policy in args.draft_policy or ["all"]
+        for policy in args.draft_policy or ["auto"]
         for view in args.draft_view or [None]
         for share in shares(policy, args.draft_share)
         for every in rounds_between_choices(policy, args.draft_every)

@@ -284,7 +284,8 @@ def add_reading(parser: argparse.ArgumentParser, *, several: bool = False) -> No
     parser.add_argument(
         "--draft-policy",
         choices=(*POLICIES, "auto"),
-        help="which pages of the cache the draft reads; auto: what promises most there (all)",
+        help="which pages of the cache the draft reads; auto: what promises most there (auto; in a "
+        "server all)",
         **many,
     )
     parser.add_argument(

@@ -102,5 +102,6 @@ def decoding_config(args: argparse.Namespace) -> GenerateConfig:
     if args.mode == "autoregressive":
         drafting = given(args, *DRAFTING) | draft_options(args)
         refuse(drafting, "--mode autoregressive: nothing is drafted")
-    options = given(args, *DRAFTING, "kv")
+    # What promises most with the longest text would be lost on short ones.
+    options = {"draft_policy": "all"} | given(args, *DRAFTING, "kv")
     return GenerateConfig(mode=args.mode, backend=args.backend, prefill="tiles", **options)

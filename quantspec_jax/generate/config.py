@@ -44,8 +44,8 @@ class GenerateConfig:
     coupling: how sampled proposals are accepted (`generate.couplings`).
     draft_policy, draft_share: which pages of the cache a draft reads, and how large a share of its
       coded tokens (`generate.policies`); None: the policy's own. "auto": what promises most at the
-      cache's length, by bytes and by the acceptance that was measured (`cost.best_reading`); short
-      contexts are read whole.
+      cache's length, by bytes, layers and the acceptance that was measured (`cost.best_reading`);
+      short contexts are read whole.
     draft_every: rounds that read the same pages, of a policy that chooses anew; None: its own.
     draft_view: in which view a draft reads them, int4, or int8 as the target does.
     exact_tiles: tiles of `group_size` tokens at the beginning, where attention sinks lie, that a
@@ -77,7 +77,7 @@ class GenerateConfig:
     ignore_eos: bool = False
     stop_ids: tuple[int, ...] = ()
     coupling: str = "block"
-    draft_policy: str = "all"
+    draft_policy: str = "auto"
     draft_share: float | None = None
     draft_every: int | None = None
     draft_view: str | None = None
@@ -170,7 +170,7 @@ class GenerateConfig:
             possible = self.prefill == "whole" or chosen.votes or not chosen.observes
             words = "one that need not see the prompt as a whole, with prefill tiles"
             require(possible, "draft_policy", self.draft_policy, words)
-        drafts = self.mode == "quantspec" or self.draft_policy == "all"
+        drafts = self.mode == "quantspec" or self.draft_policy in ("all", "auto")
         require(drafts, "draft_policy", self.draft_policy, "all in mode autoregressive: no draft")
 
     def end_ids(self, eos_ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:

@@ -78,7 +78,7 @@ def test_what_is_drafted_has_an_acceptance_and_nothing_else_has(recorded: dict) 
     for row in recorded["rows"]:
         drafts = row["mode"] == "quantspec"
         assert (row["acceptance_rate"] is not None) == drafts
-        assert row["policy"] == ("all" if drafts else None)
+        assert row["policy"] == ("auto" if drafts else None)
         assert row["draft_read_share"] == (1.0 if drafts else None)
         assert len(row["accepted_by_position"]) == (2 if drafts else 0)
         if not drafts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import types
@@ -15,6 +16,7 @@ from tiny import G, decode, new_tokens, program, prompts, start, tiny_model, tot
 import quantspec_jax as qs
 from pallas_kernels.kv_attention.read import Pages
 from quantspec_jax.cache import rollback
+from quantspec_jax.commands import serve
 from quantspec_jax.cost import best_reading
 from quantspec_jax.engine.adaptive import PRIOR
 from quantspec_jax.engine.prepare import draft_policy
@@ -330,7 +332,7 @@ def test_what_is_no_policy_is_refused_by_name():
     with pytest.raises(ValueError, match="draft_policy is 'best'; allowed: all, window, snapkv"):
         policy("best", None)
     with pytest.raises(ValueError, match=r"draft_share is 0\.5; allowed: 1 \(draft_policy all"):
-        qs.GenerateConfig(draft_share=0.5)
+        qs.GenerateConfig(draft_policy="all", draft_share=0.5)
     with pytest.raises(ValueError, match=r"draft_share is 0\.5; allowed: None with draft_policy"):
         qs.GenerateConfig(draft_policy="auto", draft_share=0.5)
     with pytest.raises(ValueError, match="draft_every is 2; allowed: None with a policy whose"):
@@ -343,3 +345,14 @@ def test_what_is_no_policy_is_refused_by_name():
         qs.GenerateConfig(draft_view="full")
     with pytest.raises(ValueError, match="draft_policy is 'window'; allowed: all in mode auto"):
         qs.GenerateConfig(mode="autoregressive", draft_policy="window")
+
+
+def test_what_a_draft_reads_is_chosen_unless_it_is_said():
+    """By the length of the text; a server's texts are of all lengths, and it reads all pages."""
+    assert qs.GenerateConfig().draft_policy == "auto"
+    assert qs.GenerateConfig(mode="autoregressive").draft_policy == "auto"
+    parser = argparse.ArgumentParser()
+    serve.add(parser.add_subparsers())
+    for words, chosen in (([], "all"), (["--draft-policy", "auto"], "auto")):
+        args = parser.parse_args(["serve", "--model", "m", *words])
+        assert serve.decoding_config(args).draft_policy == chosen
