@@ -15,6 +15,7 @@ PACKAGES = (
     "tokenizers",
     "numpy",
     "torch",
+    "flashinfer-python",
 )
 
 

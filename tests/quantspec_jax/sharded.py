@@ -458,8 +458,8 @@ def kernels_on_each_device() -> None:
     for draft_policy, more, meetings in ((ALL, set(), 0), (TopPages(0.25), voting, 1)):
         names, operands, text = lowered_for_cuda(draft_policy)
         assert names == more | {
-            *("add_rms_norm", "int4_matmuls", "kv_attention"),
-            *("quantize_keys", "quantize_values", "rms_norm", "rope_append"),
+            *("add_rms_norm", "bf16_matmuls", "int4_matmuls", "kv_attention"),
+            *("quantize_keys", "quantize_values", "rope_append"),
         }
         shapes, tp, cp = CUDA_SHAPES, 2, 2
         h, k, d = shapes.num_heads, shapes.num_kv_heads, shapes.head_dim
