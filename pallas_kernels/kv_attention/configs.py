@@ -10,6 +10,7 @@ from pallas_kernels.kv_attention.mosaic_gpu import Config, Plan, Shape
 
 KERNEL = "kv_attention"
 OWN_BYTES = 4096  # left free
+LONG = 1 << 16  # tokens: fewer are short, where few and small stages fill sooner
 
 
 def key(shape: Shape) -> str:
@@ -17,6 +18,7 @@ def key(shape: Shape) -> str:
     return (
         f"view={shape.view} kv_heads={shape.kv_heads} rows={shape.rows} "
         f"head_dim={shape.head_dim} group_size={shape.group_size}"
+        f"{' short' if max(shape.tiles * shape.group_size, shape.buffer_length) < LONG else ''}"
     )
 
 
@@ -62,11 +64,21 @@ def candidates(shape: Shape) -> Iterator[Config]:
                     yield dataclasses.replace(one, stages=stages)
 
 
+def diverse(shape: Shape) -> list[Config]:
+    """A few configurations worth measuring: the best guesses of each kind."""
+    found: dict[tuple[int, bool, bool, int], Config] = {}
+    for config in candidates(shape):
+        kind = (config.column_blocks, config.shared, config.exchange, config.warpgroups)
+        found.setdefault(kind, config)
+    return [*found.values()][:12]
+
+
 def choose(shape: Shape) -> Config | None:
     """The configuration measured on the device, else on an H200, where it fits; else the first that
     does; None where none does."""
-    device = dispatch.target()
-    for found in tuned.nearest(device.name, KERNEL, key(shape)):
+    device, here = dispatch.target(), key(shape)
+    keys = dict.fromkeys((here, here.removesuffix(" short")))  # long ones' serve short ones, too
+    for found in (found for each in keys for found in tuned.nearest(device.name, KERNEL, each)):
         config = Config(**found)
         if Plan(shape, config, 1).shared_bytes + OWN_BYTES <= device.usable_bytes:
             return config

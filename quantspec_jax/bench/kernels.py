@@ -449,8 +449,7 @@ def _tune_attention(calls: Sequence[Any], view: str) -> dict[str, float]:
         )
         return timing.device_seconds(fn, calls)
 
-    few = list(configs.candidates(shape))[:4]
-    return _tune(configs.KERNEL, configs.key(shape), few, measure)
+    return _tune(configs.KERNEL, configs.key(shape), configs.diverse(shape), measure)
 
 
 def random_weight(key: jax.Array, inputs: int, outputs: int, group: int) -> QuantizedWeight:

@@ -188,6 +188,27 @@ def test_the_products_configurations_fit(monkeypatch, capability, rows):
         )
 
 
+def test_what_was_measured_on_short_texts_serves_no_long_ones(monkeypatch):
+    """But the other way round, where there is nothing better."""
+    monkeypatch.setattr(dispatch, "target", lambda: devices.DEFAULT)
+    one, other = mosaic_gpu.Config(2, 2, 1, 2), mosaic_gpu.Config(1, 2, 1, 2)
+
+    def shape(tiles):
+        return mosaic_gpu.Shape(1, 2, 6, 5, 128, 128, tiles, 256, "int8", False, 0.1)
+
+    short, long = configs.key(shape(511)), configs.key(shape(512))
+    rule = next(configs.candidates(shape(512)))
+    assert rule not in (one, other)
+    for known, chosen in (
+        ({short: one}, (one, rule)),
+        ({long: other}, (other, other)),
+        ({short: one, long: other}, (one, other)),
+    ):
+        found = {key: vars(config) for key, config in known.items()}
+        monkeypatch.setattr(tuned, "find", lambda device, kernel, key, found=found: found.get(key))
+        assert (configs.choose(shape(511)), configs.choose(shape(512))) == chosen
+
+
 @pytest.mark.parametrize("capability", ["8.0", "9.0"])
 def test_a_product_takes_what_was_measured_on_an_h200(monkeypatch, capability):
     shape = matmul.Shape(1, 32, 128, (11008, 11008), False)
