@@ -184,7 +184,7 @@ def _one_launch(
         dtype = jnp.float32 if biased else out_dtype
         return int4_matmuls(inputs, kernels, parts, out_dtype=dtype, backend=backend)
     if not any(packed) and bf16.takes(inputs, kernels, parts, backend=backend):
-        return bf16.bf16_matmuls(inputs, kernels, parts, out_dtype=x.dtype, backend=backend)
+        return bf16.bf16_matmuls(inputs, kernels, parts, out_dtype=out_dtype, backend=backend)
     return None
 
 

@@ -469,6 +469,10 @@ def kernels_on_each_device() -> None:
             assert f"1x{k // tp}x{16 // cp}x128x{d // 2}xui8" in each
         groups = shapes.intermediate_size // 64 // tp
         assert any(f"{groups}x{shapes.hidden_size // 16}x576xui8" in x for x in operands.values())
+        parts = (
+            rf"func\.func private @bf16_matmuls\w*\([^)]*\) -> tensor<1x5x{shapes.hidden_size}xf32>"
+        )
+        assert len(re.findall(parts, text)) == 2  # o's and down's, which are summed as they are
         layers = shapes.num_layers
         gathered = len(re.findall(r"stablehlo\.all_gather", text))
         reduced = len(re.findall(r"stablehlo\.all_reduce", text))
