@@ -271,6 +271,7 @@ class TestErrors:
         assert (status, out, err) == (143, "", "quantspec: error: terminated\n")
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
+    @pytest.mark.usefixtures("interruptible")
     @pytest.mark.parametrize(
         ("number", "status", "said"),
         [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
