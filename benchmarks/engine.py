@@ -26,7 +26,7 @@ import quantspec_jax as qs
 from quantspec_jax.bench import decode
 from quantspec_jax.bench.simulated import Simulated
 from quantspec_jax.engine.engine import Engine, _Slot
-from quantspec_jax.engine.prepare import known
+from quantspec_jax.engine.prepare import known_warpers
 from quantspec_jax.engine.scheduler import ROUNDS
 from quantspec_jax.generate.logprobs import MOST, nothing
 from quantspec_jax.generate.sampling import GREEDY
@@ -83,7 +83,7 @@ def new_state(engine: Engine, args: argparse.Namespace) -> qs.DecodeState:
 def prepare(model: qs.Model, engine: Engine, args: argparse.Namespace) -> None:
     """Compile what the engine decodes with."""
     forms = jax.eval_shape(lambda: new_state(engine, args))
-    program = dataclasses.replace(engine.program, warpers=known(GREEDY))
+    program = dataclasses.replace(engine.program, warpers=known_warpers(GREEDY))
     engine._runner.prepare(model, forms, program)
 
 

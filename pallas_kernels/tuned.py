@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, TypeVar
 
 from pallas_kernels import devices
+
+Config = TypeVar("Config")
 
 FOLDER = pathlib.Path(__file__).parent / "configs"
 
@@ -32,6 +35,17 @@ def nearest(device: str, kernel: str, key: str) -> list[dict[str, Any]]:
     """What was measured best on the device, and on an H200, as far as there is."""
     found = [find(name, kernel, key) for name in dict.fromkeys((device, devices.DEFAULT.name))]
     return [config for config in found if config is not None]
+
+
+def diverse(
+    candidates: Iterable[Config], kind: Callable[[Config], Hashable], most: int
+) -> list[Config]:
+    """A few configurations worth measuring, `most` at most: of candidates, best guess first, the
+    first of each kind."""
+    found: dict[Hashable, Config] = {}
+    for config in candidates:
+        found.setdefault(kind(config), config)
+    return [*found.values()][:most]
 
 
 def save(device: str, kernel: str, found: dict[str, dict[str, int]]) -> None:

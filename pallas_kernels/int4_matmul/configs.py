@@ -99,12 +99,12 @@ def _sorted(shape: Shape, device: devices.Device) -> tuple[Config, ...]:
 
 
 def diverse(shape: Shape) -> list[Config]:
-    """A few configurations worth measuring: the best guesses of each kind."""
-    found: dict[tuple[int, int, bool], Config] = {}
-    for config in candidates(shape):
-        alone = _resident(shape, config) == 1
-        found.setdefault((config.warpgroups, min(config.cluster, 3), alone), config)
-    return [*found.values()][:9]
+    """Of each number of warpgroups, with and without clusters, alone on a multiprocessor or not."""
+
+    def kind(config: Config) -> tuple[int, int, bool]:
+        return config.warpgroups, min(config.cluster, 3), _resident(shape, config) == 1
+
+    return tuned.diverse(candidates(shape), kind, 9)
 
 
 def choose(shape: Shape) -> Config:

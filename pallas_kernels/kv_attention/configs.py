@@ -65,12 +65,12 @@ def candidates(shape: Shape) -> Iterator[Config]:
 
 
 def diverse(shape: Shape) -> list[Config]:
-    """A few configurations worth measuring: the best guesses of each kind."""
-    found: dict[tuple[int, bool, bool, int], Config] = {}
-    for config in candidates(shape):
-        kind = (config.column_blocks, config.shared, config.exchange, config.warpgroups)
-        found.setdefault(kind, config)
-    return [*found.values()][:12]
+    """Of each layout and number of warpgroups."""
+
+    def kind(config: Config) -> tuple[int, bool, bool, int]:
+        return config.column_blocks, config.shared, config.exchange, config.warpgroups
+
+    return tuned.diverse(candidates(shape), kind, 12)
 
 
 def choose(shape: Shape) -> Config | None:

@@ -167,6 +167,7 @@ def _values_body(head_dim: int, group_size: int, groups: int, runs: int):
     words = head_dim // 64
     lanes = 32 // groups  # that share a group of channels
     per_tile = group_size // RUN
+    run_bytes = RUN // 2 * head_dim  # of a run's codes in a plane
 
     def body(addresses: Sequence[V], shared: V) -> None:
         values, upper, lower, scale, minimum = addresses
@@ -230,20 +231,19 @@ def _values_body(head_dim: int, group_size: int, groups: int, runs: int):
                 """Where a piece of 16 bytes waits: eight lanes in turn reach all banks."""
                 return (owner * channels + (channel ^ ((owner >> shift) & (channels - 1)))) * 16
 
-            waiting = shared + 4 * groups * 16 * RUN + warp * (2 * 32 * 16 * channels)
-            lower_too = 32 * 16 * channels
+            waiting = shared + 4 * groups * 16 * RUN + warp * (2 * run_bytes)
             for c in range(channels):
                 out = [_planes(packed[c][k], packed[c][4 + k]) for k in range(4)]
                 mine = waiting + spot(lane, i32(c))
                 ptx.store(mine, [x[0] for x in out])
-                ptx.store(mine + lower_too, [x[1] for x in out])
+                ptx.store(mine + run_bytes, [x[1] for x in out])
             ptx.sync_warp()
-            target = run.to_i64() * (RUN // 2 * head_dim) + (lane * 16).to_i64()
+            target = run.to_i64() * run_bytes + (lane * 16).to_i64()
             for turn in range(channels):
                 piece = lane + 32 * turn
                 its = waiting + spot(piece // channels, piece % channels)
                 ptx.store(upper + target + 512 * turn, ptx.load(its, 4))
-                ptx.store(lower + target + 512 * turn, ptx.load(its + lower_too, 4))
+                ptx.store(lower + target + 512 * turn, ptx.load(its + run_bytes, 4))
 
         ptx.when(run < runs, work)
 
@@ -294,6 +294,6 @@ def quantize_values(values: jax.Array, group_size: int) -> Planes:
         name="quantize_values",
         blocks=-(-runs // 4),
         warpgroups=1,
-        shared_bytes=4 * (groups * 16 * RUN + 2 * 16 * d),
+        shared_bytes=4 * (groups * 16 * RUN + 2 * (RUN // 2 * d)),
     )
     return Planes(*kernel(values))

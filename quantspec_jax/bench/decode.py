@@ -42,7 +42,7 @@ from quantspec_jax.commands.options import mesh as mesh_of_options
 from quantspec_jax.cost import Costs, bytes_read, cache_read_bytes, weight_bytes
 from quantspec_jax.dtypes import float_type
 from quantspec_jax.engine.adaptive import MOST_DRAFTED, PRIOR
-from quantspec_jax.engine.prepare import known
+from quantspec_jax.engine.prepare import known_warpers
 from quantspec_jax.engine.programs import DECODE
 from quantspec_jax.generate.config import BACKENDS, GenerateConfig
 from quantspec_jax.generate.couplings import REJECTION
@@ -282,7 +282,7 @@ class Setting:
             case.gamma,
             policy=self.policy,
             coupling=Simulated(tuple(alphas)) if case.gamma and alphas else REJECTION,
-            warpers=known(GREEDY),
+            warpers=known_warpers(GREEDY),
             backend=args.backend,
             mesh=self.mesh,
         )

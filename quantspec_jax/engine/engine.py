@@ -32,7 +32,7 @@ from quantspec_jax.engine import draft_cost
 from quantspec_jax.engine.adaptive import AdaptiveGamma
 from quantspec_jax.engine.bucket import bucket
 from quantspec_jax.engine.prefixes import HostTile, Prefixes, names
-from quantspec_jax.engine.prepare import KINDS, known, pad, program_for
+from quantspec_jax.engine.prepare import KINDS, known_warpers, pad, program_for
 from quantspec_jax.engine.programs import Ahead, Runner
 from quantspec_jax.engine.statistics import Clock, Counters
 from quantspec_jax.generate.config import GenerateConfig
@@ -302,7 +302,7 @@ class Engine:
         every = [
             dataclasses.replace(draft_cost.with_gamma(self.program, g), warpers=w, logprobs=p)
             for g, p in sorted(kinds)
-            for w in dict.fromkeys(map(known, KINDS))
+            for w in dict.fromkeys(map(known_warpers, KINDS))
         ]
         meshed = mesh_of(self.model.params) is not None
 
@@ -367,7 +367,9 @@ class Engine:
         used = [slot for slot in self._slots if slot is not None]
         program = dataclasses.replace(
             self.program,
-            warpers=known(functools.reduce(operator.or_, (slot.warpers for slot in used), GREEDY)),
+            warpers=known_warpers(
+                functools.reduce(operator.or_, (slot.warpers for slot in used), GREEDY)
+            ),
             logprobs=any(slot.logprobs is not None for slot in used),
         )
         adaptive = self.config.mode == "quantspec" and self.config.gamma == "auto" and speculate

@@ -63,11 +63,11 @@ def prepare(
     return Prepared(program, bucket(config.max_new_tokens), (*pad(ids, padded), wants))
 
 
-# Programs for these serve all; top-k comes with top-p, as a rule.
+# What programs are compiled for; who wants top-k has that of all filters.
 KINDS = (GREEDY, Warpers(True, False, False), Warpers(True, False, True), Warpers())
 
 
-def known(warpers: Warpers) -> Warpers | None:
+def known_warpers(warpers: Warpers) -> Warpers | None:
     """`Program.warpers`, from what the sequences want: one of `KINDS`; None where branches cost
     nothing, and one program serves all."""
     if dispatch.device() is None:
@@ -121,7 +121,7 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         draft_view=config.draft_view,
         exact_tiles=config.exact_tiles,
         coupling=coupling(config.coupling),
-        warpers=known(config.warpers),
+        warpers=known_warpers(config.warpers),
         backend=config.backend,
         mesh=None if mesh.size == 1 else mesh,
     )

@@ -158,7 +158,8 @@ def _sum(x: jax.Array, bits: int) -> jax.Array:
     `largest`."""
     if bits == 1:
         return jnp.sum(x, -1)
-    return functools.reduce(operator.add, _last(jnp.sum(_in_parts(x, 0), -1)))
+    parts = jnp.sum(_in_parts(x, 0), -1)
+    return functools.reduce(operator.add, [parts[..., i] for i in range(parts.shape[-1])])
 
 
 def _in_parts(x: jax.Array, filler: float) -> jax.Array:
@@ -168,11 +169,6 @@ def _in_parts(x: jax.Array, filler: float) -> jax.Array:
     chunk = -(-n // parts)
     beyond = [(0, 0)] * (x.ndim - 1) + [(0, parts * chunk - n)]
     return jnp.pad(x, beyond, constant_values=filler).reshape(*x.shape[:-1], parts, chunk)
-
-
-def _last(x: jax.Array) -> list[jax.Array]:
-    """[..., N] → N of [...]"""
-    return [x[..., i] for i in range(x.shape[-1])]
 
 
 def _top_k(order: jax.Array, k: jax.Array, bits: int) -> jax.Array:
