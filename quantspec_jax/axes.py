@@ -19,20 +19,29 @@ that all have as many keys to read before their rows:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.collectives import api as collectives
 
 ROWS = 256  # of a prompt, a block of queries
 
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """Sizes of the mesh's axes, inside `jax.shard_map` over them; 1: nothing is split."""
+    """Sizes of the mesh's axes, inside `jax.shard_map` over them; 1: nothing is split.
+
+    peers: by axis where this device reaches the memory of those that it meets (`peers.addresses`);
+        None where it does not.
+    """
 
     dp: int = 1
     tp: int = 1
     cp: int = 1
+    peers: Mapping[str, jax.Array] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def size(self) -> int:
@@ -43,11 +52,26 @@ class Axes:
         """Which part of what the axis splits this device has."""
         return jax.lax.axis_index(axis) if getattr(self, axis) > 1 else 0
 
-    def summed(self, x: jax.Array) -> jax.Array:
-        """The sum over the parts of the input channels; in float32, in x's type."""
-        if self.tp == 1:
-            return x
-        return jax.lax.psum(x.astype(jnp.float32), "tp").astype(x.dtype)
+    def reached(self, peers: Mapping[str, jax.Array] | None) -> Axes:
+        """The same, with these addresses."""
+        return dataclasses.replace(self, peers=peers)
+
+    def peers_over(self, axis: str) -> jax.Array | None:
+        """The addresses of those that this device meets over an axis."""
+        return None if self.peers is None else self.peers.get(axis)
+
+    def summed(
+        self,
+        x: jax.Array,
+        residual: jax.Array | None = None,
+        out_dtype: Any = None,
+        backend: str = "auto",
+    ) -> jax.Array:
+        """The sum over the parts of the input channels, in float32, rounded to `out_dtype` (None:
+        x's); plus `residual`."""
+        dtype = out_dtype or x.dtype
+        options: dict[str, Any] = {"out_dtype": dtype, "backend": backend}
+        return collectives.all_reduce(x, "tp", residual, peers=self.peers_over("tp"), **options)
 
     def joined(self, x: jax.Array) -> jax.Array:
         """All parts of the last dimension, side by side."""
@@ -60,17 +84,15 @@ class Axes:
         size = x.shape[-1] // self.tp
         return jax.lax.dynamic_slice_in_dim(x, self.part("tp") * size, size, x.ndim - 1)
 
-    def merged(self, out: jax.Array, log_sum_exp: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Attention to all tiles from that to each device's: out [..., D] float32, and log-sum-exps
-        [...] of the scores, −∞ where a device has nothing to see."""
+    def merged(
+        self, out: jax.Array, log_sum_exp: jax.Array, out_dtype: Any, backend: str = "auto"
+    ) -> tuple[jax.Array, jax.Array]:
+        """Attention to all tiles, in `out_dtype`, from that to each device's: out [..., D] float32,
+        and log-sum-exps [...] of the scores, −∞ where a device has nothing to see."""
         if self.cp == 1:
-            return out, log_sum_exp
-        both = jnp.concatenate([out, log_sum_exp[..., None]], -1)
-        parts = jax.lax.all_gather(both, "cp")  # one meeting; the sum has the same order everywhere
-        outs, sums = parts[..., :-1], parts[..., -1]
-        whole = jax.nn.logsumexp(sums, 0)
-        weights = jnp.exp(sums - jnp.where(jnp.isfinite(whole), whole, 0))
-        return (weights[..., None] * outs).sum(0), whole
+            return out.astype(out_dtype), log_sum_exp
+        options: dict[str, Any] = {"out_dtype": out_dtype, "backend": backend}
+        return collectives.merge(out, log_sum_exp, "cp", peers=self.peers_over("cp"), **options)
 
     def tiles_before(self, tile: jax.Array) -> jax.Array:
         """How many of the tiles 0 … `tile` − 1 lie with this device; the place of `tile` if it

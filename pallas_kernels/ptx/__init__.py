@@ -13,6 +13,7 @@ Python code that uses it runs once, while JAX lowers the kernel, and emits the i
     memory     loads and stores by address
     copies     copies into shared memory beside the computation, and their barriers
     clusters   blocks that reach each other's shared memory
+    packets    numbers for another device's memory
     launch     a Pallas kernel of such code
 """
 
@@ -49,6 +50,7 @@ from pallas_kernels.ptx.memory import (
     store,
     store_half,
 )
+from pallas_kernels.ptx.packets import load_address, receive, send
 from pallas_kernels.ptx.values import (
     V,
     asm,
@@ -129,6 +131,7 @@ __all__ = [
     "kernel",
     "let_next_begin",
     "load",
+    "load_address",
     "load_matrices_transposed",
     "load_wide",
     "log2",
@@ -144,8 +147,10 @@ __all__ = [
     "pack_f16",
     "peer_address",
     "permute_bytes",
+    "receive",
     "reciprocal_sqrt",
     "select",
+    "send",
     "shuffle_xor",
     "shuffle_xor_bits",
     "special",

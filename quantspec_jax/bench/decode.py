@@ -56,6 +56,7 @@ from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.module import init_params
 from quantspec_jax.models.parameters import Params, parameter_count
 from quantspec_jax.models.presets import PRESETS
+from quantspec_jax.peers import addresses
 from quantspec_jax.plotting import check_plot, save, short
 from quantspec_jax.sharding import (
     cache_shardings,
@@ -336,7 +337,8 @@ class Compiled:
 
     def run(self, state: DecodeState, rounds: int) -> DecodeState:
         """So many rounds; `state` is donated."""
-        return self.call(*self.weights, state, jnp.int32(rounds))
+        peers = addresses(self.program.mesh)
+        return self.call(*self.weights, state, jnp.int32(rounds), *peers)
 
 
 def compile_case(case: Case, setting: Setting, context: int) -> Compiled:
@@ -350,7 +352,8 @@ def compile_case(case: Case, setting: Setting, context: int) -> Compiled:
         setting.draft if case.gamma else {},
     )
     begin = time.perf_counter()
-    compiled = DECODE.lower(*weights, shapes, jnp.int32(0), program=program).compile()
+    call = (*weights, shapes, jnp.int32(0), *addresses(program.mesh))
+    compiled = DECODE.lower(*call, program=program).compile()
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
     temporaries = temporary_bytes(compiled)

@@ -10,7 +10,7 @@ from pallas_kernels.timing import Kernel
 # A kernel is of the first kind whose pattern its name contains: this package's kernels, cuDNN's
 # and cuBLAS', and what moves data; XLA's other fusions are the rest.
 KINDS = {
-    "collectives": r"nccl|all.?reduce|all.?gather|psum",
+    "collectives": r"nccl|all.?reduce|all.?gather|psum|merge_parts",
     "merges": r"kv_attention_merge",
     "int4 attention": r"kv_attention_int4",
     "int8 attention": r"kv_attention_int8",

@@ -21,6 +21,7 @@ from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.state import Program
 from quantspec_jax.loading import Model
 from quantspec_jax.memory import code_bytes, free_bytes, require_memory, temporary_bytes, tree_bytes
+from quantspec_jax.peers import addresses
 from quantspec_jax.weights.sizes import draft_bytes
 
 MOST_PROGRAMS = 32  # on a CPU, one takes up to 75 MB and some 500 memory maps
@@ -152,7 +153,8 @@ class Runner:
         """Make the executable of `decode`, for a state of these forms; in any thread."""
         drafts = model.draft_params if program.gamma else {}
         params = model.params_for(program.cache)
-        PROGRAMS.compiled(DECODE, params, drafts, state, jnp.int32(0), program=program)
+        call = (params, drafts, state, jnp.int32(0), *addresses(program.mesh))
+        PROGRAMS.compiled(DECODE, *call, program=program)
 
     def decode(self, model: Model, state: Any, rounds: int, program: Program) -> tuple[Any, float]:
         """`generate_tokens`, and the seconds it ran; `state` is donated."""
@@ -160,7 +162,8 @@ class Runner:
         self.made("draft")
         if rounds not in self._numbers:
             self._numbers[rounds] = jnp.int32(rounds)
-        args = (model.params_for(program.cache), drafts, state, self._numbers[rounds])
+        params, number = model.params_for(program.cache), self._numbers[rounds]
+        args = (params, drafts, state, number, *addresses(program.mesh))
         executable = self.known(program, DECODE, *args, program=program)
         started = time.perf_counter()
         state = jax.block_until_ready(executable(*args))

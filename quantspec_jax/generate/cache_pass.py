@@ -12,6 +12,7 @@ from pallas_kernels.kv_attention.api import Attended, Pages, Read, kv_attention
 from pallas_kernels.kv_attention.read import ByPage
 from pallas_kernels.rope_append.api import Heads, rope_append
 from pallas_kernels.shapes import Each, Ids, Logits, shaped
+from quantspec_jax.axes import Axes
 from quantspec_jax.cache import KVCache, LayerCache
 from quantspec_jax.generate.state import Program, PromptProgram
 from quantspec_jax.models.decoder import forward, unembed
@@ -65,10 +66,13 @@ def attention(
     read: Read,
     program: Program | PromptProgram,
     masses: bool,
+    axes: Axes | None = None,
 ) -> Attended:
     """`kv_attention` over the tiles of all devices: each reads its own, the first one the buffer,
-    too, and the parts are merged by their log-sum-exp (Flash-Decoding, arXiv 2311.01282)."""
-    axes, coded, start_here, dtype = program.axes, cache.quantized_length, start, q.dtype
+    too, and the parts are merged by their log-sum-exp (Flash-Decoding, arXiv 2311.01282). `axes`:
+    the program's, with addresses of the others."""
+    axes = axes or program.axes
+    coded, start_here, dtype = cache.quantized_length, start, q.dtype
     if layer.keys is None:  # nothing is read from planes
         coded = jnp.zeros_like(coded)
     if axes.cp > 1 and layer.keys is None:
@@ -92,8 +96,8 @@ def attention(
         out_dtype=dtype,
         backend=program.backend,
     )
-    out, log_sum_exp = axes.merged(found.out, found.log_sum_exp)
-    return found._replace(out=out.astype(q.dtype), log_sum_exp=log_sum_exp)
+    out, log_sum_exp = axes.merged(found.out, found.log_sum_exp, q.dtype, program.backend)
+    return found._replace(out=out, log_sum_exp=log_sum_exp)
 
 
 Layer = tuple[LayerCache, Pages | None]
@@ -117,12 +121,13 @@ def observed_pass(
 
     # Of tokens that are not coded each device has some: the others write to their next free slot,
     # which they do not read before it has been written again.
-    slot = start if cache.layers[0].keys else program.axes.before(start, cache.group_size)
+    axes = program.axes.reached(params.get("peers"))
+    slot = start if cache.layers[0].keys else axes.before(start, cache.group_size)
 
     def attend(state: Layer, heads: Heads) -> tuple[jax.Array, After]:
         layer, listed = state
         q, layer = rope_append(heads, layer, slot, rope_from, backend=program.backend)
-        found = attention(q, layer, cache, start, listed, read, program, masses)
+        found = attention(q, layer, cache, start, listed, read, program, masses, axes)
         by_page = None
         if found.page_log_sums is not None:
             by_page = ByPage(found.page_log_sums, found.log_sum_exp)
@@ -139,9 +144,9 @@ def observed_pass(
         list(zip(cache.layers, lists, strict=True)),
         attend,
         backend=program.backend,
-        axes=program.axes,
+        axes=axes,
     )
-    logits = unembed(params, hidden, program.backend, program.axes)
+    logits = unembed(params, hidden, program.backend, axes)
     layers = tuple(layer for layer, _ in made)
     seen = [by_page for _, by_page in made if by_page is not None] if masses else None
     return logits, dataclasses.replace(cache, layers=layers), seen

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -39,12 +39,13 @@ from quantspec_jax.models.parameters import Params
 NO_END = jnp.iinfo(jnp.int32).max
 
 
-@split("params params state whole", "state", like=2)
+@split("params params state whole peers", "state", like=2)
 def generate_tokens(
     params: Params,
     draft_params: Params,
     state: DecodeState,
     max_rounds: jax.Array | int = NO_END,
+    peers: Mapping[str, jax.Array] | None = None,
     *,
     program: Program,
 ) -> DecodeState:
@@ -57,8 +58,11 @@ def generate_tokens(
         (`Model.params_for`).
       state: from `prefill` or an earlier call. Donate it: the cache is updated in place.
       max_rounds: int32, may be traced.
+      peers: `peers.addresses` of the program's mesh: in a layer, devices meet in kernels then.
     """
 
+    if peers is not None:
+        params, draft_params = params | {"peers": peers}, draft_params | {"peers": peers}
     before = state.rounds
 
     def unfinished(state: DecodeState) -> jax.Array:

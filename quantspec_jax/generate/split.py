@@ -41,6 +41,7 @@ KINDS: Mapping[str, Describe] = MappingProxyType(
         "pages": _each(lambda x: ("batch", "kv_heads", "tiles")),
         "batch": _each(lambda x: ("batch", *["whole"] * (x.ndim - 1))),
         "rows": _each(lambda x: ("batch", "rows", *["whole"] * (x.ndim - 2))),
+        "peers": _each(lambda x: ("batch", "tiles", "heads", "whole")),
         "whole": _each(lambda x: ()),
     }
 )

@@ -72,7 +72,7 @@ def forward(
       [B, S, E] hidden states after the final norm, which may be left to `unembed`, and the L new
       states.
     """
-    x = _rows_of(params["embedding"], tokens, axes)
+    x = _rows_of(params["embedding"], tokens, axes, backend)
     h: Activations = Normed(x, params["layers"]["0"]["attention_norm"], config.rms_norm_eps)
     new_layers = []
     for i, state in enumerate(layers):
@@ -92,13 +92,15 @@ def embed(
     return x, rms_norm(x, params["layers"]["0"]["attention_norm"], config.rms_norm_eps)
 
 
-def _rows_of(embedding: jax.Array, tokens: jax.Array, axes: Axes) -> jax.Array:
+def _rows_of(
+    embedding: jax.Array, tokens: jax.Array, axes: Axes, backend: str = "auto"
+) -> jax.Array:
     """Rows of a table of which each device has some."""
     if axes.tp == 1:
         return embedding[tokens]
     here = tokens - axes.part("tp") * len(embedding)
     rows = embedding.at[here].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-    return axes.summed(rows)
+    return axes.summed(rows, backend=backend)
 
 
 def block_params(params: Mapping[str, Any], i: int) -> tuple[Params, jax.Array]:

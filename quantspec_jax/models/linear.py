@@ -19,6 +19,7 @@ import numpy as np
 from pallas_kernels.add_rms_norm.api import add_rms_norm, rms_norm
 from pallas_kernels.bf16_matmul import api as bf16
 from pallas_kernels.bf16_matmul.xla import matmul
+from pallas_kernels.collectives import api as collectives
 from pallas_kernels.int4_matmul import api as int4
 from pallas_kernels.int4_matmul.api import int4_matmuls
 from pallas_kernels.int4_matmul.xla import dequantize
@@ -89,22 +90,34 @@ def add_norm(
     does that, both are one launch after the product. Devices that have parts of x add theirs first.
     """
     if axes.tp > 1:
-        y = _over_parts(x, weights, backend, axes)
-        return add_rms_norm(stream, y, norm, eps, backend=backend)
+        return _add_norm_of_parts(stream, x, weights, norm, eps, backend, axes)
     found = _one_launch(x, [weights], backend, x.dtype, residual=stream)
     if found is not None:
         return found[0], Normed(found[0], norm, eps)
     return add_rms_norm(stream, linear(x, weights, backend), norm, eps, backend=backend)
 
 
-def _over_parts(x: jax.Array, weights: Params, backend: str, axes: Axes) -> jax.Array:
-    """`linear` where each device has a part of x's channels, and their rows of the kernel."""
+def _add_norm_of_parts(
+    stream: jax.Array,
+    x: jax.Array,
+    weights: Params,
+    norm: jax.Array,
+    eps: float,
+    backend: str,
+    axes: Axes,
+) -> tuple[jax.Array, Activations]:
+    """`add_norm` where each device has a part of x's channels, and their rows of the kernel. Where
+    they reach each other's memory, their sum and that with the stream are one launch."""
     rest = {name: leaf for name, leaf in weights.items() if name not in ("bias", "order")}
     if "order" in weights:
         everywhere = axes.joined(x).at[..., weights["order"]]
         x = axes.own(everywhere.get(mode="promise_in_bounds", unique_indices=True))
-    y = axes.summed(products(x, [rest], backend)[0])
-    return _add_bias(y, weights).astype(x.dtype)
+    (part,) = products(x, [rest], backend)
+    if "bias" not in weights and collectives.takes(part, axes.peers_over("tp"), x.dtype, backend):
+        total = axes.summed(part, stream, x.dtype, backend)
+        return total, Normed(total, norm, eps)
+    y = _add_bias(axes.summed(part), weights).astype(x.dtype)
+    return add_rms_norm(stream, y, norm, eps, backend=backend)
 
 
 def gated(x: Activations, gate: Params, up: Params, backend: str) -> jax.Array:

@@ -37,6 +37,8 @@ from pallas_kernels import devices, ptx
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
 from pallas_kernels.bf16_matmul import configs as bf16_configs
 from pallas_kernels.bf16_matmul import mosaic_gpu as bf16
+from pallas_kernels.collectives import mailboxes
+from pallas_kernels.collectives import mosaic_gpu as collectives
 from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
 from pallas_kernels.kv_attention import configs, mosaic_gpu
@@ -200,6 +202,12 @@ def others() -> Iterator[tuple[str, Any, Any]]:
     yield "page_votes of 80 layers", choice.page_votes, (seen, jnp.array([2]))
     run = functools.partial(choice.most_voted, places=258, ends=(1, 1))
     yield "most_voted", run, (jnp.zeros((1, 80, 2, 1032)), jnp.array([1000]), jnp.array([250]))
+    for count in (2, 8):
+        table = jnp.asarray(mailboxes.addresses(0, range(count)))
+        parts, stream = jnp.zeros((5, 4096)), jnp.zeros((5, 4096), jnp.bfloat16)
+        yield f"all_reduce of {count}", collectives.all_reduce, (parts, table, stream)
+        heads = parts.reshape(5, 32, 128)
+        yield f"merge of {count}", collectives.merge, (heads, heads[..., 0], table)
     for case in HEADS:
         yield f"rope_append {case}", rope.rope_append, heads_call(case, True, (5, 97))
 

@@ -12,6 +12,7 @@ import functools
 import itertools
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ G, Q = LANES // 4, LANES % 4
 KINDS = {"i1": np.bool_, "i32": np.uint32, "i64": np.uint64, "f32": np.float32}
 SIGNED = {"i32": np.int32, "i64": np.int64}
 PATIENCE_SECONDS = 60
+ELSEWHERE = 1 << 40  # the i-th of `OTHERS` lies at i + 1 times this
+OTHERS: list[np.ndarray] = []  # memory of several devices, bytes
 
 
 class Lanes:
@@ -175,22 +178,25 @@ def one(x: Lanes) -> Any:
     return values[0].item()
 
 
-def bank(where: Lanes) -> np.ndarray:
-    return HERE.block.shared if where.kind == "i32" else HERE.block.memory
+def bank(where: Lanes) -> tuple[np.ndarray, np.ndarray]:
+    """The memory that addresses are of, and the active lanes' places in it."""
+    if where.kind == "i32":
+        return HERE.block.shared, where.array[HERE.mask].astype(np.int64)
+    number, at = np.divmod(where.array[HERE.mask].astype(np.int64), ELSEWHERE)
+    assert (number == number[0]).all(), "lanes in several memories"
+    return HERE.block.memory if number[0] == 0 else OTHERS[number[0] - 1], at
 
 
 def gather(where: Lanes, count: int) -> np.ndarray:
     """[32, count] bytes; lanes that are not active read zeros."""
-    memory, out = bank(where), np.zeros((32, count), np.uint8)
-    at = where.array[HERE.mask].astype(np.int64)
+    (memory, at), out = bank(where), np.zeros((32, count), np.uint8)
     assert (at + count <= memory.size).all(), "a read outside of memory"
     out[HERE.mask] = memory[at[:, None] + np.arange(count)]
     return out
 
 
 def scatter(where: Lanes, rows: np.ndarray) -> None:
-    memory, count = bank(where), rows.shape[1]
-    at = where.array[HERE.mask].astype(np.int64)
+    (memory, at), count = bank(where), rows.shape[1]
     assert (at + count <= memory.size).all(), "a write outside of memory"
     memory[at[:, None] + np.arange(count)] = rows[HERE.mask]
 
@@ -427,6 +433,26 @@ def store_peer(where, four):
     HERE.block = here
 
 
+def load_address(where):
+    return Lanes(gather(where, 8).view(np.uint64)[:, 0], "i64")
+
+
+def send(where, numbers, mark):
+    words = [word for number in numbers for word in (number.bits(), mark)]
+    for i in range(0, len(words), 4):
+        store(where + 4 * i, words[i : i + 4])
+
+
+def receive(where, mark, count):
+    until = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < until:
+        words = [word for i in range(0, 8 * count, 16) for word in load(where + i, 4)]
+        if all((word.array == mark.array)[HERE.mask].all() for word in words[1::2]):
+            return [word.as_float() for word in words[::2]]
+        time.sleep(1e-4)
+    raise AssertionError("a part that nobody sends")
+
+
 def any_lane(condition):
     return Lanes(condition.array[HERE.mask].any(), "i1")
 
@@ -482,6 +508,9 @@ REPLACEMENTS: dict[str, Any] = {
     "sync_warp": lambda: None,
     "sync_threads": sync_threads,
     "load": load,
+    "load_address": load_address,
+    "send": send,
+    "receive": receive,
     "store": store,
     "store_half": lambda where, x: scatter(where, pieces(x, np.uint8)[:, :2]),
     "barrier_init": barrier_init,

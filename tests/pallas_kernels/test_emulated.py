@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import emulator
 import jax
@@ -15,6 +18,8 @@ from kernel_cases import HEADS, attention_call, heads_call, relative_error, with
 from pallas_kernels import ptx
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
 from pallas_kernels.add_rms_norm import xla as norm_reference
+from pallas_kernels.collectives import mailboxes
+from pallas_kernels.collectives import mosaic_gpu as collectives
 from pallas_kernels.kv_attention import mosaic_gpu as attention
 from pallas_kernels.kv_attention import xla as attention_reference
 from pallas_kernels.kv_attention.read import Read
@@ -166,3 +171,62 @@ def test_only_what_is_declared_is_read_before_the_wait(operand):
     else:
         with pytest.raises(AssertionError, match="too late"):
             run(x, x + 7)
+
+
+def over_devices(monkeypatch, devices: int, run: Callable[[int, jax.Array], Any]) -> list[Any]:
+    """run(rank, addresses of peers) of each device, which is a thread."""
+    memory = [np.zeros(4 * mailboxes.words(devices), np.uint8) for _ in range(devices)]
+    monkeypatch.setattr(emulator, "OTHERS", memory)
+    where = [(i + 1) * emulator.ELSEWHERE for i in range(devices)]
+    tables = [jnp.asarray(mailboxes.addresses(rank, where)) for rank in range(devices)]
+    with ThreadPoolExecutor(devices) as pool:
+        return list(pool.map(run, range(devices), tables))
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_all_reduce(monkeypatch, devices):
+    """Sums of several shapes, one after the other."""
+    rng = np.random.default_rng(0)
+    sums = []
+    for shape, added in (((1, 576), True), ((2, 700), True), ((1, 1, 4), False), ((2, 576), True)):
+        parts = jnp.asarray(rng.standard_normal((devices, *shape)), jnp.float32)
+        sums.append((parts, jnp.asarray(parts[0], jnp.bfloat16) if added else None))
+
+    def run(rank: int, peers: jax.Array) -> list[jax.Array]:
+        return [collectives.all_reduce(parts[rank], peers, stream) for parts, stream in sums]
+
+    for device in over_devices(monkeypatch, devices, run):
+        for found, (parts, stream) in zip(device, sums, strict=True):
+            expected = functools.reduce(jnp.add, parts).astype(jnp.bfloat16)
+            expected = expected if stream is None else stream + expected
+            assert found.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_merged_parts_of_attention(monkeypatch, devices):
+    """Of heads that all, one and none of the devices have keys for, twice."""
+    rng = np.random.default_rng(0)
+    outs = jnp.asarray(rng.standard_normal((devices, 2, 3, 6, 64)), jnp.float32)
+    sums = 20 * rng.standard_normal((devices, 2, 3, 6)).astype(np.float32)
+    sums[1:, :, :, 1], sums[:, :, :, 2] = -np.inf, -np.inf
+    outs = jnp.where(jnp.isfinite(sums)[..., None], outs, 0)
+
+    def run(rank: int, peers: jax.Array) -> list[Any]:
+        return [collectives.merge(outs[rank], jnp.asarray(sums[rank]), peers) for _ in range(2)]
+
+    whole = np.logaddexp.reduce(sums, 0)
+    weights = np.exp(sums - np.where(np.isfinite(whole), whole, 0))
+    expected = (weights[..., None] * np.asarray(outs)).sum(0)
+    first, *others = over_devices(monkeypatch, devices, run)
+    for merged, log_sum_exp in first:
+        np.testing.assert_allclose(merged.astype(jnp.float32), expected, atol=2e-3, rtol=2**-8)
+        np.testing.assert_allclose(log_sum_exp, whole, atol=1e-5)
+    for a, b in zip(jax.tree.leaves([first] * len(others)), jax.tree.leaves(others), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_addresses_of_peers():
+    """The rank, then 8 bytes for each mailbox."""
+    table = mailboxes.addresses(1, [0x400000000, 0x7FFF00000010])
+    assert table.tolist() == [1, 0, 0, 4, 0x10, 0x7FFF]

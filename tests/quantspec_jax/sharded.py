@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 import quantspec_jax as qs
 from pallas_kernels import dispatch
 from pallas_kernels.layout import QuantizedWeight, TiledWeight, tile
-from quantspec_jax import cli, sharding
+from quantspec_jax import cli, peers, sharding
 from quantspec_jax.bench import decode as bench
 from quantspec_jax.bench.decode import random_state
 from quantspec_jax.cache import KVCache, create
@@ -483,9 +483,52 @@ def kernels_on_each_device() -> None:
         assert reduced == passes * (2 * layers + 1) + meetings
 
 
-def lowered_for_cuda(draft_policy: Policy) -> tuple[set[str], dict[str, list[str]], str]:
+def meetings_in_kernels() -> None:
+    """Lowered for CUDA, for devices that reach each other's memory: all meetings of a pass but that
+    for its logits are kernels': the sums of the embedding and of each layer's o and down, with the
+    stream's, and the merges of attention."""
+    names, operands, text = lowered_for_cuda(ALL, reached=True)
+    assert names == {
+        *("all_reduce", "bf16_matmuls", "int4_matmuls", "kv_attention", "merge"),
+        *("quantize_keys", "quantize_values", "rope_append"),  # norms are left to the products
+    }
+    assert "stablehlo.all_reduce" not in text
+    shapes = CUDA_SHAPES
+    passes = len(re.findall(r"stablehlo\.all_gather", text))
+    assert passes == (5 if jax.__version_info__ >= (0, 12) else 2)
+    sums, merges = (len(re.findall(rf"call @{x}(_\d+)?\(", text)) for x in ("all_reduce", "merge"))
+    assert sums == passes * (2 * shapes.num_layers + 1)
+    assert merges == passes * shapes.num_layers
+    taken = [operands[name] for name in operands if name.startswith(("all_reduce", "merge"))]
+    table, heads = "1x1x1x6xui32", shapes.num_heads // 2
+    for rows in (1, 5):
+        part, stream = (f"1x{rows}x{shapes.hidden_size}x{kind}" for kind in ("f32", "bf16"))
+        out = f"1x{rows}x{heads}x{shapes.head_dim}xf32"
+        for found in ([part, table], [part, table, stream], [out, f"1x{rows}x{heads}xf32", table]):
+            assert found in taken
+
+
+def addresses_of_peers() -> None:
+    """Each device has a row of its own, with where the mailboxes of its group lie."""
+    over = mesh(dp=2, tp=2, cp=2)
+    assert peers.addresses(over) == ()  # CPUs do not
+    found = peers._addresses(over)
+    assert set(found) == {"tp", "cp"}
+    for axis, table in found.items():
+        assert all(part.data.shape == (1, 1, 1, 6) for part in table.addressable_shards)
+        words = np.asarray(table).reshape(2, 2, 2, 6)
+        ranks = np.indices((2, 2, 2))[2 if axis == "tp" else 1]
+        np.testing.assert_array_equal(words[..., 0], ranks)
+        along = words if axis == "tp" else words.swapaxes(1, 2)
+        np.testing.assert_array_equal(along[:, :, 0, 2:], along[:, :, 1, 2:])
+        assert len(np.unique(words[..., 2:].copy().view(np.uint64))) == 8
+
+
+def lowered_for_cuda(
+    draft_policy: Policy, reached: bool = False
+) -> tuple[set[str], dict[str, list[str]], str]:
     """The decode loop over 2 × 2 devices: the kernels' names, each function's operands, and the
-    text."""
+    text. reached: whether the devices have each other's addresses."""
     shapes, there = CUDA_SHAPES, mesh(tp=2, cp=2)
     cache = CacheConfig(2048, 128, "int8", 5, jnp.dtype("bfloat16"))
     program = Program(shapes, cache, 4, draft_policy, mesh=there)
@@ -504,7 +547,10 @@ def lowered_for_cuda(draft_policy: Policy) -> tuple[set[str], dict[str, list[str
         draft = jax.eval_shape(lambda p: draft_tree(p, quantize_params(p, drafted)), params)
         assert isinstance(draft["lm_head"]["kernel"], TiledWeight)
         state = bench.state_forms(program, 1, 1024)
-        traced = DECODE.trace(place(params), place(draft), state, jnp.int32(5), program=program)
+        table = jax.ShapeDtypeStruct((1, 2, 2, 6), jnp.uint32)
+        call = (place(params), place(draft), state, jnp.int32(5))
+        call = (*call, {"tp": table, "cp": table}) if reached else call
+        traced = DECODE.trace(*call, program=program)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         text = lowered_loop.without_copies(text)
     operands = {
@@ -519,6 +565,7 @@ CHECKS = (
     *(heads_over_more_devices_than_there_are, tiles_and_heads_over_devices, prompts_in_tiles),
     *(no_device_has_more_than_its_share, a_prompt_is_read_in_parts, refused_over_a_mesh),
     *(plain_caches_over_devices, measured_over_devices, kernels_on_each_device),
+    *(meetings_in_kernels, addresses_of_peers),
 )
 
 

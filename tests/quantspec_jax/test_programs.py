@@ -60,6 +60,7 @@ def test_an_engine_keeps_none_that_was_forgotten(monkeypatch) -> None:
         number: int
         gamma: int = 0
         max_length: int = 8
+        mesh: Any = None
 
         @property
         def cache(self) -> Any:

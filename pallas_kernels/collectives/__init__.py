@@ -1,0 +1,1 @@
+"""Where the devices of a mesh's axis meet: parts are added, or parts of attention merged."""

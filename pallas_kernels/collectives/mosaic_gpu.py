@@ -1,0 +1,149 @@
+"""Meetings of devices that write into each other's memory (Pallas Mosaic GPU).
+
+A collective of NCCL's takes some 20 µs however little it moves, and each layer over devices has
+one or two. Here each device writes its part into the *mailboxes* of all (`mailboxes`; a one-shot
+collective), each number with a mark, and reads what has come into its own:
+
+    device 0   part of block b ──┬─► mailbox 0, b, place 0        device 1   ...
+                                 └─► mailbox 1, b, place 0
+
+That is one launch, with what follows: the sum with the residual stream, the weights of a merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import ptx
+from pallas_kernels.collectives.mailboxes import COUNT_BYTES, MOST_BLOCKS, PLACE_BYTES, THREADS
+from pallas_kernels.ptx import V, f32, i32
+
+QUAD = 4  # results of a thread
+MOST_NUMBERS = MOST_BLOCKS * THREADS * QUAD
+LOG2_E = 1.4426950408889634
+
+
+def unsupported(part: Any, out_dtype: Any) -> str | None:
+    """Why the kernels cannot do a call, or None."""
+    if out_dtype != jnp.bfloat16:
+        return "results have to be bfloat16"
+    if part.shape[-1] % QUAD:
+        return f"there are {part.shape[-1]} channels; they take multiples of {QUAD}"
+    if part.size > MOST_NUMBERS:
+        return f"there are {part.size} numbers; they take up to {MOST_NUMBERS}"
+    return None
+
+
+def _meet(thread: V, table: V, devices: int, numbers: Sequence[V]) -> list[list[V]]:
+    """Of each device of the group what this thread's counterpart there has sent, as this one has:
+    in one order everywhere. Once a launch."""
+    block, rank = ptx.special("ctaid.x"), ptx.load(table)[0]
+    boxes = [
+        ptx.load_address(table + ((rank + i) % devices * 8 + 8).to_i64()) for i in range(devices)
+    ]
+    own = boxes[0]
+    count = own + (block * 4).to_i64()
+    mark = ptx.load(count)[0] + 1
+    first = ((mark & 1) * MOST_BLOCKS + block) * devices
+
+    def place(device: V) -> V:
+        return (((first + device) * THREADS + thread) * PLACE_BYTES + COUNT_BYTES).to_i64()
+
+    for box in [*boxes[1:], own]:
+        ptx.send(box + place(rank), numbers, mark)
+    found = [ptx.receive(own + place(i32(i)), mark, len(numbers)) for i in range(devices)]
+    ptx.sync_threads(i32(1), THREADS)  # all have read the count
+    ptx.when(thread.equals(0), lambda: ptx.store(count, [mark]))
+    return found
+
+
+def _quad(thread: V, numbers: int) -> V:
+    """The first of a thread's numbers. Threads past the end repeat the last ones."""
+    index = ptx.special("ctaid.x") * THREADS + thread
+    return ptx.minimum(index * QUAD, numbers - QUAD)
+
+
+def _halves(words: Sequence[V]) -> list[V]:
+    return [half(word) for word in words for half in (ptx.low_bf16, ptx.high_bf16)]
+
+
+def _packed(numbers: Sequence[V]) -> list[V]:
+    return [ptx.pack_bf16(*numbers[i : i + 2]) for i in range(0, QUAD, 2)]
+
+
+def _sum(numbers: int, devices: int) -> Callable[..., None]:
+    def body(given: Sequence[V], shared: V) -> None:
+        y, table, *residual, out = given
+        thread = ptx.special("tid.x")
+        at = _quad(thread, numbers).to_i64()
+        part = ptx.load(y + at * 4, QUAD, "f32")
+        stream = [ptx.load(x + at * 2, 2) for x in residual]  # asked for before the others' parts
+        total, *others = _meet(thread, table, devices, part)
+        for other in others:
+            total = [a + b for a, b in zip(total, other, strict=True)]
+        words = _packed(total)
+        for halves in stream:
+            sums = zip(_halves(halves), _halves(words), strict=True)
+            words = _packed([a + b for a, b in sums])
+        ptx.store(out + at * 2, words)
+
+    return body
+
+
+def all_reduce(y: jax.Array, peers: jax.Array, residual: jax.Array | None) -> jax.Array:
+    """See `pallas_kernels.collectives.api.all_reduce`; y float32, the result bfloat16."""
+    table, more = peers.reshape(-1), [] if residual is None else [residual]
+    out = jax.ShapeDtypeStruct(y.shape, jnp.bfloat16)
+    return _launch(_sum(y.size, len(table) // 2 - 1), "all_reduce", [out], y, table, *more)[0]
+
+
+def _merge(numbers: int, head_dim: int, devices: int) -> Callable[..., None]:
+    def body(given: Sequence[V], shared: V) -> None:
+        part, sums, table, out, whole = given
+        thread = ptx.special("tid.x")
+        quad = _quad(thread, numbers)
+        at, head = quad.to_i64(), (quad // head_dim).to_i64() * 4
+        own = ptx.load(part + at * 4, QUAD, "f32") + ptx.load(sums + head, 1, "f32")
+        met = _meet(thread, table, devices, [*own, f32(0.0)])
+        most = met[0][QUAD]
+        for each in met[1:]:
+            most = ptx.maximum(most, each[QUAD])
+        seen = most > float("-inf")  # else the differences would be NaN
+        highest = ptx.select(seen, most, 0.0)
+        weights = [ptx.exp2((each[QUAD] - highest) * LOG2_E) for each in met]
+        total = weights[0]
+        for weight in weights[1:]:
+            total = total + weight
+        merged = [f32(0.0)] * QUAD
+        for weight, each in zip(weights, met, strict=True):
+            merged = [ptx.fma(weight, x, y) for x, y in zip(each[:QUAD], merged, strict=True)]
+        scale = ptx.select(seen, f32(1.0) / total, 0.0)
+        ptx.store(out + at * 2, _packed([x * scale for x in merged]))
+        log_sum_exp = highest + ptx.log2(total) * (1 / LOG2_E)
+        first = (quad % head_dim).equals(0)
+        ptx.when(first, lambda: ptx.store(whole + head, [log_sum_exp]))
+
+    return body
+
+
+def merge(out: jax.Array, log_sum_exp: jax.Array, peers: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.collectives.api.merge`; the merged output is bfloat16."""
+    table = peers.reshape(-1)
+    forms = [
+        jax.ShapeDtypeStruct(out.shape, jnp.bfloat16),
+        jax.ShapeDtypeStruct(log_sum_exp.shape, jnp.float32),
+    ]
+    body = _merge(out.size, out.shape[-1], len(table) // 2 - 1)
+    merged, whole = _launch(body, "merge_parts", forms, out, log_sum_exp, table)
+    return merged, whole
+
+
+def _launch(
+    body: Callable[..., None], name: str, out_type: list[Any], part: jax.Array, *more: jax.Array
+) -> tuple[jax.Array, ...]:
+    blocks = -(-part.size // (THREADS * QUAD))
+    return ptx.kernel(body, out_type, name=name, blocks=blocks, warpgroups=1)(part, *more)
