@@ -6,6 +6,9 @@
         rows of a prompt                             a layer's keys and values are gathered
     dp  sequences                                    nowhere
 
+While they decode, devices that reach each other's memory (`peers`) meet in kernels; else, and for
+prompts, in XLA's collectives.
+
 Tile t lies with device t mod cp, in its place t div cp: so every device works at every length. Each
 device appends to a buffer of its own, which all have alike; the first one reads it.
 
