@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from pallas_kernels import devices, dispatch, tuned
 from pallas_kernels.bf16_matmul.mosaic_gpu import OUTPUTS, Config, Plan, Shape
+from pallas_kernels.collectives import mailboxes
 
 KERNEL = "bf16_matmul"
 RATE = 4.4e6  # bytes a microsecond that an H200 reads
@@ -33,7 +34,10 @@ def key(shape: Shape) -> str:
 
 def _registers(plan: Plan) -> int:
     """A thread's, at most."""
-    return 84 + 16 * plan.units * plan.shape.column_blocks + 8 * plan.shape.column_blocks
+    devices = plan.shape.form.devices
+    meeting = 6 + 2 * devices if devices > 1 else 0
+    blocks = plan.shape.column_blocks
+    return 84 + 16 * plan.units * blocks + 8 * blocks + meeting
 
 
 def _resident(plan: Plan) -> int:
@@ -78,7 +82,8 @@ def _microseconds(plan: Plan) -> float:
 
 
 def possible(plan: Plan) -> bool:
-    """Whether the device can run it, and all of its warps have something to do."""
+    """Whether the device can run it, and all of its warps have something to do; where devices
+    meet, all of its blocks at once."""
     s, c, generation = plan.shape, plan.config, dispatch.target().generation
     share = -(-s.chunks // c.cluster)
     if c.across > plan.warps or plan.rows_of_warps > max(4, share) or c.cluster > s.chunks:
@@ -89,6 +94,9 @@ def possible(plan: Plan) -> bool:
         return False
     if c.cluster > 1 and not generation.clusters:
         return False
+    if s.form.devices > 1:
+        at_once = _resident(plan) * plan.multiprocessors
+        return mailboxes.possible(plan.blocks, c.cluster, plan.sums.share, at_once)
     return _resident(plan) > 0
 
 

@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, ptx
+from pallas_kernels.collectives.meeting import Meeting
 from pallas_kernels.products import inputs as staging
 from pallas_kernels.products.around import NOTHING, PLAIN, Around, Form, rows_of
 from pallas_kernels.products.inputs import Inputs, Staged
@@ -336,6 +337,7 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         x, *rest = addresses
         norm = rest.pop(0) if form.norm else None
         residual = rest.pop(0) if form.residual else None
+        peers = rest.pop(0) if form.devices > 1 else None
         weights, results = rest[: len(s.outputs)], rest[len(s.outputs) :]
         thread = ptx.special("tid.x")
         lane, warp = thread & 31, ptx.uniform(thread >> 5)
@@ -379,15 +381,14 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
             out = Results(sums, form, here.result, here.outputs, here.first, residual, out_bytes)
             mine = sums.mine(thread, rank)
             added = out.ahead(mine)
+            meeting = None if peers is None else Meeting(peers, form.devices)
             carry = ptx.loop(i32(0), turns, [f32(0.0)] * work.sums + cursor, step)
             work.keep(kept + line * sums.warp_bytes, carry[: work.sums])
             ptx.sync_threads(i32(1), 32 * plan.warps)
             ptx.when(tile + ring.step >= sum(plan.tiles), ptx.let_next_begin)
 
-            def write(i: int, index: V, parts: list[list[V]]) -> None:
-                out.write(index, parts, added[i])
-
-            sums.add_up(kept, sums.warp_bytes, shared + plan.inbox, thread, rank, write)
+            inbox = shared + plan.inbox
+            out.finish(kept, sums.warp_bytes, inbox, thread, rank, added, meeting)
             ptx.sync_threads(i32(1), 32 * plan.warps)  # before others' sums come
             return carry[work.sums :]
 

@@ -19,11 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import ptx
-from pallas_kernels.collectives.mailboxes import COUNT_BYTES, MOST_BLOCKS, PLACE_BYTES, THREADS
+from pallas_kernels.collectives.mailboxes import MOST_BLOCKS, number_of
+from pallas_kernels.collectives.meeting import Meeting, total
 from pallas_kernels.ptx import V, f32, i32
 
+THREADS = 128
 QUAD = 4  # results of a thread
-MOST_NUMBERS = MOST_BLOCKS * THREADS * QUAD
+MOST_NUMBERS = MOST_BLOCKS // 2 * THREADS * QUAD
 LOG2_E = 1.4426950408889634
 
 
@@ -39,25 +41,12 @@ def unsupported(part: Any, out_dtype: Any) -> str | None:
 
 
 def _meet(thread: V, table: V, devices: int, numbers: Sequence[V]) -> list[list[V]]:
-    """Of each device of the group what this thread's counterpart there has sent, as this one has:
-    in one order everywhere. Once a launch."""
-    block, rank = ptx.special("ctaid.x"), ptx.load(table)[0]
-    boxes = [
-        ptx.load_address(table + ((rank + i) % devices * 8 + 8).to_i64()) for i in range(devices)
-    ]
-    own = boxes[0]
-    count = own + (block * 4).to_i64()
-    mark = ptx.load(count)[0] + 1
-    first = ((mark & 1) * MOST_BLOCKS + block) * devices
-
-    def place(device: V) -> V:
-        return (((first + device) * THREADS + thread) * PLACE_BYTES + COUNT_BYTES).to_i64()
-
-    for box in [*boxes[1:], own]:
-        ptx.send(box + place(rank), numbers, mark)
-    found = [ptx.receive(own + place(i32(i)), mark, len(numbers)) for i in range(devices)]
-    ptx.sync_threads(i32(1), THREADS)  # all have read the count
-    ptx.when(thread.equals(0), lambda: ptx.store(count, [mark]))
+    """Of each device of the group what this thread's counterpart there has sent, as this has."""
+    meeting = Meeting(table, devices)
+    meeting.send(thread, numbers)
+    found = meeting.received(thread, len(numbers))
+    ptx.sync_threads(i32(1), THREADS)
+    meeting.leave(thread)
     return found
 
 
@@ -82,10 +71,7 @@ def _sum(numbers: int, devices: int) -> Callable[..., None]:
         at = _quad(thread, numbers).to_i64()
         part = ptx.load(y + at * 4, QUAD, "f32")
         stream = [ptx.load(x + at * 2, 2) for x in residual]  # asked for before the others' parts
-        total, *others = _meet(thread, table, devices, part)
-        for other in others:
-            total = [a + b for a, b in zip(total, other, strict=True)]
-        words = _packed(total)
+        words = _packed(total(_meet(thread, table, devices, part)))
         for halves in stream:
             sums = zip(_halves(halves), _halves(words), strict=True)
             words = _packed([a + b for a, b in sums])
@@ -98,7 +84,7 @@ def all_reduce(y: jax.Array, peers: jax.Array, residual: jax.Array | None) -> ja
     """See `pallas_kernels.collectives.api.all_reduce`; y float32, the result bfloat16."""
     table, more = peers.reshape(-1), [] if residual is None else [residual]
     out = jax.ShapeDtypeStruct(y.shape, jnp.bfloat16)
-    return _launch(_sum(y.size, len(table) // 2 - 1), "all_reduce", [out], y, table, *more)[0]
+    return _launch(_sum(y.size, number_of(table)), "all_reduce", [out], y, table, *more)[0]
 
 
 def _merge(numbers: int, head_dim: int, devices: int) -> Callable[..., None]:
@@ -115,15 +101,13 @@ def _merge(numbers: int, head_dim: int, devices: int) -> Callable[..., None]:
         seen = most > float("-inf")  # else the differences would be NaN
         highest = ptx.select(seen, most, 0.0)
         weights = [ptx.exp2((each[QUAD] - highest) * LOG2_E) for each in met]
-        total = weights[0]
-        for weight in weights[1:]:
-            total = total + weight
+        (whole_weight,) = total([[weight] for weight in weights])
         merged = [f32(0.0)] * QUAD
         for weight, each in zip(weights, met, strict=True):
             merged = [ptx.fma(weight, x, y) for x, y in zip(each[:QUAD], merged, strict=True)]
-        scale = ptx.select(seen, f32(1.0) / total, 0.0)
+        scale = ptx.select(seen, f32(1.0) / whole_weight, 0.0)
         ptx.store(out + at * 2, _packed([x * scale for x in merged]))
-        log_sum_exp = highest + ptx.log2(total) * (1 / LOG2_E)
+        log_sum_exp = highest + ptx.log2(whole_weight) * (1 / LOG2_E)
         first = (quad % head_dim).equals(0)
         ptx.when(first, lambda: ptx.store(whole + head, [log_sum_exp]))
 
@@ -137,7 +121,7 @@ def merge(out: jax.Array, log_sum_exp: jax.Array, peers: jax.Array) -> tuple[jax
         jax.ShapeDtypeStruct(out.shape, jnp.bfloat16),
         jax.ShapeDtypeStruct(log_sum_exp.shape, jnp.float32),
     ]
-    body = _merge(out.size, out.shape[-1], len(table) // 2 - 1)
+    body = _merge(out.size, out.shape[-1], number_of(table))
     merged, whole = _launch(body, "merge_parts", forms, out, log_sum_exp, table)
     return merged, whole
 

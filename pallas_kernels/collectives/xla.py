@@ -24,5 +24,5 @@ def merge(
     parts = jax.lax.all_gather(both, axis)  # one meeting; the sum has the same order everywhere
     outs, sums = parts[..., :-1], parts[..., -1]
     whole = jax.nn.logsumexp(sums, 0)
-    weights = jnp.exp(sums - jnp.where(jnp.isfinite(whole), whole, 0))
+    weights = jnp.exp(sums - jnp.where(jnp.isfinite(whole), whole, 0)[None])
     return (weights[..., None] * outs).sum(0).astype(out_dtype), whole

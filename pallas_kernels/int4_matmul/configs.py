@@ -6,6 +6,7 @@ import functools
 import itertools
 
 from pallas_kernels import devices, dispatch, tuned
+from pallas_kernels.collectives import mailboxes
 from pallas_kernels.int4_matmul.mosaic_gpu import Config, Plan, Shape
 from pallas_kernels.layout import STRIP
 from pallas_kernels.products.around import PLAIN
@@ -29,6 +30,7 @@ def key(shape: Shape) -> str:
 def _registers(shape: Shape, strips: int) -> int:
     """A thread's, at most."""
     around = 12 + strips if shape.form != PLAIN else 0
+    around += 6 + 2 * shape.form.devices if shape.form.devices > 1 else 0
     if shape.rows == 1:
         return 72 + 2 * strips + around
     return around + (72 + 6 * strips if shape.column_blocks == 1 else 104 + 10 * strips)
@@ -42,6 +44,15 @@ def _resident(shape: Shape, config: Config) -> int:
         device.usable_bytes // (plan.shared_bytes + 1024),
         device.generation.threads // threads,
     )
+
+
+def possible(shape: Shape, config: Config) -> bool:
+    """Whether the device can run it; where devices meet, all of its blocks at once."""
+    resident, plan = _resident(shape, config), Plan(shape, config)
+    if shape.form.devices > 1:
+        at_once = resident * dispatch.target().multiprocessors
+        return mailboxes.possible(plan.blocks, config.cluster, plan.sums.share, at_once)
+    return resident > 0
 
 
 def _microseconds(shape: Shape, config: Config) -> float:
@@ -93,7 +104,7 @@ def _sorted(shape: Shape, device: devices.Device) -> tuple[Config, ...]:
         config = Config(warpgroups, stages, strips, cluster)
         share = -(-shape.groups // cluster)
         useful = strips <= most and (stages - 1) * 4 * warpgroups < share and cluster <= share
-        if useful and _resident(shape, config):
+        if useful and possible(shape, config):
             found.append(config)
     return tuple(sorted(found, key=lambda config: _microseconds(shape, config)))
 
@@ -115,6 +126,6 @@ def choose(shape: Shape) -> Config:
     device = dispatch.target()
     for found in tuned.nearest(device.name, KERNEL, key(shape)):
         config = Config(**found)
-        if _resident(shape, config) and (config.cluster == 1 or device.generation.clusters):
+        if possible(shape, config) and (config.cluster == 1 or device.generation.clusters):
             return config
     return candidates(shape)[0]

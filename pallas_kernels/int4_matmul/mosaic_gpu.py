@@ -76,6 +76,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, ptx
+from pallas_kernels.collectives.meeting import Meeting
 from pallas_kernels.layout import STRIP, PackedWeight, QuantizedWeight, TiledWeight
 from pallas_kernels.products import inputs as staging
 from pallas_kernels.products.around import NOTHING, PLAIN, Around, Form, rows_of
@@ -369,6 +370,7 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         x, *rest = addresses
         norm = rest.pop(0) if form.norm else None
         residual = rest.pop(0) if form.residual else None
+        peers = rest.pop(0) if form.devices > 1 else None
         count = len(s.outputs)
         thread = ptx.special("tid.x")
         lane, warp = thread & 31, ptx.uniform(thread >> 5)
@@ -406,6 +408,7 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         sums = plan.sums
         out = Results(sums, form, result, outputs, first * STRIP, residual, out_bytes)
         added = out.ahead(sums.mine(thread, rank))
+        meeting = None if peers is None else Meeting(peers, form.devices)
 
         def inputs_of(turn: V) -> list[V]:
             return work.activations(group(turn))
@@ -423,11 +426,8 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         work.keep(ring.data, ptx.loop(i32(0), turns, start, step)[:size])  # the ring is empty
         ptx.sync_threads(i32(1), 32 * plan.warps)
 
-        def write(i: int, index: V, parts: list[list[V]]) -> None:
-            out.write(index, parts, added[i])
-
         kept, inbox = shared + plan.barrier_bytes, shared + plan.inbox
-        sums.add_up(kept, plan.warp_bytes, inbox, thread, rank, write)
+        out.finish(kept, plan.warp_bytes, inbox, thread, rank, added, meeting)
 
     return body
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_kernels.add_rms_norm.xla import rms_norm
+from pallas_kernels.collectives.mailboxes import number_of
 
 
 class Form(NamedTuple):
@@ -29,6 +30,7 @@ class Form(NamedTuple):
     norm: bool = False
     residual: bool = False
     gated: bool = False
+    devices: int = 1
 
     @property
     def parts(self) -> int:
@@ -41,7 +43,7 @@ PLAIN = Form()
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["norm", "residual"],
+    data_fields=["norm", "residual", "peers"],
     meta_fields=["eps", "gated"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -51,27 +53,32 @@ class Around:
     norm      [Kin] weight of the RMS norm of the inputs, or None; eps is added to the mean square
     residual  [..., N] what the one product is added to, or None
     gated     of two products the first one's SiLU times the second
+    peers     this device's addresses of others (`collectives.mailboxes`), whose products, of other
+              input channels, are added before the residual; or None
     """
 
     norm: jax.Array | None = None
     eps: float = 0.0
     residual: jax.Array | None = None
     gated: bool = False
+    peers: jax.Array | None = None
 
     @property
     def form(self) -> Form:
-        return Form(self.norm is not None, self.residual is not None, self.gated)
+        devices = 1 if self.peers is None else number_of(self.peers.reshape(-1))
+        return Form(self.norm is not None, self.residual is not None, self.gated, devices)
 
     def operands(
         self, x: jax.Array, weights: Sequence[jax.Array]
     ) -> tuple[list[jax.Array], list[int]]:
-        """A kernel's: activations [R, Kin], the norm's weight, the residual, the products' weights;
-        and the places of those that are no activations."""
+        """A kernel's: activations [R, Kin], the norm's weight, the residual, the addresses of
+        peers, the products' weights; and the places of the norm's and the products' weights."""
         norm = [] if self.norm is None else [self.norm.astype(x.dtype)]
         residual = [] if self.residual is None else [self.residual.reshape(len(x), -1)]
-        first = 1 + len(norm) + len(residual)
-        places = [*range(1, 1 + len(norm)), *range(first, first + len(weights))]
-        return [x, *norm, *residual, *weights], places
+        peers = [] if self.peers is None else [self.peers.reshape(-1)]
+        others = [x, *norm, *residual, *peers]
+        places = [*range(1, 1 + len(norm)), *range(len(others), len(others) + len(weights))]
+        return [*others, *weights], places
 
 
 NOTHING = Around()
@@ -82,7 +89,9 @@ def apart(
     around: Around,
     multiply: Callable[[jax.Array], Sequence[jax.Array]],
 ) -> list[jax.Array]:
-    """The XLA form: each part by itself, around multiply(inputs) → products."""
+    """The XLA form: each part by itself, around multiply(inputs) → products. Devices do not meet
+    in it."""
+    assert around.peers is None
     if around.norm is not None:
         x = rms_norm(x, around.norm, around.eps)
     found = multiply(x)
@@ -101,6 +110,8 @@ def check(around: Around, outputs: Sequence[int]) -> None:
         raise ValueError(f"gated takes two weights of as many outputs; given: {tuple(outputs)}")
     if around.residual is not None and (around.gated or len(outputs) != 1):
         raise ValueError(f"residual takes one product that is not gated; given: {len(outputs)}")
+    if around.peers is not None and around.residual is None:
+        raise ValueError("peers come with a residual; given: None")
 
 
 def rows_of(x: Any) -> int:

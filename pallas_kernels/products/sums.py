@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 from pallas_kernels import ptx
+from pallas_kernels.collectives.meeting import Meeting, total
 from pallas_kernels.products.around import Form
 from pallas_kernels.ptx import V, f32
 
@@ -160,6 +161,41 @@ class Results:
         row, output = index // row_quads, self.first + index % row_quads * 4
         held = ptx.minimum(output, self.outputs - 4)
         return row.to_i64() * self.outputs.to_i64() + held.to_i64(), output < self.outputs
+
+    def finish(
+        self,
+        kept: V,
+        apart: int,
+        inbox: V,
+        thread: V,
+        rank: V,
+        added: list[list[V]],
+        meeting: Meeting | None,
+    ) -> None:
+        """Add up what the warps have kept (`Sums.add_up`), and with a meeting what it is on all
+        devices; and write it."""
+        sums = self.sums
+
+        def write(i: int, index: V, parts: list[list[V]]) -> None:
+            self.write(index, parts, added[i])
+
+        if meeting is None:
+            sums.add_up(kept, apart, inbox, thread, rank, write)
+            return
+
+        def slot(i: int) -> V:
+            return thread + i * sums.threads
+
+        def send(i: int, index: V, parts: list[list[V]]) -> None:
+            meeting.send(slot(i), parts[0])
+
+        def write_total(i: int, index: V) -> None:
+            write(i, index, [total(meeting.received(slot(i), 4))])
+
+        sums.add_up(kept, apart, inbox, thread, rank, send)
+        for i, (index, inside) in enumerate(sums.mine(thread, rank)):
+            ptx.when(inside, functools.partial(write_total, i, index))
+        meeting.leave(thread)
 
     def write(self, index: V, parts: list[list[V]], added: list[V]) -> None:
         """A quad's result from its sums; `added`: `ahead`'s of it."""

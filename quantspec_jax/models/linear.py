@@ -107,13 +107,19 @@ def _add_norm_of_parts(
     axes: Axes,
 ) -> tuple[jax.Array, Activations]:
     """`add_norm` where each device has a part of x's channels, and their rows of the kernel. Where
-    they reach each other's memory, their sum and that with the stream are one launch."""
+    they reach each other's memory, their sum and that with the stream are part of the product's
+    launch, or one after it."""
+    peers = axes.peers_over("tp")
+    if peers is not None:
+        found = _one_launch(x, [weights], backend, x.dtype, residual=stream, peers=peers)
+        if found is not None:
+            return found[0], Normed(found[0], norm, eps)
     rest = {name: leaf for name, leaf in weights.items() if name not in ("bias", "order")}
     if "order" in weights:
         everywhere = axes.joined(x).at[..., weights["order"]]
         x = axes.own(everywhere.get(mode="promise_in_bounds", unique_indices=True))
     (part,) = products(x, [rest], backend)
-    if "bias" not in weights and collectives.takes(part, axes.peers_over("tp"), x.dtype, backend):
+    if "bias" not in weights and collectives.takes(part, peers, x.dtype, backend):
         total = axes.summed(part, stream, x.dtype, backend)
         return total, Normed(total, norm, eps)
     y = _add_bias(axes.summed(part), weights).astype(x.dtype)

@@ -7,6 +7,7 @@ By JAX's own pipeline, LLVM and ptxas. It takes JAX's CUDA plugin (`pip install 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -168,9 +169,13 @@ def products(device: devices.Device) -> Iterator[tuple[str, Any, Any]]:
     for rows, outputs, parts in (
         (1, (576,), "norm"),
         (5, (576,), "residual"),
+        (1, (576,), "residual peers"),
         (8, (576,) * 2, "norm gated"),
     ):
         x, around = jnp.zeros((rows, 576), jnp.bfloat16), random_around(parts, rows, 576, 576)
+        if "peers" in parts:
+            table = jnp.asarray(mailboxes.addresses(0, range(4)))
+            around = dataclasses.replace(around, peers=table)
         weights = [tile(random_weight(576, n, 64, False)) for n in outputs]
         (config, *_) = matmul_configs.candidates(matmul.shape_of(x, weights, around))
         run = functools.partial(matmul.int4_matmuls, config=config, bulk=bulk)

@@ -13,16 +13,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import HEADS, attention_call, heads_call, relative_error, without_poison
+from kernel_cases import (
+    HEADS,
+    attention_call,
+    heads_call,
+    random_weight,
+    relative_error,
+    without_poison,
+)
 
 from pallas_kernels import ptx
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
 from pallas_kernels.add_rms_norm import xla as norm_reference
+from pallas_kernels.bf16_matmul import mosaic_gpu as bf16
 from pallas_kernels.collectives import mailboxes
 from pallas_kernels.collectives import mosaic_gpu as collectives
+from pallas_kernels.int4_matmul import mosaic_gpu as matmul
+from pallas_kernels.int4_matmul import xla as int4_reference
 from pallas_kernels.kv_attention import mosaic_gpu as attention
 from pallas_kernels.kv_attention import xla as attention_reference
 from pallas_kernels.kv_attention.read import Read
+from pallas_kernels.layout import tile
+from pallas_kernels.products.around import Around
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
 from pallas_kernels.quantize_pack import xla as quantize_reference
 from pallas_kernels.rope_append import api as rope_reference
@@ -226,7 +238,48 @@ def test_merged_parts_of_attention(monkeypatch, devices):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.parametrize(
+    ("kind", "rows", "config"),
+    [
+        ("int4", 1, matmul.Config(1, 2, 1)),
+        ("int4", 5, matmul.Config(1, 1, 2, cluster=2)),
+        ("bf16", 2, bf16.Config(1, 2)),
+        ("bf16", 9, bf16.Config(1, 2, cluster=2)),
+    ],
+)
+def test_products_of_parts(monkeypatch, kind, rows, config):
+    """Each device's product with its input channels, added over the devices and to a stream; twice,
+    and in bfloat16 several tiles of a block."""
+    devices, inputs, outputs = 2, 256, 320
+    xs = jax.random.normal(jax.random.key(0), (devices, rows, inputs), jnp.bfloat16)
+    stream = jax.random.normal(jax.random.key(1), (rows, outputs), jnp.bfloat16)
+    if kind == "int4":
+        weights = [random_weight(inputs, outputs, 64, False, seed) for seed in range(devices)]
+        products = [int4_reference.int4_matmul(x, w) for x, w in zip(xs, weights, strict=True)]
+    else:
+        dense = jax.random.normal(jax.random.key(2), (devices, inputs, outputs), jnp.bfloat16)
+        products = list(xs.astype(jnp.float32) @ dense.astype(jnp.float32))
+
+    def run(rank: int, peers: jax.Array) -> list[jax.Array]:
+        around, found = Around(residual=stream, peers=peers), []
+        for _ in range(2):
+            if kind == "int4":
+                call = (xs[rank], [tile(weights[rank])], around)
+                found += matmul.int4_matmuls(*call, config=config)
+            else:
+                call = (xs[rank], [dense[rank]], around)
+                found += bf16.bf16_matmuls(*call, config=config, multiprocessors=2)
+        return found
+
+    total = functools.reduce(jnp.add, products).astype(jnp.bfloat16)
+    expected = np.asarray(stream + total, np.float32)
+    first, second = over_devices(monkeypatch, devices, run)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        assert relative_error(a.astype(jnp.float32), expected) <= 4e-3
+
+
 def test_addresses_of_peers():
-    """The rank, then 8 bytes for each mailbox."""
+    """The rank, then 8 bytes for each mailbox, its own first."""
     table = mailboxes.addresses(1, [0x400000000, 0x7FFF00000010])
-    assert table.tolist() == [1, 0, 0, 4, 0x10, 0x7FFF]
+    assert table.tolist() == [1, 0, 0x10, 0x7FFF, 0, 4]
