@@ -40,9 +40,9 @@ def addresses(rank: int, mailboxes: Sequence[int]) -> np.ndarray:
     return np.array([rank, *mailboxes[rank:], *mailboxes[:rank]], np.uint64).view(np.uint32)
 
 
-def number_of(table: Sequence[int]) -> int:
-    """How many devices a table of addresses has."""
-    return len(table) // 2 - 1
+def devices_of(words: int) -> int:
+    """How many devices a table of so many words has addresses of."""
+    return words // 2 - 1
 
 
 def possible(blocks: int, cluster: int, slots: int, at_once: int) -> bool:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import ptx
-from pallas_kernels.collectives.mailboxes import MOST_BLOCKS, number_of
+from pallas_kernels.collectives.mailboxes import MOST_BLOCKS, devices_of
 from pallas_kernels.collectives.meeting import Meeting, total
 from pallas_kernels.ptx import V, f32, i32
 
@@ -84,7 +84,7 @@ def all_reduce(y: jax.Array, peers: jax.Array, residual: jax.Array | None) -> ja
     """See `pallas_kernels.collectives.api.all_reduce`; y float32, the result bfloat16."""
     table, more = peers.reshape(-1), [] if residual is None else [residual]
     out = jax.ShapeDtypeStruct(y.shape, jnp.bfloat16)
-    return _launch(_sum(y.size, number_of(table)), "all_reduce", [out], y, table, *more)[0]
+    return _launch(_sum(y.size, devices_of(table.size)), "all_reduce", [out], y, table, *more)[0]
 
 
 def _merge(numbers: int, head_dim: int, devices: int) -> Callable[..., None]:
@@ -121,7 +121,7 @@ def merge(out: jax.Array, log_sum_exp: jax.Array, peers: jax.Array) -> tuple[jax
         jax.ShapeDtypeStruct(out.shape, jnp.bfloat16),
         jax.ShapeDtypeStruct(log_sum_exp.shape, jnp.float32),
     ]
-    body = _merge(out.size, out.shape[-1], number_of(table))
+    body = _merge(out.size, out.shape[-1], devices_of(table.size))
     merged, whole = _launch(body, "merge_parts", forms, out, log_sum_exp, table)
     return merged, whole
 

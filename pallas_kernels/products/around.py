@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_kernels.add_rms_norm.xla import rms_norm
-from pallas_kernels.collectives.mailboxes import number_of
+from pallas_kernels.collectives.mailboxes import devices_of
 
 
 class Form(NamedTuple):
@@ -65,7 +65,7 @@ class Around:
 
     @property
     def form(self) -> Form:
-        devices = 1 if self.peers is None else number_of(self.peers.reshape(-1))
+        devices = 1 if self.peers is None else devices_of(self.peers.size)
         return Form(self.norm is not None, self.residual is not None, self.gated, devices)
 
     def operands(
