@@ -76,9 +76,11 @@ class Axes:
         options: dict[str, Any] = {"out_dtype": dtype, "backend": backend}
         return collectives.all_reduce(x, "tp", residual, peers=self.peers_over("tp"), **options)
 
-    def joined(self, x: jax.Array) -> jax.Array:
+    def joined(self, x: jax.Array, backend: str = "auto") -> jax.Array:
         """All parts of the last dimension, side by side."""
-        return x if self.tp == 1 else jax.lax.all_gather(x, "tp", axis=x.ndim - 1, tiled=True)
+        if self.tp == 1:
+            return x
+        return collectives.all_gather(x, "tp", peers=self.peers_over("tp"), backend=backend)
 
     def own(self, x: jax.Array) -> jax.Array:
         """This device's part of the last dimension: the inverse of `joined`."""

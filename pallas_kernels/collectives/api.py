@@ -34,7 +34,7 @@ def all_reduce(
     Returns:
       [..., E] in `out_dtype`, the same on all devices.
     """
-    if takes(y, peers, out_dtype, backend):
+    if out_dtype == jnp.bfloat16 and takes(y, peers, backend):
         from pallas_kernels.collectives import mosaic_gpu
 
         kernel = dispatch.shared(mosaic_gpu.all_reduce, ())
@@ -61,18 +61,29 @@ def merge(
     Returns:
       As those, `out` in `out_dtype`, the same on all devices.
     """
-    if takes(out, peers, out_dtype, backend):
+    if out_dtype == jnp.bfloat16 and takes(out, peers, backend):
         from pallas_kernels.collectives import mosaic_gpu
 
         return dispatch.shared(mosaic_gpu.merge, ())(out, log_sum_exp, peers)
     return xla.merge(out, log_sum_exp, axis, out_dtype)
 
 
-def takes(part: Any, peers: Any, out_dtype: Any, backend: str = "auto") -> bool:
-    """Whether a Pallas kernel does a meeting. One of many rows is XLA's, which then moves fewer
-    bytes; nothing is said of it."""
+def all_gather(
+    x: jax.Array, axis: str, *, peers: jax.Array | None = None, backend: str = "auto"
+) -> jax.Array:
+    """The last dimension of x [..., E] of all devices of `axis`, side by side: [..., D E]."""
+    if x.dtype == jnp.float32 and takes(x, peers, backend):
+        from pallas_kernels.collectives import mosaic_gpu
+
+        return dispatch.shared(mosaic_gpu.all_gather, ())(x, peers)
+    return xla.all_gather(x, axis)
+
+
+def takes(part: Any, peers: Any, backend: str = "auto") -> bool:
+    """Whether the devices' parts meet in a Pallas kernel, which makes bfloat16 of sums and merges.
+    Those of many rows are XLA's, which then moves fewer bytes; nothing is said of it."""
     if peers is None or backend == "xla" or dispatch.device() is None:
         return False
     from pallas_kernels.collectives import mosaic_gpu
 
-    return mosaic_gpu.unsupported(part, out_dtype) is None
+    return mosaic_gpu.unsupported(part) is None

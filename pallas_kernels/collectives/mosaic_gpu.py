@@ -29,10 +29,8 @@ MOST_NUMBERS = MOST_BLOCKS // 2 * THREADS * QUAD
 LOG2_E = 1.4426950408889634
 
 
-def unsupported(part: Any, out_dtype: Any) -> str | None:
-    """Why the kernels cannot do a call, or None."""
-    if out_dtype != jnp.bfloat16:
-        return "results have to be bfloat16"
+def unsupported(part: Any) -> str | None:
+    """Why the kernels cannot do a call with such a part of each device, or None."""
     if part.shape[-1] % QUAD:
         return f"there are {part.shape[-1]} channels; they take multiples of {QUAD}"
     if part.size > MOST_NUMBERS:
@@ -85,6 +83,28 @@ def all_reduce(y: jax.Array, peers: jax.Array, residual: jax.Array | None) -> ja
     table, more = peers.reshape(-1), [] if residual is None else [residual]
     out = jax.ShapeDtypeStruct(y.shape, jnp.bfloat16)
     return _launch(_sum(y.size, devices_of(table.size)), "all_reduce", [out], y, table, *more)[0]
+
+
+def _gather(numbers: int, channels: int, devices: int) -> Callable[..., None]:
+    def body(given: Sequence[V], shared: V) -> None:
+        x, table, out = given
+        thread = ptx.special("tid.x")
+        quad = _quad(thread, numbers)
+        row, column = quad // channels, quad % channels
+        own = ptx.load(x + quad.to_i64() * 4, QUAD, "f32")
+        for device, part in enumerate(_meet(thread, table, devices, own)):
+            at = row * (devices * channels) + column + device * channels
+            ptx.store(out + at.to_i64() * 4, part)
+
+    return body
+
+
+def all_gather(x: jax.Array, peers: jax.Array) -> jax.Array:
+    """See `pallas_kernels.collectives.api.all_gather`; x float32."""
+    table, channels = peers.reshape(-1), x.shape[-1]
+    devices = devices_of(table.size)
+    out = jax.ShapeDtypeStruct((*x.shape[:-1], devices * channels), jnp.float32)
+    return _launch(_gather(x.size, channels, devices), "all_gather", [out], x, table)[0]
 
 
 def _merge(numbers: int, head_dim: int, devices: int) -> Callable[..., None]:

@@ -16,6 +16,11 @@ def all_reduce(
     return total if residual is None else residual + total
 
 
+def all_gather(x: jax.Array, axis: str) -> jax.Array:
+    """See `pallas_kernels.collectives.api.all_gather`."""
+    return jax.lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True)
+
+
 def merge(
     out: jax.Array, log_sum_exp: jax.Array, axis: str, out_dtype: Any = jnp.float32
 ) -> tuple[jax.Array, jax.Array]:

@@ -188,7 +188,7 @@ def unembed(
     A draft's lm_head may have, beside its packed `kernel`, the target's own rows [R, E] of the
     first R tokens as `first`: their logits come from those.
     """
-    logits = axes.joined(_logits(params, hidden, backend))
+    logits = axes.joined(_logits(params, hidden, backend), backend)
     first = params.get("lm_head", {}).get("first")
     if first is None:
         return logits

@@ -26,7 +26,7 @@ from pallas_kernels.int4_matmul.xla import dequantize
 from pallas_kernels.layout import PackedWeight, TiledWeight, untile
 from pallas_kernels.products.around import NOTHING, Around
 from quantspec_jax.axes import ONE, Axes
-from quantspec_jax.dtypes import FLOAT32
+from quantspec_jax.dtypes import BFLOAT16, FLOAT32
 from quantspec_jax.models.parameters import Params
 
 
@@ -119,7 +119,7 @@ def _add_norm_of_parts(
         everywhere = axes.joined(x).at[..., weights["order"]]
         x = axes.own(everywhere.get(mode="promise_in_bounds", unique_indices=True))
     (part,) = products(x, [rest], backend)
-    if "bias" not in weights and collectives.takes(part, peers, x.dtype, backend):
+    if "bias" not in weights and x.dtype == BFLOAT16 and collectives.takes(part, peers, backend):
         total = axes.summed(part, stream, x.dtype, backend)
         return total, Normed(total, norm, eps)
     y = _add_bias(axes.summed(part), weights).astype(x.dtype)

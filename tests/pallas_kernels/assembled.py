@@ -211,6 +211,7 @@ def others() -> Iterator[tuple[str, Any, Any]]:
         table = jnp.asarray(mailboxes.addresses(0, range(count)))
         parts, stream = jnp.zeros((5, 4096)), jnp.zeros((5, 4096), jnp.bfloat16)
         yield f"all_reduce of {count}", collectives.all_reduce, (parts, table, stream)
+        yield f"all_gather of {count}", collectives.all_gather, (parts, table)
         heads = parts.reshape(5, 32, 128)
         yield f"merge of {count}", collectives.merge, (heads, heads[..., 0], table)
     for case in HEADS:

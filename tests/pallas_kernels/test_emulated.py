@@ -215,6 +215,18 @@ def test_all_reduce(monkeypatch, devices):
             np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 700), (3, 576)])
+def test_all_gather(monkeypatch, shape):
+    parts = jax.random.normal(jax.random.key(0), (3, *shape))
+    expected = jnp.concatenate(list(parts), -1)
+
+    def run(rank: int, peers: jax.Array) -> jax.Array:
+        return collectives.all_gather(parts[rank], peers)
+
+    for found in over_devices(monkeypatch, 3, run):
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
 @pytest.mark.parametrize("devices", [2, 4])
 def test_merged_parts_of_attention(monkeypatch, devices):
     """Of heads that all, one and none of the devices have keys for, twice."""

@@ -68,7 +68,7 @@ def test_all_reduce(over, rows, channels, times):
 
         return jax.lax.fori_loop(0, times, step, stream)
 
-    assert mosaic_gpu.unsupported(parts[0], jnp.bfloat16) is None
+    assert mosaic_gpu.unsupported(parts[0]) is None
     found = np.asarray(on_each(over, run)(parts, stream).astype(jnp.float32))
     assert (found == found[0]).all()
     expected = stream
@@ -77,6 +77,15 @@ def test_all_reduce(over, rows, channels, times):
         total = functools.reduce(jnp.add, scaled).astype(jnp.bfloat16)
         expected = (expected + total) * jnp.bfloat16(0.5)
     np.testing.assert_allclose(found[0], np.asarray(expected, np.float32), rtol=2**-6, atol=1e-2)
+
+
+@pytest.mark.parametrize(("rows", "channels"), [(1, 576), (1, 64128), (5, 4096)])
+def test_all_gather(over, rows, channels):
+    parts = jax.random.normal(jax.random.key(0), (jax.device_count(), rows, channels))
+    found = on_each(over, lambda x, _, table: api.all_gather(x, "tp", peers=table))(parts, None)
+    expected = np.asarray(parts).swapaxes(0, 1).reshape(rows, -1)
+    for each in found:
+        np.testing.assert_array_equal(np.asarray(each), expected)
 
 
 @pytest.mark.parametrize(("rows", "heads", "head_dim"), [(1, 9, 64), (5, 32, 128)])

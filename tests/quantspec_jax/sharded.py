@@ -484,27 +484,28 @@ def kernels_on_each_device() -> None:
 
 
 def meetings_in_kernels() -> None:
-    """Lowered for CUDA, for devices that reach each other's memory: all meetings of a pass but that
-    for its logits are kernels': the sum of the embedding, those of each layer's o and down, which
-    are part of the products, and the merges of attention."""
+    """Lowered for CUDA, for devices that reach each other's memory: all meetings of a pass are
+    kernels': the sum of the embedding, those of each layer's o and down, which are part of the
+    products, the merges of attention, and the logits of a draft. Those of a verification, which are
+    many, are XLA's to gather."""
     names, operands, text = lowered_for_cuda(ALL, reached=True)
     assert names == {
-        *("all_reduce", "bf16_matmuls", "int4_matmuls", "kv_attention", "merge"),
+        *("all_gather", "all_reduce", "bf16_matmuls", "int4_matmuls", "kv_attention", "merge"),
         *("quantize_keys", "quantize_values", "rope_append"),  # norms are left to the products
     }
     assert "stablehlo.all_reduce" not in text
-    shapes = CUDA_SHAPES
-    passes = len(re.findall(r"stablehlo\.all_gather", text))
-    assert passes == (5 if jax.__version_info__ >= (0, 12) else 2)
-    sums, merges = (len(re.findall(rf"call @{x}(_\d+)?\(", text)) for x in ("all_reduce", "merge"))
-    assert (sums, merges) == (passes, passes * shapes.num_layers)
-    table, heads = "1x1x1x6xui32", shapes.num_heads // 2
+    shapes, table = CUDA_SHAPES, "1x1x1x6xui32"
+    passes = 5 if jax.__version_info__ >= (0, 12) else 2  # each draft's text, or one's
+    kinds = ("all_reduce", "merge", "all_gather")
+    called = [len(re.findall(rf"call @{x}(_\d+)?\(", text)) for x in kinds]
+    by_xla = len(re.findall(r"stablehlo\.all_gather", text))
+    assert (*called[:2], called[2] + by_xla) == (passes, passes * shapes.num_layers, passes)
+    taken = {name: of for name, of in operands.items() if table in of}
     for rows, kind in ((1, "int4_matmuls"), (5, "bf16_matmuls")):
         part, stream = (f"1x{rows}x{shapes.hidden_size}x{kind}" for kind in ("f32", "bf16"))
-        out = [f"1x{rows}x{heads}x{shapes.head_dim}xf32", f"1x{rows}x{heads}xf32", table]
-        taken = {name: of for name, of in operands.items() if table in of}
+        heads = f"1x{rows}x{shapes.num_heads // 2}"
         assert [part, table] in taken.values()
-        assert out in taken.values()
+        assert [f"{heads}x{shapes.head_dim}xf32", f"{heads}xf32", table] in taken.values()
         products = [of for name, of in taken.items() if name.startswith(kind)]
         assert len(products) == 2  # o and down
         assert all(stream in of for of in products)

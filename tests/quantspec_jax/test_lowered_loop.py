@@ -75,8 +75,8 @@ def kernels(text: str) -> list[str]:
 def names(text: str) -> list[str]:
     """The kernels' functions, calls of one form sharing one."""
     found = re.findall(
-        r"func.func private @(add_rms_norm|all_reduce|bf16_matmuls|int4_matmuls|kv_attention|merge"
-        r"|most_voted|page_votes|quantize_\w+?|rms_norm|rope_append)(?:_\d+)?\(",
+        r"func.func private @(add_rms_norm|all_gather|all_reduce|bf16_matmuls|int4_matmuls"
+        r"|kv_attention|merge|most_voted|page_votes|quantize_\w+?|rms_norm|rope_append)(?:_\d+)?\(",
         text,
     )
     return sorted(found)
