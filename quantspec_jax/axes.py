@@ -46,6 +46,11 @@ class Axes:
     cp: int = 1
     peers: Mapping[str, jax.Array] | None = dataclasses.field(default=None, compare=False)
 
+    @classmethod
+    def over(cls, sizes: Mapping[str, int]) -> Axes:
+        """Of a mesh's axes by name."""
+        return cls(*(sizes.get(name, 1) for name in ("dp", "tp", "cp")))
+
     @property
     def size(self) -> int:
         """Devices."""

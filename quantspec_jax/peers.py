@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import devices, dispatch
 from pallas_kernels.collectives import mailboxes
-from quantspec_jax.axes import ONE, Axes
 
+AXES = ("dp", "cp", "tp")
 # What is written from elsewhere has to stay where it is, as long as there may be programs.
 _MAILBOXES: list[jax.Array] = []
 
@@ -29,8 +29,9 @@ def addresses(mesh: Mesh | None) -> tuple[Mapping[str, jax.Array], ...]:
     """The last argument of `generate_tokens` where devices of the mesh reach each other, else none:
     for each axis, tp or cp, what each device is told of those that it meets over it, [dp, cp, tp,
     words] uint32, a row on each."""
-    axes = ONE if mesh is None else Axes(**mesh.shape)
-    if axes.tp == axes.cp == 1 or not reached(tuple(mesh.devices.flat)):
+    if mesh is None or mesh.shape.get("tp", 1) == mesh.shape.get("cp", 1) == 1:
+        return ()
+    if not reached(tuple(mesh.devices.flat)):
         return ()
     return (_addresses(mesh),)
 
@@ -62,20 +63,19 @@ def _can_access(device: jax.Device, peer: jax.Device) -> bool:
 
 @functools.cache
 def _addresses(mesh: Mesh) -> Mapping[str, jax.Array]:
-    axes = Axes(**mesh.shape)
-    shape = (axes.dp, axes.cp, axes.tp)
-    over = PartitionSpec(*(name if name in mesh.shape else None for name in ("dp", "cp", "tp")))
+    shape = tuple(mesh.shape.get(name, 1) for name in AXES)
+    over = PartitionSpec(*(name if name in mesh.shape else None for name in AXES))
     where = NamedSharding(mesh, over)
     return {
-        axis: jax.device_put(_tables(_lie(shape, where, place), place), where)
-        for place, axis in ((1, "cp"), (2, "tp"))
-        if shape[place] > 1
+        name: jax.device_put(_tables(_lie(shape, where, i), i), where)
+        for i, name in enumerate(AXES)
+        if name != "dp" and shape[i] > 1
     }
 
 
-def _lie(shape: tuple[int, ...], where: NamedSharding, place: int) -> np.ndarray:
+def _lie(shape: tuple[int, ...], where: NamedSharding, axis: int) -> np.ndarray:
     """Where a new mailbox of each device lies, for groups along one axis."""
-    words = mailboxes.words(shape[place])
+    words = mailboxes.words(shape[axis])
     made = jax.jit(lambda: jnp.zeros((*shape, words), jnp.uint32), out_shardings=where)()
     _MAILBOXES.append(jax.block_until_ready(made))
     lie = np.zeros(shape, np.int64)
@@ -85,11 +85,11 @@ def _lie(shape: tuple[int, ...], where: NamedSharding, place: int) -> np.ndarray
     return lie
 
 
-def _tables(lie: np.ndarray, place: int) -> np.ndarray:
+def _tables(lie: np.ndarray, axis: int) -> np.ndarray:
     """What each device is told, from where the mailboxes lie."""
-    groups = np.moveaxis(lie, place, -1)
+    groups = np.moveaxis(lie, axis, -1)
     rows = [
-        mailboxes.addresses(device[place], groups[device[:place] + device[place + 1 :]])
+        mailboxes.addresses(device[axis], groups[device[:axis] + device[axis + 1 :]].tolist())
         for device in np.ndindex(*lie.shape)
     ]
     return np.stack(rows).reshape(*lie.shape, -1)

@@ -131,7 +131,7 @@ def over_mesh(model: ModelConfig, sizes: dict[str, int]) -> tuple[ModelConfig, A
     require(min(sizes.values(), default=1) >= 1, "--mesh", sizes, "axes of 1 and more devices")
     mesh = abstract_mesh(sizes)
     check_mesh(model, mesh)
-    return heads_over(model, mesh), Axes(**sizes)
+    return heads_over(model, mesh), Axes.over(sizes)
 
 
 def meeting_microseconds(args: argparse.Namespace) -> dict[str, float]:

@@ -29,7 +29,7 @@ STATISTICS = 2 * COUNTED + 2
 
 def axes_of(mesh: Mesh | None) -> Axes:
     """Sizes of a mesh's axes."""
-    return ONE if mesh is None else Axes(**mesh.shape)
+    return ONE if mesh is None else Axes.over(mesh.shape)
 
 
 @dataclasses.dataclass(frozen=True)
