@@ -49,7 +49,7 @@ class Axes:
     @classmethod
     def over(cls, sizes: Mapping[str, int]) -> Axes:
         """Of a mesh's axes by name."""
-        return cls(*(sizes.get(name, 1) for name in ("dp", "tp", "cp")))
+        return cls(sizes.get("dp", 1), sizes.get("tp", 1), sizes.get("cp", 1))
 
     @property
     def size(self) -> int:
