@@ -33,6 +33,7 @@ KEYS = ("what", "title", "command", "note", "outdated", "device", "versions", "d
 # The runs of README.md's table by name, and which rows of each; real text comes first.
 HEADLINES: tuple[tuple[str, slice], ...] = (
     ("text-*", slice(5)),
+    ("policies-qwen2.5-coder-1.5b-131k-moby-dick-h200-*", slice(1)),
     ("yarn-*", slice(-1, None)),  # the longest context
     ("decode-llama-2-7b-h200-*", slice(2)),
     ("decode-llama-3.1-8b-h200-*", slice(1)),
@@ -119,6 +120,7 @@ class Headline:
     acceptance: str
     device: str
     simulated: bool
+    named: bool  # the policy was, and is not what users get unless they say otherwise
 
     @property
     def speed_up(self) -> float:
@@ -149,7 +151,8 @@ def headlines(runs: Sequence[Run]) -> list[Headline]:
 
 def headlines_of(run: Run) -> list[Headline]:
     """A row for each model, context and temperature: what users get unless they say otherwise, auto
-    by policy and γ, where the run has it; else all pages, and the fastest γ."""
+    by policy and γ, where the run has it; else all pages, or the fastest policy, which is named
+    beside the sampling; and the fastest γ."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in run.rows:
         drafts = row.get("gamma", row.get("acceptance")) is not None
@@ -164,6 +167,9 @@ def _headline(run: Run, rows: list[dict[str, Any]]) -> Headline:
     for name, usual in (("policy", ("auto",)), ("policy", (None, "all")), ("gamma", ("auto",))):
         rows = [row for row in rows if row.get(name) in usual] or rows
     row = max(rows, key=lambda each: each["tokens_per_second"])
+    named = row.get("policy") not in (None, "auto", "all")
+    share = row.get("share")
+    policy = row["policy"] + (f" {share:g}" if share else "") if named else ""
     if run.simulated is not None:
         acceptance = f"{run.simulated:g}, *simulated*"
     elif row["acceptance_rate"] is not None:
@@ -173,12 +179,13 @@ def _headline(run: Run, rows: list[dict[str, Any]]) -> Headline:
     return Headline(
         model=row.get("model") or run.record.get("model") or run.record["preset"],
         context=row["context"],
-        sampling=_sampling(row.get("temperature")),
+        sampling=", ".join(filter(None, (_sampling(row.get("temperature")), policy))),
         plain=row["tokens_per_second"] / row["speed_up"],
         ours=row["tokens_per_second"],
         acceptance=acceptance,
         device=run.record["device"],
         simulated=run.simulated is not None,
+        named=named,
     )
 
 
@@ -197,7 +204,7 @@ def headline_text(runs: Sequence[Run]) -> str:
     real = [row for row in rows if not row.simulated]
     lines = ["No run on real text is recorded on this version."]
     if real:
-        best = max(real, key=lambda row: row.speed_up)
+        best = max(real, key=lambda row: (not row.named, row.speed_up))
         lines = [
             f"On real text, {best.model} makes {best.ours:,.0f} tokens/s after "
             f"{best.context:,} tokens, {best.speed_up:.2f} times plain decoding ({best.sampling}, "

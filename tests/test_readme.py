@@ -400,6 +400,19 @@ class TestHeadlines:
         (adaptive,) = render.headlines([run_of(render, rows, "text-a")])
         assert (adaptive.ours, adaptive.plain) == (70, pytest.approx(40))
 
+    def test_a_policy_that_is_no_default_is_named_and_not_in_the_sentence(self, render):
+        name = "policies-qwen2.5-coder-1.5b-131k-moby-dick-h200-2030-01-01"
+        rows = [
+            text_row(16, 4, speed, speed / 40, policy=policy, share=0.25)
+            for policy, speed in (("top-pages", 80.0), ("window", 100.0))
+        ]
+        usual = [text_row(8, 4, 60.0, 1.5, policy="auto", share=None)]
+        text = render.headline_text([run_of(render, usual, "text-a"), run_of(render, rows, name)])
+        first, second = text.splitlines()[-2:]
+        assert first == "| m | 8 | greedy | 40 | 60 | 1.50 × | 0.90 | d |"
+        assert second == "| m | 16 | greedy, window 0.25 | 40 | 100 | 2.50 × | 0.90 | d |"
+        assert text.startswith("On real text, m makes 60 tokens/s after 8 tokens, 1.50 times plain")
+
     def test_a_run_that_this_version_would_not_repeat_is_no_headline(self, render):
         rows = [text_row(8, None, 40.0, 1.0), text_row(8, 2, 60.0, 1.5)]
         run = run_of(render, rows, "text-a", outdated="Outdated: plain decoding is faster since.")
