@@ -20,7 +20,7 @@ from quantspec_jax.engine.adaptive import MOST_DRAFTED, PRIOR
 from quantspec_jax.engine.bucket import bucket
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.couplings import coupling
-from quantspec_jax.generate.policies import Policy, policy
+from quantspec_jax.generate.policies import ALL, Policy, policy
 from quantspec_jax.generate.requests import Requests, requests
 from quantspec_jax.generate.sampling import GREEDY, Warpers
 from quantspec_jax.generate.state import Program
@@ -117,7 +117,7 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         model.config,
         cache,
         gamma,
-        policy=draft_policy(model, config, length, gamma),
+        policy=draft_policy(model, config, length, gamma) if gamma else ALL,
         draft_view=config.draft_view,
         exact_tiles=config.exact_tiles,
         coupling=coupling(config.coupling),
@@ -160,7 +160,7 @@ def check_over_mesh(config: GenerateConfig, mesh: Mesh) -> None:
 
 def draft_policy(model: Model, config: GenerateConfig, length: int, most: int) -> Policy:
     """What the configuration names; "auto" is chosen for a cache of `length` tokens and for `most`
-    proposals a round."""
+    proposals a round, at least one."""
     if config.draft_policy != "auto":
         return policy(config.draft_policy, config.draft_share, config.draft_every)
     reading = best_reading(
@@ -168,7 +168,7 @@ def draft_policy(model: Model, config: GenerateConfig, length: int, most: int) -
         model.draft,
         length,
         PRIOR[0],
-        most=max(most, 1),
+        most=most,
         itemsize=model.dtype.itemsize,
         group_size=config.group_size,
     )

@@ -31,6 +31,8 @@ from quantspec_jax.bench.decode import random_state
 from quantspec_jax.cache import KVCache, create
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.cache.tiles import get_tile, put_tiles
+from quantspec_jax.cost import READINGS
+from quantspec_jax.engine import prepare as preparing
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.engine.prepare import prepare
 from quantspec_jax.engine.programs import DECODE
@@ -511,6 +513,20 @@ def meetings_in_kernels() -> None:
         assert all(stream in of for of in products)
 
 
+def plain_decoding_where_drafts_would_vote() -> None:
+    """In a context for which auto chooses top-pages: without drafts nothing is remembered, and no
+    votes of no tiles come out of a program otherwise split than they go into the next."""
+    config = dataclasses.replace(
+        SAMPLED, mode="autoregressive", draft_policy="auto", draft_share=None, temperature=0.0
+    )
+    with mock.patch.object(preparing, "best_reading", return_value=READINGS[1]):
+        expected = qs.generate(decoder(), PROMPTS, config).tokens
+        for prefill in ("whole", "tiles"):
+            placed = sharding.place_model(decoder(), mesh(tp=2))
+            read = dataclasses.replace(config, prefill=prefill)
+            assert qs.generate(placed, PROMPTS, read).tokens == expected
+
+
 def addresses_of_peers() -> None:
     """Each device has a row of its own, with where the mailboxes of its group lie."""
     over = mesh(dp=2, tp=2, cp=2)
@@ -568,7 +584,7 @@ CHECKS = (
     *(heads_over_more_devices_than_there_are, tiles_and_heads_over_devices, prompts_in_tiles),
     *(no_device_has_more_than_its_share, a_prompt_is_read_in_parts, refused_over_a_mesh),
     *(plain_caches_over_devices, measured_over_devices, kernels_on_each_device),
-    *(meetings_in_kernels, addresses_of_peers),
+    *(meetings_in_kernels, addresses_of_peers, plain_decoding_where_drafts_would_vote),
 )
 
 
