@@ -1,13 +1,14 @@
 """Meetings of devices that write into each other's memory (Pallas Mosaic GPU).
 
-A collective of NCCL's takes some 20 µs however little it moves, and each layer over devices has
-one or two. Here each device writes its part into the *mailboxes* of all (`mailboxes`; a one-shot
+Each layer over devices has one or two, of the few rows of a decode step: a collective is latency
+then. Here each device writes its part into the *mailboxes* of all (`mailboxes`; a one-shot
 collective), each number with a mark, and reads what has come into its own:
 
     device 0   part of block b ──┬─► mailbox 0, b, place 0        device 1   ...
                                  └─► mailbox 1, b, place 0
 
-That is one launch, with what follows: the sum with the residual stream, the weights of a merge.
+That is one launch, with what follows: the sum with the residual stream, the weights of a merge. The
+sums of o and down are the end of the products' own launches (`products.sums`).
 """
 
 from __future__ import annotations

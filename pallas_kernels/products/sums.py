@@ -2,7 +2,8 @@
 
 Each warp leaves its sums in shared memory, [row][part][output]; results are taken four neighbouring
 outputs of a row at a time, a *quad*. Without a cluster a thread adds the warps' quads and writes
-the result; with one it leaves what the warps have summed to the block that the quad is of.
+the result; with one it leaves what the warps have summed to the block that the quad is of. Of
+several devices' products the quads are sent to all, and what has come is added (`Meeting`).
 """
 
 from __future__ import annotations
