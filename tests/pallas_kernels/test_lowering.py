@@ -13,11 +13,14 @@ from kernel_cases import HEADS, attention_call, heads_call, random_pages, random
 
 from pallas_kernels import dispatch
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
+from pallas_kernels.bf16_matmul import configs as bf16_configs
+from pallas_kernels.bf16_matmul import mosaic_gpu as bf16
 from pallas_kernels.int4_matmul import configs as matmul_configs
 from pallas_kernels.int4_matmul import mosaic_gpu as matmul
 from pallas_kernels.kv_attention import api, configs, mosaic_gpu
 from pallas_kernels.kv_attention.read import Pages, Read
 from pallas_kernels.layout import tile
+from pallas_kernels.products.around import Form
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
 from pallas_kernels.rope_append import mosaic_gpu as rope
 
@@ -230,3 +233,32 @@ def test_add_rms_norm_says_what_it_cannot_do():
     assert "multiples of 8" in norm.unsupported(jnp.zeros((1, 60), jnp.bfloat16))
     assert "16384" in norm.unsupported(jnp.zeros((1, 16392), jnp.bfloat16))
     assert "bfloat16" in norm.unsupported(jnp.zeros((1, 64)))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize("inputs", [1024, 7168])
+def test_blocks_that_wait_for_other_devices_run_at_once(rows, inputs):
+    """Of a layer's products over devices; alone the same shapes have configurations of more blocks
+    than run at once, or than mailboxes have slots for."""
+
+    def shapes(devices: int):
+        form = Form(residual=True, devices=devices)
+        yield matmul_configs, matmul.Shape(rows, inputs // 64, 64, (8192,), False, form)
+        yield bf16_configs, bf16.Shape(rows, inputs, (8192,), False, form)
+
+    def meets(module, shape, config) -> bool:
+        if module is matmul_configs:
+            plan, resident = matmul.Plan(shape, config), module._resident(shape, config)
+        else:
+            plan = bf16.Plan(shape, config, dispatch.target().multiprocessors)
+            resident = module._resident(plan)
+        at_once = resident * dispatch.target().multiprocessors
+        return plan.blocks <= at_once and plan.blocks <= 512 and plan.sums.share <= 256
+
+    for module, shape in shapes(4):
+        found = module.candidates(shape)
+        assert found or rows == 16  # their sums may take more slots than there are
+        assert all(meets(module, shape, config) for config in found)
+        assert not found or meets(module, shape, module.choose(shape))
+    for module, shape in shapes(1):
+        assert not all(meets(module, shape, config) for config in module.candidates(shape))
