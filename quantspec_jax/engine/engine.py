@@ -52,7 +52,7 @@ from quantspec_jax.generate.tiles import (
 from quantspec_jax.loading import Model
 from quantspec_jax.models.decoder import block_params
 from quantspec_jax.processes import agreed, everywhere
-from quantspec_jax.sharding import mesh_of, place_cache
+from quantspec_jax.sharding import mesh_of, place_state
 
 TRIAL_PAYS = 64  # new tokens; fewer are decoded sooner than the cost of a draft step is known
 ROUNDS_BESIDE_PROMPTS = 4  # between two tiles of a prompt
@@ -671,15 +671,15 @@ class Engine:
         """All slots without a sequence: finished before they began."""
         config, batch = self.model.config, self.slots
         self._runner.made("cache")
+        mesh = mesh_of(self.model.params)
         cache = create(config, self.program.cache.arrays, batch)
-        cache = place_cache(cache, mesh_of(self.model.params))
         self.cache_bytes = cache_bytes(cache, self.program.cache.max_length)
 
         def each(*shape: int, dtype: Any = jnp.int32) -> jax.Array:
             return jnp.zeros((batch, *shape), dtype)
 
         number = self.config.logprobs
-        return DecodeState(
+        state = DecodeState(
             cache=cache,
             requests=requests(self.config, jax.random.key(0), (), batch),
             memory=memory,
@@ -694,6 +694,7 @@ class Engine:
             drafted=each(self.capacity, dtype=bool),
             logprobs=None if number is None else nothing(batch, self.capacity, number),
         )
+        return place_state(state, mesh)
 
     def _decode(
         self, state: DecodeState, rounds: int, program: Program

@@ -117,7 +117,7 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         model.config,
         cache,
         gamma,
-        policy=draft_policy(model, config, length, gamma) if gamma else ALL,
+        policy=draft_policy(model, config, length, gamma),
         draft_view=config.draft_view,
         exact_tiles=config.exact_tiles,
         coupling=coupling(config.coupling),
@@ -160,7 +160,9 @@ def check_over_mesh(config: GenerateConfig, mesh: Mesh) -> None:
 
 def draft_policy(model: Model, config: GenerateConfig, length: int, most: int) -> Policy:
     """What the configuration names; "auto" is chosen for a cache of `length` tokens and for `most`
-    proposals a round, at least one."""
+    proposals a round. Where nothing is drafted there is nothing to choose, or to remember."""
+    if not most:
+        return ALL
     if config.draft_policy != "auto":
         return policy(config.draft_policy, config.draft_share, config.draft_every)
     reading = best_reading(

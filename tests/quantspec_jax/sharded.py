@@ -31,7 +31,7 @@ from quantspec_jax.bench.decode import random_state
 from quantspec_jax.cache import KVCache, create
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.cache.tiles import get_tile, put_tiles
-from quantspec_jax.cost import READINGS
+from quantspec_jax.cost import Reading
 from quantspec_jax.engine import prepare as preparing
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.engine.prepare import prepare
@@ -338,6 +338,29 @@ def no_device_has_more_than_its_share() -> None:
     assert not re.search("all-to-all|collective-permute|reduce-scatter", text)
 
 
+def states_lie_where_rounds_want_them() -> None:
+    """From the first chunk of rounds to the last, as one program: beside slots that have been empty
+    so far, and where the choice of a reading is for nobody, since nothing is drafted."""
+    parts = dataclasses.replace(SAMPLED, rounds_per_chunk=2)
+    engine = Engine(sharding.place_model(decoder(), mesh(dp=2)), parts, 78, 4)
+    for _ in range(2):
+        taken = engine.add(PROMPTS)
+        while engine.running:
+            engine.step()
+        assert [engine.read(slot).tokens for slot in taken] == alone()
+    auto: dict[str, Any] = {"draft_policy": "auto", "draft_share": None, "mode": "autoregressive"}
+    chosen = Reading("top-pages", 0.5)  # as where contexts are long
+    plain = dataclasses.replace(parts, **auto, max_new_tokens=6)
+    with mock.patch.object(preparing, "best_reading", return_value=chosen):
+        engine = Engine(sharding.place_model(decoder(), mesh(tp=2)), plain, 78, 2)
+    engine.add(PROMPTS)
+    while engine.running:
+        engine.step()
+    assert engine._state is not None
+    assert not jax.tree.leaves(engine._state.memory)
+    (_,) = engine._runner._known.values()
+
+
 def a_prompt_is_read_in_parts() -> None:
     """Each of four devices computes a quarter of a block, attention included, and meets the others
     once, for the keys and values of all."""
@@ -513,20 +536,6 @@ def meetings_in_kernels() -> None:
         assert all(stream in of for of in products)
 
 
-def plain_decoding_where_drafts_would_vote() -> None:
-    """In a context for which auto chooses top-pages: without drafts nothing is remembered, and no
-    votes of no tiles come out of a program otherwise split than they go into the next."""
-    config = dataclasses.replace(
-        SAMPLED, mode="autoregressive", draft_policy="auto", draft_share=None, temperature=0.0
-    )
-    with mock.patch.object(preparing, "best_reading", return_value=READINGS[1]):
-        expected = qs.generate(decoder(), PROMPTS, config).tokens
-        for prefill in ("whole", "tiles"):
-            placed = sharding.place_model(decoder(), mesh(tp=2))
-            read = dataclasses.replace(config, prefill=prefill)
-            assert qs.generate(placed, PROMPTS, read).tokens == expected
-
-
 def addresses_of_peers() -> None:
     """Each device has a row of its own, with where the mailboxes of its group lie."""
     over = mesh(dp=2, tp=2, cp=2)
@@ -582,9 +591,10 @@ def lowered_for_cuda(
 CHECKS = (
     *(parameters, packed_weights, tiled_weights, decode_state, refused, logits),
     *(heads_over_more_devices_than_there_are, tiles_and_heads_over_devices, prompts_in_tiles),
-    *(no_device_has_more_than_its_share, a_prompt_is_read_in_parts, refused_over_a_mesh),
+    *(no_device_has_more_than_its_share, states_lie_where_rounds_want_them),
+    *(a_prompt_is_read_in_parts, refused_over_a_mesh),
     *(plain_caches_over_devices, measured_over_devices, kernels_on_each_device),
-    *(meetings_in_kernels, addresses_of_peers, plain_decoding_where_drafts_would_vote),
+    *(meetings_in_kernels, addresses_of_peers),
 )
 
 
