@@ -341,18 +341,19 @@ def no_device_has_more_than_its_share() -> None:
 def states_lie_where_rounds_want_them() -> None:
     """From the first chunk of rounds to the last, as one program: beside slots that have been empty
     so far, and where the choice of a reading is for nobody, since nothing is drafted."""
-    parts = dataclasses.replace(SAMPLED, rounds_per_chunk=2)
-    engine = Engine(sharding.place_model(decoder(), mesh(dp=2)), parts, 78, 4)
+    auto: dict[str, Any] = {"draft_policy": "auto", "draft_share": None, "mode": "autoregressive"}
+    plain = dataclasses.replace(SAMPLED, **auto, rounds_per_chunk=2)
+    coded = dataclasses.replace(plain, kv="int8")
+    engine = Engine(sharding.place_model(decoder(), mesh(dp=2)), coded, 78, 4)
     for _ in range(2):
         taken = engine.add(PROMPTS)
         while engine.running:
             engine.step()
         assert [engine.read(slot).tokens for slot in taken] == alone()
-    auto: dict[str, Any] = {"draft_policy": "auto", "draft_share": None, "mode": "autoregressive"}
     chosen = Reading("top-pages", 0.5)  # as where contexts are long
-    plain = dataclasses.replace(parts, **auto, max_new_tokens=6)
+    short = dataclasses.replace(plain, max_new_tokens=6)
     with mock.patch.object(preparing, "best_reading", return_value=chosen):
-        engine = Engine(sharding.place_model(decoder(), mesh(tp=2)), plain, 78, 2)
+        engine = Engine(sharding.place_model(decoder(), mesh(tp=2)), short, 78, 2)
     engine.add(PROMPTS)
     while engine.running:
         engine.step()
