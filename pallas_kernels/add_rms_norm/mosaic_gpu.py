@@ -42,13 +42,8 @@ def _wide(where: V, itemsize: int) -> list[V]:
         words = ptx.load(where, 4)
     else:
         numbers = ptx.load(where, 4, "f32") + ptx.load(where + 16, 4, "f32")
-        words = [ptx.pack_bf16(*numbers[i : i + 2]) for i in range(0, CHUNK, 2)]
-    return [half(word) for word in words for half in (ptx.low_bf16, ptx.high_bf16)]
-
-
-def _packed(numbers: Sequence[V]) -> list[V]:
-    """8 float32 as 4 words of bf16."""
-    return [ptx.pack_bf16(*numbers[i : i + 2]) for i in range(0, CHUNK, 2)]
+        words = ptx.pack_bf16s(numbers)
+    return ptx.unpack_bf16s(words)
 
 
 def _block_sum(x: V, shared: V, thread: V, warps: int) -> V:
@@ -86,8 +81,8 @@ def _body(
             sums = _wide(x + at * 2, 2)
             if y_itemsize is not None:
                 added = _wide(y[0] + at * y_itemsize, y_itemsize)
-                words = _packed([a + b for a, b in zip(sums, added, strict=True)])
-                sums = [half(word) for word in words for half in (ptx.low_bf16, ptx.high_bf16)]
+                words = ptx.pack_bf16s([a + b for a, b in zip(sums, added, strict=True)])
+                sums = ptx.unpack_bf16s(words)
                 ptx.when(inside, functools.partial(ptx.store, total[0] + at * 2, words))
             here = f32(0.0)
             for number in sums:
@@ -98,7 +93,7 @@ def _body(
         factor = ptx.reciprocal_sqrt(mean + eps)
         for inside, at, channel, sums in held:
             weights = _wide(weight + (channel * 2).to_i64(), 2)
-            words = _packed([a * factor * w for a, w in zip(sums, weights, strict=True)])
+            words = ptx.pack_bf16s([a * factor * w for a, w in zip(sums, weights, strict=True)])
             ptx.when(inside, functools.partial(ptx.store, normed + at * 2, words))
 
     return body

@@ -55,14 +55,6 @@ def _quad(thread: V, numbers: int) -> V:
     return ptx.minimum(index * QUAD, numbers - QUAD)
 
 
-def _halves(words: Sequence[V]) -> list[V]:
-    return [half(word) for word in words for half in (ptx.low_bf16, ptx.high_bf16)]
-
-
-def _packed(numbers: Sequence[V]) -> list[V]:
-    return [ptx.pack_bf16(*numbers[i : i + 2]) for i in range(0, QUAD, 2)]
-
-
 def _sum(numbers: int, devices: int) -> Callable[..., None]:
     def body(given: Sequence[V], shared: V) -> None:
         y, table, *residual, out = given
@@ -70,10 +62,10 @@ def _sum(numbers: int, devices: int) -> Callable[..., None]:
         at = _quad(thread, numbers).to_i64()
         part = ptx.load(y + at * 4, QUAD, "f32")
         stream = [ptx.load(x + at * 2, 2) for x in residual]  # asked for before the others' parts
-        words = _packed(total(_meet(thread, table, devices, part)))
+        words = ptx.pack_bf16s(total(_meet(thread, table, devices, part)))
         for halves in stream:
-            sums = zip(_halves(halves), _halves(words), strict=True)
-            words = _packed([a + b for a, b in sums])
+            sums = zip(ptx.unpack_bf16s(halves), ptx.unpack_bf16s(words), strict=True)
+            words = ptx.pack_bf16s([a + b for a, b in sums])
         ptx.store(out + at * 2, words)
 
     return body
@@ -127,7 +119,7 @@ def _merge(numbers: int, head_dim: int, devices: int) -> Callable[..., None]:
         for weight, each in zip(weights, met, strict=True):
             merged = [ptx.fma(weight, x, y) for x, y in zip(each[:QUAD], merged, strict=True)]
         scale = ptx.select(seen, f32(1.0) / whole_weight, 0.0)
-        ptx.store(out + at * 2, _packed([x * scale for x in merged]))
+        ptx.store(out + at * 2, ptx.pack_bf16s([x * scale for x in merged]))
         log_sum_exp = highest + ptx.log2(whole_weight) * (1 / LOG2_E)
         first = (quad % head_dim).equals(0)
         ptx.when(first, lambda: ptx.store(whole + head, [log_sum_exp]))

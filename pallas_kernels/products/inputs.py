@@ -112,7 +112,7 @@ class Inputs:
             square = f32(0.0)
             for (_, inside), (piece, words) in zip(row, brought, strict=False):
                 added = f32(0.0)
-                for number in _floats(words):
+                for number in ptx.unpack_bf16s(words):
                     added = ptx.fma(number, number, added)
                 square = square + ptx.select(inside, added, 0.0)
                 self._store(piece, words)
@@ -130,9 +130,9 @@ class Inputs:
         for i, row in enumerate(rows):
             factor = self._factor(sums + 4 * s.warps * i, eps)
             for (piece, inside), weight in zip(row, weights, strict=True):
-                x = _floats(ptx.load(self._place(piece), 4))
-                numbers = [a * factor * w for a, w in zip(x, _floats(weight), strict=True)]
-                words = [ptx.pack_bf16(*numbers[i : i + 2]) for i in range(0, PIECE, 2)]
+                x = ptx.unpack_bf16s(ptx.load(self._place(piece), 4))
+                numbers = [a * factor * w for a, w in zip(x, ptx.unpack_bf16s(weight), strict=True)]
+                words = ptx.pack_bf16s(numbers)
                 ptx.when(inside, functools.partial(self._store, piece, words))
         ptx.sync_threads(i32(1), self.threads)
 
@@ -189,11 +189,6 @@ class Inputs:
 
     def _store(self, piece: _Piece, words: list[V]) -> None:
         ptx.store(self._place(piece), words)
-
-
-def _floats(words: list[V]) -> list[V]:
-    """8 bf16 as float32."""
-    return [half(word) for word in words for half in (ptx.low_bf16, ptx.high_bf16)]
 
 
 def unsupported(staged: Staged, most_bytes: int) -> str | None:

@@ -205,9 +205,9 @@ class Results:
             gate, up = (_rounded(part) for part in parts)
             four = [silu(a) * b for a, b in zip(gate, up, strict=True)]
         if self.residual is not None:
-            four = [a + b for a, b in zip(_halves(added), _rounded(four), strict=True)]
+            four = [a + b for a, b in zip(ptx.unpack_bf16s(added), _rounded(four), strict=True)]
         place, inside = self._place(index)
-        words = _packed(four) if self.out_bytes == 2 else four
+        words = ptx.pack_bf16s(four) if self.out_bytes == 2 else four
         ptx.when(inside, lambda: ptx.store(self.result + place * self.out_bytes, words))
 
 
@@ -216,14 +216,6 @@ def silu(x: V) -> V:
     return x / (ptx.exp2(x * (-LOG2_E)) + f32(1.0))
 
 
-def _packed(numbers: Sequence[V]) -> list[V]:
-    return [ptx.pack_bf16(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
-
-
-def _halves(words: Sequence[V]) -> list[V]:
-    return [half(word) for word in words for half in (ptx.low_bf16, ptx.high_bf16)]
-
-
 def _rounded(numbers: Sequence[V]) -> list[V]:
     """To bfloat16."""
-    return _halves(_packed(numbers))
+    return ptx.unpack_bf16s(ptx.pack_bf16s(numbers))

@@ -269,6 +269,16 @@ def pack_bf16(low: V, high: V) -> V:
     return asm("cvt.rn.bf16x2.f32 $0, $1, $2;", ["i32"], [high, low])[0]
 
 
+def unpack_bf16s(words: Sequence[V]) -> list[V]:
+    """float32 of both bf16 of each word."""
+    return [half(word) for word in words for half in (low_bf16, high_bf16)]
+
+
+def pack_bf16s(numbers: Sequence[V]) -> list[V]:
+    """Words of two bf16 each, from an even number of float32."""
+    return [pack_bf16(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
+
+
 def multiply_bf16(a: V, b: V) -> V:
     """Products of the two bf16 of a word. (`mul.rn.bf16x2` is for 9.0 and later; a product plus −0
     is the product.)"""

@@ -67,7 +67,7 @@ class _Warp:
 
     def write(self, where: V, numbers: Numbers) -> None:
         """As `read`, rounded to bfloat16."""
-        words = _words(numbers)
+        words = ptx.pack_bf16s(numbers)
         for offset in (0, self.channels // 2):
             for channel, inside in self.words:
                 at = where + ((channel + offset) * 2).to_i64()
@@ -95,12 +95,8 @@ class _Warp:
         return turned
 
 
-def _words(numbers: Numbers) -> list[V]:
-    return [ptx.pack_bf16(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
-
-
 def _rounded(numbers: Numbers) -> Numbers:
-    return [half for word in _words(numbers) for half in (ptx.low_bf16(word), ptx.high_bf16(word))]
+    return ptx.unpack_bf16s(ptx.pack_bf16s(numbers))
 
 
 def _body(heads: Heads, slots: int, half: int) -> Callable[[Sequence[V], V], None]:

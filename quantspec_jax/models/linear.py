@@ -87,43 +87,34 @@ def add_norm(
     """The stream [..., E] with a layer's output added, and the norm of that.
 
     The sum is part of the product's launch, and the norm is left to what reads it; where no kernel
-    does that, both are one launch after the product. Devices that have parts of x add theirs first.
+    does that, both are one launch after the product. Devices that have parts of x add theirs first:
+    where they reach each other's memory in the product's launch, too, or in one after it.
     """
-    if axes.tp > 1:
-        return _add_norm_of_parts(stream, x, weights, norm, eps, backend, axes)
-    found = _one_launch(x, [weights], backend, x.dtype, residual=stream)
-    if found is not None:
-        return found[0], Normed(found[0], norm, eps)
-    return add_rms_norm(stream, linear(x, weights, backend), norm, eps, backend=backend)
-
-
-def _add_norm_of_parts(
-    stream: jax.Array,
-    x: jax.Array,
-    weights: Params,
-    norm: jax.Array,
-    eps: float,
-    backend: str,
-    axes: Axes,
-) -> tuple[jax.Array, Activations]:
-    """`add_norm` where each device has a part of x's channels, and their rows of the kernel. Where
-    they reach each other's memory, their sum and that with the stream are part of the product's
-    launch, or one after it."""
     peers = axes.peers_over("tp")
-    if peers is not None:
+    if axes.tp == 1 or peers is not None:
         found = _one_launch(x, [weights], backend, x.dtype, residual=stream, peers=peers)
         if found is not None:
             return found[0], Normed(found[0], norm, eps)
+    if axes.tp == 1:
+        y = linear(x, weights, backend)
+    else:
+        part = _part(x, weights, backend, axes)
+        alone = "bias" not in weights and x.dtype == BFLOAT16
+        if alone and collectives.takes(part, peers, backend):
+            total = axes.summed(part, stream, x.dtype, backend)
+            return total, Normed(total, norm, eps)
+        y = _add_bias(axes.summed(part), weights).astype(x.dtype)
+    return add_rms_norm(stream, y, norm, eps, backend=backend)
+
+
+def _part(x: jax.Array, weights: Params, backend: str, axes: Axes) -> jax.Array:
+    """A device's part of `linear`, without its bias: it has some of x's channels, and their rows of
+    the kernel."""
     rest = {name: leaf for name, leaf in weights.items() if name not in ("bias", "order")}
     if "order" in weights:
         everywhere = axes.joined(x).at[..., weights["order"]]
         x = axes.own(everywhere.get(mode="promise_in_bounds", unique_indices=True))
-    (part,) = products(x, [rest], backend)
-    if "bias" not in weights and x.dtype == BFLOAT16 and collectives.takes(part, peers, backend):
-        total = axes.summed(part, stream, x.dtype, backend)
-        return total, Normed(total, norm, eps)
-    y = _add_bias(axes.summed(part), weights).astype(x.dtype)
-    return add_rms_norm(stream, y, norm, eps, backend=backend)
+    return products(x, [rest], backend)[0]
 
 
 def gated(x: Activations, gate: Params, up: Params, backend: str) -> jax.Array:
