@@ -38,6 +38,7 @@ from quantspec_jax.commands.options import (
     add_draft,
     add_dtype,
     add_every,
+    add_lookup,
     add_mesh,
     add_model,
     add_reading,
@@ -106,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_reading(parser, several=True)
     add_every(parser, nargs="+")
+    add_lookup(parser, nargs="+")
     parser.add_argument("--coupling", choices=COUPLINGS, nargs="+", default=["block"])
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
@@ -147,6 +149,7 @@ class Case:
     share: float | None = None
     view: str | None = None
     every: int | None = None
+    lookup: int | None = None
 
     def config(self, temperature: float, args: argparse.Namespace) -> GenerateConfig:
         """What `generate` is called with."""
@@ -160,7 +163,7 @@ class Case:
         if self.mode != QUANTSPEC:
             return GenerateConfig(mode="autoregressive", kv=self.mode, **common)
         reads = {"draft_policy": self.policy, "draft_share": self.share}
-        reads |= {"draft_view": self.view, "draft_every": self.every}
+        reads |= {"draft_view": self.view, "draft_every": self.every, "lookup": self.lookup}
         drafts: dict[str, Any] = {"gamma": self.gamma, "coupling": self.coupling, **reads}
         return GenerateConfig(**drafts, **common)
 
@@ -168,7 +171,7 @@ class Case:
     def width(self) -> int:
         """Rows of its target passes."""
         most = MOST_DRAFTED if self.gamma == "auto" else int(self.gamma or 0)
-        return most + 1
+        return max(most, self.lookup or 0) + 1
 
     def comparable(self, temperature: float) -> bool:
         """Whether its tokens are those of `int8` but for rounding: both are greedy, or draw with
@@ -186,13 +189,14 @@ def cases(args: argparse.Namespace, temperature: float) -> list[Case]:
         return plain
     couplings = args.coupling if temperature > 0 else args.coupling[:1]  # greedy, all are the same
     return plain + [
-        Case(QUANTSPEC, gamma, policy, coupling, share, view, every)
+        Case(QUANTSPEC, gamma, policy, coupling, share, view, every, lookup)
         for coupling in couplings
         for policy in args.draft_policy or ["auto"]
         for view in args.draft_view or [None]
         for share in shares(policy, args.draft_share)
         for every in rounds_between_choices(policy, args.draft_every)
         for gamma in args.gamma
+        for lookup in args.lookup or [None]
     ]
 
 
@@ -261,6 +265,8 @@ def rates(runs: Sequence[Run]) -> dict[str, Any]:
         "accepted_by_position": by_position([run.stats["accepted_by_position"] for run in runs]),
         "tokens_per_round": later / rounds,
         "proposed_per_round": proposed / rounds,
+        "lookup_rounds": total("lookup_rounds") / rounds,
+        "lookup_accepted": total("lookup_accepted") / later,
         "draft_cost": runs[0].stats.get("draft_cost"),
         "prefill_seconds": total("prefill_seconds") / len(runs),
     }
@@ -490,12 +496,15 @@ def line(row: dict[str, Any]) -> str:
         name += f", {row['policy']}" + ("" if row["share"] is None else f" {row['share']:g}")
         name += "" if row["every"] is None else f" every {row['every']}"
     name += "" if row["view"] is None else f", {row['view']}"
+    name += "" if row["lookup"] is None else f", lookup {row['lookup']}"
     more = [f"{row['tokens_per_second']:.1f} tokens/s"]
     if row["speed_up"] is not None:
         more.append(f"{row['speed_up']:.2f} × {BASELINE}")
     if row["acceptance_rate"] is not None:
         more.append(f"acceptance {row['acceptance_rate']:.3f}")
         more.append(f"{row['tokens_per_round']:.2f} tokens a round")
+    if row["lookup_rounds"]:
+        more.append(f"{row['lookup_accepted']:.0%} copied")
     if row["differences"]:
         more.append(f"{row['differences']} differ from {TARGET}, {row['ties']} at ties")
     kind = f", {row['coupling']}" if row["temperature"] and row["coupling"] else ""

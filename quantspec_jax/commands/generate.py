@@ -15,6 +15,7 @@ from quantspec_jax.commands.options import (
     add_draft,
     add_dtype,
     add_every,
+    add_lookup,
     add_mesh,
     add_model,
     add_reading,
@@ -36,7 +37,10 @@ from quantspec_jax.generate.couplings import COUPLINGS
 from quantspec_jax.weights.formats import DraftConfig
 
 # Options of the same name and meaning as a field of GenerateConfig, whose defaults count.
-DRAFTING = ("gamma", "coupling", "draft_policy", "draft_share", "draft_every", "draft_view")
+DRAFTING = (
+    *("gamma", "coupling", "draft_policy", "draft_share", "draft_every", "draft_view"),
+    "lookup",
+)
 FIELDS = (
     *(*DRAFTING, "kv", "pass_width", "logprobs", "prefill"),
     *("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
@@ -117,6 +121,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     )
     add_reading(parser)
     add_every(parser)
+    add_lookup(parser)
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to use (auto)")
 
 

@@ -305,6 +305,15 @@ def add_every(parser: argparse.ArgumentParser, **many: Any) -> None:
     parser.add_argument("--draft-every", type=int, metavar="N", help=words, **many)
 
 
+def add_lookup(parser: argparse.ArgumentParser, **many: Any) -> None:
+    """--lookup."""
+    words = (
+        "tokens copied a round, in place of drafts, where the text's last ones stood before; "
+        "0: none (7 with --gamma auto, else 0)"
+    )
+    parser.add_argument("--lookup", type=int, metavar="N", help=words, **many)
+
+
 # The draft's weights
 
 

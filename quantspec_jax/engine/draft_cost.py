@@ -33,7 +33,7 @@ VERSION = 3  # of how it is measured
 # What a round changes beside the cache's arrays.
 SMALL = (
     *("memory", "seen", "pending", "tokens", "count", "finished"),
-    *("broken", "rounds", "statistics"),
+    *("broken", "rounds", "statistics", "lookup"),
 )
 _known: dict[str, float] = {}
 
@@ -46,13 +46,18 @@ def with_gamma(program: Program, gamma: int) -> Program:
     return dataclasses.replace(program, gamma=gamma, cache=cache)
 
 
+def alone(program: Program, gamma: int) -> Program:
+    """`with_gamma`, of which no round copies."""
+    return dataclasses.replace(with_gamma(program, gamma), lookup=0)
+
+
 def key_of(model: Model, program: Program, batch: int) -> str:
     """What the cost depends on, as a name for a file."""
     device = jax.devices()[0]
     parts = (
         *(VERSION, jax.__version__, device.platform, device.device_kind, model.config),
         *(model.draft, model.dtype.name, batch),
-        with_gamma(program, TRIAL_GAMMA),
+        alone(program, TRIAL_GAMMA),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -130,7 +135,7 @@ def measured(state: DecodeState, program: Program, decode: Decode) -> tuple[Deco
         nobody = jnp.zeros_like(state.finished)
         return dataclasses.replace(state, cache=cache, requests=requests, finished=nobody)
 
-    plain, drafting = with_gamma(program, 0), with_gamma(program, min(TRIAL_GAMMA, g - 2))
+    plain, drafting = alone(program, 0), alone(program, min(TRIAL_GAMMA, g - 2))
 
     def spent(rounds: int, trial: Program) -> float:
         nonlocal state

@@ -14,7 +14,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import itertools
 import operator
 import time
 from collections.abc import Hashable, Mapping, Sequence
@@ -37,6 +36,7 @@ from quantspec_jax.engine.programs import Ahead, Runner
 from quantspec_jax.engine.statistics import Clock, Counters
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.logprobs import Logprobs, nothing
+from quantspec_jax.generate.lookup import Lookup
 from quantspec_jax.generate.prefill import COMPILED, begin, end, layer, prefill
 from quantspec_jax.generate.requests import Requests, requests
 from quantspec_jax.generate.sampling import GREEDY, Warpers
@@ -59,7 +59,7 @@ ROUNDS_BESIDE_PROMPTS = 4  # between two tiles of a prompt
 TILES_PUT = 4  # into a slot at once
 TILES_PUT_BESIDE = 16  # where others decode: a guess at what takes no longer than to read one
 INSERT = jax.jit(insert, donate_argnames="state")
-COUNTERS = ("rounds", "proposed", "accepted", "draft_pages")
+COUNTERS = ("rounds", "proposed", "accepted", "draft_pages", "copied")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,8 +263,8 @@ class Engine:
         if own is None or any(prompt.slot == slot for prompt in self._prompts):
             none = np.zeros(COUNTED, np.int32)
             kept = own.kept if own else 0
-            pages = np.zeros(2, np.int32)
-            counters = Counters(0, none, none, pages)
+            pages, copied = np.zeros(2, np.int32), np.zeros(3, np.int32)
+            counters = Counters(0, none, none, pages, copied)
             return Progress([], bool(self._ended[slot]), counters, [], [], kept)
         return Progress(
             own.tokens[start:],
@@ -298,12 +298,14 @@ class Engine:
         if self.adaptive is not None:
             gamma = self.adaptive.gamma
         scored = {False, self.config.logprobs is not None}
-        kinds = {*itertools.product({gamma}, scored), (0, False)}  # plain ones, to compare with
-        every = [
-            dataclasses.replace(draft_cost.with_gamma(self.program, g), warpers=w, logprobs=p)
-            for g, p in sorted(kinds)
-            for w in dict.fromkeys(map(known_warpers, KINDS))
-        ]
+        base = draft_cost.with_gamma(self.program, gamma)
+        kinds = [(base, scores) for scores in sorted(scored)]
+        kinds += [(draft_cost.alone(self.program, 0), False)]  # plain ones, to compare with
+        every = dict.fromkeys(
+            dataclasses.replace(program, warpers=w, logprobs=p)
+            for program, p in kinds
+            for w in map(known_warpers, KINDS)
+        )
         meshed = mesh_of(self.model.params) is not None
 
         def form(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -312,8 +314,8 @@ class Engine:
         if self.prefixes is not None:
             self._prepare_put()
         forms = jax.tree.map(form, state)
-        self._ahead = Ahead(functools.partial(self._runner.prepare, self.model, forms), gamma)
-        self._ahead.make(every)
+        self._ahead = Ahead(functools.partial(self._runner.prepare, self.model, forms), base)
+        self._ahead.make(list(every))
 
     def close(self) -> None:
         """No more programs are made beside the rounds."""
@@ -374,7 +376,7 @@ class Engine:
         )
         adaptive = self.config.mode == "quantspec" and self.config.gamma == "auto" and speculate
         if not speculate:
-            program = draft_cost.with_gamma(program, 0)
+            program = draft_cost.alone(program, 0)
         if adaptive:
             if self.adaptive is None:
                 self._begin_adaptive(program)
@@ -386,7 +388,7 @@ class Engine:
         before = self._seen
         self._state, seconds = self._decode(self._state, rounds, program)
         self.clock.decode += seconds
-        self._look(rounds * (program.gamma + 1))
+        self._look(rounds * (max(program.gamma, program.lookup) + 1))
         if adaptive and self.adaptive is not None:
             change = {name: self._seen[name] - before[name] for name in COUNTERS}
             self.adaptive.observe(
@@ -589,12 +591,10 @@ class Engine:
         length = len(prompt.tokens)
         seen = np.zeros((1, self.model.config.vocab_size), bool)
         seen[0, prompt.tokens] = True
-        call = (
-            *(self.model.params, hidden, jnp.int32(row), jnp.asarray(seen)),
-            *(jnp.asarray([length], jnp.int32), prompt.wants),
-        )
+        tokens = pad([prompt.tokens], self.program.cache.max_length)
+        call = (self.model.params, hidden, jnp.int32(row), jnp.asarray(seen), *tokens, prompt.wants)
         static: dict[str, Any] = {"program": self._prompt_program, "capacity": self.capacity}
-        static |= {"logprobs": self.config.logprobs}
+        static |= {"logprobs": self.config.logprobs, "lookup": self.program.lookup}
         one = self._runner.ready(TILE_STAGES[tile_end], *call, **static)(*call)
         assert self._state is not None
         layers = self._state.cache.layers
@@ -645,6 +645,7 @@ class Engine:
                 program=self.program.prompt,
                 capacity=self.capacity,
                 logprobs=self.config.logprobs,
+                lookup=self.program.lookup,
                 run=functools.partial(self._stage, bar, tokens.size),
             )
             jax.block_until_ready(state)
@@ -678,7 +679,10 @@ class Engine:
         def each(*shape: int, dtype: Any = jnp.int32) -> jax.Array:
             return jnp.zeros((batch, *shape), dtype)
 
-        number = self.config.logprobs
+        number, copied, copies = self.config.logprobs, self.program.lookup, None
+        if copied:
+            text = each(self.program.cache.max_length)
+            copies = Lookup(text, each(copied), each(dtype=bool))
         state = DecodeState(
             cache=cache,
             requests=requests(self.config, jax.random.key(0), (), batch),
@@ -693,6 +697,7 @@ class Engine:
             statistics=each(STATISTICS),
             drafted=each(self.capacity, dtype=bool),
             logprobs=None if number is None else nothing(batch, self.capacity, number),
+            lookup=copies,
         )
         return place_state(state, mesh)
 

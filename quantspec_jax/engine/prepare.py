@@ -50,7 +50,8 @@ def prepare(
     key: jax.Array | None = None,
 ) -> Prepared:
     """What a `jax.jit` of one's own needs to decode as `generate` does; arguments as there. γ
-    "auto" stands for the most that it drafts.
+    "auto" stands for the most that it drafts. Rounds copy (`GenerateConfig.lookup`) where `prefill`
+    was given `lookup=program.lookup`.
 
     Raises:
       ValueError: an argument is wrong, or prompt and new tokens exceed the model's context.
@@ -124,6 +125,7 @@ def program_for(model: Model, config: GenerateConfig, longest: int) -> tuple[Pro
         warpers=known_warpers(config.warpers),
         backend=config.backend,
         mesh=None if mesh.size == 1 else mesh,
+        lookup=config.copies,
     )
     return program, min(bucket(longest), length)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 import threading
 import time
@@ -175,11 +176,11 @@ class Ahead:
 
     Args:
       make_one: makes one.
-      gamma: whose programs are there, whatever is asked for.
+      base: whose γ and copies are there, whatever is asked for.
     """
 
-    def __init__(self, make_one: Callable[[Program], None], gamma: int):
-        self.gamma, self._make_one = gamma, make_one
+    def __init__(self, make_one: Callable[[Program], None], base: Program):
+        self._base, self._make_one = base, make_one
         self._futures: dict[Program, Future[None]] = {}
         self._worker = ThreadPoolExecutor(1, "compiler")
 
@@ -192,11 +193,14 @@ class Ahead:
             self._futures[program].result()
 
     def ready(self, program: Program) -> Program:
-        """The program; while it is not there, the same with a γ that is."""
+        """The program; while it is not there, the same with γ and copies that are."""
         if program not in self._futures:
             self._futures[program] = self._worker.submit(self._make_one, program)
         future = self._futures[program]
-        return program if future.done() else with_gamma(program, self.gamma)
+        if future.done():
+            return program
+        lookup = self._base.lookup
+        return dataclasses.replace(with_gamma(program, self._base.gamma), lookup=lookup)
 
     def close(self) -> None:
         """No more are made."""

@@ -128,7 +128,7 @@ class Reply:
         }
 
 
-_NOTHING_YET = Counters(0, *(np.zeros(2, np.int32) for _ in range(3)))  # before a first look
+_NOTHING_YET = Counters(0, *(np.zeros(n, np.int32) for n in (2, 2, 2, 3)))  # before a first look
 
 
 def backend_in_use(backend: str) -> str:

@@ -232,8 +232,9 @@ class Scheduler:
             del self._running[job.slot]
         self.totals.new_tokens += len(reply.tokens)
         if reply.counters is not None:
-            self.totals.proposed += int(reply.counters.proposed.sum())
-            self.totals.accepted += int(reply.counters.accepted.sum())
+            proposed, accepted = reply.counters.totals
+            self.totals.proposed += proposed
+            self.totals.accepted += accepted
         self.on_end(job)
 
     def _admit(self) -> None:

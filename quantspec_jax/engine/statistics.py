@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+COPIED_NAMES = ("lookup_rounds", "lookup_proposed", "lookup_accepted")
+
 
 @dataclasses.dataclass
 class Clock:
@@ -26,18 +28,26 @@ class Clock:
 
 @dataclasses.dataclass(frozen=True)
 class Counters:
-    """Of one sequence: rounds, [COUNTED] proposals that counted and accepted ones by place, and [2]
-    pages that drafts read and that there were."""
+    """Of one sequence: rounds, [COUNTED] drafts that counted and accepted ones by place, [2] pages
+    that drafts read and that there were, and [3] rounds that copied, copies and accepted ones."""
 
     rounds: int
     proposed: np.ndarray
     accepted: np.ndarray
     draft_pages: np.ndarray
+    copied: np.ndarray
+
+    @property
+    def totals(self) -> tuple[int, int]:
+        """Proposals that counted, drafts and copies, and accepted ones."""
+        _, proposed, accepted = self.copied.tolist()
+        return int(self.proposed.sum()) + proposed, int(self.accepted.sum()) + accepted
 
     def statistics(self, new_tokens: int) -> dict[str, Any]:
-        """rounds, proposed, accepted, acceptance_rate, accepted_by_position, tokens_per_round,
-        draft_read_share (of the planes' tokens; null where nothing was drafted, or coded)."""
-        proposed, accepted = int(self.proposed.sum()), int(self.accepted.sum())
+        """rounds, proposed, accepted, acceptance_rate, tokens_per_round; of them, of rounds that
+        copied, lookup_rounds, lookup_proposed, lookup_accepted; of the others accepted_by_position
+        and draft_read_share (of the planes' tokens; null where nothing was drafted, or coded)."""
+        proposed, accepted = self.totals
         read, coded = self.draft_pages
         later = max(new_tokens - 1, 0)  # the first token is the prefill's
         places = int(np.count_nonzero(self.proposed))
@@ -50,6 +60,7 @@ class Counters:
                 (self.accepted[:places] / self.proposed[:places]).round(4).tolist()
             ),
             "draft_read_share": float(read / coded) if coded else None,
+            **dict(zip(COPIED_NAMES, self.copied.tolist(), strict=True)),
             "tokens_per_round": later / self.rounds if self.rounds else None,
         }
 

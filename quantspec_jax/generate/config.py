@@ -22,6 +22,7 @@ PREFILLS: tuple[Prefill, ...] = ("whole", "tiles")
 TARGET_VIEW = CODECS["hierarchical"].views[0]  # of mode quantspec
 PLAIN_VIEW = CODECS["full"].views[0]  # of autoregressive decoding, unless `kv` says otherwise
 PENALTIES = (1e-30, 1e30)  # beyond, a logit leaves float32
+COPIES = 7  # passes of 8 rows: what the kernels' products have at once
 KV = (*VIEWS, "aqua")  # of AQUA-KV, the bits that are stored with the checkpoint
 
 
@@ -39,6 +40,9 @@ class GenerateConfig:
       changes with a cost that is measured anew (another device or version, a cache folder that was
       emptied) and with the company of a batch, unless the coupling is "invariant"; greedy text does
       not, up to ties in bfloat16.
+    lookup: tokens that a round copies, in place of drafts, where the text's last ones stood before
+      (`generate.lookup`; `prompt_lookup_num_tokens` of transformers); 0: none. None: 7 with gamma
+      "auto", else 0.
     draft_cost: what a draft step costs over a plain one, for "auto"; None: it is measured, once for
       a model, device and context bucket (`engine.draft_cost`).
     coupling: how sampled proposals are accepted (`generate.couplings`).
@@ -90,6 +94,7 @@ class GenerateConfig:
     draft_cost: float | None = None
     logprobs: int | None = None
     prefill: Prefill = "whole"
+    lookup: int | None = None
 
     def __post_init__(self) -> None:
         def positive(name: str) -> None:
@@ -111,6 +116,14 @@ class GenerateConfig:
             "a number > 0",
         )
         require(self.mode in MODES, "mode", self.mode, ", ".join(MODES))
+        copies = self.lookup in (None, 0) or self.mode == "quantspec"
+        require(copies, "lookup", self.lookup, "None or 0 in mode autoregressive")
+        require(
+            self.lookup is None or (is_int(self.lookup) and 0 <= self.lookup < self.group_size),
+            "lookup",
+            self.lookup,
+            f"an integer from 0 to {self.group_size - 1}, or None",
+        )
         require(self.prefill in PREFILLS, "prefill", self.prefill, ", ".join(PREFILLS))
         number = self.logprobs is None or (
             is_int(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS
@@ -179,6 +192,14 @@ class GenerateConfig:
             allowed = f"0 to {vocab_size - 1}, the vocabulary"
             require(token < vocab_size, "a token id of stop_ids", token, allowed)
         return tuple(dict.fromkeys((() if self.ignore_eos else eos_ids) + self.stop_ids))
+
+    @property
+    def copies(self) -> int:
+        """What `lookup` stands for."""
+        if self.lookup is not None:
+            return self.lookup
+        chosen = self.mode == "quantspec" and self.gamma == "auto"
+        return min(COPIES, self.group_size - 1) if chosen else 0
 
     @property
     def warpers(self) -> Warpers:

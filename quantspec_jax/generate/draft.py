@@ -1,4 +1,4 @@
-"""The draft: γ tokens, one after the other, from the draft's view and weights."""
+"""The draft: γ tokens, one after the other, from the draft's view and weights; or copies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.kv_attention.read import Pages
 from quantspec_jax.cache import KVCache, schedule
 from quantspec_jax.generate.cache_pass import Rope, cache_pass
-from quantspec_jax.generate.sampling import also_seen, choose
+from quantspec_jax.generate.sampling import GREEDY, also_seen, choose
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.models.parameters import Params
 
@@ -68,6 +68,15 @@ def draft(
     cache, _, _, found = jax.lax.fori_loop(0, program.gamma, step, carry, unroll=unroll)
     # Written down once: XLA would find each token again wherever one is read.
     return found._replace(tokens=jax.lax.optimization_barrier(found.tokens)), cache
+
+
+def copied_proposals(state: DecodeState, program: Program) -> Proposals:
+    """What the text has after the place where its last tokens stood before (`generate.lookup`)."""
+    assert state.lookup is not None
+    tokens = state.lookup.tokens
+    if program.warpers == GREEDY:
+        return Proposals(tokens, jnp.zeros((*tokens.shape, program.model.vocab_size), jnp.float32))
+    return Proposals(tokens, jax.nn.one_hot(tokens, program.model.vocab_size, dtype=jnp.float32))
 
 
 def no_proposals(batch: int, gamma: int, vocabulary: int) -> Proposals:

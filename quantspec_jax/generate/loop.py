@@ -7,8 +7,11 @@
       rollback length = n + 1 + a
       flush    where length is a multiple of G: F1 is coded, F2 → F1
 
-With γ = 0 the same loop decodes autoregressively. Which pages a draft reads is settled before its
-round, or for some rounds at a time (`Policy.every`), and again after each flush.
+A round that finds the end of the text further up in it copies what came after, in place of drafts
+(`generate.lookup`). With γ = 0 the same loop decodes autoregressively.
+
+Which pages a draft reads is settled before its round, or for some rounds at a time
+(`Policy.every`), and again after each flush.
 """
 
 from __future__ import annotations
@@ -27,12 +30,13 @@ from quantspec_jax.generate import recoded
 from quantspec_jax.generate.accept import accept
 from quantspec_jax.generate.cache_pass import rope_at
 from quantspec_jax.generate.couplings import Verdict
-from quantspec_jax.generate.draft import draft, no_proposals
+from quantspec_jax.generate.draft import copied_proposals, draft, no_proposals
 from quantspec_jax.generate.logprobs import score
+from quantspec_jax.generate.lookup import look
 from quantspec_jax.generate.policies import Sizes
 from quantspec_jax.generate.sampling import GREEDY, largest
 from quantspec_jax.generate.split import split
-from quantspec_jax.generate.state import DecodeState, Program, counted
+from quantspec_jax.generate.state import COPIED, STATISTICS, DecodeState, Program, counted
 from quantspec_jax.generate.verify import verify
 from quantspec_jax.models.parameters import Params
 
@@ -56,7 +60,8 @@ def generate_tokens(
       params, draft_params: parameter trees; `draft_params` may hold packed kernels, and is not read
         where `program.gamma` is 0. Where the cache's codec learns, `params` holds what it has, too
         (`Model.params_for`).
-      state: from `prefill` or an earlier call. Donate it: the cache is updated in place.
+      state: from `prefill` or an earlier call. Donate it: the cache is updated in place. Rounds
+        copy where it has a `lookup`, of `program.lookup` tokens.
       max_rounds: int32, may be traced.
       peers: `peers.addresses` of the program's mesh: in a layer, devices meet in kernels then.
     """
@@ -64,6 +69,7 @@ def generate_tokens(
     if peers is not None:
         params, draft_params = params | {"peers": peers}, draft_params | {"peers": peers}
     before = state.rounds
+    copying = program.lookup > 0 and state.lookup is not None
 
     def unfinished(state: DecodeState) -> jax.Array:
         return goes_on(state, before, max_rounds)
@@ -71,19 +77,33 @@ def generate_tokens(
     def no_flush_due(state: DecodeState) -> jax.Array:
         return unfinished(state) & ~jnp.any(flush_due(state.cache))
 
+    def copies(state: DecodeState) -> jax.Array:
+        return no_flush_due(state) & all_found(state)
+
+    def drafts(state: DecodeState) -> jax.Array:
+        return no_flush_due(state) & ~all_found(state) if copying else no_flush_due(state)
+
     def body(state: DecodeState) -> DecodeState:
         return one_round(params, draft_params, state, program)
 
     def some_rounds(state: DecodeState) -> DecodeState:
-        return with_one_choice(params, draft_params, state, no_flush_due, program)
+        return with_one_choice(params, draft_params, state, drafts, program)
 
     # Rounds until a flush is due, the flush, and again. A branch around the flush in each round
     # would make XLA copy the buffers, and one around a choice of pages would wait for the host.
     several = program.gamma and program.policy.every != 1
     rounds_with_their_choice = some_rounds if several else body
 
+    def copied_round(state: DecodeState) -> DecodeState:
+        return read_round(params, {}, state, program.copying, None, copied=True)
+
+    def in_turn(state: DecodeState) -> DecodeState:
+        state = jax.lax.while_loop(copies, copied_round, state)
+        return jax.lax.while_loop(drafts, rounds_with_their_choice, state)
+
     def until_flush(state: DecodeState) -> DecodeState:
-        state = jax.lax.while_loop(no_flush_due, rounds_with_their_choice, state)
+        rounds = in_turn if copying else rounds_with_their_choice
+        state = jax.lax.while_loop(no_flush_due, rounds, state)
         cache = state.cache
         if cache.codec.recodes:
             cache = recoded.flush(params["kv"], cache, program)
@@ -98,6 +118,12 @@ def goes_on(state: DecodeState, before: jax.Array, rounds: jax.Array | int) -> j
     """Whether a sequence has not finished, and there were fewer than `rounds` rounds since its
     number [B] was `before`: it has taken part in all of them."""
     return jnp.any(~state.finished & (state.rounds - before < rounds))
+
+
+def all_found(state: DecodeState) -> jax.Array:
+    """[] bool: whether every sequence that has not finished has tokens to copy."""
+    assert state.lookup is not None
+    return jnp.all(state.finished | state.lookup.found)
 
 
 def with_one_choice(
@@ -136,20 +162,25 @@ def read_round(
     state: DecodeState,
     program: Program,
     pages: tuple[Pages, ...] | None,
+    copied: bool = False,
 ) -> DecodeState:
-    """`one_round` whose draft reads these pages."""
+    """`one_round` whose draft reads these pages, or whose proposals are copied."""
     start, active = state.cache.length, ~state.finished
     proposals = no_proposals(len(start), 0, program.model.vocab_size)
     cache = state.cache
     positions = start[:, None] + jnp.arange(program.cache.pass_width)[None]
     positions = jax.lax.optimization_barrier(positions)  # as in `_decided`
     rope = rope_at(positions, program)
-    if program.gamma:
+    if copied:
+        proposals = copied_proposals(state, program)
+    elif program.gamma:
         proposals, cache = draft(draft_params, state, positions, rope, program, pages)
     logits, cache, by_page = verify(
         params, dataclasses.replace(state, cache=cache), proposals.tokens, rope, program
     )
     proposed = jnp.minimum(program.gamma, schedule.room(start, program.cache.group_size))
+    if copied and state.lookup is not None:
+        proposed = jnp.where(state.lookup.found, proposed, 0)
     most, best = largest(logits)
     verdict = accept(logits, proposals, proposed, state, program, best)
     decided = _decided(verdict, proposals.tokens, ~jnp.isfinite(most))
@@ -157,21 +188,20 @@ def read_round(
     active &= ~broken
     accepted = jnp.where(active, decided.accepted, 0)
     proposed = jnp.where(active, proposed, 0)
-    read = _pages_read(state, pages, program, proposed > 0)
-    numbers = (counted(proposed), counted(accepted), read)
+    numbers = _counts(state, proposed, accepted, pages, program, copied)
     state = dataclasses.replace(
         state,
         finished=state.finished | broken,
         broken=state.broken | broken,
         cache=rollback(cache, jnp.where(active, start + accepted + 1, start)),
         rounds=state.rounds + active.astype(jnp.int32),
-        statistics=state.statistics + jnp.concatenate(numbers, 1),
+        statistics=state.statistics + numbers,
     )
     if by_page is not None:  # votes on what the next choice is
         call = (state.memory, by_page, decided.accepted)
         memory = program.policy.update(*call, backend=program.backend)
         state = dataclasses.replace(state, memory=memory)
-    return _emit(state, decided, logits, program)
+    return _emit(state, decided, logits, start, program)
 
 
 class _Decided(NamedTuple):
@@ -211,6 +241,23 @@ def pages_to_read(state: DecodeState, program: Program) -> tuple[Pages, ...] | N
     return program.policy.pages(state.memory, coded, sizes, backend=program.backend)
 
 
+def _counts(
+    state: DecodeState,
+    proposed: jax.Array,
+    accepted: jax.Array,
+    pages: tuple[Pages, ...] | None,
+    program: Program,
+    copied: bool,
+) -> jax.Array:
+    """[B, STATISTICS] int32, of one round."""
+    nothing = jnp.zeros((len(proposed), STATISTICS), jnp.int32)
+    if copied:
+        numbers = jnp.stack([(proposed > 0).astype(jnp.int32), proposed, accepted], 1)
+        return jnp.concatenate([nothing[:, :COPIED], numbers], 1)
+    read = _pages_read(state, pages, program, proposed > 0)
+    return jnp.concatenate([counted(proposed), counted(accepted), read, nothing[:, COPIED:]], 1)
+
+
 def _pages_read(
     state: DecodeState, pages: tuple[Pages, ...] | None, program: Program, drafting: jax.Array
 ) -> jax.Array:
@@ -221,10 +268,14 @@ def _pages_read(
 
 
 def _emit(
-    state: DecodeState, decided: _Decided, logits: jax.Array, program: Program
+    state: DecodeState,
+    decided: _Decided,
+    logits: jax.Array,
+    start: jax.Array,
+    program: Program,
 ) -> DecodeState:
-    """Write a round's tokens up to an end token or the limit; and, where the program writes that
-    down, what the logits say of them."""
+    """Write a round's tokens up to an end token or the limit; and, where somebody asks for it, what
+    the logits say of them, and what may be copied next. `start` [B]: the round's position."""
     new, accepted = decided.tokens, decided.accepted
     b, width = new.shape
     index = jnp.arange(width)[None]
@@ -235,21 +286,18 @@ def _emit(
     room = state.requests.limit - state.count
     number = jnp.where(state.finished, 0, jnp.minimum(wanted, room))
 
-    offset = jnp.arange(state.tokens.shape[1])[None] - state.count[:, None]
-    written = (offset >= 0) & (offset < number[:, None])
-    source = jnp.clip(offset, 0, width - 1)
+    def write(rows: jax.Array, new: jax.Array) -> jax.Array:
+        return _written(rows, new, state.count, number)
 
-    def write(rows: jax.Array, new: jax.Array) -> jax.Array:  # [B, M, ...] from [B, γ+1, ...]
-        rest = (1,) * (rows.ndim - 2)
-        shifted = jnp.take_along_axis(new, source.reshape(*source.shape, *rest), 1)
-        return jnp.where(written.reshape(*written.shape, *rest), shifted, rows)
-
-    drafted, logprobs = state.drafted, state.logprobs
+    drafted, logprobs, lookup = state.drafted, state.logprobs, state.lookup
     if drafted is not None:
         drafted = write(drafted, index < accepted[:, None])
     if program.logprobs and logprobs is not None:
         scores = score(logits, new, logprobs.ids.shape[-1])
         logprobs = jax.tree.map(write, logprobs, scores)
+    if lookup is not None:
+        text = _written(lookup.text, new, start + 1, number)
+        lookup = look(text, start + number, lookup.tokens.shape[1])
     seen = state.seen
     if program.warpers != GREEDY:
         seen = seen.at[jnp.arange(b)[:, None], new].max(index < number[:, None])
@@ -263,6 +311,17 @@ def _emit(
         tokens=write(state.tokens, new),
         drafted=drafted,
         logprobs=logprobs,
+        lookup=lookup,
         count=state.count + number,
         finished=state.finished | (wanted >= room) | ended,
     )
+
+
+def _written(rows: jax.Array, new: jax.Array, first: jax.Array, number: jax.Array) -> jax.Array:
+    """[B, M, ...] with the first `number` [B] of new [B, S, ...] from place `first` [B] on."""
+    offset = jnp.arange(rows.shape[1])[None] - first[:, None]
+    rest = (1,) * (rows.ndim - 2)
+    source = jnp.clip(offset, 0, new.shape[1] - 1)
+    shifted = jnp.take_along_axis(new, source.reshape(*source.shape, *rest), 1)
+    written = (offset >= 0) & (offset < number[:, None])
+    return jnp.where(written.reshape(*written.shape, *rest), shifted, rows)

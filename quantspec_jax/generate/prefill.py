@@ -13,6 +13,7 @@ from pallas_kernels.rope_append.heads import Heads
 from pallas_kernels.shapes import Each, Ids, shaped
 from quantspec_jax.cache import KVCache, LayerCache, from_prompt
 from quantspec_jax.generate.logprobs import nothing, score
+from quantspec_jax.generate.lookup import look
 from quantspec_jax.generate.recoded import recode_prompt
 from quantspec_jax.generate.requests import Requests, is_end
 from quantspec_jax.generate.sampling import Role, choose, not_finite
@@ -42,6 +43,7 @@ def prefill(
     program: PromptProgram,
     capacity: int,
     logprobs: int | None = None,
+    lookup: int = 0,
     run: Run = inline,
 ) -> DecodeState:
     """Run the prompts in full precision, fill the cache layer by layer and choose the first token.
@@ -56,6 +58,7 @@ def prefill(
       program: `Program.prompt`.
       capacity: M, how many new tokens the state has room for.
       logprobs: how many alternatives it has room for at each; None: it keeps no log-probabilities.
+      lookup: `Program.lookup` of its rounds; 0: it does not keep the text.
     """
     x, h = run(begin, params, prompts, program=program)
     layers, observed, below = [], [], None
@@ -67,6 +70,7 @@ def prefill(
         layers.append(made)
         observed.append(seen)
     room: dict[str, Any] = {"program": program, "capacity": capacity, "logprobs": logprobs}
+    room |= {"lookup": lookup}
     state = run(end, params, prompts, h, lengths, requests, **room)
     memory = () if observed[0] is None else run(remember, observed, lengths, program=program)
     cache = dataclasses.replace(state.cache, layers=tuple(layers))
@@ -172,6 +176,7 @@ def end(
     program: PromptProgram,
     capacity: int,
     logprobs: int | None = None,
+    lookup: int = 0,
 ) -> DecodeState:
     """The first token, from [B, P, E] hidden states after the final norm, and the state before the
     first round, the cache's layers left out."""
@@ -182,23 +187,24 @@ def end(
     in_prompt = jnp.arange(p)[None] < lengths[:, None]
     seen = jnp.zeros((b, program.model.vocab_size), bool)
     seen = seen.at[rows[:, None], prompts].max(in_prompt)
-    return first_state(
-        logits, seen, lengths, requests, program=program, capacity=capacity, logprobs=logprobs
-    )
+    options: dict[str, Any] = {"capacity": capacity, "logprobs": logprobs, "lookup": lookup}
+    return first_state(logits, seen, prompts, lengths, requests, program=program, **options)
 
 
 def first_state(
     logits: jax.Array,
     seen: jax.Array,
+    prompts: jax.Array,
     lengths: jax.Array,
     requests: Requests,
     *,
     program: PromptProgram,
     capacity: int,
     logprobs: int | None = None,
+    lookup: int = 0,
 ) -> DecodeState:
     """The state before the first round, the cache's layers left out, from the target's logits
-    [B, N] after the prompts, of which `seen` [B, N] are the tokens."""
+    [B, N] after the prompts [B, P], of whose tokens the set is `seen` [B, N]."""
     b = len(lengths)
     rows = jnp.arange(b)
     broken = not_finite(logits)
@@ -208,6 +214,12 @@ def first_state(
         first = score(logits[:, None], token[:, None], logprobs)
         room = nothing(b, capacity, logprobs)
         scores = jax.tree.map(lambda rows, new: rows.at[:, :1].set(new), room, first)
+
+    copies = None
+    if lookup:
+        text = jnp.zeros((b, program.cache.max_length), jnp.int32)
+        text = text.at[:, : prompts.shape[1]].set(prompts).at[rows, lengths].set(token)
+        copies = look(text, lengths, lookup)
 
     codec, g = program.cache.codec, program.cache.group_size
     one = jnp.ones(b, jnp.int32)
@@ -225,6 +237,7 @@ def first_state(
         statistics=jnp.zeros((b, STATISTICS), jnp.int32),
         drafted=jnp.zeros((b, capacity), bool),
         logprobs=scores,
+        lookup=copies,
     )
 
 
@@ -234,5 +247,5 @@ COMPILED: dict[Callable[..., Any], Any] = {
     layer: jax.jit(layer, static_argnames="program", donate_argnames=("x", "h")),
     recode_prompt: jax.jit(recode_prompt, static_argnames="program", donate_argnames="layer"),
     remember: jax.jit(remember, static_argnames="program"),
-    end: jax.jit(end, static_argnames=("program", "capacity", "logprobs")),
+    end: jax.jit(end, static_argnames=("program", "capacity", "logprobs", "lookup")),
 }

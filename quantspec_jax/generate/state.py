@@ -18,13 +18,16 @@ from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.checks import require
 from quantspec_jax.generate.couplings import REJECTION, Coupling
 from quantspec_jax.generate.logprobs import Logprobs
+from quantspec_jax.generate.lookup import Lookup
 from quantspec_jax.generate.policies import ALL, Policy
 from quantspec_jax.generate.requests import Requests
 from quantspec_jax.generate.sampling import Warpers
 from quantspec_jax.models.config import ModelConfig
 
 COUNTED = 16  # positions of a round that statistics tell apart; the last counts all beyond, too
-STATISTICS = 2 * COUNTED + 2
+PAGES = 2 * COUNTED
+COPIED = PAGES + 2
+STATISTICS = COPIED + 3
 
 
 def axes_of(mesh: Mesh | None) -> Axes:
@@ -56,6 +59,7 @@ class Program:
       model, cache: the model and the cache's shape. `cache.view` is what the target reads and
         `cache.pass_width` the rows of a target pass (γ + 1, or more as padding).
       gamma: tokens drafted a round; 0 is autoregressive decoding.
+      lookup: tokens copied a round that finds some in the text (`generate.lookup`); 0: none.
       policy: which pages of the cache a draft reads.
       draft_view: in which view.
       exact_tiles: how many tiles at the beginning a draft reads as finely as the target does.
@@ -79,6 +83,7 @@ class Program:
     backend: str = "auto"
     logprobs: bool = False
     mesh: Mesh | None = None
+    lookup: int = 0
 
     def __post_init__(self) -> None:
         allowed = f"at least gamma + 1 = {self.gamma + 1}"
@@ -89,6 +94,9 @@ class Program:
         drafts &= not self.cache.codec.recodes
         require(not self.gamma or drafts, "view (with gamma > 0)", self.cache.view, "int8")
         views = self.cache.codec.views
+        room = self.cache.group_size - 1
+        words = f"0 to {room}"
+        require(0 <= self.lookup <= room, "lookup", self.lookup, words)
         possible = not self.gamma or self.draft_view in (None, *views)
         require(possible, "draft_view", self.draft_view, ", ".join(views))
 
@@ -102,6 +110,12 @@ class Program:
         """What the target reads of the cache."""
         codec = self.cache.codec
         return codec.draft if codec.recodes else Read(self.cache.view)
+
+    @property
+    def copying(self) -> Program:
+        """Of its rounds, those that copy."""
+        cache = dataclasses.replace(self.cache, pass_width=self.lookup + 1)
+        return dataclasses.replace(self, gamma=self.lookup, lookup=0, cache=cache)
 
     @property
     def draft_read(self) -> Read:
@@ -120,7 +134,7 @@ class Program:
     jax.tree_util.register_dataclass,
     data_fields=[
         *("cache", "requests", "memory", "seen", "pending", "tokens", "count", "finished"),
-        *("broken", "rounds", "statistics", "drafted", "logprobs"),
+        *("broken", "rounds", "statistics", "drafted", "logprobs", "lookup"),
     ],
     meta_fields=[],
 )
@@ -140,9 +154,11 @@ class DecodeState:
     finished  [B] bool, an end token was produced or the limit reached, or it is broken
     broken    [B] bool, the target's logits for the next token were not finite
     rounds    [B] int32, rounds in which the sequence took part
-    statistics  [B, STATISTICS] int32, summed over the rounds: `proposed`, `accepted`, `draft_pages`
-    drafted   [B, M] bool, which new tokens the draft proposed; None: nobody asks
+    statistics  [B, STATISTICS] int32, summed over the rounds: `proposed`, `accepted`,
+              `draft_pages`, `copied`
+    drafted   [B, M] bool, which new tokens were proposed; None: nobody asks
     logprobs  of the new tokens; None: nobody asks
+    lookup    what a round may copy; None: nothing
     """
 
     cache: KVCache
@@ -158,6 +174,7 @@ class DecodeState:
     statistics: jax.Array
     drafted: jax.Array | None = None
     logprobs: Logprobs | None = None
+    lookup: Lookup | None = None
 
     @property
     def proposed(self) -> jax.Array:
@@ -167,12 +184,18 @@ class DecodeState:
     @property
     def accepted(self) -> jax.Array:
         """[B, COUNTED] int32, those of them that were accepted."""
-        return self.statistics[:, COUNTED : 2 * COUNTED]
+        return self.statistics[:, COUNTED:PAGES]
 
     @property
     def draft_pages(self) -> jax.Array:
         """[B, 2] int32, pages that drafts read in a layer, and those that there were."""
-        return self.statistics[:, 2 * COUNTED :]
+        return self.statistics[:, PAGES:COPIED]
+
+    @property
+    def copied(self) -> jax.Array:
+        """[B, 3] int32, rounds that copied, tokens that they proposed, and accepted ones; they are
+        not among `proposed` and `accepted`."""
+        return self.statistics[:, COPIED:]
 
 
 def counted(number: jax.Array) -> jax.Array:

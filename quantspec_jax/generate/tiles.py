@@ -128,30 +128,32 @@ def _write(
     )
 
 
-@split("params whole whole batch batch batch", "state")
+@split("params whole whole batch batch batch batch", "state")
 def tile_end(
     params: Params,
     hidden: jax.Array,
     row: jax.Array,
     seen: jax.Array,
+    prompt: jax.Array,
     length: jax.Array,
     requests: Requests,
     *,
     program: PromptProgram,
     capacity: int,
     logprobs: int | None = None,
+    lookup: int = 0,
 ) -> DecodeState:
     """The state of one sequence before its first round, the cache's layers left out, from the last
     tile's hidden states [1, G, E] after the final norm.
 
     Args:
       row: [] int32, the last token's in the tile.
-      seen: [1, N] bool, the prompt's tokens; length: [1] int32, how many.
+      seen: [1, N] bool, which tokens the prompt has; prompt: [1, P] int32, padded on the right;
+        length: [1] int32, how many.
     """
     logits = unembed(params, hidden[:, row], program.backend, program.axes)
-    state = first_state(
-        logits, seen, length, requests, program=program, capacity=capacity, logprobs=logprobs
-    )
+    options: dict[str, Any] = {"capacity": capacity, "logprobs": logprobs, "lookup": lookup}
+    state = first_state(logits, seen, prompt, length, requests, program=program, **options)
     return dataclasses.replace(state, memory=memory_of_unseen(program, 1, program.axes))
 
 
@@ -188,7 +190,7 @@ def stand_still(state: DecodeState, slot: jax.Array, length: jax.Array) -> Decod
 TILE_STAGES: dict[Any, Any] = {
     tile_begin: jax.jit(tile_begin, static_argnames="program"),
     tile_layer: jax.jit(tile_layer, static_argnames="program", donate_argnames=("x", "h", "layer")),
-    tile_end: jax.jit(tile_end, static_argnames=("program", "capacity", "logprobs")),
+    tile_end: jax.jit(tile_end, static_argnames=("program", "capacity", "logprobs", "lookup")),
     stand_still: jax.jit(stand_still, donate_argnames="state"),
     get_tile: jax.jit(get_tile, static_argnames=("group_size", "devices")),
     put_tiles: jax.jit(

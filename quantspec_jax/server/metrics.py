@@ -72,8 +72,9 @@ class Metrics:
         self._misses.inc(len(job.prompt) - reply.kept)
         if reply.counters is not None:
             self._rounds.inc(reply.counters.rounds)
-            self._proposed.inc(int(reply.counters.proposed.sum()))
-            self._accepted.inc(int(reply.counters.accepted.sum()))
+            proposed, accepted = reply.counters.totals
+            self._proposed.inc(proposed)
+            self._accepted.inc(accepted)
         if job.first_token is not None:
             self._first.observe(job.first_token)
         if job.waited is not None:

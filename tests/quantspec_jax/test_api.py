@@ -65,7 +65,8 @@ def test_adaptive_gamma_is_reported_and_changes_no_token(model):
 
 
 def test_speculation_switches_itself_off_where_it_does_not_pay(model):
-    out = qs.generate(model, [[5, 6, 7] * 20], qs.GenerateConfig(**AUTO, draft_cost=3.0))
+    config = qs.GenerateConfig(**AUTO, draft_cost=3.0, lookup=0)
+    out = qs.generate(model, [[5, 6, 7] * 20], config)
     stats = out.stats[0]
     assert (stats["proposed"], stats["rounds"], stats["acceptance_rate"]) == (0, 39, None)
 

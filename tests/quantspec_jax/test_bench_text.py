@@ -129,6 +129,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
             "rounds": rounds,
             "proposed": 2 * rounds if drafts else 0,
             "accepted": rounds if drafts else 0,
+            "lookup_rounds": 0,
+            "lookup_accepted": 0,
             "accepted_by_position": [0.75, 0.25] if drafts else [],
             "decode_seconds": (ids[0] + (ids[0] > 1) * drafts) * rounds - shorter / 1000,
             "prefill_seconds": float(ids[0]),

@@ -27,10 +27,11 @@ from tiny import (
 from pallas_kernels.kv_attention.read import Read
 from quantspec_jax.cache.codecs import EXACT_TILES
 from quantspec_jax.engine.prepare import KINDS
+from quantspec_jax.generate import lookup
 from quantspec_jax.generate.cache_pass import cache_pass
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.couplings import COUPLINGS, coupling
-from quantspec_jax.generate.loop import generate_tokens, one_round
+from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.policies import ALL, Policy, TopPages
 from quantspec_jax.generate.requests import sampling_arrays
 from quantspec_jax.generate.sampling import GREEDY
@@ -317,10 +318,10 @@ def test_what_is_exact_depends_on_the_position_alone():
 
 @functools.cache
 def hlo_of_the_loop(
-    gamma: int, view: str, batch: int, policy: Policy = ALL
+    gamma: int, view: str, batch: int, policy: Policy = ALL, copies: int = 0
 ) -> tuple[str, int, dict]:
     """The compiled loop's text, its temporary bytes, and the shapes of the cache's arrays."""
-    p = program(gamma, view, max_length=2048, policy=policy)
+    p = program(gamma, view, max_length=2048, policy=policy, lookup=copies)
     _, params, draft_params = tiny_model()
     lengths = [64] * batch
     state = jax.eval_shape(lambda: start(p, prompts(lengths), lengths, NEW))
@@ -336,16 +337,16 @@ def hlo_of_the_loop(
 
 
 @pytest.mark.parametrize(
-    ("gamma", "view", "batch", "policy"),
+    ("gamma", "view", "batch", "policy", "copies"),
     [
-        (4, "int8", 1, ALL),
-        (4, "int8", 3, TopPages(0.25)),
-        (4, "int8", 1, TopPages(0.25, every=4)),
-        (0, "full", 2, ALL),
+        (4, "int8", 1, ALL, 0),
+        (4, "int8", 3, TopPages(0.25), 0),
+        (4, "int8", 1, TopPages(0.25, every=4), 7),
+        (0, "full", 2, ALL, 0),
     ],
 )
-def test_the_compiled_loop_copies_no_plane_and_no_buffer(gamma, view, batch, policy):
-    text, memory, state = hlo_of_the_loop(gamma, view, batch, policy)
+def test_the_compiled_loop_copies_no_plane_and_no_buffer(gamma, view, batch, policy, copies):
+    text, memory, state = hlo_of_the_loop(gamma, view, batch, policy, copies)
     names = {"uint8": "u8", "float32": "f32", "bfloat16": "bf16"}
     layer = state.cache.layers[0]
     big = [layer.key_buffer]
@@ -406,12 +407,18 @@ def test_a_draft_with_the_full_weights_is_rejected_only_for_its_cache():
 
 
 @pytest.mark.parametrize(
-    ("gamma", "name", "policy"),
-    [(2, "rejection", TopPages(1e-6)), *((4, name, ALL) for name in COUPLINGS)],
+    ("gamma", "name", "policy", "copies"),
+    [
+        (2, "rejection", TopPages(1e-6), 2),
+        (2, "block", ALL, 2),
+        *((4, name, ALL, 0) for name in COUPLINGS),
+    ],
 )
-def test_a_round_of_sampling_follows_the_target(gamma, name, policy):
+def test_a_round_of_sampling_follows_the_target(gamma, name, policy, copies, monkeypatch):
     """Joint distribution of three new positions over many keys, against ancestral sampling from the
-    target's own logits at temperature 0.8 with top-k 4: chi-square. Whatever the draft reads."""
+    target's own logits at temperature 0.8 with top-k 4: chi-square. Whatever the draft reads, and
+    where some rounds copy."""
+    monkeypatch.setattr(lookup, "LEAST", 2)
     config, params, _ = tiny.tiny_model()
     vocabulary, draws = 6, 20_000
     small = dataclasses.replace(config, vocab_size=vocabulary, num_layers=1)
@@ -426,7 +433,7 @@ def test_a_round_of_sampling_follows_the_target(gamma, name, policy):
     draft = merge(cut, quantize_params(noisy, DraftConfig(group_size=32)))
     # Every draw has a cache.
     p = program(gamma, max_length=128, coupling=coupling(name), policy=policy)
-    p = dataclasses.replace(p, model=small)
+    p = dataclasses.replace(p, model=small, lookup=copies)
     generate = GenerateConfig(temperature=0.8, top_k=4)
     length = 3 * G + 5
     rows = np.random.default_rng(2).integers(0, vocabulary, (1, 4 * G)).astype(np.int32)
@@ -437,19 +444,20 @@ def test_a_round_of_sampling_follows_the_target(gamma, name, policy):
         # The pending token stays what it is: only the round's own draws differ.
         wants = dataclasses.replace(state.requests, keys=key[None])
 
-        def step(state, _):
-            state = one_round(cut, draft, state, p)
-            return state, (state.accepted[0].sum(), state.proposed[0].sum())
-
         begun = dataclasses.replace(state, requests=wants)
-        third, counted = jax.lax.scan(step, begun, length=3)
-        return third.tokens[0, 1:4], *(each[0] for each in counted)
+        third = generate_tokens(cut, draft, begun, 3, program=p)
+        counts = (third.accepted.sum(), third.proposed.sum(), third.copied[0])
+        return third.tokens[0, 1:4], *counts
 
     keys = jax.random.split(jax.random.key(12), draws)
     draw_all = jax.jit(lambda k: jax.lax.map(draw, k, batch_size=500), compiler_options=OPTIMIZED)
-    tokens, accepted, proposed = draw_all(keys)
+    tokens, accepted, proposed, copied = draw_all(keys)
     rate = accepted.sum() / proposed.sum()
     assert 0.3 < rate < 0.8
+    rounds, tried, kept = np.asarray(copied).sum(0) / draws
+    if copies:
+        assert 0.3 < rounds < 2.7
+        assert 0.05 < kept / tried < 0.95
 
     def target_logits(state, fed):
         fed = jnp.asarray(fed, jnp.int32)[None]

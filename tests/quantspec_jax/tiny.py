@@ -61,9 +61,9 @@ def program(
     return Program(config, cache, gamma, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("program", "capacity"))
-def _prefill(params, *args, program, capacity):
-    return prefill(params, *args, program=program, capacity=capacity)
+@functools.partial(jax.jit, static_argnames=("program", "capacity", "lookup"))
+def _prefill(params, *args, **static):
+    return prefill(params, *args, **static)
 
 
 @functools.partial(jax.jit, static_argnames="program")
@@ -89,6 +89,7 @@ def start(program: Program, rows: np.ndarray, lengths, new: int, *options, param
         wants(len(lengths), new, *options, **more),
         program=program.prompt,
         capacity=256,
+        lookup=program.lookup,
     )
 
 
