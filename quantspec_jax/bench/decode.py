@@ -46,6 +46,7 @@ from quantspec_jax.engine.prepare import known_warpers
 from quantspec_jax.engine.programs import DECODE
 from quantspec_jax.generate.config import BACKENDS, GenerateConfig
 from quantspec_jax.generate.couplings import REJECTION
+from quantspec_jax.generate.lookup import unseen
 from quantspec_jax.generate.policies import POLICIES, Policy, policy
 from quantspec_jax.generate.requests import requests
 from quantspec_jax.generate.sampling import GREEDY
@@ -169,6 +170,7 @@ def random_state(
         rounds=each(0),
         statistics=each(0, STATISTICS),
         drafted=each(False, capacity, dtype=bool),
+        lookup=unseen(batch, program.cache.max_length, program.lookup),
     )
     if program.mesh is None:
         return state

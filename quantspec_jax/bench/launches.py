@@ -91,7 +91,8 @@ class Module:
 
 
 def launches_a_round(text: str) -> int | None:
-    """Launches of a round; None where the program is no decode loop.
+    """Launches of a round; None where the program is no decode loop. Where rounds copy
+    (`generate.lookup`), of one that does and one that does not, together.
 
     Args:
       text: the optimized program, `compiled.as_text()`.

@@ -36,7 +36,7 @@ from quantspec_jax.engine.programs import Ahead, Runner
 from quantspec_jax.engine.statistics import Clock, Counters
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.logprobs import Logprobs, nothing
-from quantspec_jax.generate.lookup import Lookup
+from quantspec_jax.generate.lookup import unseen
 from quantspec_jax.generate.prefill import COMPILED, begin, end, layer, prefill
 from quantspec_jax.generate.requests import Requests, requests
 from quantspec_jax.generate.sampling import GREEDY, Warpers
@@ -679,10 +679,7 @@ class Engine:
         def each(*shape: int, dtype: Any = jnp.int32) -> jax.Array:
             return jnp.zeros((batch, *shape), dtype)
 
-        number, copied, copies = self.config.logprobs, self.program.lookup, None
-        if copied:
-            text = each(self.program.cache.max_length)
-            copies = Lookup(text, each(copied), each(dtype=bool))
+        number, program = self.config.logprobs, self.program
         state = DecodeState(
             cache=cache,
             requests=requests(self.config, jax.random.key(0), (), batch),
@@ -697,7 +694,7 @@ class Engine:
             statistics=each(STATISTICS),
             drafted=each(self.capacity, dtype=bool),
             logprobs=None if number is None else nothing(batch, self.capacity, number),
-            lookup=copies,
+            lookup=unseen(batch, program.cache.max_length, program.lookup),
         )
         return place_state(state, mesh)
 

@@ -40,6 +40,15 @@ class Lookup(NamedTuple):
     found: jax.Array
 
 
+def unseen(batch: int, length: int, number: int) -> Lookup | None:
+    """Room for texts of `length` tokens and `number` copies of each, none found; None where none
+    are wanted."""
+    if not number:
+        return None
+    text, tokens = (jnp.zeros((batch, width), jnp.int32) for width in (length, number))
+    return Lookup(text, tokens, jnp.zeros(batch, bool))
+
+
 def look(text: jax.Array, last: jax.Array, number: int) -> Lookup:
     """Look for the end of each text in what is before it.
 

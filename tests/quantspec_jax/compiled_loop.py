@@ -3,8 +3,9 @@ tests/pallas_kernels is on Python's path:
 
 python tests/quantspec_jax/compiled_loop.py
 
-A line for each draft policy, number of layers, γ and way to choose a token: launches of a round of
-Qwen2.5-1.5B's shapes. It takes JAX's CUDA plugin (`pip install .[assemble]`).
+A line for each draft policy, number of layers, γ, way to choose a token and number of copies:
+launches of a round of Qwen2.5-1.5B's shapes; where rounds copy, of one that does and one that does
+not. It takes JAX's CUDA plugin (`pip install .[assemble]`).
 """
 
 from __future__ import annotations
@@ -35,20 +36,23 @@ CONTEXT = 4096
 WARPERS = {"greedy": GREEDY, "draws": Warpers(True, False, False), "top-p": Warpers(True, False)}
 CASES = (
     *(
-        (policy, layers, 4, "greedy")
+        (policy, layers, 4, "greedy", 0)
         for policy in ("all", "window", "top-pages")
         for layers in (2, 3)
     ),
-    *((policy, layers, 3, "greedy") for policy in ("all", "top-pages") for layers in (2, 3)),
-    *(("all", 2, 4, chosen) for chosen in ("draws", "top-p")),
+    *((policy, layers, 3, "greedy", 0) for policy in ("all", "top-pages") for layers in (2, 3)),
+    *(("all", 2, 4, chosen, 0) for chosen in ("draws", "top-p")),
+    *(("all", layers, 4, "greedy", 7) for layers in (2, 3)),
 )
 
 
-def compiled(name: str, layers: int, gamma: int, chosen: str, device: jax.Device) -> str:
+def compiled(
+    name: str, layers: int, gamma: int, chosen: str, copies: int, device: jax.Device
+) -> str:
     """The optimized program of decoding."""
     model = dataclasses.replace(PRESETS["qwen2.5-1.5b"], num_layers=layers)
     cache = CacheConfig(CONTEXT + 1024, 128, "int8", gamma + 1, jnp.dtype("bfloat16"))
-    program = Program(model, cache, gamma, policy(name), warpers=WARPERS[chosen])
+    program = Program(model, cache, gamma, policy(name), warpers=WARPERS[chosen], lookup=copies)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.bfloat16))
     own = jax.eval_shape(lambda x: draft_tree(x, quantize_params(x, DraftConfig())), params)
     state = jax.eval_shape(lambda: random_state(program, 1, CONTEXT, 128, 99))
@@ -66,9 +70,9 @@ def main() -> None:
     described = topologies.get_topology_desc(
         platform="cuda", topology="1x1x1", target_config=target(device)
     )
-    for name, layers, gamma, chosen in CASES:
-        text = compiled(name, layers, gamma, chosen, described.devices[0])
-        row = {"policy": name, "layers": layers, "gamma": gamma, "chosen": chosen}
+    for case in CASES:
+        text = compiled(*case, described.devices[0])
+        row = dict(zip(("policy", "layers", "gamma", "chosen", "copies"), case, strict=True))
         print(json.dumps(row | {"round": launches_a_round(text)}), flush=True)
 
 

@@ -36,6 +36,7 @@ from quantspec_jax.engine import prepare as preparing
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.engine.prepare import prepare
 from quantspec_jax.engine.programs import DECODE
+from quantspec_jax.generate import lookup
 from quantspec_jax.generate import prefill as stages
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.policies import ALL, Policy, TopPages
@@ -362,6 +363,18 @@ def states_lie_where_rounds_want_them() -> None:
     (_,) = engine._runner._known.values()
 
 
+def rounds_that_copy_over_devices() -> None:
+    """Each part of the batch by itself, whose devices copy together."""
+    placed = sharding.place_model(decoder(), mesh(dp=2, tp=2))
+    config = dataclasses.replace(SAMPLED, gamma=1, draft_policy="all", draft_share=None, lookup=2)
+    with mock.patch.object(lookup, "LEAST", 1):
+        made = qs.generate(placed, PROMPTS, config)
+    assert made.tokens == alone()
+    copied = [each["lookup_rounds"] for each in made.stats]
+    assert 0 < min(copied) < max(copied), copied
+    assert all(each["proposed"] > each["lookup_proposed"] for each in made.stats)
+
+
 def a_prompt_is_read_in_parts() -> None:
     """Each of four devices computes a quarter of a block, attention included, and meets the others
     once, for the keys and values of all."""
@@ -593,6 +606,7 @@ CHECKS = (
     *(parameters, packed_weights, tiled_weights, decode_state, refused, logits),
     *(heads_over_more_devices_than_there_are, tiles_and_heads_over_devices, prompts_in_tiles),
     *(no_device_has_more_than_its_share, states_lie_where_rounds_want_them),
+    rounds_that_copy_over_devices,
     *(a_prompt_is_read_in_parts, refused_over_a_mesh),
     *(plain_caches_over_devices, measured_over_devices, kernels_on_each_device),
     *(meetings_in_kernels, addresses_of_peers),

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.assemble
 
 
 @pytest.fixture(scope="module")
-def every() -> dict[tuple[str, int, int, str], float]:
-    """A round's, by policy, number of layers, γ and how a token is chosen."""
+def every() -> dict[tuple[str, int, int, str, int], float]:
+    """A round's, by policy, number of layers, γ, how a token is chosen, and copies."""
     assert importlib.util.find_spec("jax_plugins.xla_cuda12"), "pip install .[assemble]"
     script = Path(__file__).with_name("compiled_loop.py")
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
@@ -30,14 +30,14 @@ def every() -> dict[tuple[str, int, int, str], float]:
     ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-1000:] + ran.stderr[-3000:]
     rows = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    names = ("policy", "layers", "gamma", "chosen")
+    names = ("policy", "layers", "gamma", "chosen", "copies")
     return {tuple(row[name] for name in names): row["round"] for row in rows}
 
 
 @pytest.fixture(scope="module")
 def launches(every) -> dict[tuple[str, int, int], float]:
-    """Those of greedy decoding."""
-    return {tuple(case): number for (*case, chosen), number in every.items() if chosen == "greedy"}
+    """Those of greedy decoding without copies."""
+    return {case[:3]: number for case, number in every.items() if case[3:] == ("greedy", 0)}
 
 
 def test_top_pages_adds_four_launches_to_a_round(launches):
@@ -71,6 +71,13 @@ def test_what_a_round_pays_outside_of_its_layers(launches):
 
 def test_what_draws_add_to_a_round(every):
     """In its five choices; of 552 that there were, whatever was filtered."""
-    greedy = every["all", 2, 4, "greedy"]
+    greedy = every["all", 2, 4, "greedy", 0]
     for chosen, most in (("draws", 45), ("top-p", 210)):
-        assert every["all", 2, 4, chosen] - greedy <= most
+        assert every["all", 2, 4, chosen, 0] - greedy <= most
+
+
+def test_what_copies_add(every, launches):
+    """A round that copies is a verification; each of both kinds looks for what comes next."""
+    one, other = (every["all", layers, 4, "greedy", 7] for layers in (2, 3))
+    assert other - one == 7 * 5 + 7
+    assert one - launches["all", 2, 4] - 2 * 7 <= 28
