@@ -47,6 +47,7 @@ def weight_bytes(params: dict[str, Any]) -> int:
     return tree_bytes(read)
 
 
+@functools.lru_cache(maxsize=64)
 def target_weight_bytes(model: ModelConfig, itemsize: int = BF16) -> int:
     """`weight_bytes` of the target's weights in a type of `itemsize` bytes."""
     unread = 0 if model.tie_embeddings else parameter_shapes(model)["embedding"].size
@@ -59,6 +60,7 @@ def linear_weights(model: ModelConfig) -> int:
     return model.num_layers * sum(shapes[f"{name}.kernel"].size for name in LINEAR_LAYERS)
 
 
+@functools.lru_cache(maxsize=64)
 def draft_weight_bytes(model: ModelConfig, draft: DraftConfig, itemsize: int = BF16) -> int:
     """`weight_bytes` of the draft: its own arrays, and the target's where it has none."""
     shapes = parameter_shapes(model)

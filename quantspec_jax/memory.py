@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+
+_ANALYSES: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
 
 
 def tree_bytes(tree: Any) -> int:
@@ -24,14 +27,21 @@ def _own_shape(x: Any) -> tuple[int, ...]:
 
 def temporary_bytes(executable: Any) -> int:
     """Bytes that a compiled program allocates while it runs, besides arguments and results."""
-    found = executable.memory_analysis()
-    return found.temp_size_in_bytes if found else 0
+    return _analysis(executable)[0]
 
 
 def code_bytes(executable: Any) -> int:
     """Bytes of a compiled program's code; 0 where the backend does not say, as XLA's for CPUs."""
-    found = executable.memory_analysis()
-    return found.generated_code_size_in_bytes if found else 0
+    return _analysis(executable)[1]
+
+
+def _analysis(executable: Any) -> tuple[int, int]:
+    """Temporary bytes and those of code, found once: for a large program it takes up to a second."""
+    if executable not in _ANALYSES:
+        found = executable.memory_analysis()
+        sizes = (found.temp_size_in_bytes, found.generated_code_size_in_bytes) if found else (0, 0)
+        _ANALYSES[executable] = sizes
+    return _ANALYSES[executable]
 
 
 def give_back() -> None:

@@ -54,7 +54,7 @@ class Programs:
         """The executable for arguments of these forms (arrays or their shapes), and the seconds it
         took to make: 0 where it existed."""
         leaves, tree = jax.tree.flatten(args)
-        forms = tuple((jnp.shape(x), jnp.result_type(x), _mesh(x)) for x in leaves)
+        forms = tuple(map(_form, leaves))
         key = (id(function), tree, forms, tuple(sorted(static.items())))
         with self._lock:
             if key in self._by_form:
@@ -88,10 +88,13 @@ class Programs:
                 self._kept.move_to_end(executable)
 
 
-def _mesh(x: Any) -> Any:
-    """How an array is split over devices; None: it is not."""
+def _form(x: Any) -> tuple[Any, ...]:
+    """An argument's shape, type, and how it is split over devices; None: it is not. (JAX's
+    `result_type` takes as long as all the rest.)"""
+    if not hasattr(x, "dtype"):
+        return jnp.shape(x), jnp.result_type(x), None
     where = getattr(x, "sharding", None)
-    return where if isinstance(where, NamedSharding) else None
+    return x.shape, x.dtype, where if isinstance(where, NamedSharding) else None
 
 
 PROGRAMS = Programs()

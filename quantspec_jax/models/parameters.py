@@ -83,9 +83,9 @@ def linear_layers(config: ModelConfig) -> list[str]:
 def parameter_shapes(config: ModelConfig) -> dict[str, Spec]:
     """Every parameter of the model by its dotted path, in the order of the computation."""
     vocab, embed = config.vocab_size, config.hidden_size
-    shapes = {"embedding": Spec((vocab, embed), ("vocab", "embed"))}
+    shapes, layer = {"embedding": Spec((vocab, embed), ("vocab", "embed"))}, layer_shapes(config)
     for i in range(config.num_layers):
-        shapes |= {f"layers.{i}.{path}": spec for path, spec in layer_shapes(config).items()}
+        shapes |= {f"layers.{i}.{path}": spec for path, spec in layer.items()}
     shapes["final_norm"] = Spec((embed,), ("embed",))
     if not config.tie_embeddings:
         shapes["lm_head.kernel"] = Spec((embed, vocab), ("embed", "vocab"))

@@ -130,6 +130,15 @@ def test_what_a_call_costs_is_no_part_of_a_draft_step(model):
     assert ran == [1] * 4, "where a round takes long, one is enough"
 
 
+def test_a_second_call_asks_no_program_what_memory_it_takes(model, monkeypatch):
+    """XLA's answer takes up to a second for each, as long as some hundred tokens."""
+    prompt, config = [[5, 6, 7] * 20], qs.GenerateConfig(**FAST)
+    first = qs.generate(model, prompt, config)
+    asked = "memory_analysis"
+    monkeypatch.setattr(jax.stages.Compiled, asked, lambda _: pytest.fail("asked again"))
+    assert qs.generate(model, prompt, config).tokens == first.tokens
+
+
 def test_another_gamma_or_coupling_compiles_no_prefill(model, monkeypatch):
     """Programs are compiled for what they read."""
     monkeypatch.setattr(programs, "PROGRAMS", programs.Programs())
