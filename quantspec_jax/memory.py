@@ -36,7 +36,7 @@ def code_bytes(executable: Any) -> int:
 
 
 def _analysis(executable: Any) -> tuple[int, int]:
-    """Temporary bytes and those of code, found once: for a large program it takes up to a second."""
+    """Temporary bytes and those of code, found once: a large program takes up to a second."""
     if executable not in _ANALYSES:
         found = executable.memory_analysis()
         sizes = (found.temp_size_in_bytes, found.generated_code_size_in_bytes) if found else (0, 0)
