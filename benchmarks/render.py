@@ -33,6 +33,7 @@ KEYS = ("what", "title", "command", "note", "outdated", "device", "versions", "d
 # The runs of README.md's table by name, and which rows of each; real text comes first.
 HEADLINES: tuple[tuple[str, slice], ...] = (
     ("text-*", slice(5)),
+    ("text-smollm2-135m-*", slice(1)),  # where drafting does not pay
     ("policies-qwen2.5-coder-1.5b-131k-moby-dick-h200-*", slice(1)),
     ("yarn-*", slice(-1, None)),  # the longest context
     ("decode-llama-2-7b-h200-*", slice(2)),
@@ -121,6 +122,9 @@ class Headline:
     device: str
     simulated: bool
     named: bool  # the policy was, and is not what users get unless they say otherwise
+    copied: float = 0.0  # share of the tokens
+    without: float | None = None  # the speed-up where nothing is copied
+    text: str = ""
 
     @property
     def speed_up(self) -> float:
@@ -129,15 +133,17 @@ class Headline:
     @property
     def cells(self) -> list[str]:
         return [
-            *(self.model, f"{self.context:,}", self.sampling),
+            *(self.model, f"{self.context:,}{self.text and f' of {self.text}'}", self.sampling),
             *(f"{self.plain:,.0f}", f"{self.ours:,.0f}", f"{self.speed_up:.2f} ×"),
+            f"{self.copied:.0%}" if self.copied else "",
+            "" if self.without is None else f"{self.without:.2f} ×",
             *(self.acceptance, self.device),
         ]
 
 
 HEADLINE_COLUMNS = (
     *("model", "context", "sampling", "plain, tokens/s", "QuantSpec, tokens/s", "speed-up"),
-    *("acceptance", "device"),
+    *("copied", "without copies", "acceptance", "device"),
 )
 
 
@@ -151,8 +157,8 @@ def headlines(runs: Sequence[Run]) -> list[Headline]:
 
 def headlines_of(run: Run) -> list[Headline]:
     """A row for each model, context and temperature: what users get unless they say otherwise, auto
-    by policy and γ, where the run has it; else all pages, or the fastest policy, which is named
-    beside the sampling; and the fastest γ."""
+    by policy, γ and copies, where the run has it; else all pages, or the fastest policy, which is
+    named beside the sampling; and the fastest γ."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in run.rows:
         drafts = row.get("gamma", row.get("acceptance")) is not None
@@ -164,9 +170,15 @@ def headlines_of(run: Run) -> list[Headline]:
 
 def _headline(run: Run, rows: list[dict[str, Any]]) -> Headline:
     """`speed_up` is over plain decoding with a cache in full precision, of the same run."""
-    for name, usual in (("policy", ("auto",)), ("policy", (None, "all")), ("gamma", ("auto",))):
+    every = rows
+    for name, usual in (
+        *(("lookup", (None, 7)), ("policy", ("auto",)), ("policy", (None, "all"))),
+        ("gamma", ("auto",)),
+    ):
         rows = [row for row in rows if row.get(name) in usual] or rows
     row = max(rows, key=lambda each: each["tokens_per_second"])
+    same = [each for each in every if all(each.get(k) == row.get(k) for k in ("policy", "gamma"))]
+    without = [each["speed_up"] for each in same if each.get("lookup") == 0 and row.get("lookup")]
     named = row.get("policy") not in (None, "auto", "all")
     share = row.get("share")
     policy = row["policy"] + (f" {share:g}" if share else "") if named else ""
@@ -186,6 +198,9 @@ def _headline(run: Run, rows: list[dict[str, Any]]) -> Headline:
         device=run.record["device"],
         simulated=run.simulated is not None,
         named=named,
+        copied=row.get("lookup_accepted") or 0.0,
+        without=max(without, default=None),
+        text=run.record.get("text", ""),
     )
 
 
@@ -210,12 +225,20 @@ def headline_text(runs: Sequence[Run]) -> str:
             f"{best.context:,} tokens, {best.speed_up:.2f} times plain decoding ({best.sampling}, "
             f"{best.device})."
         ]
+        if best.copied and best.without is not None:
+            lines[0] += (
+                f" {best.copied:.0%} of them were copied: this model's greedy text repeats itself. "
+                f"Without copies it is {best.without:.2f} times."
+            )
     if len(real) < len(rows):
         lines[0] += (
             " Rows marked *simulated* have random weights, and accept proposals at a given rate."
         )
-    table = markdown(HEADLINE_COLUMNS, [row.cells for row in rows])
-    return "\n".join([*lines, "", *table]) + "\n"
+    columns, cells = HEADLINE_COLUMNS, [row.cells for row in rows]
+    if len({row.device for row in rows}) == 1:
+        lines[0] += f" All rows: {rows[0].device}."
+        columns, cells = columns[:-1], [each[:-1] for each in cells]
+    return "\n".join([*lines, "", *markdown(columns, cells)]) + "\n"
 
 
 # benchmarks/README.md

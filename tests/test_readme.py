@@ -388,8 +388,8 @@ class TestHeadlines:
         ]
         text = render.headline_text(runs)
         first, second = text.splitlines()[-2:]
-        assert first == "| m | 8 | greedy | 40 | 90 | 2.25 × | 0.90 | d |"
-        assert second == "| llama-2-7b | 8 |  | 50 | 100 | 2.00 × | 0.93, *simulated* | d |"
+        assert first == "| m | 8 | greedy | 40 | 90 | 2.25 × |  |  | 0.90 |"
+        assert second == "| llama-2-7b | 8 |  | 50 | 100 | 2.00 × |  |  | 0.93, *simulated* |"
         assert text.startswith("On real text, m makes 90 tokens/s after 8 tokens, 2.25 times plain")
 
     def test_rows_are_those_of_gamma_auto_or_else_the_fastest(self, render):
@@ -409,9 +409,29 @@ class TestHeadlines:
         usual = [text_row(8, 4, 60.0, 1.5, policy="auto", share=None)]
         text = render.headline_text([run_of(render, usual, "text-a"), run_of(render, rows, name)])
         first, second = text.splitlines()[-2:]
-        assert first == "| m | 8 | greedy | 40 | 60 | 1.50 × | 0.90 | d |"
-        assert second == "| m | 16 | greedy, window 0.25 | 40 | 100 | 2.50 × | 0.90 | d |"
+        assert first == "| m | 8 | greedy | 40 | 60 | 1.50 × |  |  | 0.90 |"
+        assert second == "| m | 16 | greedy, window 0.25 | 40 | 100 | 2.50 × |  |  | 0.90 |"
         assert text.startswith("On real text, m makes 60 tokens/s after 8 tokens, 1.50 times plain")
+
+    def test_what_was_copied_is_said_beside_the_same_without_copies(self, render):
+        """Of `lookup` the default, though another one is faster; devices where they differ."""
+        rows = [
+            text_row(8, gamma, speed, speed / 40, lookup=lookup, lookup_accepted=share)
+            for gamma, lookup, speed, share in (
+                *((4, 0, 70.0, 0.0), ("auto", 0, 60.0, 0.0), ("auto", 7, 90.0, 0.45)),
+                ("auto", 15, 95.0, 0.6),
+            )
+        ]
+        run = run_of(render, rows, "text-a")
+        text = render.headline_text([run])
+        row = "| m | 8 | greedy | 40 | 90 | 2.25 × | 45% | 1.50 × | 0.90 |"
+        assert text.splitlines()[-1] == row
+        assert "45% of them were copied" in text
+        assert "Without copies it is 1.50 times." in text
+        other = run_of(render, rows, "text-b")
+        other.record["device"] = "another"
+        lines = render.headline_text([run, other]).splitlines()
+        assert [line.split(" | ")[-1] for line in lines[-2:]] == ["d |", "another |"]
 
     def test_a_run_that_this_version_would_not_repeat_is_no_headline(self, render):
         rows = [text_row(8, None, 40.0, 1.0), text_row(8, 2, 60.0, 1.5)]

@@ -727,18 +727,15 @@ class Engine:
         """Bring what the host reads of the state to it: counters, and at most `most` new tokens of
         each sequence."""
         assert self._state is not None
-        names = ("count", "finished", "broken", *COUNTERS)
-        mesh = mesh_of(self.model.params)
-        counts = {name: getattr(self._state, name) for name in names}
-        self._seen = jax.device_get(everywhere(counts, mesh))
         reading = {prompt.slot for prompt in self._prompts}
         known = np.array([len(slot.tokens) if slot else 0 for slot in self._slots], np.int32)
         width = min(bucket(most), self.capacity)
         start = np.minimum(known, self.capacity - width)
-        state = self._state
-        call = ((state.tokens, state.drafted, state.logprobs), jnp.asarray(start))
-        window = self._runner.ready(WINDOW, *call, width=width)(*call)
-        tokens, drafted, logprobs = jax.device_get(everywhere(window, mesh))
+        # The cache's arrays are no part of it: to hand them over takes longer than all the rest.
+        call = (dataclasses.replace(self._state, **NOT_LOOKED_AT), start)
+        seen = self._runner.ready(SEEN, *call, width=width)(*call)
+        seen = jax.device_get(everywhere(seen, mesh_of(self.model.params)))
+        self._seen, (tokens, drafted, logprobs) = seen
         for i, slot in enumerate(self._slots):
             if slot is None or i in reading:
                 continue
@@ -766,17 +763,24 @@ def _with_layers(state: DecodeState, layers: tuple[Any, ...]) -> DecodeState:
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=layers))
 
 
-def _window(rows: Any, start: jax.Array, width: int) -> Any:
-    """Of arrays [B, M, ...] the `width` entries from start [B] on."""
+def _seen(state: DecodeState, start: jax.Array, width: int) -> tuple[dict[str, jax.Array], Any]:
+    """What the host reads after each chunk of rounds, in one program: small arrays by name; and of
+    new tokens, of whether they were drafted and of their log-probabilities [B, M, ...], `width`
+    entries from start [B] on."""
     index = start[:, None] + jnp.arange(width)[None]
 
     def cut(x: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), 1)
 
-    return jax.tree.map(cut, rows)
+    names = ("count", "finished", "broken", *COUNTERS)
+    rows = (state.tokens, state.drafted, state.logprobs)
+    return {name: getattr(state, name) for name in names}, jax.tree.map(cut, rows)
 
 
-WINDOW = jax.jit(_window, static_argnames="width")
+SEEN = jax.jit(_seen, static_argnames="width")
+NOT_LOOKED_AT: dict[str, Any] = dict.fromkeys(
+    ("cache", "requests", "memory", "seen", "pending", "lookup")
+)
 
 
 def _scores(scores: Logprobs, number: int) -> list[TokenLogprob]:

@@ -84,6 +84,8 @@ def _read_prompt(prompt: Any, tokenizer: Any, vocab_size: int, name: str) -> lis
         _require(len(prompt) > 0, name, text, "a text of one token or more")
     _require(_is_sequence(prompt), name, prompt, "a text or token ids")
     _require(len(prompt) > 0, name, prompt, "one token id or more")
+    if _are_ints(prompt) and min(prompt) >= 0 and max(prompt) < vocab_size:
+        return list(prompt)
     for token in prompt:
         _require(_is_id(token), f"a token id of {name}", token, "integers")
         inside = 0 <= token < vocab_size
@@ -97,10 +99,18 @@ def _is_sequence(value: Any) -> bool:
 
 def _is_flat(values: Sequence[Any]) -> bool:
     """Whether these are ids (right or wrong ones) of one prompt, not several prompts."""
-    return len(values) > 0 and all(
-        not isinstance(value, str) and not _is_sequence(value) and not np.ndim(value)
-        for value in values
+    return len(values) > 0 and (
+        _are_ints(values)
+        or all(
+            not isinstance(value, str) and not _is_sequence(value) and not np.ndim(value)
+            for value in values
+        )
     )
+
+
+def _are_ints(values: Sequence[Any]) -> bool:
+    """Whether that is all they are: to look closer at each of 100,000 takes a second."""
+    return all(type(value) is int for value in values)
 
 
 def _is_id(value: Any) -> bool:
