@@ -227,8 +227,8 @@ def headline_text(runs: Sequence[Run]) -> str:
         ]
         if best.copied and best.without is not None:
             lines[0] += (
-                f" {best.copied:.0%} of them were copied: this model's greedy text repeats itself. "
-                f"Without copies it is {best.without:.2f} times."
+                f" {best.copied:.0%} of them were copied from the text so far: greedy text repeats "
+                f"itself. Without copies it is {best.without:.2f} times."
             )
     if len(real) < len(rows):
         lines[0] += (

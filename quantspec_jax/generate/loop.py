@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.kv_attention.read import Pages
 from quantspec_jax.cache import flush, flush_due, rollback, schedule
+from quantspec_jax.checks import require
 from quantspec_jax.generate import recoded
 from quantspec_jax.generate.accept import accept
 from quantspec_jax.generate.cache_pass import rope_at
@@ -64,12 +65,18 @@ def generate_tokens(
         copy where it has a `lookup`, of `program.lookup` tokens.
       max_rounds: int32, may be traced.
       peers: `peers.addresses` of the program's mesh: in a layer, devices meet in kernels then.
+
+    Raises:
+      ValueError: the state's `lookup` is not for `program.lookup` tokens.
     """
 
     if peers is not None:
         params, draft_params = params | {"peers": peers}, draft_params | {"peers": peers}
     before = state.rounds
     copying = program.lookup > 0 and state.lookup is not None
+    if program.lookup and state.lookup is not None:
+        number = state.lookup.tokens.shape[1]
+        require(number == program.lookup, "tokens of state.lookup", number, str(program.lookup))
 
     def unfinished(state: DecodeState) -> jax.Array:
         return goes_on(state, before, max_rounds)

@@ -17,6 +17,7 @@ from quantspec_jax.commands.generate import generate_config
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.generate import lookup
 from quantspec_jax.generate.lookup import LEAST, LONGEST, look
+from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.policies import ALL, TopPages
 from quantspec_jax.models.module import init_params
 
@@ -222,3 +223,10 @@ def test_what_stands_for_what():
 def test_what_is_not_possible_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         qs.GenerateConfig(**options)
+
+
+def test_a_state_for_another_number_of_copies_is_refused():
+    state = jax.eval_shape(lambda: start(program(4, lookup=3), repeating(), LENGTHS, NEW))
+    other = program(4, lookup=4)
+    with pytest.raises(ValueError, match=r"tokens of state.lookup is 3; allowed: 4"):
+        jax.eval_shape(lambda x: generate_tokens({}, {}, x, program=other), state)
