@@ -73,9 +73,9 @@ def generate_tokens(
     if peers is not None:
         params, draft_params = params | {"peers": peers}, draft_params | {"peers": peers}
     before = state.rounds
-    copying = program.lookup > 0 and state.lookup is not None
-    if program.lookup and state.lookup is not None:
-        number = state.lookup.tokens.shape[1]
+    lookup = state.lookup if program.lookup else None
+    if lookup is not None:
+        number = lookup.tokens.shape[1]
         require(number == program.lookup, "tokens of state.lookup", number, str(program.lookup))
 
     def unfinished(state: DecodeState) -> jax.Array:
@@ -88,7 +88,7 @@ def generate_tokens(
         return no_flush_due(state) & all_found(state)
 
     def drafts(state: DecodeState) -> jax.Array:
-        return no_flush_due(state) & ~all_found(state) if copying else no_flush_due(state)
+        return no_flush_due(state) & ~all_found(state) if lookup else no_flush_due(state)
 
     def body(state: DecodeState) -> DecodeState:
         return one_round(params, draft_params, state, program)
@@ -109,7 +109,7 @@ def generate_tokens(
         return jax.lax.while_loop(drafts, rounds_with_their_choice, state)
 
     def until_flush(state: DecodeState) -> DecodeState:
-        rounds = in_turn if copying else rounds_with_their_choice
+        rounds = in_turn if lookup else rounds_with_their_choice
         state = jax.lax.while_loop(no_flush_due, rounds, state)
         cache = state.cache
         if cache.codec.recodes:
