@@ -121,7 +121,7 @@ class Headline:
     acceptance: str
     device: str
     simulated: bool
-    named: bool  # the policy was, and is not what users get unless they say otherwise
+    named: bool  # policy or γ were, and are not what users get unless they say otherwise
     copied: float = 0.0  # share of the tokens
     without: float | None = None  # the speed-up where nothing is copied
     text: str = ""
@@ -180,6 +180,8 @@ def _headline(run: Run, rows: list[dict[str, Any]]) -> Headline:
     same = [each for each in every if all(each.get(k) == row.get(k) for k in ("policy", "gamma"))]
     without = [each["speed_up"] for each in same if each.get("lookup") == 0 and row.get("lookup")]
     named = row.get("policy") not in (None, "auto", "all")
+    copies = bool(row.get("lookup")) and row["gamma"] != "auto"  # which copies nothing by itself
+    gamma = f"γ {row['gamma']}" if copies else ""
     share = row.get("share")
     policy = row["policy"] + (f" {share:g}" if share else "") if named else ""
     if run.simulated is not None:
@@ -191,13 +193,13 @@ def _headline(run: Run, rows: list[dict[str, Any]]) -> Headline:
     return Headline(
         model=row.get("model") or run.record.get("model") or run.record["preset"],
         context=row["context"],
-        sampling=", ".join(filter(None, (_sampling(row.get("temperature")), policy))),
+        sampling=", ".join(filter(None, (_sampling(row.get("temperature")), policy, gamma))),
         plain=row["tokens_per_second"] / row["speed_up"],
         ours=row["tokens_per_second"],
         acceptance=acceptance,
         device=run.record["device"],
         simulated=run.simulated is not None,
-        named=named,
+        named=named or copies,
         copied=row.get("lookup_accepted") or 0.0,
         without=max(without, default=None),
         text=run.record.get("text", ""),

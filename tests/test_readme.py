@@ -428,6 +428,11 @@ class TestHeadlines:
         assert text.splitlines()[-1] == row
         assert "45% of them were copied" in text
         assert "Without copies it is 1.50 times." in text
+        assert text.startswith("On real text, m makes 90 tokens/s")
+        asked = [text_row(8, 4, 95.0, 2.375, lookup=7, lookup_accepted=0.6)]
+        lines = render.headline_text([run, run_of(render, asked, "text-b")]).splitlines()
+        assert lines[-1] == "| m | 8 | greedy, γ 4 | 40 | 95 | 2.38 × | 60% |  | 0.90 |"
+        assert lines[0].startswith("On real text, m makes 90 tokens/s")
         other = run_of(render, rows, "text-b")
         other.record["device"] = "another"
         lines = render.headline_text([run, other]).splitlines()

@@ -46,7 +46,7 @@ def with_gamma(program: Program, gamma: int) -> Program:
     return dataclasses.replace(program, gamma=gamma, cache=cache)
 
 
-def alone(program: Program, gamma: int) -> Program:
+def without_copies(program: Program, gamma: int) -> Program:
     """`with_gamma`, of which no round copies."""
     return dataclasses.replace(with_gamma(program, gamma), lookup=0)
 
@@ -57,7 +57,7 @@ def key_of(model: Model, program: Program, batch: int) -> str:
     parts = (
         *(VERSION, jax.__version__, device.platform, device.device_kind, model.config),
         *(model.draft, model.dtype.name, batch),
-        alone(program, TRIAL_GAMMA),
+        without_copies(program, TRIAL_GAMMA),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -135,7 +135,7 @@ def measured(state: DecodeState, program: Program, decode: Decode) -> tuple[Deco
         nobody = jnp.zeros_like(state.finished)
         return dataclasses.replace(state, cache=cache, requests=requests, finished=nobody)
 
-    plain, drafting = alone(program, 0), alone(program, min(TRIAL_GAMMA, g - 2))
+    plain, drafting = without_copies(program, 0), without_copies(program, min(TRIAL_GAMMA, g - 2))
 
     def spent(rounds: int, trial: Program) -> float:
         nonlocal state

@@ -33,14 +33,14 @@ from quantspec_jax.engine.bucket import bucket
 from quantspec_jax.engine.prefixes import HostTile, Prefixes, names
 from quantspec_jax.engine.prepare import KINDS, known_warpers, pad, program_for
 from quantspec_jax.engine.programs import Ahead, Runner
-from quantspec_jax.engine.statistics import Clock, Counters
+from quantspec_jax.engine.statistics import NO_ROUNDS, Clock, Counters
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.logprobs import Logprobs, nothing
 from quantspec_jax.generate.lookup import unseen
 from quantspec_jax.generate.prefill import COMPILED, begin, end, layer, prefill
 from quantspec_jax.generate.requests import Requests, requests
 from quantspec_jax.generate.sampling import GREEDY, Warpers
-from quantspec_jax.generate.state import COUNTED, STATISTICS, DecodeState, Program, insert
+from quantspec_jax.generate.state import STATISTICS, DecodeState, Program, insert
 from quantspec_jax.generate.tiles import (
     TILE_STAGES,
     memory_of_unseen,
@@ -261,11 +261,8 @@ class Engine:
         """What the slot's sequence has made, its tokens from number `start` on."""
         own, seen = self._slots[slot], self._seen
         if own is None or any(prompt.slot == slot for prompt in self._prompts):
-            none = np.zeros(COUNTED, np.int32)
             kept = own.kept if own else 0
-            pages, copied = np.zeros(2, np.int32), np.zeros(3, np.int32)
-            counters = Counters(0, none, none, pages, copied)
-            return Progress([], bool(self._ended[slot]), counters, [], [], kept)
+            return Progress([], bool(self._ended[slot]), NO_ROUNDS, [], [], kept)
         return Progress(
             own.tokens[start:],
             bool(seen["finished"][slot]) or bool(self._ended[slot]),
@@ -300,7 +297,7 @@ class Engine:
         scored = {False, self.config.logprobs is not None}
         base = draft_cost.with_gamma(self.program, gamma)
         kinds = [(base, scores) for scores in sorted(scored)]
-        kinds += [(draft_cost.alone(self.program, 0), False)]  # plain ones, to compare with
+        kinds += [(draft_cost.without_copies(self.program, 0), False)]  # to compare with
         every = dict.fromkeys(
             dataclasses.replace(program, warpers=w, logprobs=p)
             for program, p in kinds
@@ -376,7 +373,7 @@ class Engine:
         )
         adaptive = self.config.mode == "quantspec" and self.config.gamma == "auto" and speculate
         if not speculate:
-            program = draft_cost.alone(program, 0)
+            program = draft_cost.without_copies(program, 0)
         if adaptive:
             if self.adaptive is None:
                 self._begin_adaptive(program)
@@ -731,7 +728,7 @@ class Engine:
         known = np.array([len(slot.tokens) if slot else 0 for slot in self._slots], np.int32)
         width = min(bucket(most), self.capacity)
         start = np.minimum(known, self.capacity - width)
-        # The cache's arrays are no part of it: to hand them over takes longer than all the rest.
+        # The cache's arrays, hundreds of them, are no part of it.
         call = (dataclasses.replace(self._state, **NOT_LOOKED_AT), start)
         seen = self._runner.ready(SEEN, *call, width=width)(*call)
         seen = jax.device_get(everywhere(seen, mesh_of(self.model.params)))

@@ -6,12 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from pallas_kernels.dispatch import use_mosaic_gpu
 from quantspec_jax.engine import programs
 from quantspec_jax.engine.engine import Engine, TokenLogprob
-from quantspec_jax.engine.statistics import Clock, Counters, speed
+from quantspec_jax.engine.statistics import NO_ROUNDS, Clock, Counters, speed
 from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.loading import Model
 from quantspec_jax.text.detokenize import TextStream
@@ -102,7 +100,7 @@ class Reply:
     def statistics(self, engine: Engine, clock: Clock) -> dict[str, Any]:
         """The keys of `quantspec generate --json`; `engine` made it, in the seconds of `clock`."""
         config, new = engine.config, len(self.tokens)
-        counted = (self.counters or _NOTHING_YET).statistics(new)
+        counted = (self.counters or NO_ROUNDS).statistics(new)
         adaptive: dict[str, Any] = {}
         if engine.adaptive is not None:
             rounds = counted["rounds"]
@@ -126,9 +124,6 @@ class Reply:
             "cache_bytes": {name: n // engine.slots for name, n in engine.cache_bytes.items()},
             **adaptive,
         }
-
-
-_NOTHING_YET = Counters(0, *(np.zeros(n, np.int32) for n in (2, 2, 2, 3)))  # before a first look
 
 
 def backend_in_use(backend: str) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from quantspec_jax.generate.state import COUNTED
+
 COPIED_NAMES = ("lookup_rounds", "lookup_proposed", "lookup_accepted")
 
 
@@ -63,6 +65,9 @@ class Counters:
             **dict(zip(COPIED_NAMES, self.copied.tolist(), strict=True)),
             "tokens_per_round": later / self.rounds if self.rounds else None,
         }
+
+
+NO_ROUNDS = Counters(0, *(np.zeros(n, np.int32) for n in (COUNTED, COUNTED, 2, 3)))
 
 
 def speed(clock: Clock, new_tokens: int) -> dict[str, Any]:

@@ -7,8 +7,8 @@ LLMA, arXiv 2304.04487; `prompt_lookup_num_tokens` of transformers).
 
 Texts repeat names, code, quotations. A place is taken where `LEAST` tokens or more are the same,
 the longest such run of up to `LONGEST`, the latest of equal ones. Where it overlaps the end, the
-text goes round and round, and so do the proposals. Looking costs a few launches, and a round of
-copies no more than its verification: it comes in place of drafts, which cost a pass each.
+text goes round and round, and so do the proposals. A round that copies is a verification alone: it
+comes in place of drafts, which are a pass each.
 
 A coupling takes copies as it takes drafts, each as drawn from the distribution that has it alone:
 tokens follow the target's distribution as ever. In a batch a round copies where every sequence that
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-LEAST = 4  # of fewer, a novel goes on as it did there too rarely to pay for a round
+LEAST = 4  # fewer are often the same by chance
 LONGEST = 8
 CHUNK = 1024  # positions that a block of a GPU's threads goes through
 

@@ -109,7 +109,7 @@ def _is_flat(values: Sequence[Any]) -> bool:
 
 
 def _are_ints(values: Sequence[Any]) -> bool:
-    """Whether that is all they are: to look closer at each of 100,000 takes a second."""
+    """Whether that is all they are: to look closer at each of 100,000 takes 0.3 s."""
     return all(type(value) is int for value in values)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from test_session import DOCUMENT, make_model
 from tiny import G, decode, new_tokens, prompts, start, total
 
 import quantspec_jax as qs
@@ -19,7 +20,6 @@ from quantspec_jax.generate import lookup
 from quantspec_jax.generate.lookup import LEAST, LONGEST, look
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.policies import ALL, TopPages
-from quantspec_jax.models.module import init_params
 
 LENGTHS = [67, 50, 96]
 NEW = 90
@@ -144,13 +144,7 @@ def test_a_state_without_a_text_copies_nothing():
 
 @pytest.fixture(scope="module")
 def model(byte_level_tokenizer):
-    config = qs.ModelConfig("llama", 325, 32, 64, 1, 4, 2, 16, 1024)
-    params = init_params(config, jax.random.key(0))
-    params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
-    return qs.Model(config, params, byte_level_tokenizer, qs.DraftConfig(group_size=32))
-
-
-DOCUMENT = "The cache is stored once, in two planes of four bits each. " * 3
+    return make_model(byte_level_tokenizer)
 
 
 def config(**options) -> qs.GenerateConfig:
