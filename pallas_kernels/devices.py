@@ -27,6 +27,7 @@ class Generation:
                     bytes
     clusters        blocks reach each other's shared memory
     early_launches  a launch may begin before the one before it has ended
+    wgmma           matrix products of four warps, with an operand in shared memory
     """
 
     name: str
@@ -38,6 +39,7 @@ class Generation:
     bulk_copies: bool = True
     clusters: bool = True
     early_launches: bool = True
+    wgmma: bool = False
 
     @property
     def unsupported(self) -> str | None:
@@ -69,7 +71,7 @@ GENERATIONS = (
     _generation("Ampere", (8, 0), 163, 2048, **_OLDER),
     _generation("Ampere", (8, 6), 99, 1536, **_OLDER),
     _generation("Ada", (8, 9), 99, 1536, **_OLDER),
-    _generation("Hopper", (9, 0), 227, 2048),
+    _generation("Hopper", (9, 0), 227, 2048, wgmma=True),
     _generation("Blackwell", (10, 0), 227, 2048),
     _generation("Blackwell", (12, 0), 99, 1536),
 )

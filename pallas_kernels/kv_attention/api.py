@@ -77,7 +77,7 @@ def kv_attention(
             mosaic_gpu.kv_attention,
             (
                 *("read", "sm_scale", "strict", "page_log_sums", "config", "out_dtype", "blocks"),
-                "bulk",
+                *("bulk", "wgmma"),
             ),
         )
         return kernel(
@@ -87,6 +87,7 @@ def kv_attention(
             out_dtype=jnp.dtype(out_dtype),
             blocks=device.multiprocessors,
             bulk=device.generation.bulk_copies,
+            wgmma=device.generation.wgmma,
         )
     found = xla.kv_attention(*operands, **options)
     return found._replace(out=found.out.astype(out_dtype))

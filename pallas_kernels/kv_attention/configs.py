@@ -29,9 +29,9 @@ def _layouts(shape: Shape) -> Iterator[tuple[int, bool, bool]]:
     if shape.head_dim <= 128 and needed > 1:
         if shape.planes:
             # As many as the registers hold, and no more than the rows need.
-            most = -(-needed // -(-needed // 4))
+            most, by_warpgroups = (-(-needed // -(-needed // n)) for n in (4, 6))
             if shape.value_groups == 1:
-                yield most, True, True
+                yield by_warpgroups if dispatch.target().generation.wgmma else most, True, True
             yield from dict.fromkeys([(most, True, False), (2, True, False), (2, False, False)])
         else:
             yield 2, False, False
@@ -59,7 +59,9 @@ def candidates(shape: Shape) -> Iterator[Config]:
                     continue
                 own = plan.query_bytes + plan.exchange_bytes
                 room = dispatch.target().usable_bytes - OWN_BYTES - plan.teams * own
-                stages = min(room // (plan.teams * plan.stage_bytes), 8)
+                # More than two stages brought nothing where a team's warps wait for each other in
+                # each tile: on an H200 up to 1.6% less time, and up to 13% more.
+                stages = min(room // (plan.teams * plan.stage_bytes), 2 if exchange else 8)
                 if stages >= 2:
                     yield dataclasses.replace(one, stages=stages)
 

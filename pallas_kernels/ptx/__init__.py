@@ -10,6 +10,7 @@ Python code that uses it runs once, while JAX lowers the kernel, and emits the i
 
     values     values of one thread, arithmetic, PTX by name, control
     warps      lanes and warps, matrix products
+    warpgroups matrix products of four warps
     memory     loads and stores by address
     copies     copies into shared memory beside the computation, and their barriers
     clusters   blocks that reach each other's shared memory
@@ -24,6 +25,7 @@ from pallas_kernels.ptx.clusters import (
 )
 from pallas_kernels.ptx.copies import (
     BulkCopies,
+    Piece,
     UnitCopies,
     arrive_after_copies,
     barrier_arrive,
@@ -36,6 +38,7 @@ from pallas_kernels.ptx.copies import (
     copies_of,
     fence_barrier_init,
     fence_reads,
+    fence_writes,
     unit_copy,
     wait_copies,
 )
@@ -84,6 +87,7 @@ from pallas_kernels.ptx.values import (
     unpack_f16,
     when,
 )
+from pallas_kernels.ptx.warpgroups import load_operand, store_operand, wait_wgmma, wgmma
 from pallas_kernels.ptx.warps import (
     any_lane,
     any_thread,
@@ -93,6 +97,7 @@ from pallas_kernels.ptx.warps import (
     shuffle_xor,
     shuffle_xor_bits,
     special,
+    store_matrices,
     sync_threads,
     sync_warp,
     transpose_8x8,
@@ -101,6 +106,7 @@ from pallas_kernels.ptx.warps import (
 
 __all__ = [
     "BulkCopies",
+    "Piece",
     "UnitCopies",
     "V",
     "any_lane",
@@ -127,6 +133,7 @@ __all__ = [
     "f32",
     "fence_barrier_init",
     "fence_reads",
+    "fence_writes",
     "fma",
     "high_bf16",
     "i32",
@@ -135,6 +142,7 @@ __all__ = [
     "load",
     "load_address",
     "load_matrices_transposed",
+    "load_operand",
     "load_wide",
     "log2",
     "loop",
@@ -159,6 +167,8 @@ __all__ = [
     "special",
     "store",
     "store_half",
+    "store_matrices",
+    "store_operand",
     "store_peer",
     "sync_cluster",
     "sync_threads",
@@ -170,5 +180,7 @@ __all__ = [
     "unpack_f16",
     "wait_copies",
     "wait_for_launches",
+    "wait_wgmma",
+    "wgmma",
     "when",
 ]

@@ -7,16 +7,16 @@ Some threads of a block fill a stage of shared memory together. Who does what de
 what is waited for, and when, does not:
 
                bulk, from compute capability 9.0 on     asynchronous, from 8.0 on
-    order      one of the threads orders whole pieces   each copies its 16-byte units of all pieces
-    barrier    its arrival, and the bytes               an arrival of each, once its units are there
+    order      one thread a warp orders whole pieces    each copies its 16-byte units of all pieces
+    barrier    their arrivals, and the bytes            an arrival of each, once its units are there
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from pallas_kernels.ptx.values import V, asm, both, i32, when
+from pallas_kernels.ptx.values import V, asm, i32, select, when
 from pallas_kernels.ptx.warps import elected, sync_warp
 
 UNIT = 16  # bytes that a thread copies at once
@@ -88,6 +88,12 @@ def fence_reads() -> None:
     asm("fence.proxy.async.shared::cta;", [], [], effects=True)
 
 
+def fence_writes() -> None:
+    """What this thread has written to shared memory is what `wgmma` reads, which is of that other
+    proxy, once those who ask for products have met this thread."""
+    asm("fence.proxy.async.shared::cta;", [], [], effects=True)
+
+
 def unit_copy(target: V, source: V, line: int = 0) -> None:
     """16 bytes from global to shared memory, past the L1 cache, while the thread goes on. `line`:
     bytes around them, 64, 128 or 256, that L2 may fetch at once."""
@@ -112,8 +118,11 @@ def arrive_after_copies(barrier: V) -> None:
     asm("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", [], [barrier], effects=True)
 
 
+Piece = tuple[V | int, V, V | int]  # its place in a stage, source, bytes
+
+
 class BulkCopies:
-    """Pieces that the copy engine brings: of the threads that fill a stage, one orders them.
+    """Pieces that the copy engine brings: of each warp that fills a stage, a thread orders some.
 
     threads  that fill a stage together, and wait for it: whole warps
     thread   which of them this one is
@@ -121,11 +130,12 @@ class BulkCopies:
 
     def __init__(self, threads: int, thread: V):
         self.threads, self.thread = threads, thread
+        self.warps, self.warp = threads // 32, thread >> 5
 
     @staticmethod
     def arrivals(threads: int) -> int:
         """Of a full barrier."""
-        return 1
+        return threads // 32
 
     @staticmethod
     def publish_barriers() -> None:
@@ -145,11 +155,45 @@ class BulkCopies:
     def order(self, condition: V, fill: Callable[[], None]) -> None:
         """Where a condition holds, which is the same for all of them: let the threads fill a stage,
         those that have something to do there."""
-        first_warp = (self.thread >> 5).equals(0)
-        when(both(first_warp, condition), lambda: when(elected(), fill))
+        when(condition, lambda: when(elected(), fill))
+
+    def dealt(self, pieces: Sequence[tuple[int, V, int]]) -> list[Piece]:
+        """Those that this thread copies: warp i the i-th of as many as there are warps, the largest
+        first; of 0 bytes where there is none left."""
+        pieces = sorted(pieces, key=lambda piece: -piece[2])
+        if self.warps == 1:
+            return [*pieces]
+        found: list[Piece] = []
+        for i in range(0, len(pieces), self.warps):
+            turn = pieces[i : i + self.warps]
+            turn += [(*turn[0][:2], 0)] * (self.warps - len(turn))
+            places, sources, sizes = zip(*turn, strict=True)
+            place = self._own([i32(x) for x in places])
+            size = sizes[0] if len(set(sizes)) == 1 else self._own([i32(x) for x in sizes])
+            found.append((place, self._own(sources), size))
+        return found
+
+    def _own(self, values: Sequence[V]) -> V:
+        """This warp's."""
+        out = values[0]
+        for i, x in enumerate(values[1:], 1):
+            out = select(self.warp.equals(i), x, out)
+        return out
+
+    def each(self, count: int, copy: Callable[[V], None]) -> None:
+        """Call `copy` with the number of each of `count` pieces that this thread copies."""
+        for i in range(0, count, self.warps):
+            number = self.warp + i
+            one = functools.partial(copy, number)
+            if i + self.warps <= count:
+                one()
+            else:
+                when(number < count, one)
 
     def expect(self, barrier: V, num_bytes: V) -> None:
         """Before the pieces of a stage: their bytes together."""
+        if self.warps > 1:
+            num_bytes = select(self.warp.equals(0), num_bytes, 0)
         barrier_expect(barrier, num_bytes)
 
     def copy(self, target: V, source: V, num_bytes: V | int, barrier: V, most: int) -> None:
@@ -188,6 +232,13 @@ class UnitCopies(BulkCopies):
 
     def order(self, condition: V, fill: Callable[[], None]) -> None:
         when(condition, fill)
+
+    def dealt(self, pieces: Sequence[tuple[int, V, int]]) -> list[Piece]:
+        return [*pieces]  # of each a part
+
+    def each(self, count: int, copy: Callable[[V], None]) -> None:
+        for i in range(count):
+            copy(i32(i))
 
     def expect(self, barrier: V, num_bytes: V) -> None:
         pass

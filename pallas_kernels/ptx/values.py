@@ -139,10 +139,19 @@ def asm(
     args: Sequence[V],
     *,
     effects: bool = False,
+    tied: Sequence[V] = (),
+    early: bool = False,
 ) -> list[V]:
-    """PTX. $0, $1, … are first the results (types by name), then the arguments."""
-    constraints = ["=" + _LETTERS[name] for name in results]
+    """PTX. $0, $1, … are first the results (types by name), then as many as are `tied`, then the
+    arguments.
+
+    tied   what the results' registers hold before, of the first ones
+    early  results are written while arguments are yet to be read
+    """
+    constraints = [("=&" if early else "=") + _LETTERS[name] for name in results]
+    constraints += [str(i) for i in range(len(tied))]
     constraints += [_LETTERS[str(a.type)] for a in args]
+    args = [*tied, *args]
     if effects:
         constraints.append("~{memory}")
     types = [type_named(name) for name in results]

@@ -76,6 +76,18 @@ def load_matrices_transposed(where: V) -> list[V]:
     )
 
 
+def store_matrices(where: V, words: Sequence[V], transposed: bool = False) -> None:
+    """Four 8×8 matrices of 16-bit numbers, each a word of two neighbours in a row per lane, to
+    shared memory, transposed if asked to; lane i gives the address of row i. From 9.0 on."""
+    trans = ".trans" if transposed else ""
+    asm(
+        f"stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [$0], {{$1,$2,$3,$4}};",
+        [],
+        [where, *words],
+        effects=True,
+    )
+
+
 def mma(kind: str, a: Sequence[V], b: Sequence[V], c: Sequence[V]) -> list[V]:
     """C[16, 8] += A[16, 16] B[16, 8] of one warp, float32 sums; kind f16 or bf16.
 

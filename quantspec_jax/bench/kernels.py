@@ -445,6 +445,7 @@ def _tune_attention(calls: Sequence[Any], view: str) -> dict[str, float]:
                 config=config,
                 blocks=device.multiprocessors,
                 bulk=device.generation.bulk_copies,
+                wgmma=device.generation.wgmma,
             )
         )
         return timing.device_seconds(fn, calls)

@@ -121,6 +121,7 @@ def attention(device: devices.Device) -> Iterator[tuple[str, Any, Any]]:
                 config=config,
                 blocks=device.multiprocessors,
                 bulk=device.generation.bulk_copies,
+                wgmma=device.generation.wgmma,
             )
             yield f"kv_attention {view} {head_dim} {config}", run, call
 
@@ -148,6 +149,7 @@ def attention_to_pages(device: devices.Device) -> Iterator[tuple[str, Any, Any]]
             config=config,
             blocks=device.multiprocessors,
             bulk=device.generation.bulk_copies,
+            wgmma=device.generation.wgmma,
         )
         name = f"kv_attention {read} {'of a list' if listed else 'and page log-sums'}"
         yield name, lambda pages, *call, run=run: run(*call, pages=pages), (pages, *call)

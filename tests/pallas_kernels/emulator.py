@@ -155,6 +155,10 @@ class Block:
         self.votes: dict[tuple[int, int], list[bool]] = {}
         # Of each warp, first and last addresses of reads since its last fence.
         self.reads: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
+        # Of each byte, the warp that has written it since its last fence, from 1 on.
+        self.written = np.zeros(shared_bytes, np.uint8)
+        # Of each warp, right operands of products that it has not waited for.
+        self.multiplied: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
 
     def named_barrier(self, number: int, threads: int) -> threading.Barrier:
         with self.changed:
@@ -198,6 +202,11 @@ def gather(where: Lanes, count: int) -> np.ndarray:
 def scatter(where: Lanes, rows: np.ndarray) -> None:
     (memory, at), count = bank(where), rows.shape[1]
     assert (at + count <= memory.size).all(), "a write outside of memory"
+    if where.kind == "i32":
+        HERE.block.written[at[:, None] + np.arange(count)] = HERE.warp + 1
+        products = itertools.chain(*[*HERE.block.multiplied.values()])
+        first, last = at.min(), at.max() + count
+        assert all(last <= b or e <= first for b, e in products), "a write to what is multiplied"
     memory[at[:, None] + np.arange(count)] = rows[HERE.mask]
 
 
@@ -231,6 +240,11 @@ def wait_for_launches():
 
 def fence_reads():
     HERE.block.reads[HERE.warp] = []
+
+
+def fence_writes():
+    written = HERE.block.written
+    written[written == HERE.warp + 1] = 0
 
 
 def store(where, values):
@@ -283,6 +297,33 @@ def mma(kind, a, b, c, add: Callable[..., np.ndarray] = lambda c, a, b: c + a @ 
     return [Lanes(x, "f32") for x in add(out, left, right)[*OF_SUM]]
 
 
+def wgmma(kind, a, b, blocks, c=None):
+    """The sums of this warp's rows; until `wait_wgmma` what is returned is no number."""
+    assert HERE.mask.all(), "products of a part of a warpgroup"
+    begin = one(b)
+    end = begin + 256 * blocks * len(a)
+    assert not HERE.block.written[begin:end].any(), "a product of what was written without a fence"
+    HERE.block.multiplied[HERE.warp].append((begin, end))
+    words = HERE.block.shared[begin:end].view(np.uint32).reshape(len(a), 2, blocks, 32)
+    sums = [Lanes(np.float32(0), "f32")] * (4 * blocks) if c is None else c
+    out = []
+    for n in range(blocks):
+        four = sums[4 * n : 4 * n + 4]
+        for left, right in zip(a, words, strict=True):
+            four = ptx.mma(kind, left, [Lanes(x[n], "i32") for x in right], four)
+        out += four
+    hidden = [Lanes(np.float32(np.nan), "f32") for _ in out]
+    HERE.products.update({id(x): (x, y) for x, y in zip(hidden, out, strict=True)})
+    return hidden
+
+
+def wait_wgmma(sums):
+    HERE.block.multiplied[HERE.warp] = []
+    found = [HERE.products.get(id(x), (x, x))[1] for x in sums]
+    HERE.products = {}
+    return found
+
+
 def cutting_mma(bits: int) -> Callable[..., list[Lanes]]:
     """`mma` that adds as tensor cores do, which have 26 bits: of each number what lies so many bits
     below the top of the largest is cut off."""
@@ -304,6 +345,16 @@ def load_matrices_transposed(where):
     _reads(where)
     rows = gather(where, 16).view(np.uint16).reshape(4, 8, 8)
     return [word(np.ascontiguousarray(m.T).reshape(32, 2)) for m in rows]
+
+
+def store_matrices(where, words, transposed=False):
+    for i, x in enumerate(words):
+        matrix = pieces(x, np.uint16).reshape(8, 8)
+        rows = np.ascontiguousarray(matrix.T if transposed else matrix).view(np.uint8)
+        at = np.zeros(32, np.uint32)
+        at[:8] = where.array[8 * i : 8 * i + 8]
+        assert not (at % 16).any(), "a misaligned write"
+        masked(LANES < 8, lambda: scatter(Lanes(at, "i32"), np.resize(rows, (32, 16))))  # noqa: B023
 
 
 def lanes_of(fn: Callable[..., Any], kind: str) -> Callable[..., Lanes]:
@@ -503,8 +554,11 @@ REPLACEMENTS: dict[str, Any] = {
     "any_lane": any_lane,
     "any_thread": any_thread,
     "transpose_8x8": transpose_8x8,
+    "store_matrices": store_matrices,
     "load_matrices_transposed": load_matrices_transposed,
     "mma": mma,
+    "wgmma": wgmma,
+    "wait_wgmma": wait_wgmma,
     "sync_warp": lambda: None,
     "sync_threads": sync_threads,
     "load": load,
@@ -516,6 +570,7 @@ REPLACEMENTS: dict[str, Any] = {
     "barrier_init": barrier_init,
     "fence_barrier_init": lambda: None,
     "fence_reads": fence_reads,
+    "fence_writes": fence_writes,
     "let_next_begin": lambda: None,
     "wait_for_launches": wait_for_launches,
     "barrier_arrive": lambda barrier: _update(barrier, len(active()), 0),
@@ -544,7 +599,7 @@ def run_cluster(body: Any, cluster: list[Block], warps: int, addresses: Sequence
 
     def run(block: Block, warp: int) -> None:
         HERE.block, HERE.warp, HERE.mask = block, warp, np.ones(32, bool)
-        HERE.waited = block.ahead is None
+        HERE.waited, HERE.products = block.ahead is None, {}
         try:
             with np.errstate(all="ignore"):
                 body([Lanes(np.uint64(a), "i64") for a in addresses], ptx.i32(0))

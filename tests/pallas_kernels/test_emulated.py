@@ -69,6 +69,8 @@ def rows_in_a_bank(monkeypatch) -> list[int]:
         ("int8", 64, 64, 3, 5, attention.Config(1, 1, 2, 2, True), False),
         ("int8", 64, 128, 3, 5, attention.Config(1, 2, 2, 2, True, True), False),
         ("int8", 128, 128, 3, 3, attention.Config(1, 4, 2, 2, True, True), False),
+        ("int8", 64, 256, 3, 3, attention.Config(1, 4, 2, 2, True, True), False),
+        ("int4", 64, 128, 3, 4, attention.Config(2, 4, 1, 2, True, True), True),
         ("int4", 64, 64, 4, 5, attention.Config(1, 2, 2, 2, True, True), True),
         ("full", 64, 64, 1, 2, attention.Config(1, 1, 1, 3), False),
     ],
@@ -92,6 +94,19 @@ def test_attention(monkeypatch, view, head_dim, group_size, group, tokens, confi
     assert relative_error(found[0], expected[0]) <= 2e-3
     np.testing.assert_allclose(found[1], expected[1], atol=5e-3)
     assert max(conflicts) == 1
+
+
+def test_attention_of_warps_is_that_of_warpgroups():
+    """The same products, added in the same order: the same bits."""
+    call = attention_call(
+        "int8", kv_heads=1, group=3, tokens=3, head_dim=64, group_size=128, tiles=3,
+        positions=[1, 4 * 128 - 3],
+    )  # fmt: skip
+    options = {"read": Read("int8"), "sm_scale": 0.11, "strict": False}
+    config = attention.Config(1, 4, 2, 2, True, True)
+    run = functools.partial(attention.kv_attention, *call, **options, config=config, blocks=2)
+    for a, b in zip(run(wgmma=True)[:2], run(wgmma=False)[:2], strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("y_dtype", ["bfloat16", "float32"])

@@ -58,6 +58,10 @@ def copies_in_bulk() -> bool:
     return dispatch.target().generation.bulk_copies
 
 
+def of_the_device() -> dict[str, bool]:
+    return {"bulk": copies_in_bulk(), "wgmma": dispatch.target().generation.wgmma}
+
+
 def reference(call, read: Read, strict: bool = False, pages=None, page_log_sums: bool = False):
     options = {"read": read, "sm_scale": 0.11, "strict": strict, "page_log_sums": page_log_sums}
     run = functools.partial(attention.kv_attention, **options, backend="xla")
@@ -80,7 +84,7 @@ def check_attention(
         run = functools.partial(attention.kv_attention, **options, backend="mosaic_gpu")
     else:
         run = functools.partial(
-            mosaic_gpu.kv_attention, **options, config=config, bulk=copies_in_bulk()
+            mosaic_gpu.kv_attention, **options, config=config, **of_the_device()
         )
     run = jax.jit(run)
     if pages is not None:
@@ -95,6 +99,23 @@ def check_attention(
         np.testing.assert_allclose(
             found.page_log_sums.by_row, expected.page_log_sums.by_row, atol=1e-2
         )
+
+
+@pytest.mark.parametrize(("group", "tokens", "blocks"), [(4, 8, 4), (7, 5, 5), (6, 2, 2)])
+def test_warpgroups_multiply_as_warps_do(group, tokens, blocks):
+    """The same products, added in the same order: the same bits."""
+    if not dispatch.target().generation.wgmma:
+        pytest.skip("the device has no products of a warpgroup")
+    call = attention_call(
+        "int8", kv_heads=2, group=group, tokens=tokens, head_dim=128, group_size=128, tiles=40,
+        positions=[128 * 39 + 7],
+    )  # fmt: skip
+    options = {"read": Read("int8"), "sm_scale": 0.11, "strict": False}
+    config = mosaic_gpu.Config(2, 4, blocks, 2, True, True)
+    run = functools.partial(mosaic_gpu.kv_attention, **options, config=config)
+    found, expected = (jax.jit(functools.partial(run, wgmma=x))(*call) for x in (True, False))
+    for a, b in zip(read_of(found), read_of(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("view", ["int4", "int8", "full"])
@@ -159,9 +180,13 @@ def test_stages_are_read_before_they_are_filled_anew():
         positions=[29990],
     )  # fmt: skip
     options = {"read": Read("int8"), "sm_scale": 0.11, "strict": False}
-    for config in (mosaic_gpu.Config(2, 2, 1, 2), mosaic_gpu.Config(4, 4, 1, 2)):
+    for config in (
+        mosaic_gpu.Config(2, 2, 1, 2),
+        mosaic_gpu.Config(4, 4, 1, 2),
+        mosaic_gpu.Config(2, 4, 4, 2, True, True),
+    ):
         run = functools.partial(
-            mosaic_gpu.kv_attention, **options, config=config, bulk=copies_in_bulk()
+            mosaic_gpu.kv_attention, **options, config=config, **of_the_device()
         )
         run = jax.jit(run)
         first = run(*call)

@@ -14,8 +14,7 @@ blocks; a team that crosses from one head to the next writes one partial result 
 
     units   | b0 k0: tile tile tile rows | b0 k1: tile tile ... | b1 k0: ...
     teams   |<----- 0 ----->|<----- 1 ----->|<----- 2 ----->|
-    team    leader   order unit i+1 | wait for unit i | compute | leave the stage
-            others                  | wait for unit i | compute | leave the stage
+    a warp  order its parts of unit i+1 | wait for unit i | compute | leave the stage
 
 Tokens or channels are the rows of m16n8k16 products, queries their 8 columns: codes are converted
 in registers, from words that already lie in the order the instruction wants, with 5 instructions
@@ -39,33 +38,44 @@ Up to 8 query rows a head: memory bounds it, and what a launch costs at any size
 reads 4,587 GB/s, merge included, per cent of the time that the bytes alone would take:
 
     kv heads   view    query tokens   length                    ms        reached
-    32         int4    1              131,072                   0.140     89%
+    32         int4    1              131,072                   0.136     91%
     32         int4    1              32,768                    0.042     75%
-    8          int4    1 (× 4 heads)  131,072                   0.042     73%
+    8          int4    1 (× 4 heads)  131,072                   0.041     75%
     32         int4    1              16 of 1,024 to 32,768     0.303     85%
-    32         int8    5              131,072                   0.258     94%
+    32         int8    5              131,072                   0.254     95%
     32         int8    8              131,072                   0.258     94%
-    8          int8    4 (× 4 heads)  131,072                   0.079     76%
-    8          int8    5 (× 4 heads)  131,072                   0.097     62%
-    8          int8    8 (× 4 heads)  131,072                   0.104     58%
+    8          int8    5 (× 4 heads)  32,768                    0.027     56%
+    8          int8    5 (× 4 heads)  131,072                   0.075     80%
+    8          int8    8 (× 4 heads)  131,072                   0.082     73%
+    4          int8    5 (× 7 heads)  131,072                   0.057     53%
     32         full    1              131,072                   0.505     93%
 
 At 32,768 tokens 11 µs come on top of the bytes, 3 of them the merge. From there to 131,072 each
-further byte comes at 95% of the ceiling. (The rows of 4 and 5 tokens with 8 heads are of a tuning
-run.)
+further byte comes at 95% of the ceiling.
 
 Plain decoding in the int8 view, a block of rows, exchanges probabilities, too (`Config.exchange`):
 it leaves a partial result a team instead of one a warp, and two heads × 6 rows at 30,000 tokens
-take 11.9 µs with the merge, 14.8 without. Drafts, which have half the bytes, take longer with it.
+take 10.2 µs with the merge. Drafts, which have half the bytes, take longer with it.
 
-With 8 key-value heads and 8 query tokens × 4 heads a converted value meets 32 columns, and latency
-is the bound: two warps a scheduler, that issue an instruction in 2.5 cycles together. Where each
-warp takes 16 of the columns for half of the tokens, two warps convert the same codes, and the sums
-of all channels fill the registers: 52%. With `Config.exchange` a warp computes the probabilities of
-a quarter of the tokens for all columns, leaves them in shared memory, and sums up a quarter of the
-channels over all tokens: each code is converted once, and sums take 32 registers instead of 64.
-Tried without gain: loops instead of unrolled tokens (48%), twice the tokens between two checks of
-the reference (52%), one barrier less a tile (53%), 12 and 16 warps of one column block (44, 36%).
+With grouped heads a converted value meets many columns, and its rows' latency is the bound: the
+sums of 32 to 40 columns leave registers for two warps a scheduler alone. Each code is converted
+once: with `Config.exchange` a warp computes the probabilities of a quarter of the tokens for all
+columns, leaves them in shared memory, and sums up a quarter of the channels over all tokens. On
+Hopper such a team is a warpgroup and multiplies as one (`ptx.wgmma`): scaled queries and
+probabilities are then read from shared memory once for four warps, not by each.
+
+What a tile of 8 heads × 8 tokens × 4 heads took of its 4,700 cycles, of which two teams a
+multiprocessor share each: one warp ordered all copies while the others waited for it, 500; queries
+times scales, which are made anew a tile, 800 with the bias; products with keys and values 820 and
+1,020, the softmax 630. Now each warp orders its share of the copies, queries become float16 once a
+head, and the bias takes two thirds of the products: 94 → 82 µs together, 84 → 75 with 5 tokens,
+86 → 57 with 4 heads × 5 tokens × 7. Of the warps' time 22% are instructions, 27% waits for the one
+before, 8% for products of a warpgroup, 8% for tensor cores that the other team has.
+
+Tried without gain: each warp with 16 of the columns (132); 16 warps (143); the next tile's copies
+and the stage left before the last products have ended (±1% at 131,072, 1 µs longer at 30,000); one
+barrier less a tile (±1%); loops instead of unrolled tokens; twice the tokens between two checks of
+the reference.
 
 Errors, ‖found − exact‖ / ‖exact‖ before rounding: 2 to 3e-4 over 131,072 random tokens, up to 9e-4
 over a few hundred; 1.0e-3 in the worst layer of SmolLM2 after 4,000 (benchmarks/kernel_error.py).

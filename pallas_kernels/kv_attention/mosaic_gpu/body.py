@@ -6,12 +6,17 @@ import functools
 from collections.abc import Callable, Sequence
 
 from pallas_kernels import ptx
-from pallas_kernels.kv_attention.mosaic_gpu.exchange import Alone, Exchange
+from pallas_kernels.kv_attention.mosaic_gpu.exchange import Alone, Exchange, WarpgroupExchange
 from pallas_kernels.kv_attention.mosaic_gpu.full_precision import FullPrecision
 from pallas_kernels.kv_attention.mosaic_gpu.operands import Operands
 from pallas_kernels.kv_attention.mosaic_gpu.pages import write_sums
 from pallas_kernels.kv_attention.mosaic_gpu.plan import PIECES, Plan
-from pallas_kernels.kv_attention.mosaic_gpu.queries import Queries, Rows, SharedQueries
+from pallas_kernels.kv_attention.mosaic_gpu.queries import (
+    Queries,
+    Rows,
+    SharedQueries,
+    WarpgroupQueries,
+)
 from pallas_kernels.kv_attention.mosaic_gpu.ring import Pipeline
 from pallas_kernels.kv_attention.mosaic_gpu.softmax import State
 from pallas_kernels.kv_attention.mosaic_gpu.tile import Tile
@@ -84,7 +89,8 @@ class _Warp:
         self.together = Alone(plan, self.token_warp, lane)
         if c.exchange:
             words_at = words_at + self.columns * (512 * c.token_warps * c.column_blocks)
-            self.together = Exchange(plan, words_at, self.team, self.token_warp, lane)
+            exchange = WarpgroupExchange if plan.by_warpgroups else Exchange
+            self.together = exchange(plan, words_at, self.team, self.token_warp, lane)
         producer = self.pipeline.start(*first, end, begin)
         for _ in range(c.stages - 1):
             producer = self.pipeline.produce(producer)
@@ -124,6 +130,10 @@ class _Head:
         self.stop = ptx.minimum(units, skip + left)
         # One block of rows stays in registers; of more, there would be none left.
         self.kept = self._rows() if c.column_blocks == 1 and not c.shared else None
+        # Blocks of rows that this warp scales for its team, and these if it is one.
+        team = warp.plan.team_warps
+        self.mine = [warp.in_team + n for n in range(0, warp.plan.query_blocks, team)]
+        self.scaled = self._scaled_rows() if c.shared and len(self.mine) == 1 else []
         self.visible = []
         for n in range(c.column_blocks):
             row = [warp.first_row + 8 * n + warp.q * 2 + i for i in range(2)]
@@ -133,6 +143,9 @@ class _Head:
     def _rows(self) -> Rows:
         """This warp's query rows."""
         return self._rows_from(self.warp.first_row, self.plan.config.column_blocks)
+
+    def _scaled_rows(self) -> list[Rows]:
+        return [self._rows_from(n * 8, 1) for n in self.mine]
 
     def _rows_from(self, first_row: V, blocks: int) -> Rows:
         warp = self.warp
@@ -200,11 +213,9 @@ class _Head:
 
     def _tile(self, unit: V, carry: list[V], stages: int = 1) -> list[V]:
         plan, c, warp = self.plan, self.plan.config, self.warp
-        # Blocks of rows that this warp scales: its own, or its part of the team's.
-        mine = [warp.in_team + n for n in range(0, plan.query_blocks, plan.team_warps)]
 
         def rows() -> list[Rows]:
-            return [self._rows_from(n * 8, 1) for n in mine] if c.shared else []
+            return self.scaled or (self._scaled_rows() if c.shared else [])
 
         def compute(unit: V, state: State, own: list[V], rows: list[Rows]) -> None:
             data, *lower = own
@@ -212,7 +223,7 @@ class _Head:
             if plan.shape.page_log_sums:
                 state.begin_tile()
             if c.shared:
-                queries = self._shared_queries(tile, data, mine, rows)
+                queries = self._shared_queries(tile, data, rows)
             else:
                 queries = Queries(*tile.queries(data, self.kept or self._rows()))
             for turn in range(plan.shape.group_size // (32 * c.token_warps)):
@@ -232,14 +243,15 @@ class _Head:
             self.plan, warp.operands, number, of_tile, state.origin, warp.first_row, warp.lane
         )
 
-    def _shared_queries(self, tile: Tile, data: V, mine: list[V], rows: list[Rows]) -> Queries:
-        """Scale the blocks of rows `mine` for the team, and read all from shared memory."""
+    def _shared_queries(self, tile: Tile, data: V, rows: list[Rows]) -> Queries:
+        """Scale this warp's blocks of rows for the team, and read all from shared memory."""
         plan, warp = self.plan, self.warp
         made = [tile.queries(data, x) for x in rows]
-        queries = SharedQueries(plan, warp.scaled_at, warp.first_row >> 3, warp.lane)
+        shared = WarpgroupQueries if plan.by_warpgroups else SharedQueries
+        queries = shared(plan, warp.scaled_at, warp.first_row >> 3, warp.lane)
         # All have read those of the last tile; then all have written theirs.
         ptx.sync_threads(warp.team + 1, 32 * plan.team_warps)
-        for block, (pairs, bias) in zip(mine, made, strict=True):
+        for block, (pairs, bias) in zip(self.mine, made, strict=True):
             ptx.when(
                 block < plan.query_blocks,
                 functools.partial(queries.write, block, pairs[0], bias[0]),

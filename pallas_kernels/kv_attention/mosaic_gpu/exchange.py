@@ -127,12 +127,15 @@ class Exchange(Alone):
     def runs(
         self, data: V, first: V, turn: int, words: list[V]
     ) -> Iterator[tuple[V, int, list[list[list[V]]]]]:
+        for warp, (where, offset) in enumerate(self.places(data, turn)):
+            yield where, offset, [[four] for four in self._left(warp)]
+
+    def places(self, data: V, turn: int) -> list[tuple[V, int]]:
+        """Of a tile in a turn, where the value codes of each warp's run lie."""
         s = self.plan.shape
         turns = s.group_size // (32 * self.warps)
         here = data + self.lane * 4 + self.token_warp * (256 * self.plan.channel_blocks)
-        for warp in range(self.warps):
-            operands = [[four] for four in self._left(warp)]
-            yield here, 16 * s.head_dim * (turns * warp + turn), operands
+        return [(here, 16 * s.head_dim * (turns * warp + turn)) for warp in range(self.warps)]
 
     def origin(self, unit: V, own: V) -> V:
         return unit
@@ -187,3 +190,24 @@ class Exchange(Alone):
                 first = [a + b for a, b in zip(first, pair, strict=True)]
             out.append(first)
         return out
+
+
+class WarpgroupExchange(Exchange):
+    """The same where products of a warpgroup find what was left (`ptx.wgmma`)."""
+
+    @property
+    def operands_at(self) -> V:
+        return self.where
+
+    def leave(self, words: list[V]) -> list[V]:
+        for n in range(self.blocks):
+            four = words[4 * n : 4 * n + 4]
+            ptx.store_operand(self.mine, self.blocks, ptx.i32(n), four, self.lane, transposed=True)
+        ptx.fence_writes()
+        return []
+
+    def _left(self, warp: int) -> list[list[V]]:
+        return [
+            ptx.load_operand(self.where, self.blocks, n, 4 * warp, 4, self.lane)
+            for n in range(self.blocks)
+        ]

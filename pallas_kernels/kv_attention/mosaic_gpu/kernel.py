@@ -91,11 +91,12 @@ def kv_attention(
     out_dtype: Any = jnp.float32,
     blocks: int = devices.DEFAULT.multiprocessors,
     bulk: bool = True,
+    wgmma: bool = True,
 ) -> Attended:
     """See `pallas_kernels.kv_attention.api.kv_attention`; bf16 queries and buffer."""
     asked: dict[str, Any] = {"pages": pages, "page_log_sums": page_log_sums}
     shape = shape_of(q, cache, read=read, sm_scale=sm_scale, strict=strict, **asked)
-    plan = Plan(shape, config, blocks, bulk)
+    plan = Plan(shape, config, blocks, bulk, wgmma)
     operands = [quantized_length, start, q, cache.key_buffer, cache.value_buffer]
     planes = [part for part in (cache.keys, cache.values) if part is not None]
     for part in planes:

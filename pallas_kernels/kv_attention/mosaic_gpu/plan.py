@@ -80,13 +80,20 @@ class Shape:
 class Plan:
     """Byte offsets and counts that follow from a shape and a configuration.
 
-    bulk  whether the device copies in bulk (`ptx.copies`)
+    bulk   whether the device copies in bulk (`ptx.copies`)
+    wgmma  whether it has products of a warpgroup (`ptx.warpgroups`)
     """
 
     shape: Shape
     config: Config
     blocks: int
     bulk: bool = True
+    wgmma: bool = True
+
+    @property
+    def by_warpgroups(self) -> bool:
+        """Whether four warps multiply together: those that exchange probabilities do."""
+        return self.wgmma and self.config.exchange and self.config.token_warps == 4
 
     @property
     def column_groups(self) -> int:

@@ -32,10 +32,8 @@ class Rows:
             for half, out in ((0, self.low), (s.head_dim, self.high)):
                 loaded = ptx.load_wide(here + half, words)
                 out.append([ptx.select(valid, w, i32(0)) for w in loaded])
-
-    def float16(self) -> list[list[list[V]]]:
-        """`low` and `high` in words of two float16."""
-        return [
+        # Both in words of two float16: once here, not with each tile.
+        self.float16 = [
             [[ptx.pack_f16(ptx.low_bf16(w), ptx.high_bf16(w)) for w in block] for block in half]
             for half in (self.low, self.high)
         ]
@@ -66,6 +64,9 @@ class SharedQueries(Queries):
         for i in range(len(operands) // 2):
             at = self.where + block * self.block_bytes + self.lane * 16 + 512 * i
             ptx.store(at, [*operands[2 * i], *operands[2 * i + 1]])
+        self.write_bias(block, bias)
+
+    def write_bias(self, block: V, bias: list[V]) -> None:
         ptx.when(self.lane < 4, lambda: ptx.store(self.bias_at + block * 32, bias))
 
     def read_bias(self) -> None:
@@ -76,3 +77,19 @@ class SharedQueries(Queries):
         at = self.where + (self.first_block + block) * self.block_bytes
         words = ptx.load(at + self.lane * 16 + 512 * word, 4)
         return [words[:2], words[2:]]
+
+
+class WarpgroupQueries(SharedQueries):
+    """The same where products of a warpgroup find them: its blocks side by side (`ptx.wgmma`)."""
+
+    @property
+    def operands_at(self) -> V:
+        return self.where + self.first_block * self.block_bytes
+
+    def write(self, block: V, operands: list[list[V]], bias: list[V]) -> None:
+        blocks = self.plan.config.column_blocks
+        at = self.where + block // blocks * (blocks * self.block_bytes)
+        words = [x for pair in operands for x in pair]
+        ptx.store_operand(at, blocks, block % blocks, words, self.lane)
+        self.write_bias(block, bias)
+        ptx.fence_writes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 from pallas_kernels import ptx
@@ -16,9 +17,9 @@ class Pipeline:
     """A team's ring of stages in shared memory.
 
     The team keeps `stages − 1` units ahead: before it reads unit i, those of it that order copies
-    (`ptx.copies`: a thread, or all) wait until all warps have left the stage of unit i − 1 and
-    order unit i + stages − 1 into it. A tile that is read exactly takes two stages, one after the
-    other: as the others, and lower planes.
+    (`ptx.copies`: a thread of each warp, or all) wait until all warps have left the stage of unit
+    i − 1 and order unit i + stages − 1 into it. A tile that is read exactly takes two stages, one
+    after the other: as the others, and lower planes.
     """
 
     def __init__(
@@ -40,6 +41,12 @@ class Pipeline:
         s = plan.shape
         self.producer = 8 + bool(s.exact_tiles) + s.counted + s.listed
         self.barriers = shared + team * (16 * stages)
+        offsets = itertools.accumulate(plan.sections, initial=0)
+        parts = zip(offsets, operands.tile_parts, plan.sections, strict=False)
+        self.tile_parts = self.copies.dealt([*parts])
+        size = plan.code_bytes
+        lower = [(i * size, x, size) for i, x in enumerate(operands.lower_parts)]
+        self.lower_parts = self.copies.dealt(lower)
         self.ring = shared + plan.barrier_bytes + team * (stages * plan.stage_bytes)
 
     def full(self, stage: V) -> V:
@@ -120,23 +127,23 @@ class Pipeline:
         s, plan = self.plan.shape, self.plan
         index = ((b * s.kv_heads + k) * s.tiles + tile).to_i64()
 
-        def copy(sources: Sequence[V], sections: Sequence[int]) -> list[V]:
-            self.copies.expect(barrier, i32(sum(sections)))
-            offset = 0
-            for source, size in zip(sources, sections, strict=True):
-                to, at = target + offset, source + index * size
-                self.copies.copy(to, at, size, barrier, most=size)
-                offset += size
+        def copy(parts: Sequence[ptx.Piece], num_bytes: int) -> list[V]:
+            self.copies.expect(barrier, i32(num_bytes))
+            for place, source, size in parts:
+                to = target + place
+                if isinstance(size, int):
+                    self.copies.copy(to, source + index * size, size, barrier, most=size)
+                else:
+                    at = source + index * size.to_i64()
+                    one = functools.partial(self.copies.copy, to, at, size, barrier, most=0)
+                    ptx.when(size > 0, one)
             return []
 
+        whole = functools.partial(copy, self.tile_parts, sum(plan.sections))
         if second is None:
-            return copy(self.operands.tile_parts, plan.sections)
-        return ptx.choose(
-            second.equals(1),
-            lambda: copy(self.operands.lower_parts, [plan.code_bytes] * 2),
-            lambda: copy(self.operands.tile_parts, plan.sections),
-            [],
-        )
+            return whole()
+        lower = functools.partial(copy, self.lower_parts, 2 * plan.code_bytes)
+        return ptx.choose(second.equals(1), lower, whole, [])
 
     def _copy_rows(self, target: V, barrier: V, b: V, k: V, slot: V, unit: V) -> list[V]:
         s, plan = self.plan.shape, self.plan
@@ -148,15 +155,14 @@ class Pipeline:
         self.copies.expect(barrier, ptx.minimum(left, rows) * (2 * stride))
         head = (b * s.kv_heads + k).to_i64() * (s.buffer_length * stride)
         source = head + first.to_i64() * stride
-        for part, name in enumerate(("key_buffer", "value_buffer")):
-            at = self.operands[name] + source
-            for piece in range(PIECES):
-                self._copy_piece(
-                    target + (part * PIECES + piece) * plan.piece_bytes,
-                    at + piece * plan.piece_rows * stride,
-                    left - piece * plan.piece_rows,
-                    barrier,
-                )
+        keys, values = (self.operands[x] + source for x in ("key_buffer", "value_buffer"))
+
+        def copy(number: V) -> None:
+            row = number % PIECES * plan.piece_rows
+            at = ptx.select(number < PIECES, keys, values) + (row * stride).to_i64()
+            self._copy_piece(target + number * plan.piece_bytes, at, left - row, barrier)
+
+        self.copies.each(2 * PIECES, copy)
         return []
 
     def _copy_piece(self, target: V, source: V, left: V, barrier: V) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pallas_kernels import ptx
-from pallas_kernels.kv_attention.mosaic_gpu.exchange import Alone, largest_of
+from pallas_kernels.kv_attention.mosaic_gpu.exchange import (
+    Alone,
+    WarpgroupExchange,
+    largest_of,
+)
 from pallas_kernels.kv_attention.mosaic_gpu.plan import Plan
-from pallas_kernels.kv_attention.mosaic_gpu.queries import Queries, Rows
+from pallas_kernels.kv_attention.mosaic_gpu.queries import Queries, Rows, WarpgroupQueries
 from pallas_kernels.kv_attention.mosaic_gpu.softmax import LOG2E, State, softmax
 from pallas_kernels.ptx import V, f32, i32
 
@@ -68,36 +72,37 @@ class Tile:
         s = self.plan.shape
         here = tile + self.q * (s.head_dim // 4)
         *_, scale_at, minimum_at = self.key_at
-        scale, minimum = (
+        minima = self.lane < 16
+        mixed_at = ptx.select(minima, i32(minimum_at), scale_at)
+        scale, mixed = (
             [ptx.load_wide(here + at + half, 2 * self.words) for half in (0, s.head_dim)]
-            for at in (scale_at, minimum_at)
+            for at in (scale_at, mixed_at)
         )
+        numbers = [*mixed[0], *mixed[1]]
+        weight = ptx.select(minima, f32(1.0), 8 - self.half)
         operands, bias = [], []
-        for low, high in zip(*rows.float16(), strict=True):
+        for low, high in zip(*rows.float16, strict=True):
             steps = self._scaled(low, high, scale)
             # Sums of their own, since each product waits for the last one of its sum.
-            sums = [[f32(0.0)] * 4 for _ in range(6)]
-            exact = ((low, minimum[0]), (high, minimum[1]), (low, scale[0]), (high, scale[1]))
-            for j, (x, numbers) in enumerate(exact):
-                for w in range(0, 2 * self.words, 2):
-                    a = [numbers[w], numbers[w], numbers[w + 1], numbers[w + 1]]
-                    sums[j] = ptx.mma("f16", a, [x[w], x[w + 1]], sums[j])
+            sums = [[f32(0.0)] * 4 for _ in range(4)]
+            # Rows 0–3 are minima, 4–7 scales. Four words as they lie are words 0 and 2 of row g and
+            # words 1 and 3 of row g + 8: each is right where it meets its own.
+            x = [*low, *high]
+            for w in range(0, len(x), 4):
+                for j in range(2):
+                    sums[j] = ptx.mma("f16", numbers[w : w + 4], [x[w + j], x[w + j + 2]], sums[j])
             first = i32(0xC800C800)  # −8 twice
             second = first if self.both else i32(0xD800D800)  # −8 · 16
             for i, pair in enumerate(steps):
-                j = 4 + i % 2
+                j = 2 + i % 2
                 sums[j] = ptx.mma("f16", [first, first, second, second], pair, sums[j])
             operands.append(steps)
             factor = s.sm_scale * LOG2E
+            exact = [(sums[0][i] + sums[1][2 + i]) * weight for i in (0, 1)]
             bias.append(
                 [
-                    ptx.fma(
-                        sums[2][i] + sums[3][i],
-                        f32(8 - self.half),
-                        sums[0][i] + sums[1][i] + (sums[4][i] + sums[5][i]),
-                    )
-                    * factor
-                    for i in (0, 1)
+                    (own + ptx.shuffle_xor(own, 16) + (sums[2][i] + sums[3][i])) * factor
+                    for i, own in enumerate(exact)
                 ]
             )
         return operands, bias
@@ -167,6 +172,13 @@ class Tile:
                     for at in self.key_codes
                 ]
             )
+        if isinstance(operands, WarpgroupQueries):
+            halves = []
+            for planes in loaded:
+                words = ([[x[i] for x in plane] for plane in planes] for i in range(self.words))
+                a = [step for each in words for step in self.fragments(*each)]
+                halves.append(ptx.wgmma("f16", a, operands.operands_at, blocks))
+            return _blocks(halves)
         for i in range(self.words):
             steps = [
                 self.fragments(*[[x[i] for x in plane] for plane in planes]) for planes in loaded
@@ -236,6 +248,15 @@ class Tile:
         if turn:
             team.meet()  # all have read what they left in the last turn
         found = softmax(self.plan, state, scores, alpha, operands.bias, scales, use, team)
+        if isinstance(team, WarpgroupExchange):
+            places = [where + offset for where, offset in team.places(tile, turn)]
+            channels = []
+            for m in range(self.plan.channel_blocks):
+                codes = [step for at in places for step in self.value_fragments(at + 256 * m)]
+                sums = [x for block in state.sums for x in block[m]]
+                channels.append(ptx.wgmma("f16", codes, team.operands_at, blocks, sums))
+            state.sums = _blocks(channels)
+            return
         for where, offset, weights in team.runs(tile, first, turn, found):
             for m in range(self.plan.channel_blocks):
                 for step, a in enumerate(self.value_fragments(where + (offset + 256 * m))):
@@ -247,3 +268,14 @@ class Tile:
         """Matrix operands of two steps: 32 tokens and the 16 channels at `where`."""
         loaded = [[ptx.load(where + at + 128 * y)[0] for y in range(2)] for at in self.value_codes]
         return self.fragments(*loaded, mirrored=True)
+
+
+def _blocks(products: list[list[V]]) -> list[list[list[V]]]:
+    """Sums of products that a warpgroup has ordered, [product][4 a block], once they are there:
+    [block][product][4]."""
+    done = ptx.wait_wgmma([x for each in products for x in each])
+    each = len(products[0])
+    return [
+        [done[each * i + n : each * i + n + 4] for i in range(len(products))]
+        for n in range(0, each, 4)
+    ]
