@@ -22,6 +22,12 @@ def key(shape: Shape) -> str:
     )
 
 
+def _by_warpgroups(shape: Shape) -> bool:
+    """Whether four warps that exchange probabilities can share a tile, as a warpgroup."""
+    fits = shape.group_size % (32 * 4) == 0 and shape.head_dim % (16 * 4) == 0
+    return fits and dispatch.target().generation.wgmma
+
+
 def _layouts(shape: Shape) -> Iterator[tuple[int, bool, bool]]:
     """(column blocks, queries, and probabilities, in shared memory): how many blocks of 8 rows meet
     what a warp converts."""
@@ -29,9 +35,10 @@ def _layouts(shape: Shape) -> Iterator[tuple[int, bool, bool]]:
     if shape.head_dim <= 128 and needed > 1:
         if shape.planes:
             # As many as the registers hold, and no more than the rows need.
-            most, by_warpgroups = (-(-needed // -(-needed // n)) for n in (4, 6))
+            held = 6 if _by_warpgroups(shape) else 4
+            most, exchanged = (-(-needed // -(-needed // n)) for n in (4, held))
             if shape.value_groups == 1:
-                yield by_warpgroups if dispatch.target().generation.wgmma else most, True, True
+                yield exchanged, True, True
             yield from dict.fromkeys([(most, True, False), (2, True, False), (2, False, False)])
         else:
             yield 2, False, False

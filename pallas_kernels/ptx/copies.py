@@ -77,20 +77,15 @@ def bulk_copy(target: V, source: V, num_bytes: V, barrier: V) -> None:
     )
 
 
-def fence_reads() -> None:
-    """Until this thread's reads of shared memory are done, for the copy engine too.
+def fence_proxies() -> None:
+    """Until this thread's reads and writes of shared memory are done for the copy engine, too, and
+    for `wgmma`, which are of another proxy (PTX ISA, "Proxies").
 
     An arrival at a barrier does not wait for reads that are under way. Other threads' writes come
-    after them all the same, but not those of the copy engine, which are of another proxy (PTX ISA,
-    "Proxies"): where eight warps' `load_matrices_transposed` hit the same banks, a bulk copy that
-    the arrival had allowed was seen to overtake them.
+    after them all the same, but not those of the copy engine: where eight warps'
+    `load_matrices_transposed` hit the same banks, a bulk copy that the arrival had allowed was seen
+    to overtake them.
     """
-    asm("fence.proxy.async.shared::cta;", [], [], effects=True)
-
-
-def fence_writes() -> None:
-    """What this thread has written to shared memory is what `wgmma` reads, which is of that other
-    proxy, once those who ask for products have met this thread."""
     asm("fence.proxy.async.shared::cta;", [], [], effects=True)
 
 
@@ -210,7 +205,7 @@ class BulkCopies:
 
     def leave(self) -> None:
         """The warp has read a stage, which may then be filled anew."""
-        fence_reads()
+        fence_proxies()
         sync_warp()
 
 

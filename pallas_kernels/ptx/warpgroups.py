@@ -23,7 +23,7 @@ def wgmma(
     or bf16; C is 0 before if `c` is None.
 
     Each warp gives the four words of its 16 rows that `mma` takes, a step, and four sums a block.
-    B lies at `b` as `store_operand` writes it. Those who wrote it have called `fence_writes`, and
+    B lies at `b` as `store_operand` writes it. Those who wrote it have called `fence_proxies`, and
     then met. Until `wait_wgmma` nobody reads what is returned, or writes to B.
     """
     count = 4 * blocks

@@ -238,11 +238,8 @@ def wait_for_launches():
     HERE.waited = True
 
 
-def fence_reads():
+def fence_proxies():
     HERE.block.reads[HERE.warp] = []
-
-
-def fence_writes():
     written = HERE.block.written
     written[written == HERE.warp + 1] = 0
 
@@ -569,8 +566,7 @@ REPLACEMENTS: dict[str, Any] = {
     "store_half": lambda where, x: scatter(where, pieces(x, np.uint8)[:, :2]),
     "barrier_init": barrier_init,
     "fence_barrier_init": lambda: None,
-    "fence_reads": fence_reads,
-    "fence_writes": fence_writes,
+    "fence_proxies": fence_proxies,
     "let_next_begin": lambda: None,
     "wait_for_launches": wait_for_launches,
     "barrier_arrive": lambda barrier: _update(barrier, len(active()), 0),

@@ -255,7 +255,23 @@ HOPPERS = (
     "mapa.shared::cluster",
     "st.shared::cluster",
     "griddepcontrol",
+    "wgmma",
+    "stmatrix",
 )
+
+
+def emitted_for(monkeypatch, device: devices.Device) -> set[str]:
+    """Instructions of what is lowered from here on, for the device."""
+    (module,) = [m for m in (mosaic_core, mosaic_utils) if hasattr(m, "_infer_arch")]
+    monkeypatch.setattr(module, "_infer_arch", lambda: device.capability)
+    emitted, asm = set(), ptx.asm
+
+    def noted(template, *args, **options):
+        emitted.add(template)
+        return asm(template, *args, **options)
+
+    emulator.replace(monkeypatch, "asm", noted)
+    return emitted
 
 
 @pytest.mark.parametrize("capability", ["8.6", "12.0"])
@@ -267,15 +283,7 @@ def test_instructions_are_those_of_the_device(on, monkeypatch, capability):
     monkeypatch.delenv("QUANTSPEC_EARLY_LAUNCHES", raising=False)
     early: list[str] = []  # what tells JAX to launch a kernel early; JAX 0.10 has no such thing
     monkeypatch.setattr(plgpu, "griddepcontrol_wait", lambda: early.append("wait"), raising=False)
-    (module,) = [m for m in (mosaic_core, mosaic_utils) if hasattr(m, "_infer_arch")]
-    monkeypatch.setattr(module, "_infer_arch", lambda: device.capability)
-    emitted, asm = set(), ptx.asm
-
-    def noted(template, *args, **options):
-        emitted.add(template)
-        return asm(template, *args, **options)
-
-    emulator.replace(monkeypatch, "asm", noted)
+    emitted = emitted_for(monkeypatch, device)
     call = attention_call(
         "int8", kv_heads=1, group=1, tokens=1, head_dim=32, group_size=32, tiles=3,
         positions=[96],
@@ -299,6 +307,39 @@ def test_instructions_are_those_of_the_device(on, monkeypatch, capability):
         assert not [name for name in HOPPERS if name in text]
         assert "cp.async.cg" in text
         assert not early
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "group_size", "warpgroups"),
+    [
+        ("9.0", 128, 128, True),
+        ("9.0", 64, 64, False),
+        ("8.6", 128, 128, False),
+        ("12.0", 128, 128, False),
+    ],
+)
+def test_grouped_heads_are_multiplied_by_warpgroups_on_hopper(
+    on, monkeypatch, capability, head_dim, group_size, warpgroups
+):
+    """Five blocks of rows meet what is converted then, else as many as registers hold for warps."""
+    device = on(capability)
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    emitted = emitted_for(monkeypatch, device)
+    call = attention_call(
+        "int8", kv_heads=1, group=7, tokens=5, head_dim=head_dim, group_size=group_size, tiles=3,
+        positions=[3 * group_size],
+    )  # fmt: skip
+    found = configs.choose(
+        mosaic_gpu.shape_of(*call[:2], read=Read("int8"), sm_scale=0.1, strict=False)
+    )
+    assert found is not None
+    assert found.exchange
+    assert found.column_blocks == (5 if warpgroups else 3)
+    jax.clear_caches()
+    with artificial_shared_memory_limit(device.shared_bytes):
+        lowered(functools.partial(kv_attention, read=Read("int8"), sm_scale=0.1), *call)
+    text = "\n".join(emitted)
+    assert ("wgmma.mma_async" in text, "stmatrix" in text) == (warpgroups, warpgroups)
 
 
 @pytest.mark.parametrize(

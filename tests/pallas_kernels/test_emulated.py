@@ -96,7 +96,7 @@ def test_attention(monkeypatch, view, head_dim, group_size, group, tokens, confi
     assert max(conflicts) == 1
 
 
-def test_attention_of_warps_is_that_of_warpgroups():
+def test_attention_of_warps_is_that_of_warpgroups(monkeypatch):
     """The same products, added in the same order: the same bits."""
     call = attention_call(
         "int8", kv_heads=1, group=3, tokens=3, head_dim=64, group_size=128, tiles=3,
@@ -105,7 +105,16 @@ def test_attention_of_warps_is_that_of_warpgroups():
     options = {"read": Read("int8"), "sm_scale": 0.11, "strict": False}
     config = attention.Config(1, 4, 2, 2, True, True)
     run = functools.partial(attention.kv_attention, *call, **options, config=config, blocks=2)
-    for a, b in zip(run(wgmma=True)[:2], run(wgmma=False)[:2], strict=True):
+    by_warps, ordered = run(wgmma=False), []
+
+    def noted(*args):
+        ordered.append(args)
+        return emulator.wgmma(*args)
+
+    emulator.replace(monkeypatch, "wgmma", noted)
+    by_warpgroups = run(wgmma=True)
+    assert ordered
+    for a, b in zip(by_warpgroups[:2], by_warps[:2], strict=True):
         np.testing.assert_array_equal(a, b)
 
 

@@ -145,6 +145,7 @@ class _Head:
         return self._rows_from(self.warp.first_row, self.plan.config.column_blocks)
 
     def _scaled_rows(self) -> list[Rows]:
+        """Those that this warp scales for its team."""
         return [self._rows_from(n * 8, 1) for n in self.mine]
 
     def _rows_from(self, first_row: V, blocks: int) -> Rows:

@@ -203,7 +203,7 @@ class WarpgroupExchange(Exchange):
         for n in range(self.blocks):
             four = words[4 * n : 4 * n + 4]
             ptx.store_operand(self.mine, self.blocks, ptx.i32(n), four, self.lane, transposed=True)
-        ptx.fence_writes()
+        ptx.fence_proxies()
         return []
 
     def _left(self, warp: int) -> list[list[V]]:

@@ -151,6 +151,12 @@ class Plan:
         return [*codes, *key_numbers, *codes, *value_numbers] if s.planes else []
 
     @property
+    def section_starts(self) -> list[int]:
+        """Where they begin in a stage."""
+        sizes = self.sections
+        return [sum(sizes[:i]) for i in range(len(sizes))]
+
+    @property
     def stage_bytes(self) -> int:
         full_precision = 2 * PIECES * self.piece_bytes
         return -(-max(sum(self.sections), full_precision) // 128) * 128

@@ -32,7 +32,7 @@ class Rows:
             for half, out in ((0, self.low), (s.head_dim, self.high)):
                 loaded = ptx.load_wide(here + half, words)
                 out.append([ptx.select(valid, w, i32(0)) for w in loaded])
-        # Both in words of two float16: once here, not with each tile.
+        # Both in words of two float16; of rows that are kept, once for all tiles.
         self.float16 = [
             [[ptx.pack_f16(ptx.low_bf16(w), ptx.high_bf16(w)) for w in block] for block in half]
             for half in (self.low, self.high)
@@ -92,4 +92,4 @@ class WarpgroupQueries(SharedQueries):
         words = [x for pair in operands for x in pair]
         ptx.store_operand(at, blocks, block % blocks, words, self.lane)
         self.write_bias(block, bias)
-        ptx.fence_writes()
+        ptx.fence_proxies()

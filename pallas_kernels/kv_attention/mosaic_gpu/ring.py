@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 
 from pallas_kernels import ptx
@@ -41,8 +40,7 @@ class Pipeline:
         s = plan.shape
         self.producer = 8 + bool(s.exact_tiles) + s.counted + s.listed
         self.barriers = shared + team * (16 * stages)
-        offsets = itertools.accumulate(plan.sections, initial=0)
-        parts = zip(offsets, operands.tile_parts, plan.sections, strict=False)
+        parts = zip(plan.section_starts, operands.tile_parts, plan.sections, strict=True)
         self.tile_parts = self.copies.dealt([*parts])
         size = plan.code_bytes
         lower = [(i * size, x, size) for i, x in enumerate(operands.lower_parts)]

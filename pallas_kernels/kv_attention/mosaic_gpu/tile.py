@@ -50,9 +50,8 @@ class Tile:
         self.high_factor = 1.0 if self.both else 1 / 16
         self.top = 255 / 16 if self.both else 15.0
         self.words = s.head_dim // 32
-        sections = plan.sections
-        starts = [sum(sections[:i]) for i in range(len(sections))]
-        parts = len(sections) // 2
+        starts = plan.section_starts
+        parts = len(starts) // 2
         self.key_at, self.value_at = starts[:parts], starts[parts:]
         self.key_codes: list[V | int] = [*self.key_at[: s.planes]]
         self.value_codes: list[V | int] = [*self.value_at[: s.planes]]
