@@ -142,9 +142,11 @@ class Block:
         index: int,
         shared_bytes: int,
         memory: np.ndarray,
+        writers: np.ndarray,
         ahead: Sequence[tuple[int, int]] | None = None,
     ):
         self.index, self.memory = index, memory
+        self.writers = writers  # of each byte of the memory, the warp that has written it, from 1 on
         self.ahead = ahead  # from where to where it may read before it waits for other launches
         self.peers: list[Block] = [self]  # the blocks of its cluster
         self.cluster_barrier = threading.Barrier(1)
@@ -168,7 +170,7 @@ class Block:
             return self.named[key]
 
 
-HERE = threading.local()  # block, warp, mask of the active lanes
+HERE = threading.local()  # block, warp, its number from 1 on of all, mask of the active lanes
 
 
 def active() -> np.ndarray:
@@ -207,6 +209,10 @@ def scatter(where: Lanes, rows: np.ndarray) -> None:
         products = itertools.chain(*[*HERE.block.multiplied.values()])
         first, last = at.min(), at.max() + count
         assert all(last <= b or e <= first for b, e in products), "a write to what is multiplied"
+    if memory is HERE.block.memory:
+        writers, places = HERE.block.writers, at[:, None] + np.arange(count)
+        assert np.isin(writers[places], (0, HERE.number)).all(), "two warps write to the same place"
+        writers[places] = HERE.number
     memory[at[:, None] + np.arange(count)] = rows[HERE.mask]
 
 
@@ -595,6 +601,7 @@ def run_cluster(body: Any, cluster: list[Block], warps: int, addresses: Sequence
 
     def run(block: Block, warp: int) -> None:
         HERE.block, HERE.warp, HERE.mask = block, warp, np.ones(32, bool)
+        HERE.number = 1 + block.index * warps + warp
         HERE.waited, HERE.products = block.ahead is None, {}
         try:
             with np.errstate(all="ignore"):
@@ -629,12 +636,16 @@ def kernel(
         memory = np.full(size, 0xFF, np.uint8)  # every float of an unwritten result is NaN
         for at, x in zip(starts, arrays, strict=False):
             memory[at : at + x.nbytes] = np.frombuffer(x.tobytes(), np.uint8)
+        writers = np.zeros(size, np.uint16)
         before = memory[: starts[len(arrays) - updated]].copy()
         early = ahead
         if ahead is not None:
             early = [(starts[i], starts[i] + arrays[i].nbytes) for i in ahead]
         for first in range(0, blocks, cluster):
-            peers = [Block(first + i, max(shared_bytes, 16), memory, early) for i in range(cluster)]
+            peers = [
+                Block(first + i, max(shared_bytes, 16), memory, writers, early)
+                for i in range(cluster)
+            ]
             run_cluster(body, peers, 4 * warpgroups, starts)
         np.testing.assert_array_equal(memory[: before.size], before)  # these are only read
         out = []

@@ -34,7 +34,8 @@ def write_sums(
     s = plan.shape
     sums = [x for pair in of_tile for x in pair]
     origins = [x for pair in origin for x in pair]
-    padding = (1 << (len(sums) - 1).bit_length()) - len(sums)
+    columns = len(sums)
+    padding = (1 << (columns - 1).bit_length()) - columns
     sums, origins = sums + [f32(0.0)] * padding, origins + [f32(0.0)] * padding
     column, idle = i32(0), i32(0)
     for distance in (4, 8, 16):
@@ -55,4 +56,6 @@ def write_sums(
     row = first_row + (column >> 1) * 8 + (lane & 3) * 2 + (column & 1)
     found = (ptx.log2(sums[0]) - origins[0]) * math.log(2)
     at = operands["page_sums"] + (tile * s.rows + row).to_i64() * 4
-    ptx.when(ptx.both(idle.equals(0), row < s.rows), lambda: ptx.store(at, [found]))
+    # Beyond this warp's columns lie another's rows.
+    own = ptx.both(column < columns, row < s.rows)
+    ptx.when(ptx.both(idle.equals(0), own), lambda: ptx.store(at, [found]))
