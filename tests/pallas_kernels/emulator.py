@@ -146,7 +146,9 @@ class Block:
         ahead: Sequence[tuple[int, int]] | None = None,
     ):
         self.index, self.memory = index, memory
-        self.writers = writers  # of each byte of the memory, the warp that has written it, from 1 on
+        self.writers = (
+            writers  # of each byte of the memory, the warp that has written it, from 1 on
+        )
         self.ahead = ahead  # from where to where it may read before it waits for other launches
         self.peers: list[Block] = [self]  # the blocks of its cluster
         self.cluster_barrier = threading.Barrier(1)
@@ -170,6 +172,7 @@ class Block:
             return self.named[key]
 
 
+WRITING = threading.Lock()
 HERE = threading.local()  # block, warp, its number from 1 on of all, mask of the active lanes
 
 
@@ -209,11 +212,15 @@ def scatter(where: Lanes, rows: np.ndarray) -> None:
         products = itertools.chain(*[*HERE.block.multiplied.values()])
         first, last = at.min(), at.max() + count
         assert all(last <= b or e <= first for b, e in products), "a write to what is multiplied"
-    if memory is HERE.block.memory:
-        writers, places = HERE.block.writers, at[:, None] + np.arange(count)
-        assert np.isin(writers[places], (0, HERE.number)).all(), "two warps write to the same place"
-        writers[places] = HERE.number
-    memory[at[:, None] + np.arange(count)] = rows[HERE.mask]
+    places = at[:, None] + np.arange(count)
+    with WRITING:
+        if memory is HERE.block.memory:
+            writers = HERE.block.writers
+            others = ~np.isin(writers[places], (0, HERE.number))
+            same = memory[places] == rows[HERE.mask]
+            assert same[others].all(), "two warps write different things to the same place"
+            writers[places] = HERE.number
+        memory[places] = rows[HERE.mask]
 
 
 def load(where, words=1, kind="i32"):

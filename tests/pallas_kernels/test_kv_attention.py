@@ -142,13 +142,15 @@ def test_first_tiles_read_with_both_planes(exact_tiles, group, config, blocks):
         (Read("int8"), 2, attention.Config(1, 2, 1, 2)),
         (Read("int8"), 5, attention.Config(1, 2, 3, 2, True)),
         (Read("int8"), 8, attention.Config(1, 2, 4, 2, True, True)),
+        (Read("int8"), 12, attention.Config(1, 2, 6, 2, True, True)),
+        (Read("int8"), 19, attention.Config(1, 2, 5, 2, True, True)),
         (Read("int8"), 12, attention.Config(1, 2, 3, 2, True, True)),
         (Read("int4", 1), 3, attention.Config(1, 1, 2, 2)),
     ],
 )
 def test_page_log_sums(read, tokens, config):
-    """From one to four blocks of rows a warp, and twice three, side by side; a reference that moves
-    between tiles."""
+    """From one to six blocks of rows a warp, and twice five and three, side by side; a reference
+    that moves between tiles."""
     call = ragged_call(read.view, [260, 10, 64 * 4], group=4, tokens=tokens)
     q, cache, *lengths = call
     keys = cache.keys._replace(scale=cache.keys.scale.at[:, :, 1].multiply(3))

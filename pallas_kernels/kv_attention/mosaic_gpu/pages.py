@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from pallas_kernels import ptx
@@ -29,7 +30,8 @@ def write_sums(
     lane's Σ p and the reference of p, both [block][2 columns].
 
     The eight lanes of a column pair deal its columns of all blocks among themselves while they add
-    them up: with four blocks each lane is left with one, after seven exchanges.
+    them up: with four blocks each lane is left with one, after seven exchanges, with more with two.
+    Columns are filled up to a power of two; past the warp's own lie rows of another.
     """
     s = plan.shape
     sums = [x for pair in of_tile for x in pair]
@@ -53,9 +55,10 @@ def write_sums(
         pairs = [*zip(origins[:half], origins[half:], strict=True)]
         origins = [ptx.select(upper, high, low) for low, high in pairs]
         column = column + ptx.select(upper, i32(half), 0)
-    row = first_row + (column >> 1) * 8 + (lane & 3) * 2 + (column & 1)
-    found = (ptx.log2(sums[0]) - origins[0]) * math.log(2)
-    at = operands["page_sums"] + (tile * s.rows + row).to_i64() * 4
-    # Beyond this warp's columns lie another's rows.
-    own = ptx.both(column < columns, row < s.rows)
-    ptx.when(ptx.both(idle.equals(0), own), lambda: ptx.store(at, [found]))
+    for i, (total, reference) in enumerate(zip(sums, origins, strict=True)):
+        number = column + i
+        row = first_row + (number >> 1) * 8 + (lane & 3) * 2 + (number & 1)
+        mine = ptx.both(ptx.both(idle.equals(0), number < columns), row < s.rows)
+        found = (ptx.log2(total) - reference) * math.log(2)
+        at = operands["page_sums"] + (tile * s.rows + row).to_i64() * 4
+        ptx.when(mine, functools.partial(ptx.store, at, [found]))
