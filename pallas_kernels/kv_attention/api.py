@@ -28,6 +28,7 @@ def kv_attention(
     pages: Pages | None = None,
     page_log_sums: bool = False,
     strict: bool = False,
+    ahead: bool = False,
     out_dtype: Any = jnp.float32,
     backend: str = "auto",
 ) -> Attended:
@@ -51,6 +52,9 @@ def kv_attention(
         given in a kernel where no list says which.
       page_log_sums: give those, too.
       strict: leave out the row's own position.
+      ahead: the planes, the lengths and what `pages` says were so for the attention launched before
+        this one, too, and nothing wrote to them since: the kernel may read them while what was
+        launched before it ends.
       out_dtype: of the output; with bf16 queries the kernel writes float32 or bfloat16.
       backend: `auto`, `mosaic_gpu` or `xla`. A pass of more rows than the kernel takes (256 query
         rows a key-value head, 128 of head_dim 256) is several launches.
@@ -66,8 +70,10 @@ def kv_attention(
     most = _most_tokens(q, cache, options, backend)
     if most < q.shape[1]:
         given: dict[str, Any] = {**options, "out_dtype": out_dtype, "backend": backend}
+        given["ahead"] = ahead
         return in_parts(functools.partial(kv_attention, **given), *operands, most)
     if _mosaic_gpu(q, cache, options, backend):
+        from pallas_kernels import ptx
         from pallas_kernels.kv_attention import configs, mosaic_gpu
 
         device, shape = dispatch.target(), mosaic_gpu.shape_of(q, cache, **options)
@@ -77,7 +83,7 @@ def kv_attention(
             mosaic_gpu.kv_attention,
             (
                 *("read", "sm_scale", "strict", "page_log_sums", "config", "out_dtype", "blocks"),
-                *("bulk", "wgmma"),
+                *("bulk", "wgmma", "ahead"),
             ),
         )
         return kernel(
@@ -88,6 +94,7 @@ def kv_attention(
             blocks=device.multiprocessors,
             bulk=device.generation.bulk_copies,
             wgmma=device.generation.wgmma,
+            ahead=ahead and ptx.begins_early(),
         )
     found = xla.kv_attention(*operands, **options)
     return found._replace(out=found.out.astype(out_dtype))

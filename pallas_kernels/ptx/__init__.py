@@ -42,6 +42,7 @@ from pallas_kernels.ptx.copies import (
     wait_copies,
 )
 from pallas_kernels.ptx.launch import (
+    begins_early,
     kernel,
     let_next_begin,
     wait_for_launches,
@@ -118,6 +119,7 @@ __all__ = [
     "barrier_init",
     "barrier_poll",
     "barrier_wait",
+    "begins_early",
     "both",
     "bulk_copy",
     "ceil_div",

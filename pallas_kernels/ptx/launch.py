@@ -66,8 +66,9 @@ def kernel(
     place: what they have become comes after the results.
 
     ahead: the body itself calls `wait_for_launches` and `let_next_begin`, else it begins with both;
-    and these operands it reads before it waits. No launch of the same program may write them: a
-    program's arguments are such.
+    and these operands it reads before it waits. What writes them has to have ended when this launch
+    begins: a program's arguments are such, and what was there for an earlier launch that lets the
+    next begin only after its own wait.
     """
     if blocks % cluster:
         raise ValueError(f"there are {blocks} blocks; a multiple of the cluster's {cluster} can be")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -67,10 +68,11 @@ def attention(
     program: Program | PromptProgram,
     masses: bool,
     axes: Axes | None = None,
+    ahead: bool = False,
 ) -> Attended:
     """`kv_attention` over the tiles of all devices: each reads its own, the first one the buffer,
     too, and the parts are merged by their log-sum-exp (Flash-Decoding, arXiv 2311.01282). `axes`:
-    the program's, with addresses of the others."""
+    the program's, with addresses of the others; `ahead`: see `kv_attention`."""
     axes = axes or program.axes
     coded, start_here, dtype = cache.quantized_length, start, q.dtype
     if layer.keys is None:  # nothing is read from planes
@@ -93,6 +95,7 @@ def attention(
         sm_scale=program.model.head_dim**-0.5,
         pages=pages,
         page_log_sums=masses,
+        ahead=ahead,
         out_dtype=dtype,
         backend=program.backend,
     )
@@ -123,11 +126,14 @@ def observed_pass(
     # which they do not read before it has been written again.
     axes = program.axes.reached(params.get("peers"))
     slot = start if cache.layers[0].keys else axes.before(start, cache.group_size)
+    # A pass writes to the buffer alone, so what else the first layer reads is so for the others;
+    # but a list of pages may be made just before the layer that reads it.
+    ahead = itertools.chain([False], itertools.repeat(axes.cp == 1 and pages is None))
 
     def attend(state: Layer, heads: Heads) -> tuple[jax.Array, After]:
         layer, listed = state
         q, layer = rope_append(heads, layer, slot, rope_from, backend=program.backend)
-        found = attention(q, layer, cache, start, listed, read, program, masses, axes)
+        found = attention(q, layer, cache, start, listed, read, program, masses, axes, next(ahead))
         by_page = None
         if found.page_log_sums is not None:
             by_page = ByPage(found.page_log_sums, found.log_sum_exp)

@@ -96,6 +96,20 @@ def test_attention(monkeypatch, view, head_dim, group_size, group, tokens, confi
     assert max(conflicts) == 1
 
 
+@pytest.mark.parametrize("config", [(1, 2, 1, 2), (1, 2, 1, 4), (1, 4, 2, 2, True, True)])
+def test_attention_reads_tiles_before_it_waits(config):
+    """And neither queries nor the buffer, where all, some and none of the first units are tiles."""
+    call = attention_call(
+        "int8", kv_heads=2, group=3, tokens=3, head_dim=64, group_size=128, tiles=5,
+        positions=[1, 128 * 2 + 9, 128 * 6 - 3],
+    )  # fmt: skip
+    options = {"read": Read("int8"), "sm_scale": 0.11, "strict": False}
+    config = attention.Config(*config)
+    run = functools.partial(attention.kv_attention, *call, **options, config=config, blocks=3)
+    for a, b in zip(run(ahead=True)[:2], run(ahead=False)[:2], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_attention_of_warps_is_that_of_warpgroups(monkeypatch):
     """The same products, added in the same order: the same bits."""
     call = attention_call(

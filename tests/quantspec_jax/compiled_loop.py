@@ -4,14 +4,16 @@ tests/pallas_kernels is on Python's path:
 python tests/quantspec_jax/compiled_loop.py
 
 A line for each draft policy, number of layers, γ, way to choose a token and number of copies:
-launches of a round of Qwen2.5-1.5B's shapes; where rounds copy, of one that does and one that does
-not. It takes JAX's CUDA plugin (`pip install .[assemble]`).
+launches of a round of Qwen2.5-1.5B's shapes (where rounds copy, of one that does and one that does
+not), and how many operands of attention are `late`. It takes JAX's CUDA plugin (`pip install
+.[assemble]`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from pretend import pretend
 
 from pallas_kernels import devices
 from quantspec_jax.bench.decode import random_state
-from quantspec_jax.bench.launches import launches_a_round
+from quantspec_jax.bench.launches import Module, launches_a_round
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.engine.programs import DECODE
 from quantspec_jax.generate.policies import policy
@@ -65,6 +67,38 @@ def compiled(
     return traced.lower(lowering_platforms=("cuda",)).compile().as_text()
 
 
+def late(text: str, layers: int) -> int:
+    """Operands that attention may read while the launches before it end (`kv_attention`'s `ahead`),
+    and which are written after the attention of the layer before: such a read would be a race."""
+    found = 0
+    for operations in Module(text).computations.values():
+        made = {re.match(r" +(?:ROOT )?%?([\w.\-]+) = ", x.line)[1]: x for x in operations}
+        order = {name: i for i, name in enumerate(made)}
+
+        def written(name: str, made=made, order=order) -> int:
+            while made[name].kind in ("get-tuple-element", "bitcast"):
+                (name,) = _operands(made[name].line)
+            return -1 if made[name].kind == "parameter" else order[name]
+
+        calls = [
+            name
+            for name, x in made.items()
+            if x.kind == "custom-call" and re.search(r"/kv_attention_(int4|int8)/", x.line)
+        ]
+        for i, name in enumerate(calls):
+            if i % layers:
+                quantized, start, _, _, _, *planes = _operands(made[name].line)
+                before = order[calls[i - 1]]
+                found += sum(written(x) > before for x in (quantized, start, *planes))
+    return found
+
+
+def _operands(line: str) -> list[str]:
+    """Names of an instruction's operands."""
+    (inside,) = re.findall(r"(?:get-tuple-element|bitcast|custom-call)\(([^()]*)\)", line)[:1]
+    return re.findall(r"%([\w.\-]+)", inside)
+
+
 def main() -> None:
     device = pretend("9.0", like=devices.DEFAULT)
     described = topologies.get_topology_desc(
@@ -73,7 +107,8 @@ def main() -> None:
     for case in CASES:
         text = compiled(*case, described.devices[0])
         row = dict(zip(("policy", "layers", "gamma", "chosen", "copies"), case, strict=True))
-        print(json.dumps(row | {"round": launches_a_round(text)}), flush=True)
+        counted = {"round": launches_a_round(text), "late": late(text, row["layers"])}
+        print(json.dumps(row | counted), flush=True)
 
 
 if __name__ == "__main__":

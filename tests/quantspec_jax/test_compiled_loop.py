@@ -15,8 +15,8 @@ pytestmark = pytest.mark.assemble
 
 
 @pytest.fixture(scope="module")
-def every() -> dict[tuple[str, int, int, str, int], float]:
-    """A round's, by policy, number of layers, γ, how a token is chosen, and copies."""
+def counted() -> dict[tuple[str, int, int, str, int], dict[str, float]]:
+    """What is counted, by policy, number of layers, γ, how a token is chosen, and copies."""
     assert importlib.util.find_spec("jax_plugins.xla_cuda12"), "pip install .[assemble]"
     script = Path(__file__).with_name("compiled_loop.py")
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
@@ -31,7 +31,13 @@ def every() -> dict[tuple[str, int, int, str, int], float]:
     assert ran.returncode == 0, ran.stdout[-1000:] + ran.stderr[-3000:]
     rows = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
     names = ("policy", "layers", "gamma", "chosen", "copies")
-    return {tuple(row[name] for name in names): row["round"] for row in rows}
+    return {tuple(row[name] for name in names): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def every(counted) -> dict[tuple[str, int, int, str, int], float]:
+    """Launches of a round."""
+    return {case: row["round"] for case, row in counted.items()}
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +87,10 @@ def test_what_copies_add(every, launches):
     one, other = (every["all", layers, 4, "greedy", 7] for layers in (2, 3))
     assert other - one == 7 * 5 + 7
     assert one - launches["all", 2, 4] - 2 * 7 <= 28
+
+
+def test_what_attention_reads_ahead_is_there(counted):
+    """From the second layer of a pass on, planes and lengths, where no list says which are read."""
+    late = {case: row["late"] for case, row in counted.items() if case[0] == "all"}
+    assert len(late) == 8
+    assert not any(late.values())

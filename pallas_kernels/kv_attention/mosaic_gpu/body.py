@@ -53,12 +53,21 @@ class _Warp:
         self.token_warp, self.columns = self.in_team % c.token_warps, self.in_team // c.token_warps
         self.first_row = self.columns * (8 * c.column_blocks)
         self.q = self.lane & 3
+        # Blocks of rows that this warp scales for its team.
+        self.mine = [self.in_team + n for n in range(0, plan.query_blocks, plan.team_warps)]
+        # One block of rows stays in registers; of more, there would be none left.
+        self.kept: V | None = None  # the first of its rows
+        if c.shared and len(self.mine) == 1:
+            self.kept = self.mine[0] * 8
+        elif c.column_blocks == 1 and not c.shared:
+            self.kept = self.first_row
 
     def run(self) -> None:
         plan = self.plan
         ptx.when(self.thread.equals(0), self._initialize)
         ptx.sync_threads(i32(0), 128 * plan.config.warpgroups)
-        ptx.wait_for_launches()
+        if not plan.ahead:
+            ptx.wait_for_launches()
         total = self.lengths.total()
         me = ptx.special("ctaid.x") * plan.teams + self.team
         everyone = plan.blocks * plan.teams
@@ -91,27 +100,41 @@ class _Warp:
             words_at = words_at + self.columns * (512 * c.token_warps * c.column_blocks)
             exchange = WarpgroupExchange if plan.by_warpgroups else Exchange
             self.together = exchange(plan, words_at, self.team, self.token_warp, lane)
+        (b0, k0, u0), (b1, k1, _) = first, last
+        zero, kv_heads = i32(0), plan.shape.kv_heads
+        final = b1 * kv_heads + k1
+        # They would have to wait for copies that were ordered before.
+        rows = [] if plan.ahead else self.load_rows(b0, k0)
         producer = self.pipeline.start(*first, end, begin)
         for _ in range(c.stages - 1):
             producer = self.pipeline.produce(producer)
+        if plan.ahead:
+            ptx.wait_for_launches()
+            rows = self.load_rows(b0, k0)
 
         def head(bk: V, carry: list[V]) -> list[V]:
-            left, skip, *flow = carry
-            walk = _Head(self, bk, skip, left)
-            flow, state = walk.attend(flow)
+            left, skip, *rest = carry
+            walk = _Head(self, bk, skip, left, rest[: len(rows)])
+            flow, state = walk.attend(rest[len(rows) :])
             ptx.let_next_begin()
+            following = ptx.minimum(bk + 1, final)
+            loaded = self.load_rows(following // kv_heads, following % kv_heads)
             slot = self.together.slot((me + bk) * plan.writers)
             write_partial(plan, self.operands, state, slot, self.first_row, lane, self.together)
-            return [left - (walk.stop - skip), i32(0), *flow]
+            return [left - (walk.stop - skip), i32(0), *loaded, *flow]
 
-        (b0, k0, u0), (b1, k1, _) = first, last
-        zero, kv_heads = i32(0), plan.shape.kv_heads
         ptx.loop(
             b0 * kv_heads + k0,
-            b1 * kv_heads + k1 + 1,
-            [end - begin, u0, zero, zero, *producer],
+            final + 1,
+            [end - begin, u0, *rows, zero, zero, *producer],
             head,
         )
+
+    def load_rows(self, b: V, k: V) -> list[V]:
+        """Those of a head that stay in registers."""
+        if self.kept is None:
+            return []
+        return Rows.load(self.plan, self.operands, b, k, self.kept, self.lane, 1)
 
 
 class _Head:
@@ -120,7 +143,7 @@ class _Head:
     What is carried from unit to unit: the stage and its phase, the producer, the state.
     """
 
-    def __init__(self, warp: _Warp, bk: V, skip: V, left: V):
+    def __init__(self, warp: _Warp, bk: V, skip: V, left: V, loaded: list[V]):
         s, c = warp.plan.shape, warp.plan.config
         self.warp, self.plan, self.skip = warp, warp.plan, skip
         self.b, self.k = bk // s.kv_heads, bk % s.kv_heads
@@ -128,12 +151,9 @@ class _Head:
         (quantized,) = ptx.load(warp.operands["quantized_length"] + self.b.to_i64() * 4)
         (start,) = ptx.load(warp.operands["start"] + self.b.to_i64() * 4)
         self.stop = ptx.minimum(units, skip + left)
-        # One block of rows stays in registers; of more, there would be none left.
-        self.kept = self._rows() if c.column_blocks == 1 and not c.shared else None
-        # Blocks of rows that this warp scales for its team, and these if it is one.
-        team = warp.plan.team_warps
-        self.mine = [warp.in_team + n for n in range(0, warp.plan.query_blocks, team)]
-        self.scaled = self._scaled_rows() if c.shared and len(self.mine) == 1 else []
+        self.kept: Rows | None = None
+        if warp.kept is not None:
+            self.kept = Rows(warp.plan, loaded, warp.kept, warp.lane)
         self.visible = []
         for n in range(c.column_blocks):
             row = [warp.first_row + 8 * n + warp.q * 2 + i for i in range(2)]
@@ -142,15 +162,21 @@ class _Head:
 
     def _rows(self) -> Rows:
         """This warp's query rows."""
-        return self._rows_from(self.warp.first_row, self.plan.config.column_blocks)
+        c = self.plan.config
+        if self.kept is not None and not c.shared:
+            return self.kept
+        return self._rows_from(self.warp.first_row, c.column_blocks)
 
     def _scaled_rows(self) -> list[Rows]:
         """Those that this warp scales for its team."""
-        return [self._rows_from(n * 8, 1) for n in self.mine]
+        if self.kept is not None:
+            return [self.kept]
+        return [self._rows_from(n * 8, 1) for n in self.warp.mine]
 
     def _rows_from(self, first_row: V, blocks: int) -> Rows:
         warp = self.warp
-        return Rows(self.plan, warp.operands, self.b, self.k, first_row, warp.lane, blocks)
+        here = (self.plan, warp.operands, self.b, self.k, first_row, warp.lane, blocks)
+        return Rows(self.plan, Rows.load(*here), first_row, warp.lane)
 
     def attend(self, flow: list[V]) -> tuple[list[V], State]:
         """Over all units: what is carried on to the next head, and the state."""
@@ -216,7 +242,7 @@ class _Head:
         plan, c, warp = self.plan, self.plan.config, self.warp
 
         def rows() -> list[Rows]:
-            return self.scaled or (self._scaled_rows() if c.shared else [])
+            return self._scaled_rows() if c.shared else []
 
         def compute(unit: V, state: State, own: list[V], rows: list[Rows]) -> None:
             data, *lower = own
@@ -226,7 +252,7 @@ class _Head:
             if c.shared:
                 queries = self._shared_queries(tile, data, rows)
             else:
-                queries = Queries(*tile.queries(data, self.kept or self._rows()))
+                queries = Queries(*tile.queries(data, self._rows()))
             for turn in range(plan.shape.group_size // (32 * c.token_warps)):
                 tile.accumulate(state, data, warp.token_warp, turn, queries, warp.together)
             if plan.shape.page_log_sums:
@@ -252,7 +278,7 @@ class _Head:
         queries = shared(plan, warp.scaled_at, warp.first_row >> 3, warp.lane)
         # All have read those of the last tile; then all have written theirs.
         ptx.sync_threads(warp.team + 1, 32 * plan.team_warps)
-        for block, (pairs, bias) in zip(self.mine, made, strict=True):
+        for block, (pairs, bias) in zip(warp.mine, made, strict=True):
             ptx.when(
                 block < plan.query_blocks,
                 functools.partial(queries.write, block, pairs[0], bias[0]),
@@ -272,7 +298,7 @@ class _Head:
             values = warp.together.origin(data, keys) + PIECES * plan.piece_bytes
             first = (i - self.tiles) * plan.unit_rows
             slot = ptx.select(active, first + mine, 1 << 30)
-            exact = FullPrecision(plan, self.kept or self._rows(), warp.lane)
+            exact = FullPrecision(plan, self._rows(), warp.lane)
             exact.accumulate(
                 state, keys, values, first, slot, self.used, self.visible, warp.together
             )

@@ -92,11 +92,13 @@ def kv_attention(
     blocks: int = devices.DEFAULT.multiprocessors,
     bulk: bool = True,
     wgmma: bool = True,
+    ahead: bool = False,
 ) -> Attended:
     """See `pallas_kernels.kv_attention.api.kv_attention`; bf16 queries and buffer."""
     asked: dict[str, Any] = {"pages": pages, "page_log_sums": page_log_sums}
     shape = shape_of(q, cache, read=read, sm_scale=sm_scale, strict=strict, **asked)
-    plan = Plan(shape, config, blocks, bulk, wgmma)
+    ahead = ahead and shape.planes > 0
+    plan = Plan(shape, config, blocks, bulk, wgmma, ahead)
     operands = [quantized_length, start, q, cache.key_buffer, cache.value_buffer]
     planes = [part for part in (cache.keys, cache.values) if part is not None]
     for part in planes:
@@ -116,7 +118,7 @@ def kv_attention(
         blocks=blocks,
         warpgroups=config.warpgroups,
         shared_bytes=plan.shared_bytes,
-        ahead=(),
+        ahead=(0, 1, *range(5, len(operands))) if ahead else (),  # all but queries and buffer
     )(*operands)
     merge = ptx.kernel(
         merge_body(plan, out_dtype),

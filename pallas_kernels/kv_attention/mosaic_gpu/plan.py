@@ -82,6 +82,7 @@ class Plan:
 
     bulk   whether the device copies in bulk (`ptx.copies`)
     wgmma  whether it has products of a warpgroup (`ptx.warpgroups`)
+    ahead  whether tiles are ordered before the launches between have ended
     """
 
     shape: Shape
@@ -89,6 +90,7 @@ class Plan:
     blocks: int
     bulk: bool = True
     wgmma: bool = True
+    ahead: bool = False
 
     @property
     def by_warpgroups(self) -> bool:

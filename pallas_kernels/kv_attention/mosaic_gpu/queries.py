@@ -15,28 +15,35 @@ class Rows:
     of the head: `low` and `high`, words of two bf16.
     """
 
-    def __init__(
-        self, plan: Plan, operands: Operands, b: V, k: V, first_row: V, lane: V, blocks: int
-    ):
-        s = plan.shape
-        g, q = lane >> 2, lane & 3
-        self.low: list[list[V]] = []
-        self.high: list[list[V]] = []
-        words = s.head_dim // 16
-        for n in range(blocks):
-            row = first_row + 8 * n + g
-            valid = row < s.rows
-            safe = ptx.select(valid, row, i32(0))
-            offset = row_offset(s, b, k, safe) * (2 * s.head_dim)
-            here = operands["q"] + offset + (q * (s.head_dim // 4)).to_i64()
-            for half, out in ((0, self.low), (s.head_dim, self.high)):
-                loaded = ptx.load_wide(here + half, words)
-                out.append([ptx.select(valid, w, i32(0)) for w in loaded])
+    def __init__(self, plan: Plan, loaded: list[V], first_row: V, lane: V):
+        """`loaded`: what `load` has loaded of these rows."""
+        words, out = plan.shape.head_dim // 16, []
+        for i in range(0, len(loaded), words):
+            valid = first_row + 8 * (i // words // 2) + (lane >> 2) < plan.shape.rows
+            out.append([ptx.select(valid, w, i32(0)) for w in loaded[i : i + words]])
+        self.low, self.high = out[::2], out[1::2]
         # Both in words of two float16; of rows that are kept, once for all tiles.
         self.float16 = [
             [[ptx.pack_f16(ptx.low_bf16(w), ptx.high_bf16(w)) for w in block] for block in half]
             for half in (self.low, self.high)
         ]
+
+    @staticmethod
+    def load(
+        plan: Plan, operands: Operands, b: V, k: V, first_row: V, lane: V, blocks: int
+    ) -> list[V]:
+        """Words of the rows, something else where there is no row."""
+        s = plan.shape
+        g, q = lane >> 2, lane & 3
+        loaded: list[V] = []
+        for n in range(blocks):
+            row = first_row + 8 * n + g
+            safe = ptx.select(row < s.rows, row, i32(0))
+            offset = row_offset(s, b, k, safe) * (2 * s.head_dim)
+            here = operands["q"] + offset + (q * (s.head_dim // 4)).to_i64()
+            for half in (0, s.head_dim):
+                loaded += ptx.load_wide(here + half, s.head_dim // 16)
+        return loaded
 
 
 class Queries:

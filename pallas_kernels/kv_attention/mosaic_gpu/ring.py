@@ -145,6 +145,8 @@ class Pipeline:
 
     def _copy_rows(self, target: V, barrier: V, b: V, k: V, slot: V, unit: V) -> list[V]:
         s, plan = self.plan.shape, self.plan
+        if plan.ahead:
+            ptx.wait_for_launches()
         rows, stride = plan.unit_rows, 2 * s.head_dim
         # The buffer is a ring: position p in slot p mod R. A unit does not wrap around, since its
         # rows divide R, or there are no tiles and R is beyond every position.
