@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import os
+
+import jax
 import pytest
+from tiny import OPTIMIZED
 
 import quantspec_jax as qs
 from quantspec_jax.demo import prompt_text
 
 NEW = 80  # at least one flush after the prompt's own
+
+
+@pytest.fixture(autouse=True)
+def _compute_quickly(monkeypatch):
+    """Thirty layers and two texts compute for longer than what the other tests save."""
+    options = dict(OPTIMIZED)
+    if "--xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]:
+        options["xla_cpu_use_fusion_emitters"] = True
+    compile_with = functools.partialmethod(jax.stages.Lowered.compile, options)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_with)
 
 
 @pytest.fixture(scope="module")
