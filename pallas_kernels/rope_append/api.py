@@ -16,6 +16,7 @@ def rope_append(
     start: jax.Array,
     first: jax.Array | None = None,
     *,
+    ahead: bool = False,
     backend: str = "auto",
 ) -> tuple[jax.Array, LayerCache]:
     """Finish a pass's heads, and write keys and values into the buffer; one launch, in place.
@@ -26,6 +27,8 @@ def rope_append(
       start: [B] int32, position of the first.
       first: [B] int32, position of the first row of `heads.rope`, which may have more rows than the
         pass; None: it is `start`, and there are S rows.
+      ahead: all but q, k, v and the buffer was so when the attention of another layer, which has
+        been launched before this, began: the kernel may read it while what was launched since ends.
       backend: `auto`, `mosaic_gpu` or `xla`.
 
     Returns:
@@ -33,9 +36,11 @@ def rope_append(
       `xla.append` for those beyond the half that `start` lies in).
     """
     if _mosaic_gpu(heads, cache, backend):
+        from pallas_kernels import ptx
         from pallas_kernels.rope_append import mosaic_gpu
 
-        return dispatch.shared(mosaic_gpu.rope_append, ())(heads, cache, start, first)
+        kernel = dispatch.shared(mosaic_gpu.rope_append, ("ahead",))
+        return kernel(heads, cache, start, first, ahead=ahead and ptx.begins_early())
     return xla.rope_append(heads, cache, start, first)
 
 

@@ -6,6 +6,9 @@ and the two that they rotate with:
 
     lane l    channels 2 l, 2 l + 1, 2 (l + 32) …     bias → bf16 → norm → bf16
               D/2 + the same                          rotate → bf16 → query, or slot of the buffer
+
+A position, and the row of angles that it names, are two reads one after the other. Where launches
+begin early they are made before the wait for q, k and v, if they were so for the layer before.
 """
 
 from __future__ import annotations
@@ -73,7 +76,7 @@ class _Warp:
                 at = where + ((channel + offset) * 2).to_i64()
                 ptx.when(inside, functools.partial(ptx.store, at, [words.pop(0)]))
 
-    def normed(self, numbers: Numbers, weight: V, eps: float) -> Numbers:
+    def normed(self, numbers: Numbers, weights: Numbers, eps: float) -> Numbers:
         square = f32(0.0)
         inside = [here for _, here in self.words for _ in range(2)] * 2
         for number, here in zip(numbers, inside, strict=True):
@@ -81,14 +84,16 @@ class _Warp:
         for distance in (16, 8, 4, 2, 1):
             square = square + ptx.shuffle_xor(square, distance)
         factor = ptx.reciprocal_sqrt(square * (1.0 / self.channels) + eps)
-        weights = self.read(weight, 2)
         return _rounded([x * factor * w for x, w in zip(numbers, weights, strict=True)])
 
-    def rotated(self, numbers: Numbers, cos: V, sin: V) -> Numbers:
-        """By rows of tables [rows, D], of which the first half is read."""
+    def angles(self, cos: V, sin: V) -> tuple[Numbers, Numbers]:
+        """First halves of the token's rows in tables [rows, D]."""
         at = (self.row * (4 * self.channels)).to_i64()
-        half = len(numbers) // 2
-        cosines, sines = (self.read(table + at, 4)[:half] for table in (cos, sin))
+        cosines, sines = (self.read(table + at, 4) for table in (cos, sin))
+        return cosines[: len(cosines) // 2], sines[: len(sines) // 2]
+
+    def rotated(self, numbers: Numbers, angles: tuple[Numbers, Numbers]) -> Numbers:
+        half, (cosines, sines) = len(numbers) // 2, angles
         first, second = numbers[:half], numbers[half:]
         turned = [a * c - b * s for a, b, c, s in zip(first, second, cosines, sines, strict=True)]
         turned += [b * c + a * s for a, b, c, s in zip(first, second, cosines, sines, strict=True)]
@@ -99,7 +104,7 @@ def _rounded(numbers: Numbers) -> Numbers:
     return ptx.unpack_bf16s(ptx.pack_bf16s(numbers))
 
 
-def _body(heads: Heads, slots: int, half: int) -> Callable[[Sequence[V], V], None]:
+def _body(heads: Heads, slots: int, half: int, ahead: bool) -> Callable[[Sequence[V], V], None]:
     """`heads`: shapes and types alone. A pass's rows stay in the half of the ring that it begins
     in."""
     _, tokens, num_heads, channels = heads.q.shape
@@ -109,6 +114,9 @@ def _body(heads: Heads, slots: int, half: int) -> Callable[[Sequence[V], V], Non
 
     def body(addresses: Sequence[V], shared: V) -> None:
         del shared
+        ptx.let_next_begin()
+        if not ahead:
+            ptx.wait_for_launches()
         starts, firsts, cos, sin, *rest = addresses
         projected, rest = rest[:3], rest[3:]
         *others, key_buffer, value_buffer, queries = rest
@@ -129,15 +137,22 @@ def _body(heads: Heads, slots: int, half: int) -> Callable[[Sequence[V], V], Non
             source = (heads.q, heads.k, heads.v)[which]
             size = source.dtype.itemsize
             at = (token * source.shape[2] + head).to_i64() * (size * channels)
-            numbers = warp.read(projected[which] + at, size)
             bias, norm = biases[which], [*norms, None][which]
             if bias is not None:
                 added = warp.read(bias + (head * (2 * channels)).to_i64(), 2)
+            if norm is not None:
+                weights = warp.read(norm, 2)
+            if which != 2:
+                angles = warp.angles(cos, sin)
+            if ahead:
+                ptx.wait_for_launches()
+            numbers = warp.read(projected[which] + at, size)
+            if bias is not None:
                 numbers = [x + y for x, y in zip(numbers, added, strict=True)]
             numbers = _rounded(numbers)
             if norm is not None:
-                numbers = warp.normed(numbers, norm, heads.eps)
-            return numbers if which == 2 else warp.rotated(numbers, cos, sin)
+                numbers = warp.normed(numbers, weights, heads.eps)
+            return numbers if which == 2 else warp.rotated(numbers, angles)
 
         def query() -> None:
             at = (token * num_heads + vector).to_i64() * (2 * channels)
@@ -162,7 +177,12 @@ def _body(heads: Heads, slots: int, half: int) -> Callable[[Sequence[V], V], Non
 
 
 def rope_append(
-    heads: Heads, cache: LayerCache, start: jax.Array, first: jax.Array | None = None
+    heads: Heads,
+    cache: LayerCache,
+    start: jax.Array,
+    first: jax.Array | None = None,
+    *,
+    ahead: bool = False,
 ) -> tuple[jax.Array, LayerCache]:
     """See `pallas_kernels.rope_append.api.rope_append`; bf16 activations and buffer."""
     b, tokens, num_heads = heads.q.shape[:3]
@@ -171,14 +191,7 @@ def rope_append(
     vectors = num_heads + 2 * heads.k.shape[2]
     optional = [x.astype(jnp.bfloat16) for x in (*heads.biases, *heads.norms) if x is not None]
     tables = [jnp.broadcast_to(x, (b, *x.shape[1:])) for x in heads.rope]
-    queries, key_buffer, value_buffer = ptx.kernel(
-        _body(heads, slots, half),
-        [jax.ShapeDtypeStruct(heads.q.shape, jnp.bfloat16)],
-        name="rope_append",
-        blocks=b * tokens * -(-vectors // WARPS),
-        warpgroups=WARPS // 4,
-        updated=2,
-    )(
+    operands = [
         start,
         start if first is None else first,
         *tables,
@@ -186,7 +199,14 @@ def rope_append(
         heads.k,
         heads.v,
         *optional,
-        cache.key_buffer,
-        cache.value_buffer,
-    )
+    ]
+    queries, key_buffer, value_buffer = ptx.kernel(
+        _body(heads, slots, half, ahead),
+        [jax.ShapeDtypeStruct(heads.q.shape, jnp.bfloat16)],
+        name="rope_append",
+        blocks=b * tokens * -(-vectors // WARPS),
+        warpgroups=WARPS // 4,
+        updated=2,
+        ahead=(*range(4), *range(7, len(operands))) if ahead else (),  # all but q, k and v
+    )(*operands, cache.key_buffer, cache.value_buffer)
     return queries, dataclasses.replace(cache, key_buffer=key_buffer, value_buffer=value_buffer)

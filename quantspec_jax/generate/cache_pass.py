@@ -128,12 +128,13 @@ def observed_pass(
     slot = start if cache.layers[0].keys else axes.before(start, cache.group_size)
     # A pass writes to the buffer alone, so what else the first layer reads is so for the others;
     # but a list of pages may be made just before the layer that reads it.
-    ahead = itertools.chain([False], itertools.repeat(axes.cp == 1 and pages is None))
+    later = itertools.chain([False], itertools.repeat(True))
 
     def attend(state: Layer, heads: Heads) -> tuple[jax.Array, After]:
-        layer, listed = state
-        q, layer = rope_append(heads, layer, slot, rope_from, backend=program.backend)
-        found = attention(q, layer, cache, start, listed, read, program, masses, axes, next(ahead))
+        (layer, listed), ahead = state, next(later)
+        q, layer = rope_append(heads, layer, slot, rope_from, ahead=ahead, backend=program.backend)
+        ahead = ahead and axes.cp == 1 and listed is None
+        found = attention(q, layer, cache, start, listed, read, program, masses, axes, ahead)
         by_page = None
         if found.page_log_sums is not None:
             by_page = ByPage(found.page_log_sums, found.log_sum_exp)

@@ -96,14 +96,22 @@ def test_attention(monkeypatch, view, head_dim, group_size, group, tokens, confi
     assert max(conflicts) == 1
 
 
-@pytest.mark.parametrize("config", [(1, 2, 1, 2), (1, 2, 1, 4), (1, 4, 2, 2, True, True)])
-def test_attention_reads_tiles_before_it_waits(config):
+@pytest.mark.parametrize(
+    ("view", "config"),
+    [
+        ("int8", (1, 2, 1, 2)),
+        ("int8", (1, 2, 1, 4)),
+        ("int8", (1, 4, 2, 2, True, True)),
+        ("full", (1, 1, 1, 2)),
+    ],
+)
+def test_attention_reads_tiles_before_it_waits(view, config):
     """And neither queries nor the buffer, where all, some and none of the first units are tiles."""
     call = attention_call(
-        "int8", kv_heads=2, group=3, tokens=3, head_dim=64, group_size=128, tiles=5,
+        view, kv_heads=2, group=3, tokens=3, head_dim=64, group_size=128, tiles=5,
         positions=[1, 128 * 2 + 9, 128 * 6 - 3],
     )  # fmt: skip
-    options = {"read": Read("int8"), "sm_scale": 0.11, "strict": False}
+    options = {"read": Read(view), "sm_scale": 0.11, "strict": False}
     config = attention.Config(*config)
     run = functools.partial(attention.kv_attention, *call, **options, config=config, blocks=3)
     for a, b in zip(run(ahead=True)[:2], run(ahead=False)[:2], strict=True):
@@ -157,7 +165,7 @@ def test_add_rms_norm(rows, channels, y_dtype):
 @pytest.mark.parametrize("case", HEADS)
 def test_rope_append(case, planes, start):
     call = heads_call(case, planes, start)
-    found, layer = rope.rope_append(*call)
+    found, layer = rope.rope_append(*call, ahead=planes)
     expected, reference = rope_reference.rope_append(*call, backend="xla")
     for a, b in (
         (found, expected),

@@ -68,7 +68,7 @@ def compiled(
 
 
 def late(text: str, layers: int) -> int:
-    """Operands that attention may read while the launches before it end (`kv_attention`'s `ahead`),
+    """Operands that RoPE and attention may read while the launches before them end (their `ahead`),
     and which are written after the attention of the layer before: such a read would be a race."""
     found = 0
     for operations in Module(text).computations.values():
@@ -80,16 +80,20 @@ def late(text: str, layers: int) -> int:
                 (name,) = _operands(made[name].line)
             return -1 if made[name].kind == "parameter" else order[name]
 
-        calls = [
-            name
-            for name, x in made.items()
-            if x.kind == "custom-call" and re.search(r"/kv_attention_(int4|int8)/", x.line)
-        ]
-        for i, name in enumerate(calls):
-            if i % layers:
-                quantized, start, _, _, _, *planes = _operands(made[name].line)
-                before = order[calls[i - 1]]
-                found += sum(written(x) > before for x in (quantized, start, *planes))
+        attended, before = 0, -1
+        for name, x in made.items():
+            which = re.search(r"/(rope_append|kv_attention_int[48])/", x.line)
+            if x.kind != "custom-call" or not which:
+                continue
+            operands = _operands(x.line)
+            if which[1] == "rope_append":  # all but q, k, v, and the buffer
+                early = operands[:4] + operands[7:-2]
+            else:
+                early = operands[:2] + operands[5:]
+            if attended % layers:
+                found += sum(written(x) > before for x in early)
+            if which[1] != "rope_append":
+                attended, before = attended + 1, order[name]
     return found
 
 

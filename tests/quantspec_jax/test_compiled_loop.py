@@ -89,8 +89,9 @@ def test_what_copies_add(every, launches):
     assert one - launches["all", 2, 4] - 2 * 7 <= 28
 
 
-def test_what_attention_reads_ahead_is_there(counted):
-    """From the second layer of a pass on, planes and lengths, where no list says which are read."""
+def test_what_layers_read_ahead_is_there(counted):
+    """From the second layer of a pass on: lengths, angles, biases; planes, where no list says which
+    are read."""
     late = {case: row["late"] for case, row in counted.items() if case[0] == "all"}
     assert len(late) == 8
     assert not any(late.values())

@@ -103,12 +103,14 @@ class _Warp:
         (b0, k0, u0), (b1, k1, _) = first, last
         zero, kv_heads = i32(0), plan.shape.kv_heads
         final = b1 * kv_heads + k1
-        # They would have to wait for copies that were ordered before.
-        rows = [] if plan.ahead else self.load_rows(b0, k0)
+        tiles_first = plan.ahead and plan.shape.planes > 0
+        if not tiles_first:  # the rows would have to wait for copies that were ordered before
+            ptx.wait_for_launches()
+            rows = self.load_rows(b0, k0)
         producer = self.pipeline.start(*first, end, begin)
         for _ in range(c.stages - 1):
             producer = self.pipeline.produce(producer)
-        if plan.ahead:
+        if tiles_first:
             ptx.wait_for_launches()
             rows = self.load_rows(b0, k0)
 

@@ -97,7 +97,6 @@ def kv_attention(
     """See `pallas_kernels.kv_attention.api.kv_attention`; bf16 queries and buffer."""
     asked: dict[str, Any] = {"pages": pages, "page_log_sums": page_log_sums}
     shape = shape_of(q, cache, read=read, sm_scale=sm_scale, strict=strict, **asked)
-    ahead = ahead and shape.planes > 0
     plan = Plan(shape, config, blocks, bulk, wgmma, ahead)
     operands = [quantized_length, start, q, cache.key_buffer, cache.value_buffer]
     planes = [part for part in (cache.keys, cache.values) if part is not None]
@@ -130,6 +129,7 @@ def kv_attention(
         blocks=merge_blocks(plan),
         warpgroups=merge_warpgroups(plan),
         shared_bytes=4 * merge_warpgroups(plan) * WARP_BYTES,
+        ahead=range(2 + len(counts)),  # attention lets it begin when it has them
     )
     output, log_sum_exp = merge(quantized_length, start, *counts, partial, statistics)
     found = None

@@ -63,6 +63,7 @@ def merge_body(plan: Plan, out_dtype: Any):
     slices = s.head_dim // CHANNELS
 
     def body(addresses: Sequence[V], shared: V) -> None:
+        ptx.let_next_begin()
         *lengths_at, partial, statistics, output, log_sum_exp = addresses
         quantized, start, count = [*lengths_at, None][:3]
         assert quantized is not None
@@ -89,6 +90,7 @@ def merge_body(plan: Plan, out_dtype: Any):
         teams = plan.blocks * plan.teams
         first = (part_of(total, teams, first_unit) + bk) * plan.writers
         last = (part_of(total, teams, first_unit + units - 1) + bk + 1) * plan.writers
+        ptx.wait_for_launches()
 
         def add(slot: V, carry: list[V]) -> list[V]:
             *sums, old = carry

@@ -82,7 +82,7 @@ class Plan:
 
     bulk   whether the device copies in bulk (`ptx.copies`)
     wgmma  whether it has products of a warpgroup (`ptx.warpgroups`)
-    ahead  whether tiles are ordered before the launches between have ended
+    ahead  whether lengths are read, and tiles ordered, before the launches between have ended
     """
 
     shape: Shape
