@@ -52,9 +52,9 @@ def kv_attention(
         given in a kernel where no list says which.
       page_log_sums: give those, too.
       strict: leave out the row's own position.
-      ahead: the planes, the lengths and what `pages` says were so for the attention launched before
-        this one, too, and nothing wrote to them since: the kernel may read them while what was
-        launched before it ends.
+      ahead: the planes, the lengths and what `pages` says were so when the attention of another
+        layer, which has been launched before this, began: the kernel may read them while what was
+        launched since ends.
       out_dtype: of the output; with bf16 queries the kernel writes float32 or bfloat16.
       backend: `auto`, `mosaic_gpu` or `xla`. A pass of more rows than the kernel takes (256 query
         rows a key-value head, 128 of head_dim 256) is several launches.
@@ -69,8 +69,8 @@ def kv_attention(
     options |= {"pages": pages, "page_log_sums": page_log_sums}
     most = _most_tokens(q, cache, options, backend)
     if most < q.shape[1]:
-        given: dict[str, Any] = {**options, "out_dtype": out_dtype, "backend": backend}
-        given["ahead"] = ahead
+        given: dict[str, Any] = {**options, "ahead": ahead, "out_dtype": out_dtype}
+        given["backend"] = backend
         return in_parts(functools.partial(kv_attention, **given), *operands, most)
     if _mosaic_gpu(q, cache, options, backend):
         from pallas_kernels import ptx

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import math
 import sys
 import threading
 import time
@@ -41,11 +42,11 @@ class Lanes:
         self.array = array if array.shape == (32,) else np.full(32, array)  # is never written to
 
     def like(self, other: Any) -> Lanes:
-        if isinstance(other, Lanes):
-            return other
-        if self.kind in SIGNED:
-            other = other & (2 ** (8 * np.dtype(KINDS[self.kind]).itemsize) - 1)
-        return Lanes(np.array(other, KINDS[self.kind]), self.kind)
+        return (
+            other
+            if isinstance(other, Lanes)
+            else constant(self.kind, other, math.copysign(1.0, other))
+        )
 
     def _do(self, other: Any, fn: Callable[..., Any]) -> Lanes:
         return Lanes(fn(self.array, self.like(other).array), self.kind)
@@ -114,6 +115,15 @@ class Lanes:
         return Lanes(self.array.view(np.float32), "f32")
 
 
+@functools.lru_cache(1 << 12, typed=True)
+def constant(kind: str, number: float, sign: float) -> Lanes:
+    """A number in all lanes; `sign` tells 0 from −0."""
+    del sign
+    if kind in SIGNED:
+        number &= 2 ** (8 * np.dtype(KINDS[kind]).itemsize) - 1
+    return Lanes(np.array(number, KINDS[kind]), kind)
+
+
 def word(array: np.ndarray) -> Lanes:
     """Lanes from what fills 32 bits a lane."""
     return Lanes(np.ascontiguousarray(array).view(np.uint32).reshape(32), "i32")
@@ -146,9 +156,7 @@ class Block:
         ahead: Sequence[tuple[int, int]] | None = None,
     ):
         self.index, self.memory = index, memory
-        self.writers = (
-            writers  # of each byte of the memory, the warp that has written it, from 1 on
-        )
+        self.writers = writers  # of each byte of the memory: the warp, from 1 on, that wrote it
         self.ahead = ahead  # from where to where it may read before it waits for other launches
         self.peers: list[Block] = [self]  # the blocks of its cluster
         self.cluster_barrier = threading.Barrier(1)
@@ -216,9 +224,9 @@ def scatter(where: Lanes, rows: np.ndarray) -> None:
     with WRITING:
         if memory is HERE.block.memory:
             writers = HERE.block.writers
-            others = ~np.isin(writers[places], (0, HERE.number))
-            same = memory[places] == rows[HERE.mask]
-            assert same[others].all(), "two warps write different things to the same place"
+            before = writers[places]
+            own = (before == 0) | (before == HERE.number) | (memory[places] == rows[HERE.mask])
+            assert own.all(), "two warps write different things to the same place"
             writers[places] = HERE.number
         memory[places] = rows[HERE.mask]
 
@@ -226,9 +234,12 @@ def scatter(where: Lanes, rows: np.ndarray) -> None:
 def load(where, words=1, kind="i32"):
     _reads(where)
     _in_time(where)
-    assert not (where.array[HERE.mask] % (4 * words)).any(), "a misaligned read"
-    rows = gather(where, 4 * words).view(np.uint32)
-    out = [Lanes(rows[:, i], "i32") for i in range(words)]
+    memory, at = bank(where)
+    assert not (at % (4 * words)).any(), "a misaligned read"
+    assert (at + 4 * words <= memory.size).all(), "a read outside of memory"
+    rows = np.zeros((words, 32), np.uint32)  # of lanes that are not active
+    rows[:, HERE.mask] = memory.view(np.uint32)[at // 4 + np.arange(words)[:, None]]
+    out = [Lanes(row, "i32") for row in rows]
     return out if kind == "i32" else [x.as_float() for x in out]
 
 

@@ -5,8 +5,7 @@ python tests/quantspec_jax/compiled_loop.py
 
 A line for each draft policy, number of layers, γ, way to choose a token and number of copies:
 launches of a round of Qwen2.5-1.5B's shapes (where rounds copy, of one that does and one that does
-not), and how many operands of attention are `late`. It takes JAX's CUDA plugin (`pip install
-.[assemble]`).
+not), and how many operands are `late`. It takes JAX's CUDA plugin (`pip install .[assemble]`).
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ def late(text: str, layers: int) -> int:
 
         attended, before = 0, -1
         for name, x in made.items():
-            which = re.search(r"/(rope_append|kv_attention_int[48])/", x.line)
+            which = re.search(r"/(rope_append|kv_attention_(?:int4|int8|full))/", x.line)
             if x.kind != "custom-call" or not which:
                 continue
             operands = _operands(x.line)
