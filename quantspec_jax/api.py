@@ -57,12 +57,13 @@ class _Run:
         self.engine = Engine(model, config, max(map(len, prompts)), len(prompts))
         self._key, self._progress = key, progress
 
-    def chunks(self) -> Iterator[list[str]]:
-        """Decode; yield the new text of each sequence after the prefill and after each chunk."""
+    def chunks(self, heard: bool) -> Iterator[list[str]]:
+        """Decode; yield the new text of each sequence after the prefill and after each chunk of
+        rounds, or pieces of it if somebody waits for the text."""
         self.engine.add(self.prompts, self.config, self._key, progress=self._progress)
         yield self._look()
         while self.engine.running:
-            self.engine.step()
+            self.engine.step(heard=heard)
             yield self._look()
 
     def _look(self) -> list[str]:
@@ -123,7 +124,7 @@ def generate(
     """
     run = _start(model, prompts, config, key, progress)
     try:
-        for pieces in run.chunks():
+        for pieces in run.chunks(heard=on_text is not None):
             for i, piece in enumerate(pieces):
                 if on_text is not None and piece:
                     on_text(i, piece)
@@ -142,4 +143,4 @@ def stream(
     `generate`, and checked here, before the first piece is asked for."""
     run = _start(model, prompt, config, key)
     require(len(run.prompts) == 1, "prompt", f"{len(run.prompts)} prompts", "one prompt")
-    return (pieces[0] for pieces in run.chunks() if pieces[0])
+    return (pieces[0] for pieces in run.chunks(heard=True) if pieces[0])

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from quantspec_jax.engine.draft_cost import TRIAL_GAMMA
+from quantspec_jax.generate.state import COUNTED
 
 MOST_DRAFTED = 15  # passes of 16 rows: two blocks of the kernels' products
 LADDER = (0, 1, 2, 4, 7, MOST_DRAFTED)  # few programs; between them little is to be gained
@@ -72,6 +73,9 @@ class AdaptiveGamma:
         self._by_place = np.zeros((2, most))  # rounds that reached a place, and that accepted it
         self._counted = 1 - np.arange(1, most + 1) / group_size  # share of rounds that reach it
         self._wait, self._waited = FIRST_WAIT, 0
+        # Rounds that are left of the chunk; how many are done, and what they did.
+        self._left = self._done = 0
+        self._unread = np.zeros((2, COUNTED), int)
         self.gamma = TRIAL_GAMMA if TRIAL_GAMMA in self.gammas else self._best(self.gammas)
 
     @property
@@ -93,9 +97,21 @@ class AdaptiveGamma:
             tokens += share * counted
         return tokens / price(self.cost, gamma)
 
-    def observe(self, rounds: int, proposed: np.ndarray, accepted: np.ndarray) -> None:
-        """What a chunk of rounds with the chosen γ did: [COUNTED] proposals that counted and
-        accepted ones, by their place in the round, of all sequences."""
+    def observe(
+        self, rounds: int, proposed: np.ndarray, accepted: np.ndarray, last: bool = False
+    ) -> None:
+        """What rounds with the chosen γ did: [COUNTED] proposals that counted and accepted ones, by
+        their place in the round, of all sequences. It is read at the end of the chunk, or if these
+        were the `last` rounds of all sequences."""
+        self._done += rounds
+        self._unread += np.stack([proposed, accepted])
+        if last:
+            self._left = 0
+        if not self._left:
+            self._read(self._done, *self._unread)
+            self._done, self._unread[:] = 0, 0
+
+    def _read(self, rounds: int, proposed: np.ndarray, accepted: np.ndarray) -> None:
         before = np.concatenate([proposed[:1], accepted[:-1]])
         reached = np.minimum(proposed, before)
         fading = FADING**rounds
@@ -106,8 +122,17 @@ class AdaptiveGamma:
         self._by_place += np.stack([reached[:places], accepted[:places]])
         self._waited = 0 if self.gamma else self._waited + rounds
 
-    def next_chunk(self, rounds: int) -> tuple[int, int]:
-        """(γ, rounds) of the next chunk, `rounds` at most."""
+    def next_chunk(self, rounds: int, most: int | None = None) -> tuple[int, int]:
+        """(γ, rounds) of the next chunk, `rounds` at most; or of the rest of one that is done in
+        pieces of `most` rounds: it is chosen, and read, as if it were not."""
+        if not self._left:
+            self._left = self._choose(rounds)
+        number = self._left if most is None else min(self._left, most)
+        self._left -= number
+        return self.gamma, number
+
+    def _choose(self, rounds: int) -> int:
+        """Choose γ; for how many rounds."""
         if self.gamma == 0 and self._waited >= self._wait:
             self._wait = min(2 * self._wait, LONGEST_WAIT)
             # What was seen long ago weighs little beside what the probe will see.
@@ -115,10 +140,10 @@ class AdaptiveGamma:
             self._accepted, self._tried = fading * self._accepted, fading * self._tried
             self._by_place *= fading
             self.gamma = self._best(self.gammas[1:])
-            return self.gamma, min(rounds, PROBE_ROUNDS)
+            return min(rounds, PROBE_ROUNDS)
         best = self._best(self.gammas)
         guessed = best > 0 and self._tried == PRIOR[1]  # nothing was observed
         if self._yield(best) > (GUESS if guessed else GAIN) * self._yield(self.gamma):
             self._wait = FIRST_WAIT if best else self._wait
             self.gamma = best
-        return self.gamma, rounds
+        return rounds

@@ -56,6 +56,7 @@ from quantspec_jax.sharding import mesh_of, place_state
 
 TRIAL_PAYS = 64  # new tokens; fewer are decoded sooner than the cost of a draft step is known
 ROUNDS_BESIDE_PROMPTS = 4  # between two tiles of a prompt
+HEARD_ROUNDS = 4  # between two looks where somebody waits for text that a CPU makes
 TILES_PUT = 4  # into a slot at once
 TILES_PUT_BESIDE = 16  # where others decode: a guess at what takes no longer than to read one
 INSERT = jax.jit(insert, donate_argnames="state")
@@ -235,18 +236,24 @@ class Engine:
         words = "none" if most < 0 else f"at most {most}"
         require(possible, "logprobs", config.logprobs, f"{words} in this engine")
 
-    def step(self, rounds: int | None = None) -> None:
+    def step(self, rounds: int | None = None, *, heard: bool = False) -> None:
         """A tile of a prompt, if one waits, and a chunk of rounds, `rounds` at most, if a sequence
         decodes; the host waits for them.
+
+        Args:
+          heard: somebody waits for the text: where rounds take long the host looks after a few. The
+            text is the same.
 
         Raises:
           ValueError: no sequence was ever added; or the model's logits were not finite, which ends
             a sequence and is said at each step until it is removed.
         """
-        self.advance(rounds)
+        self.advance(rounds, heard=heard)
         self._check_finite([i for i, slot in enumerate(self._slots) if slot])
 
-    def advance(self, rounds: int | None = None, speculate: bool = True) -> None:
+    def advance(
+        self, rounds: int | None = None, speculate: bool = True, heard: bool = False
+    ) -> None:
         """As `step`, but of a sequence without finite logits `read` alone speaks. Without
         speculation the rounds are plain, of a token each: the tokens are the same."""
         if self._state is None:
@@ -255,7 +262,7 @@ class Engine:
             self._read_tile()
         if self._decoding():
             waiting = ROUNDS_BESIDE_PROMPTS if self._prompts else self.config.rounds_per_chunk
-            self._rounds(rounds or waiting, speculate)
+            self._rounds(rounds or waiting, speculate, heard)
 
     def read(self, slot: int, start: int = 0) -> Progress:
         """What the slot's sequence has made, its tokens from number `start` on."""
@@ -353,8 +360,8 @@ class Engine:
         words = f"there are {number} prompts; free slots{where}: fewer, {len(free)} free"
         raise ValueError(words)
 
-    def _rounds(self, rounds: int, speculate: bool) -> None:
-        """A chunk of rounds."""
+    def _rounds(self, rounds: int, speculate: bool, heard: bool) -> None:
+        """A chunk of rounds, or if it is heard a piece of one."""
         assert self._state is not None
         if self._ended.any():
             ended = self._state.finished | jnp.asarray(self._ended)
@@ -371,6 +378,10 @@ class Engine:
             ),
             logprobs=any(slot.logprobs is not None for slot in used),
         )
+        # Where several rounds read the same pages a call would choose them anew.
+        one_choice = program.policy.every not in (None, 1)
+        in_pieces = heard and not one_choice and jax.default_backend() == "cpu"
+        most = HEARD_ROUNDS if in_pieces else None
         adaptive = self.config.mode == "quantspec" and self.config.gamma == "auto" and speculate
         if not speculate:
             program = draft_cost.without_copies(program, 0)
@@ -378,8 +389,10 @@ class Engine:
             if self.adaptive is None:
                 self._begin_adaptive(program)
             assert self.adaptive is not None
-            gamma, rounds = self.adaptive.next_chunk(rounds)
+            gamma, rounds = self.adaptive.next_chunk(rounds, most)
             program = draft_cost.with_gamma(program, gamma)
+        elif most is not None:
+            rounds = min(rounds, most)
         if self._ahead is not None:
             program = self._ahead.ready(program)
         before = self._seen
@@ -388,9 +401,9 @@ class Engine:
         self._look(rounds * (max(program.gamma, program.lookup) + 1))
         if adaptive and self.adaptive is not None:
             change = {name: self._seen[name] - before[name] for name in COUNTERS}
-            self.adaptive.observe(
-                int(change["rounds"].max()), *(change[x].sum(0) for x in COUNTERS[1:3])
-            )
+            rounds = int(change["rounds"].max())
+            proposed, accepted = (change[x].sum(0) for x in COUNTERS[1:3])
+            self.adaptive.observe(rounds, proposed, accepted, last=not self._decoding())
 
     # Prompts in tiles. What lies in a slot stays there when its sequence is over: a prompt that
     # begins alike keeps it in place, and the slot stands still behind it until it is read.

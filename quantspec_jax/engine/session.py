@@ -130,7 +130,7 @@ class Session:
         reply = Reply(self.model, ids, self.config)
         (slot,) = engine.add([ids], self.config, key)
         try:
-            for piece in self._pieces(reply, slot):
+            for piece in self._pieces(reply, slot, on_text is not None):
                 if on_text is not None and piece:
                     on_text(piece)
         except KeyboardInterrupt:  # what was running may have taken its state with it
@@ -142,9 +142,9 @@ class Session:
         stats = reply.statistics(engine, since(engine.clock, before))
         return Turn(reply.text, reply.tokens, stats, reply.logprobs, reply.drafted)
 
-    def _pieces(self, reply: Reply, slot: int) -> Iterator[str]:
+    def _pieces(self, reply: Reply, slot: int, heard: bool) -> Iterator[str]:
         while reply.finish_reason is None:
-            self._engine.step()
+            self._engine.step(heard=heard)
             yield reply.look(self._engine, slot)
 
     def save(self, path: str | Path, format: str = "planes") -> None:

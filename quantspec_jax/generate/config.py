@@ -59,7 +59,7 @@ class GenerateConfig:
     max_length: tokens the cache is allocated for; None: what the prompts and `max_new_tokens` need,
       rounded up to a bucket.
     rounds_per_chunk: rounds decoded on the device between two looks of the host (streaming, stop
-      strings, interruption).
+      strings, interruption), at most: where text is streamed from a CPU, it looks after 4.
     logprobs: how many alternatives, 0 to 20, are reported at each new token beside its own
       log-probability, by the target's raw distribution (`generate.logprobs`); None: none, not even
       its own.

@@ -88,6 +88,30 @@ def test_it_depends_on_counts_alone():
     np.testing.assert_array_equal(*runs)
 
 
+def test_a_chunk_in_pieces_is_chosen_and_read_as_a_whole_one():
+    """Whoever waits for text on a CPU sees it after each piece, and it is the same text. Sequences
+    end within a chunk, and within a piece."""
+    found = []
+    for most in (None, 4, 5):
+        chooser, gammas = AdaptiveGamma(0.45, G), []
+        for sequence, length in enumerate((100, 57, 500)):
+            rounds = 0
+            while rounds < length:
+                gamma, number = chooser.next_chunk(32, most)
+                number = min(number, length - rounds)
+                proposed, accepted = np.zeros((2, COUNTED), int)
+                for i in range(rounds, rounds + number):
+                    hits = np.random.default_rng((sequence, i)).random(gamma) < 0.97 - i / 500
+                    proposed[:gamma] += 1
+                    accepted[: int(np.cumprod(hits).sum())] += 1
+                rounds += number
+                chooser.observe(number, proposed, accepted, last=rounds == length)
+                gammas += [gamma] * number
+        found.append((gammas, chooser.acceptance))
+    assert len(set(found[0][0])) > 3
+    assert found[0] == found[1] == found[2]
+
+
 def test_no_chunk_is_cut_short_but_those_that_try_again():
     """A call takes milliseconds before it decodes: short ones cost more than they teach."""
     chooser, lengths = AdaptiveGamma(0.45, G), []

@@ -177,6 +177,27 @@ def test_streaming_gives_the_text_in_pieces(model):
     assert len(heard) > 3
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gamma": "auto", "draft_cost": 0.3},
+        {"gamma": 3},
+        {"gamma": 3, "draft_policy": "top-pages", "draft_every": 3},
+    ],
+)
+def test_whoever_waits_for_text_sees_it_soon(model, options):
+    """A CPU takes seconds for a chunk. The text is that which nobody waits for."""
+    config = qs.GenerateConfig(**FAST | options, temperature=0.8)
+    whole = qs.generate(model, "The cache", config)
+    heard: list[str] = []
+    qs.generate(model, "The cache", config, on_text=lambda i, piece: heard.append(piece))
+    assert "".join(heard) == "".join(qs.stream(model, "The cache", config)) == whole.text[0]
+    rounds = whole.stats[0]["rounds"]
+    assert rounds > 4
+    in_pieces = "draft_every" not in options  # where calls choose pages, none are added
+    assert len(heard) == 1 + -(-rounds // (4 if in_pieces else 32))
+
+
 def test_a_stop_string_cuts_text_and_tokens(model):
     free = qs.generate(model, [[5, 6, 7] * 20], qs.GenerateConfig(**FAST))
     stop = free.text[0][10:13]

@@ -233,7 +233,7 @@ def test_a_save_that_is_killed_leaves_the_file_of_before(tmp_path):
 
 
 def test_an_interruption_before_the_first_token_has_all_statistics(model, monkeypatch):
-    def interrupted(engine):
+    def interrupted(engine, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Engine, "step", interrupted)
