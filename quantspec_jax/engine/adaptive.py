@@ -13,7 +13,8 @@ sᵢ = sᵢ₋₁ aᵢ, aᵢ the share of the rounds that reached place i which 
 round a little less than the next one, and leans on α, the acceptance of all proposals that were
 reached: rejections come in clusters, so a dozen rounds say little of a place, and what was seen of
 a place that is no longer drafted is soon forgotten. Plain decoding learns nothing, so a few rounds
-draft again now and then, after a wait that doubles each time they were in vain.
+draft again now and then, after a wait that doubles each time they were in vain; not where drafts
+cost so much that they would not pay if all were accepted, as on a CPU.
 A chunk costs the host some milliseconds before it begins, so none is cut short to learn sooner.
 
 All of this depends on counts of accepted tokens and on c, never on a clock: given c, a key gives
@@ -68,7 +69,12 @@ class AdaptiveGamma:
     def __init__(self, cost: float, group_size: int, most: int = MOST_DRAFTED):
         self.cost = cost
         most = min(most, group_size - 1)
-        self.gammas = tuple(gamma for gamma in LADDER if gamma <= most)
+        # Those that pay if all is accepted; to try another one would only compile its program.
+        self.gammas = tuple(
+            gamma
+            for gamma in LADDER
+            if gamma <= most and (gamma == 0 or 1 + gamma > price(cost, gamma))
+        )
         self._accepted, self._tried = PRIOR[0] * PRIOR[1], PRIOR[1]
         self._by_place = np.zeros((2, most))  # rounds that reached a place, and that accepted it
         self._counted = 1 - np.arange(1, most + 1) / group_size  # share of rounds that reach it
@@ -133,7 +139,7 @@ class AdaptiveGamma:
 
     def _choose(self, rounds: int) -> int:
         """Choose γ; for how many rounds."""
-        if self.gamma == 0 and self._waited >= self._wait:
+        if self.gamma == 0 and self._waited >= self._wait and len(self.gammas) > 1:
             self._wait = min(2 * self._wait, LONGEST_WAIT)
             # What was seen long ago weighs little beside what the probe will see.
             fading = min(1.0, OLD_TRIES / self._tried)

@@ -131,6 +131,16 @@ def test_it_begins_with_the_program_of_the_trial():
     assert began == {0.02: MOST_DRAFTED, 0.3: 4, 0.57: 4, 0.7: 4, 1.1: 0}
 
 
+def test_what_would_not_pay_if_all_were_accepted_is_never_tried():
+    """A try compiles a program: on a CPU, where a draft step takes longer than a plain one, that
+    took half a minute or more in the middle of a text."""
+    _, _, gammas = simulate(1.6, lambda _: 1.0, 3000)
+    assert not gammas.any()
+    assert AdaptiveGamma(1.6, G).gammas == (0,)
+    assert AdaptiveGamma(0.9, G).gammas == (0, 1, 2, 4, 7)
+    assert AdaptiveGamma(0.5, G).gammas == (0, 1, 2, 4, 7, MOST_DRAFTED)
+
+
 def test_a_small_group_leaves_room_for_fewer():
     assert max(AdaptiveGamma(0.01, 8).gammas) == 7
     assert max(AdaptiveGamma(0.01, 4).gammas) == 2
