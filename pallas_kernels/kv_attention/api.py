@@ -69,8 +69,7 @@ def kv_attention(
     options |= {"pages": pages, "page_log_sums": page_log_sums}
     most = _most_tokens(q, cache, options, backend)
     if most < q.shape[1]:
-        given: dict[str, Any] = {**options, "ahead": ahead, "out_dtype": out_dtype}
-        given["backend"] = backend
+        given = options | {"ahead": ahead, "out_dtype": out_dtype, "backend": backend}
         return in_parts(functools.partial(kv_attention, **given), *operands, most)
     if _mosaic_gpu(q, cache, options, backend):
         from pallas_kernels import ptx

@@ -14,7 +14,7 @@ round a little less than the next one, and leans on α, the acceptance of all pr
 reached: rejections come in clusters, so a dozen rounds say little of a place, and what was seen of
 a place that is no longer drafted is soon forgotten. Plain decoding learns nothing, so a few rounds
 draft again now and then, after a wait that doubles each time they were in vain; not where drafts
-cost so much that they would not pay if all were accepted, as on a CPU.
+would not pay if all were accepted (a draft step of SmolLM2 on two cores takes 1.6 plain steps).
 A chunk costs the host some milliseconds before it begins, so none is cut short to learn sooner.
 
 All of this depends on counts of accepted tokens and on c, never on a clock: given c, a key gives

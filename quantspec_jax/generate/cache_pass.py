@@ -72,8 +72,11 @@ def attention(
 ) -> Attended:
     """`kv_attention` over the tiles of all devices: each reads its own, the first one the buffer,
     too, and the parts are merged by their log-sum-exp (Flash-Decoding, arXiv 2311.01282). `axes`:
-    the program's, with addresses of the others; `ahead`: see `kv_attention`."""
+    the program's, with addresses of the others; `ahead`: the planes and the cache's lengths are as
+    the attention before read them."""
     axes = axes or program.axes
+    # A list of pages, or a device's own lengths, may be made just before the layer that reads them.
+    ahead = ahead and pages is None and axes.cp == 1
     coded, start_here, dtype = cache.quantized_length, start, q.dtype
     if layer.keys is None:  # nothing is read from planes
         coded = jnp.zeros_like(coded)
@@ -126,14 +129,12 @@ def observed_pass(
     # which they do not read before it has been written again.
     axes = program.axes.reached(params.get("peers"))
     slot = start if cache.layers[0].keys else axes.before(start, cache.group_size)
-    # A pass writes to the buffer alone, so what else the first layer reads is so for the others;
-    # but a list of pages may be made just before the layer that reads it.
+    # A pass writes to the buffer alone, so what else the first layer reads is so for the others.
     later = itertools.chain([False], itertools.repeat(True))
 
     def attend(state: Layer, heads: Heads) -> tuple[jax.Array, After]:
         (layer, listed), ahead = state, next(later)
         q, layer = rope_append(heads, layer, slot, rope_from, ahead=ahead, backend=program.backend)
-        ahead = ahead and axes.cp == 1 and listed is None
         found = attention(q, layer, cache, start, listed, read, program, masses, axes, ahead)
         by_page = None
         if found.page_log_sums is not None:

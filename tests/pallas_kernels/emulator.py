@@ -42,11 +42,9 @@ class Lanes:
         self.array = array if array.shape == (32,) else np.full(32, array)  # is never written to
 
     def like(self, other: Any) -> Lanes:
-        return (
-            other
-            if isinstance(other, Lanes)
-            else constant(self.kind, other, math.copysign(1.0, other))
-        )
+        if isinstance(other, Lanes):
+            return other
+        return constant(self.kind, other, math.copysign(1.0, other))
 
     def _do(self, other: Any, fn: Callable[..., Any]) -> Lanes:
         return Lanes(fn(self.array, self.like(other).array), self.kind)

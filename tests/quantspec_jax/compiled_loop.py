@@ -5,7 +5,7 @@ python tests/quantspec_jax/compiled_loop.py
 
 A line for each draft policy, number of layers, γ, way to choose a token and number of copies:
 launches of a round of Qwen2.5-1.5B's shapes (where rounds copy, of one that does and one that does
-not), and how many operands are `late`. It takes JAX's CUDA plugin (`pip install .[assemble]`).
+not), and what is `read_ahead`. It takes JAX's CUDA plugin (`pip install .[assemble]`).
 """
 
 from __future__ import annotations
@@ -66,10 +66,11 @@ def compiled(
     return traced.lower(lowering_platforms=("cuda",)).compile().as_text()
 
 
-def late(text: str, layers: int) -> int:
-    """Operands that RoPE and attention may read while the launches before them end (their `ahead`),
-    and which are written after the attention of the layer before: such a read would be a race."""
-    found = 0
+def read_ahead(text: str, layers: int) -> dict[str, list[int]]:
+    """Of RoPE and of attention: how many operands they may read while the launches before them end
+    (their `ahead`), and how many of these are late, written after the attention of the layer
+    before: such a read would be a race."""
+    found = {"rope": [0, 0], "attention": [0, 0]}
     for operations in Module(text).computations.values():
         made = {re.match(r" +(?:ROOT )?%?([\w.\-]+) = ", x.line)[1]: x for x in operations}
         order = {name: i for i, name in enumerate(made)}
@@ -77,21 +78,22 @@ def late(text: str, layers: int) -> int:
         def written(name: str, made=made, order=order) -> int:
             while made[name].kind in ("get-tuple-element", "bitcast"):
                 (name,) = _operands(made[name].line)
-            return -1 if made[name].kind == "parameter" else order[name]
+            return -1 if made[name].kind in ("parameter", "constant") else order[name]
 
         attended, before = 0, -1
         for name, x in made.items():
             which = re.search(r"/(rope_append|kv_attention_(?:int4|int8|full))/", x.line)
             if x.kind != "custom-call" or not which:
                 continue
+            kind = "rope" if which[1] == "rope_append" else "attention"
             operands = _operands(x.line)
-            if which[1] == "rope_append":  # all but q, k, v, and the buffer
+            early = operands[:2] + operands[5:]  # all but queries and the buffer
+            if kind == "rope":  # all but q, k, v, and the buffer
                 early = operands[:4] + operands[7:-2]
-            else:
-                early = operands[:2] + operands[5:]
             if attended % layers:
-                found += sum(written(x) > before for x in early)
-            if which[1] != "rope_append":
+                found[kind][0] += len(early)
+                found[kind][1] += sum(written(x) > before for x in early)
+            if kind == "attention":
                 attended, before = attended + 1, order[name]
     return found
 
@@ -110,7 +112,7 @@ def main() -> None:
     for case in CASES:
         text = compiled(*case, described.devices[0])
         row = dict(zip(("policy", "layers", "gamma", "chosen", "copies"), case, strict=True))
-        counted = {"round": launches_a_round(text), "late": late(text, row["layers"])}
+        counted = {"round": launches_a_round(text), "ahead": read_ahead(text, row["layers"])}
         print(json.dumps(row | counted), flush=True)
 
 

@@ -73,12 +73,12 @@ head, and the bias takes two thirds of the products: 94 → 82 µs together, 84 
 before, 8% for products of a warpgroup, 8% for tensor cores that the other team has.
 
 Tried without gain: each warp with 16 of the columns (132); 16 warps (143); three teams, with stages
-that hold a tile's keys or its values (24 columns 76 instead of 73, 32 columns 112: 12 warps
-leave 168 registers a thread); each warp scaling a quarter of the channels of all rows (±3%); the
-next tile's queries scaled while the last products run (2 µs longer); the next tile's copies and the
-stage left before the last products have ended (±1% at 131,072, 1 µs longer at 30,000); one barrier
-less a tile (±1%); loops instead of unrolled tokens; twice the tokens between two checks of the
-reference.
+that hold a tile's keys or its values (of 24 columns 76 instead of 73, of 32 112: 12 warps leave 168
+registers a thread); each warp scaling a quarter of the channels of all rows (3% less of 40 columns,
+3 to 5% more of 32); the next tile's queries scaled while the last products run (2 µs longer); the
+next tile's copies and the stage left before the last products have ended (±1% at 131,072, 1 µs
+longer at 30,000); one barrier less a tile (±1%); loops instead of unrolled tokens; twice the tokens
+between two checks of the reference.
 
 Where launches begin early, attention waits at its beginning for what was launched before it. Planes
 and lengths are as the layer before read them, so that from the second layer of a pass on the first
