@@ -44,7 +44,7 @@ def traced(run: Callable[[], Any]) -> list[Kernel]:
 
 
 def device_seconds(
-    fn: Callable[..., Any], calls: Sequence[tuple[Any, ...]], turns: int = 3
+    fn: Callable[..., Any], calls: Sequence[tuple[Any, ...]], turns: int = 3, named: str = ""
 ) -> float:
     """Median time of the kernels of one call of a jitted function.
 
@@ -52,6 +52,7 @@ def device_seconds(
       fn: jitted; every call runs the same kernels.
       calls: arguments of one call each, taken in turn, so that a cache cannot hold them all.
       turns: how often the calls are repeated.
+      named: count those alone whose name has this in it.
     """
     jax.block_until_ready([fn(*args) for args in calls])
 
@@ -62,7 +63,7 @@ def device_seconds(
             jax.block_until_ready(out)
         return out
 
-    durations = [kernel.duration for kernel in traced(run)]
+    durations = [kernel.duration for kernel in traced(run) if named in kernel.name]
     count = turns * len(calls)
     if not durations or len(durations) % count:
         raise RuntimeError(f"the profiler saw {len(durations)} kernels of {count} calls")

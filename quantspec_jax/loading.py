@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from pallas_kernels.rope_append.heads import Heads
 from quantspec_jax import compilation_cache
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.checks import require
@@ -21,6 +20,7 @@ from quantspec_jax.models.attention import causal_attention
 from quantspec_jax.models.config import ModelConfig, RopeScaling
 from quantspec_jax.models.decoder import forward, unembed
 from quantspec_jax.models.parameters import Params, check_params
+from quantspec_jax.models.projection import Projection
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 from quantspec_jax.sharding import check_mesh, mesh_of, place_model, place_params
 from quantspec_jax.stored_kv import StoredKV
@@ -114,7 +114,7 @@ def full_logits(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.A
     """Causal forward pass in full precision, no cache: [B, S] → [B, S, N] float32."""
     s = tokens.shape[1]
 
-    def attend(state: None, heads: Heads) -> tuple[jax.Array, None]:
+    def attend(state: None, heads: Projection) -> tuple[jax.Array, None]:
         return causal_attention(*heads.finished(), config.head_dim**-0.5), state
 
     frequencies = rope_frequencies(config.rope, config.head_dim, s)

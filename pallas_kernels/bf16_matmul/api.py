@@ -65,7 +65,7 @@ def _reason(x: Any, weights: Sequence[Any], around: Around, transposed: bool) ->
     from pallas_kernels.bf16_matmul import configs, mosaic_gpu
 
     shape = mosaic_gpu.shape_of(x, weights, around, transposed)
-    reason = mosaic_gpu.unsupported(x, weights, shape)
+    reason = mosaic_gpu.unsupported(x, weights, around, transposed)
     if reason is None and not configs.candidates(shape):
         return f"{shape.rows} rows of {shape.inputs} channels do not fit into shared memory"
     return reason
@@ -84,6 +84,7 @@ def _launch(
     dispatch.use_mosaic_gpu(backend, "bf16_matmul", reason)  # raises where it cannot
     from pallas_kernels.bf16_matmul import configs, mosaic_gpu
 
+    around = around.launched()
     kernel = dispatch.shared(
         mosaic_gpu.bf16_matmuls, ("config", "multiprocessors", "transposed", "out_dtype")
     )

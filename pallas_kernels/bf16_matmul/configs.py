@@ -29,6 +29,7 @@ def key(shape: Shape) -> str:
     return (
         f"rows={rows} inputs={shape.inputs} outputs={outputs} "
         f"transposed={shape.transposed} gated={shape.form.gated}"
+        f"{f' head_dim={shape.form.append.channels}' if shape.form.append else ''}"
     )
 
 
@@ -37,7 +38,8 @@ def _registers(plan: Plan) -> int:
     devices = plan.shape.form.devices
     meeting = 6 + 2 * devices if devices > 1 else 0
     blocks = plan.shape.column_blocks
-    return 84 + 16 * plan.units * blocks + 8 * blocks + meeting
+    append = 16 if plan.shape.form.append else 0
+    return 84 + 16 * plan.units * blocks + 8 * blocks + meeting + append
 
 
 def _resident(plan: Plan) -> int:
@@ -88,7 +90,7 @@ def possible(plan: Plan) -> bool:
     share = -(-s.chunks // c.cluster)
     if c.across > plan.warps or plan.rows_of_warps > max(4, share) or c.cluster > s.chunks:
         return False
-    if plan.tile_outputs - OUTPUTS >= max(s.outputs):
+    if plan.tile_outputs - OUTPUTS >= max(s.outputs) // (2 if s.form.append else 1):
         return False
     if c.stages == 1 and share > plan.rows_of_warps:  # nothing is under way while one is read
         return False

@@ -4,11 +4,12 @@ Weights are read where they lie, as the prompt's products (cuBLAS) read them: [K
 embedding that is the lm_head too, [N, Kin]. What is read, once: 2 bytes a weight, for all rows and
 all weights of a pass.
 
-A block has a *tile*, 64 outputs of a weight, or more, or 64 of gate and 64 of up, and all input
-channels, or, with clusters, an even share of them. Its warps share the channels, 32 at a time, a
-*chunk*. Of a chunk and 64 outputs the lanes of a warp copy 8 pieces of 16 bytes each into shared
-memory; no two warps wait for each other before a tile is multiplied. Lane 4 g + q multiplies the
-outputs 8g … 8g + 7 and the channels 8q … 8q + 7:
+A block has a *tile*, 64 outputs of a weight, or more, or 64 of gate and 64 of up, or 64 of heads'
+first halves and the 64 that they rotate with (`products.append`); and all input channels, or, with
+clusters, an even share of them. Its warps share the channels, 32 at a time, a *chunk*. Of a chunk
+and 64 outputs the lanes of a warp copy 8 pieces of 16 bytes each into shared memory; no two warps
+wait for each other before a tile is multiplied. Lane 4 g + q multiplies the outputs 8g … 8g + 7 and
+the channels 8q … 8q + 7:
 
                [Kin, N]                            [N, Kin]
     piece i    channel 8q + i, its 8 outputs       output 8g + i, its 8 channels
@@ -44,8 +45,9 @@ from pallas_kernels import dispatch, ptx
 from pallas_kernels.collectives.meeting import Meeting
 from pallas_kernels.products import inputs as staging
 from pallas_kernels.products.around import NOTHING, PLAIN, Around, Form, rows_of
+from pallas_kernels.products.given import Finish, Given
 from pallas_kernels.products.inputs import Inputs, Staged
-from pallas_kernels.products.sums import Results, Sums
+from pallas_kernels.products.sums import Sums
 from pallas_kernels.ptx import V, f32, i32
 
 MAX_ROWS = 16
@@ -125,8 +127,10 @@ class Plan:
     @property
     def tiles(self) -> list[int]:
         """Of each weight; of gate and up together."""
-        outputs = self.shape.outputs[:1] if self.shape.form.gated else self.shape.outputs
-        return [-(-n // self.tile_outputs) for n in outputs]
+        s = self.shape
+        outputs = s.outputs[:1] if s.form.gated else s.outputs
+        wide = self.tile_outputs * (2 if s.form.append else 1)
+        return [-(-n // wide) for n in outputs]
 
     @property
     def blocks(self) -> int:
@@ -179,27 +183,26 @@ class Plan:
 
 
 class _Tile:
-    """A tile of the product: whose weights, and which of their outputs."""
+    """A tile: of which product, and which of its results (`first` … below `end`)."""
 
-    def __init__(self, plan: Plan, weights: Sequence[V], results: Sequence[V], tile: V):
+    def __init__(self, plan: Plan, given: Given, tile: V):
         self.plan = plan
-        outputs = plan.shape.outputs
-        chosen, before = [weights[0], results[0], i32(outputs[0]), i32(0)], 0
-        for i in range(1, len(plan.tiles)):
-            before += plan.tiles[i - 1]
-            other = [weights[i], results[i], i32(outputs[i]), i32(before)]
-            mine = tile >= before
-            chosen = [ptx.select(mine, a, b) for a, b in zip(other, chosen, strict=True)]
-        weight, self.result, self.outputs, before_it = chosen
-        self.weights = list(weights) if plan.shape.form.gated else [weight]
-        self.first = (tile - before_it) * plan.tile_outputs
+        self.product, tile = given.chosen(plan.tiles, tile)
+        form, self.outputs = plan.shape.form, self.product.outputs
+        self.weights = given.weights if form.gated else [self.product.weight]
+        self.first = tile * plan.tile_outputs
+        self.end = self.outputs // 2 if form.append else self.outputs
 
     def units(self, place: V, g: V) -> list[tuple[V, V]]:
         """Of each unit of the warp at a place in its row: its weight, and the first of a lane's 8
         outputs, held inside the weight (nobody reads the results beyond)."""
-        wide = self.plan.warp_outputs
+        wide, append = self.plan.warp_outputs, self.plan.shape.form.append
         first, offsets = self.first + place * wide + g * 8, range(0, wide, OUTPUTS)
-        columns = [ptx.minimum(first + x, self.outputs - 8) for x in offsets]
+        columns = [ptx.minimum(first + x, self.end - 8) for x in offsets]
+        if append:
+            half = append.channels // 2
+            pairs = [x // half * append.channels + x % half for x in columns]
+            return [(self.weights[0], x + offset) for offset in (0, half) for x in pairs]
         return [(weight, column) for weight in self.weights for column in columns]
 
 
@@ -334,11 +337,7 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
     s, c, form = plan.shape, plan.config, plan.shape.form
 
     def body(addresses: Sequence[V], shared: V) -> None:
-        x, *rest = addresses
-        norm = rest.pop(0) if form.norm else None
-        residual = rest.pop(0) if form.residual else None
-        peers = rest.pop(0) if form.devices > 1 else None
-        weights, results = rest[: len(s.outputs)], rest[len(s.outputs) :]
+        given = Given(form, s.outputs, addresses)
         thread = ptx.special("tid.x")
         lane, warp = thread & 31, ptx.uniform(thread >> 5)
         rank, first_tile = ptx.special("ctaid.x") % c.cluster, ptx.special("ctaid.x") // c.cluster
@@ -348,10 +347,10 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
         first = begin + line
 
         def tile_of(tile: V) -> _Tile:
-            return _Tile(plan, weights, results, tile)
+            return _Tile(plan, given, tile)
 
         staged_from = i32(0) if form.norm else begin * CHANNELS
-        inputs = Inputs(plan.staged, shared + plan.inputs, x, staged_from, thread)
+        inputs = Inputs(plan.staged, shared + plan.inputs, given.x, staged_from, thread)
         ring_bytes = c.stages * plan.stage_bytes
         ring = _Ring(plan, tile_of, shared + warp * ring_bytes, place, lane)
         work, sums = _Warp(plan, inputs, place, lane), plan.sums
@@ -366,7 +365,9 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
             for _ in range(c.stages - 1):
                 cursor = ring.order(cursor)
 
-        inputs.bring(norm, eps, order_the_others)
+        mine = sums.mine(thread, rank)
+        finish = Finish(sums, given, mine, out_bytes)
+        inputs.bring(given.norm, eps, order_the_others)
         turns = ptx.ceil_div(ptx.at_least(end - first, 0), plan.rows_of_warps)
 
         def step(turn: V, carry: list[V]) -> list[V]:
@@ -378,10 +379,9 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
 
         def one_tile(tile: V, cursor: list[V]) -> list[V]:
             here = tile_of(tile)
-            out = Results(sums, form, here.result, here.outputs, here.first, residual, out_bytes)
-            mine = sums.mine(thread, rank)
+            out = finish.of(here.product, here.first, here.end)
             added = out.ahead(mine)
-            meeting = None if peers is None else Meeting(peers, form.devices)
+            meeting = None if given.peers is None else Meeting(given.peers, form.devices)
             carry = ptx.loop(i32(0), turns, [f32(0.0)] * work.sums + cursor, step)
             work.keep(kept + line * sums.warp_bytes, carry[: work.sums])
             ptx.sync_threads(i32(1), 32 * plan.warps)
@@ -405,8 +405,14 @@ def shape_of(
     return Shape(rows_of(x), x.shape[-1], outputs, transposed, around.form)
 
 
-def unsupported(x: Any, weights: Sequence[Any], shape: Shape) -> str | None:
+def unsupported(
+    x: Any, weights: Sequence[Any], around: Around, transposed: bool = False
+) -> str | None:
     """Why the kernel cannot do a call, or None."""
+    shape = shape_of(x, weights, around, transposed)
+    reason = around.append.unsupported(8) if around.append else None
+    if reason:
+        return reason
     if any(array.dtype != jnp.bfloat16 for array in (x, *weights)):
         return "activations and weights have to be bfloat16"
     if not 1 <= shape.rows <= MAX_ROWS:
@@ -435,16 +441,18 @@ def bf16_matmuls(
     shape = shape_of(x, weights, around, transposed)
     plan = Plan(shape, config, multiprocessors)
     form = shape.form
-    dtype = jnp.dtype(jnp.bfloat16 if form.gated or form.residual else out_dtype)
-    operands, ahead = around.operands(x.reshape(shape.rows, shape.inputs), weights)
+    dtype = form.result_dtype(out_dtype)
+    rows = x.reshape(shape.rows, shape.inputs)
+    operands, ahead = around.operands(rows, weights, shape.outputs)
     found = ptx.kernel(
         _body(plan, dtype.itemsize, around.eps),
-        [jax.ShapeDtypeStruct((shape.rows, n), dtype) for n in shape.outputs[: len(plan.tiles)]],
+        form.results(shape.rows, shape.outputs, dtype),
         name="bf16_matmul",
         blocks=plan.blocks,
         warpgroups=config.warpgroups,
         shared_bytes=plan.shared_bytes,
         cluster=config.cluster,
+        updated=form.updated,
         ahead=ahead,
     )(*operands)
-    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in found]
+    return form.shaped(found, x.shape[:-1])

@@ -82,6 +82,7 @@ def _launch(
     if _mosaic_gpu(x, weights, backend):
         from pallas_kernels.int4_matmul import configs, mosaic_gpu
 
+        around = around.launched()
         config = configs.choose(mosaic_gpu.shape_of(x, weights, around))
         kernel = dispatch.shared(mosaic_gpu.int4_matmuls, ("config", "out_dtype", "bulk"))
         bulk = dispatch.target().generation.bulk_copies

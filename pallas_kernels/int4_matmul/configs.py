@@ -13,7 +13,10 @@ from pallas_kernels.products.around import PLAIN
 
 KERNEL = "int4_matmul"
 RATE = 4.4e6  # bytes a microsecond that an H200 reads
-SIZES = ((1, 2), (1, 3), (1, 4), (1, 6), (2, 1), (2, 2), (2, 3), (2, 4), (4, 1), (4, 2), (4, 3))
+SIZES = (
+    *((1, 2), (1, 3), (1, 4), (1, 6), (2, 1), (2, 2), (2, 3), (2, 4), (3, 1), (3, 2), (3, 3)),
+    *((4, 1), (4, 2), (4, 3)),
+)  # warp groups and stages
 
 
 def key(shape: Shape) -> str:
@@ -24,6 +27,7 @@ def key(shape: Shape) -> str:
         f"rows={rows} inputs={shape.groups * shape.group_size} "
         f"outputs={outputs} group={shape.group_size} symmetric={shape.symmetric}"
         f"{' gated=True' if shape.form.gated else ''}"
+        f"{f' head_dim={shape.form.append.channels}' if shape.form.append else ''}"
     )
 
 
@@ -98,6 +102,8 @@ def _sorted(shape: Shape, device: devices.Device) -> tuple[Config, ...]:
     assert device == dispatch.target()
     found = []
     most = -(-max(shape.outputs) // STRIP)
+    if shape.form.append:
+        most = Plan(shape, Config(1, 1, 1)).half_strips
     clusters = range(1, 9 if device.generation.clusters else 2)
     widths = range(1, 16 // shape.form.parts + 1)
     for (warpgroups, stages), strips, cluster in itertools.product(SIZES, widths, clusters):

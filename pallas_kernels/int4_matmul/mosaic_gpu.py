@@ -13,9 +13,10 @@ memory, and all groups of input channels, or, with clusters, an even share of th
               over the cluster's blocks in each other's shared memory
 
 What stands around the products (`products.around`) is in the same launch: of gate and up a block
-has the same strips, two pieces of each group; what is added to the results is asked for before the
-first product. Activations are brought into shared memory at once, and normed there, unless they are
-many (`MOST_STAGED`): a warp's groups are then read from memory, a turn ahead.
+has the same strips, of heads those of both halves, two pieces of each group; what is added to the
+results is asked for before the first product. Activations are brought into shared memory at once,
+and normed there, unless they are many (`MOST_STAGED`): a warp's groups are then read from memory, a
+turn ahead.
 
 Where launches begin early (`ptx.launch`), the first pieces are ordered while the launch before this
 one ends. What is left is a chain of waits, for the activations and for each other; that is why they
@@ -80,8 +81,9 @@ from pallas_kernels.collectives.meeting import Meeting
 from pallas_kernels.layout import STRIP, PackedWeight, QuantizedWeight, TiledWeight
 from pallas_kernels.products import inputs as staging
 from pallas_kernels.products.around import NOTHING, PLAIN, Around, Form, rows_of
+from pallas_kernels.products.given import Finish, Given, Product
 from pallas_kernels.products.inputs import Inputs, Staged
-from pallas_kernels.products.sums import Results, Sums
+from pallas_kernels.products.sums import Sums
 from pallas_kernels.ptx import V, f32, i32
 
 MAX_ROWS = 16
@@ -97,7 +99,7 @@ class Config:
 
     warpgroups  a block; its warps share the groups of input channels
     stages      groups that a warp has in shared memory, read or in flight
-    strips      a block's, of 16 outputs each; of gate and up each as many
+    strips      a block's, of 16 outputs each; of gate and up each as many, or of a head's halves
     cluster     blocks, 1 to 8, that have the same strips and share the groups
     """
 
@@ -147,9 +149,23 @@ class Plan:
 
     @property
     def output_blocks(self) -> list[int]:
-        """Of each weight, of gate and up together: blocks, or clusters, that its strips take."""
-        outputs = self.shape.outputs[:1] if self.shape.form.gated else self.shape.outputs
+        """Of each weight, of gate and up together: blocks, or clusters, that its strips take; those
+        of a head by itself where q, k and v are finished."""
+        s, append = self.shape, self.shape.form.append
+        if append:
+            return [n // append.channels * self.blocks_of_head for n in s.outputs]
+        outputs = s.outputs[:1] if s.form.gated else s.outputs
         return [-(-n // (STRIP * self.config.strips)) for n in outputs]
+
+    @property
+    def half_strips(self) -> int:
+        """Of half a head."""
+        assert self.shape.form.append
+        return self.shape.form.append.channels // (2 * STRIP)
+
+    @property
+    def blocks_of_head(self) -> int:
+        return -(-self.half_strips // self.config.strips)
 
     @property
     def blocks(self) -> int:
@@ -346,20 +362,31 @@ def _factors(numbers: list[V]) -> tuple[list[V], list[V]]:
     return [scale[0] * UNIT, scale[1] * (UNIT / 16)], minimum
 
 
-def _chosen(
-    plan: Plan, weights: Sequence[V], results: Sequence[V], block: V
-) -> tuple[list[V], V, V, V]:
-    """Of what a block of outputs is of: weights' strips, result, outputs, its first block."""
-    outputs = plan.shape.outputs
-    chosen = [weights[0], results[0], i32(outputs[0]), i32(0)]
-    before = 0
-    for i in range(1, len(plan.output_blocks)):
-        before += plan.output_blocks[i - 1]
-        other = [weights[i], results[i], i32(outputs[i]), i32(before)]
-        mine = block >= before
-        chosen = [ptx.select(mine, a, b) for a, b in zip(other, chosen, strict=True)]
-    weight, result, number, first = chosen
-    return list(weights) if plan.shape.form.gated else [weight], result, number, first
+@dataclasses.dataclass(frozen=True)
+class _Strips:
+    """A block's: of which product; the first one among the results, how many there are; and where
+    they lie, of gate and up, or of the halves of a head, each."""
+
+    product: Product
+    first: V
+    count: V
+    sources: list[V]
+
+
+def _strips(plan: Plan, given: Given, block: V) -> _Strips:
+    s, strips = plan.shape, plan.config.strips
+    product, block = given.chosen(plan.output_blocks, block)
+    if s.form.append:
+        half, head = plan.half_strips, block // plan.blocks_of_head
+        before = block % plan.blocks_of_head * strips
+        first, left = head * half + before, i32(half) - before
+        starts = [(product.weight, head * (2 * half) + before + x) for x in (0, half)]
+    else:
+        first = block * strips
+        left = product.outputs // STRIP - first
+        starts = [(x, first) for x in (given.weights if s.form.gated else [product.weight])]
+    sources = [weight + at.to_i64() * s.strip_bytes for weight, at in starts]
+    return _Strips(product, first, ptx.minimum(left, strips), sources)
 
 
 def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], None]:
@@ -367,16 +394,11 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
 
     def body(addresses: Sequence[V], shared: V) -> None:
         ptx.let_next_begin()  # where its blocks fit beside these, they order their weights
-        x, *rest = addresses
-        norm = rest.pop(0) if form.norm else None
-        residual = rest.pop(0) if form.residual else None
-        peers = rest.pop(0) if form.devices > 1 else None
-        count = len(s.outputs)
+        given = Given(form, s.outputs, addresses)
         thread = ptx.special("tid.x")
         lane, warp = thread & 31, ptx.uniform(thread >> 5)
         rank, block = ptx.special("ctaid.x") % c.cluster, ptx.special("ctaid.x") // c.cluster
-        weights, result, outputs, before = _chosen(plan, rest[:count], rest[count:], block)
-        strips, first = outputs // STRIP, (block - before) * c.strips
+        strips = _strips(plan, given, block)
 
         begin, end = (i * s.groups // c.cluster for i in (rank, rank + 1))
         count = end - begin
@@ -390,25 +412,27 @@ def _body(plan: Plan, out_bytes: int, eps: float) -> Callable[[Sequence[V], V], 
             at = ptx.select(at < count, at, at - count)
             return begin + ptx.minimum(at, count - 1)
 
-        inputs: V | Inputs = x
+        inputs: V | Inputs = given.x
         if plan.staged is not None:
             staged_from = i32(0) if form.norm else begin * s.group_size
-            inputs = Inputs(plan.staged, shared + plan.inputs, x, staged_from, thread)
+            inputs = Inputs(plan.staged, shared + plan.inputs, given.x, staged_from, thread)
         work, ring = _Warp(plan, inputs, lane), _Ring(plan, shared, warp, lane, turns)
+        product, sums = strips.product, plan.sums
         ring.start(
-            [weight + first.to_i64() * s.strip_bytes for weight in weights],
-            (strips * s.strip_bytes).to_i64(),
-            ptx.minimum(strips - first, c.strips) * s.strip_bytes,
+            strips.sources,
+            (product.outputs // STRIP * s.strip_bytes).to_i64(),
+            strips.count * s.strip_bytes,
             group,
         )
+        mine = sums.mine(thread, rank)
+        finish = Finish(sums, given, mine, out_bytes)
         if isinstance(inputs, Inputs):
-            inputs.bring(norm, eps)
+            inputs.bring(given.norm, eps)
         else:
             ptx.wait_for_launches()
-        sums = plan.sums
-        out = Results(sums, form, result, outputs, first * STRIP, residual, out_bytes)
-        added = out.ahead(sums.mine(thread, rank))
-        meeting = None if peers is None else Meeting(peers, form.devices)
+        out = finish.of(product, strips.first * STRIP, (strips.first + strips.count) * STRIP)
+        added = out.ahead(mine)
+        meeting = None if given.peers is None else Meeting(given.peers, form.devices)
 
         def inputs_of(turn: V) -> list[V]:
             return work.activations(group(turn))
@@ -441,8 +465,9 @@ def unsupported(x: Any, weights: Sequence[PackedWeight], around: Around = NOTHIN
     for weight in weights:
         if not isinstance(weight, TiledWeight):
             return _not_tiled(weight)
-    if around.norm is None:
-        return None
+    reason = around.append.unsupported(STRIP) if around.append else None
+    if around.norm is None or reason:
+        return reason
     plan = Plan(shape_of(x, weights, around), Config(1, 1, 1))
     assert plan.staged is not None
     return staging.unsupported(plan.staged, dispatch.target().usable_bytes * 5 // 8)
@@ -481,19 +506,17 @@ def int4_matmuls(
     missing = shape.groups * shape.group_size - x.shape[-1]
     if missing and not form.norm:
         rows = jnp.pad(rows, ((0, 0), (0, missing)))
-    dtype = jnp.dtype(jnp.bfloat16 if form.gated or form.residual else out_dtype)
-    operands, ahead = around.operands(rows, [w.strips for w in weights])
+    dtype = form.result_dtype(out_dtype)
+    operands, ahead = around.operands(rows, [w.strips for w in weights], shape.outputs)
     found = ptx.kernel(
         _body(plan, dtype.itemsize, around.eps),
-        [
-            jax.ShapeDtypeStruct((shape.rows, n), dtype)
-            for n in shape.outputs[: len(plan.output_blocks)]
-        ],
+        form.results(shape.rows, shape.outputs, dtype),
         name="int4_matmul",
         blocks=plan.blocks,
         warpgroups=config.warpgroups,
         shared_bytes=plan.shared_bytes,
         cluster=config.cluster,
+        updated=form.updated,
         ahead=ahead,
     )(*operands)
-    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in found]
+    return form.shaped(found, x.shape[:-1])

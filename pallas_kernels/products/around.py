@@ -4,8 +4,8 @@ A layer of a decoder is four products with little in between. Where there are fe
 between costs a launch and nothing else; so it is done where a product reads its inputs and writes
 its results:
 
-    norm ─ product with q, k, v                 norm ─ products with gate and up ─ silu(gate) · up
-           product with o ─ + stream                   product with down ─ + stream
+    norm ─ products with q, k, v ─ bias, RoPE, buffer       products with o ─ + stream
+    norm ─ products with gate and up ─ silu(gate) · up      products with down ─ + stream
 
 Numbers are rounded to the activations' type after each of these, as in the XLA form.
 """
@@ -19,9 +19,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.add_rms_norm.xla import rms_norm
 from pallas_kernels.collectives.mailboxes import devices_of
+from pallas_kernels.products.append import Append, AppendForm
 
 
 class Form(NamedTuple):
@@ -31,11 +33,36 @@ class Form(NamedTuple):
     residual: bool = False
     gated: bool = False
     devices: int = 1
+    append: AppendForm | None = None
 
     @property
     def parts(self) -> int:
-        """Products that make one result."""
-        return 2 if self.gated else 1
+        """Outputs that make one result, or two."""
+        return 2 if self.gated or self.append else 1
+
+    @property
+    def updated(self) -> int:
+        """Operands that are written in place: the buffers."""
+        return 2 if self.append else 0
+
+    def result_dtype(self, asked: Any) -> jnp.dtype:
+        """Of results: what follows the products is bfloat16."""
+        follows = self.gated or self.residual or self.append
+        return jnp.dtype(jnp.bfloat16 if follows else asked)
+
+    def results(
+        self, rows: int, outputs: Sequence[int], dtype: jnp.dtype
+    ) -> list[jax.ShapeDtypeStruct]:
+        """Of products of so many outputs: one of each, of a gated pair, or queries."""
+        kept = outputs[:1] if self.gated or self.append else outputs
+        return [jax.ShapeDtypeStruct((rows, n), dtype) for n in kept]
+
+    def shaped(self, found: Sequence[jax.Array], batch: Sequence[int]) -> list[jax.Array]:
+        """Results as the call gives them, [..., N] each; queries [B, S, H, D], and the buffers."""
+        if self.append:
+            queries, *buffers = found
+            return [queries.reshape(*batch, -1, self.append.channels), *buffers]
+        return [y.reshape(*batch, y.shape[-1]) for y in found]
 
 
 PLAIN = Form()
@@ -43,7 +70,7 @@ PLAIN = Form()
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["norm", "residual", "peers"],
+    data_fields=["norm", "residual", "peers", "append"],
     meta_fields=["eps", "gated"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +82,7 @@ class Around:
     gated     of two products the first one's SiLU times the second
     peers     this device's addresses of others (`collectives.mailboxes`), whose products, of other
               input channels, are added before the residual; or None
+    append    what finishes the products of q, k and v; or None
     """
 
     norm: jax.Array | None = None
@@ -62,23 +90,39 @@ class Around:
     residual: jax.Array | None = None
     gated: bool = False
     peers: jax.Array | None = None
+    append: Append | None = None
 
     @property
     def form(self) -> Form:
         devices = 1 if self.peers is None else devices_of(self.peers.size)
-        return Form(self.norm is not None, self.residual is not None, self.gated, devices)
+        append = None if self.append is None else self.append.form
+        return Form(self.norm is not None, self.residual is not None, self.gated, devices, append)
+
+    def launched(self) -> Around:
+        """As a kernel takes it: where launches do not begin early, nothing is read ahead."""
+        from pallas_kernels import ptx  # CUDA code
+
+        if self.append is None or ptx.begins_early():
+            return self
+        return dataclasses.replace(self, append=dataclasses.replace(self.append, ahead=False))
 
     def operands(
-        self, x: jax.Array, weights: Sequence[jax.Array]
+        self, x: jax.Array, weights: Sequence[jax.Array], outputs: Sequence[int]
     ) -> tuple[list[jax.Array], list[int]]:
         """A kernel's: activations [R, Kin], the norm's weight, the residual, the addresses of
-        peers, the products' weights; and the places of the norm's and the products' weights."""
+        peers, what q, k and v are finished with, the products' weights, of so many outputs each,
+        the buffers; and the places of those that are read before the launches before have ended.
+        """
         norm = [] if self.norm is None else [self.norm.astype(x.dtype)]
         residual = [] if self.residual is None else [self.residual.reshape(len(x), -1)]
         peers = [] if self.peers is None else [self.peers.reshape(-1)]
+        finish = [] if self.append is None else self.append.operands(outputs)
+        buffers = [] if self.append is None else self.append.buffers
         others = [x, *norm, *residual, *peers]
-        places = [*range(1, 1 + len(norm)), *range(len(others), len(others) + len(weights))]
-        return [*others, *weights], places
+        known = len(others) + (0 if self.append is None or self.append.ahead else len(finish))
+        last = len(others) + len(finish) + len(weights)
+        places = [*range(1, 1 + len(norm)), *range(known, last)]
+        return [*others, *finish, *weights, *buffers], places
 
 
 NOTHING = Around()
@@ -101,11 +145,17 @@ def apart(
     if around.residual is not None:
         (y,) = found
         found = [around.residual + y.astype(around.residual.dtype)]
+    if around.append is not None:
+        found = around.append.apart(found, x.dtype)
     return list(found)
 
 
 def check(around: Around, outputs: Sequence[int]) -> None:
     """ValueError unless that many products can have this around them."""
+    if around.append is not None and (around.gated or around.residual is not None):
+        raise ValueError("append takes neither gated nor a residual beside it")
+    if around.append is not None and len(outputs) != 3:
+        raise ValueError(f"append takes three weights, of q, k and v; given: {len(outputs)}")
     if around.gated and (len(outputs) != 2 or len({*outputs}) != 1):
         raise ValueError(f"gated takes two weights of as many outputs; given: {tuple(outputs)}")
     if around.residual is not None and (around.gated or len(outputs) != 1):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from pallas_kernels import ptx
 from pallas_kernels.collectives.meeting import Meeting, total
@@ -126,42 +127,19 @@ def _added(at: V, step: int, count: int) -> list[V]:
 
 
 class Results:
-    """Where the quads of a block, or a cluster, go: outputs `first` … of [rows, outputs].
+    """Where the quads of a block, or a cluster, go, and what is done to them before."""
 
-    out_bytes  of a result: 4, or 2 for bfloat16
-    residual   what is added, bfloat16 in the results' shape; or None
-    """
+    def __init__(self, sums: Sums):
+        self.sums = sums
 
-    def __init__(
-        self,
-        sums: Sums,
-        form: Form,
-        result: V,
-        outputs: V,
-        first: V,
-        residual: V | None,
-        out_bytes: int,
-    ):
-        self.sums, self.form, self.result = sums, form, result
-        self.outputs, self.first, self.residual = outputs, first, residual
-        self.out_bytes = out_bytes
+    def ahead(self, mine: Sequence[tuple[V, V]]) -> list[Any]:
+        """Of each of the thread's quads, what it is finished with: asked for before the
+        products."""
+        raise NotImplementedError
 
-    def ahead(self, mine: Sequence[tuple[V, V]]) -> list[list[V]]:
-        """Of each of the thread's quads: what it is added to, asked for before the products."""
-        if self.residual is None:
-            return [[] for _ in mine]
-        found = []
-        for index, _ in mine:
-            place = self._place(ptx.minimum(index, self.sums.quads - 1))[0]
-            found.append(ptx.load(self.residual + place * 2, 2))
-        return found
-
-    def _place(self, index: V) -> tuple[V, V]:
-        """A quad's first element in the results, held inside them; and whether it is there."""
-        row_quads = self.sums.outputs // 4
-        row, output = index // row_quads, self.first + index % row_quads * 4
-        held = ptx.minimum(output, self.outputs - 4)
-        return row.to_i64() * self.outputs.to_i64() + held.to_i64(), output < self.outputs
+    def write(self, index: V, parts: list[list[V]], added: Any) -> None:
+        """A quad's result from its sums; `added`: `ahead`'s of it."""
+        raise NotImplementedError
 
     def finish(
         self,
@@ -170,7 +148,7 @@ class Results:
         inbox: V,
         thread: V,
         rank: V,
-        added: list[list[V]],
+        added: list[Any],
         meeting: Meeting | None,
     ) -> None:
         """Add up what the warps have kept (`Sums.add_up`), and with a meeting what it is on all
@@ -198,14 +176,54 @@ class Results:
             ptx.when(inside, functools.partial(write_total, i, index))
         meeting.leave(thread)
 
+
+class RowResults(Results):
+    """Outputs first … end − 1 of [rows, outputs].
+
+    out_bytes  of a result: 4, or 2 for bfloat16
+    residual   what is added, bfloat16 in the results' shape; or None
+    """
+
+    def __init__(
+        self,
+        sums: Sums,
+        form: Form,
+        result: V,
+        outputs: V,
+        first: V,
+        end: V,
+        residual: V | None,
+        out_bytes: int,
+    ):
+        super().__init__(sums)
+        self.form, self.result, self.outputs = form, result, outputs
+        self.first, self.end = first, end
+        self.residual, self.out_bytes = residual, out_bytes
+
+    def ahead(self, mine: Sequence[tuple[V, V]]) -> list[list[V]]:
+        """What is added to each."""
+        if self.residual is None:
+            return [[] for _ in mine]
+        found = []
+        for index, _ in mine:
+            place = self._place(ptx.minimum(index, self.sums.quads - 1))[0]
+            found.append(ptx.load(self.residual + place * 2, 2))
+        return found
+
+    def _place(self, index: V) -> tuple[V, V]:
+        """A quad's first element in the results, held inside them; and whether it is there."""
+        row_quads = self.sums.outputs // 4
+        row, output = index // row_quads, self.first + index % row_quads * 4
+        held = ptx.minimum(output, self.end - 4)
+        return row.to_i64() * self.outputs.to_i64() + held.to_i64(), output < self.end
+
     def write(self, index: V, parts: list[list[V]], added: list[V]) -> None:
-        """A quad's result from its sums; `added`: `ahead`'s of it."""
         four = parts[0]
         if self.form.gated:
-            gate, up = (_rounded(part) for part in parts)
+            gate, up = (rounded(part) for part in parts)
             four = [silu(a) * b for a, b in zip(gate, up, strict=True)]
         if self.residual is not None:
-            four = [a + b for a, b in zip(ptx.unpack_bf16s(added), _rounded(four), strict=True)]
+            four = [a + b for a, b in zip(ptx.unpack_bf16s(added), rounded(four), strict=True)]
         place, inside = self._place(index)
         words = ptx.pack_bf16s(four) if self.out_bytes == 2 else four
         ptx.when(inside, lambda: ptx.store(self.result + place * self.out_bytes, words))
@@ -216,6 +234,6 @@ def silu(x: V) -> V:
     return x / (ptx.exp2(x * (-LOG2_E)) + f32(1.0))
 
 
-def _rounded(numbers: Sequence[V]) -> list[V]:
+def rounded(numbers: Sequence[V]) -> list[V]:
     """To bfloat16."""
     return ptx.unpack_bf16s(ptx.pack_bf16s(numbers))

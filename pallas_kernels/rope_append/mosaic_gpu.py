@@ -1,6 +1,8 @@
 """Bias, norm, RoPE and the write into the buffer from Ampere on (Pallas Mosaic GPU).
 
-XLA makes three to five kernels of it, which each cost a launch and nothing else; here it is one. A
+XLA makes three to five kernels of it, which each cost a launch and nothing else; here it is one,
+and none where the launch of the products does it (`products.append`): that has no whole heads, of
+which norms are, and takes few rows. A
 warp takes one vector of a token, H queries, K keys, K values, a lane two channels of its first half
 and the two that they rotate with:
 

@@ -28,7 +28,8 @@ from pallas_kernels.kv_attention import api as attention
 from pallas_kernels.kv_attention import xla as attention_reference
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import LayerCache, Planes, QuantizedWeight, tile, untile
-from pallas_kernels.products.around import NOTHING, Around, apart
+from pallas_kernels.products.append import Append
+from pallas_kernels.products.around import NOTHING, PLAIN, Around, apart
 from pallas_kernels.quantize_pack import api as quantize
 from quantspec_jax.bench import flashinfer, record
 from quantspec_jax.checks import require
@@ -464,12 +465,26 @@ def random_weight(key: jax.Array, inputs: int, outputs: int, group: int) -> Quan
     )
 
 
-def _around(name: str, inputs: int, outputs: Sequence[int], rows: int) -> Around:
+def _around(name: str, inputs: int, outputs: Sequence[int], rows: int, head_dim: int) -> Around:
     """What stands around a product of this name in a layer."""
-    norm, residual = (_normal(jax.random.key(3), x) for x in ((inputs,), (rows, outputs[0])))
+    shapes = (inputs,), (1, rows, outputs[0])
+    norm, residual = (_normal(jax.random.key(3), x) for x in shapes)
     if name.endswith((" o", " down")):
         return Around(residual=residual)
-    return Around(norm=norm, eps=1e-6, gated=name.endswith("gate, up"))
+    append = _append(outputs, rows, head_dim) if name.endswith("q, k, v") else None
+    return Around(norm=norm, eps=1e-6, gated=name.endswith("gate, up"), append=append)
+
+
+def _append(outputs: Sequence[int], rows: int, head_dim: int) -> Append:
+    """What finishes q, k and v of a sequence, with biases."""
+    slots = 4 * TUNED_ROWS[-1]
+    buffer = jnp.zeros((1, outputs[1] // head_dim, slots, head_dim), jnp.bfloat16)
+    biases = [_normal(jax.random.key(5 + i), (n,)) for i, n in enumerate(outputs)]
+    angles = jax.random.normal(jax.random.key(8), (1, rows, 1, head_dim // 2))
+    angles = jnp.concatenate([angles, angles], -1)
+    cache = LayerCache(None, None, buffer, buffer)
+    tables, start = (jnp.cos(angles), jnp.sin(angles)), jnp.array([3], jnp.int32)
+    return Append((biases[0], biases[1], biases[2]), tables, cache, start, start, ahead=True)
 
 
 def _matmul(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) -> Any:
@@ -499,7 +514,10 @@ def _matmul(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace
 
         run = functools.partial(matmul.int4_matmuls, backend="mosaic_gpu")
         for rows in args.rows:
-            products = _Products(f"int4 matmul, {name}", weights, num_bytes, rows, run, dense)
+            sizes = (num_bytes, rows, shapes.head_dim)
+            products = _Products(
+                f"int4 matmul, {name}", configs.KERNEL, weights, *sizes, run, dense
+            )
             peer = None if args.no_peers else functools.partial(_bf16_peer, transposed=False)
             yield products.row(
                 name, inputs, outputs, ceilings, args, tune if "matmul" in args.tune else None, peer
@@ -539,7 +557,10 @@ def _bf16(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) 
 
         run = functools.partial(bf16.bf16_matmuls, transposed=tied, backend="mosaic_gpu")
         for rows in args.rows:
-            products = _Products(f"bf16 matmul, {name}", weights, num_bytes, rows, run, dense)
+            sizes = (num_bytes, rows, shapes.head_dim)
+            products = _Products(
+                f"bf16 matmul, {name}", configs.KERNEL, weights, *sizes, run, dense
+            )
             peer = None if args.no_peers else functools.partial(_bf16_peer, transposed=tied)
             yield products.row(
                 name, inputs, outputs, ceilings, args, tune if "bf16" in args.tune else None, peer
@@ -551,9 +572,11 @@ class _Products:
     """A row of products: run(x, weights, around) is measured, dense(h, weights) is exact."""
 
     kernel: str
+    named: str  # the kernel itself: buffers are copied before it, since the caller keeps them
     weights: Sequence[Any]
     num_bytes: float
     rows: int
+    head_dim: int
     run: Callable[..., list[jax.Array]]
     dense: Callable[..., list[jax.Array]]
 
@@ -567,9 +590,11 @@ class _Products:
         tune: Callable[[Sequence[Any]], dict[str, float]] | None,
         peer: Callable[[Sequence[Any]], float] | None,
     ) -> dict[str, Any]:
-        around = _around(name, inputs, outputs, self.rows) if args.around else NOTHING
+        around = NOTHING
+        if args.around:
+            around = _around(name, inputs, outputs, self.rows, self.head_dim)
         calls = [
-            (_normal(jax.random.key(i), (self.rows, inputs)), w, around)
+            (_normal(jax.random.key(i), (1, self.rows, inputs)), w, around)
             for i, w in enumerate(self.weights)
         ]
         times = tune(calls) if tune is not None and self.rows in TUNED_ROWS else {}
@@ -577,10 +602,11 @@ class _Products:
         x, first, _ = calls[0]
         with jax.default_matmul_precision("highest"):
             expected = apart(x, around, functools.partial(self.dense, weights=first))
-        parts = [part for part, here in around.form._asdict().items() if here]
+        form = around.form._asdict()
+        parts = [part for part, here in form.items() if here != getattr(PLAIN, part)]
         return _row(
             self.kernel,
-            timing.device_seconds(multiply, calls),
+            timing.device_seconds(multiply, calls, named=self.named),
             self.num_bytes,
             ceilings["read"],
             query_tokens=self.rows,
@@ -614,7 +640,8 @@ def _tune_products(
     """Measure a few configurations of a kernel's `configs` on a shape."""
 
     def measure(config: Any) -> float:
-        return timing.device_seconds(jax.jit(functools.partial(run, config=config)), calls)
+        tried = jax.jit(functools.partial(run, config=config))
+        return timing.device_seconds(tried, calls, named=configs.KERNEL)
 
     return _tune(configs.KERNEL, configs.key(shape), configs.diverse(shape), measure, others)
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.kv_attention.read import Read
-from pallas_kernels.rope_append.heads import Heads
 from quantspec_jax.cache.codecs import codec_of
 from quantspec_jax.models.attention import Tokens, sequence_attention
 from quantspec_jax.models.decoder import Attend
 from quantspec_jax.models.linear import precision
+from quantspec_jax.models.projection import Projection
 
 
 def attend_coded(
@@ -56,7 +56,7 @@ def attend_text(read: Read, group_size: int, sm_scale: float) -> Attend:
     """`attend_coded` for `models.decoder`: the state is what the cache has, None where the pass
     makes it, as the target does."""
 
-    def attend(past: Any, heads: Heads) -> tuple[jax.Array, Any]:
+    def attend(past: Any, heads: Projection) -> tuple[jax.Array, Any]:
         q, k, v = heads.finished()
         own = Tokens(k, v)
         past = own if past is None else past

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pallas_kernels.rope_append.heads import Heads, rotate, unrotated
+from pallas_kernels.rope_append.heads import rotate, unrotated
 from quantspec_jax.cache import schedule
 from quantspec_jax.cache.codecs.codec import values_per_token
 from quantspec_jax.checks import require
@@ -46,6 +46,7 @@ from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.decoder import block_params, run_block, unembed
 from quantspec_jax.models.linear import precision
 from quantspec_jax.models.parameters import Params
+from quantspec_jax.models.projection import Projection
 from quantspec_jax.planning.devices import DEVICES
 from quantspec_jax.text.prompts import read_prompts
 from quantspec_jax.weights.calibrate.programs import program
@@ -441,7 +442,7 @@ def _block(
         coded = schedule.quantized_length(jnp.arange(first, length), reader.group_size)
         older_length = np.asarray(coded)
 
-    def attend(past: Past | None, heads: Heads) -> tuple[jax.Array, tuple[Past, Layer | None]]:
+    def attend(past: Past | None, heads: Projection) -> tuple[jax.Array, tuple[Past, Layer | None]]:
         q, k, v = heads.finished()
         own, draft = Tokens(k, v), past is not None
         held = reader.held(own, q, before) if past is None else past

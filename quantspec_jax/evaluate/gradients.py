@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pallas_kernels.rope_append.heads import Heads, rotate
+from pallas_kernels.rope_append.heads import rotate
 from quantspec_jax.evaluate.teacher_forced import Stream, at_tokens, embedded, lm_head_of
 from quantspec_jax.loading import Model
 from quantspec_jax.methods import Layer
@@ -21,6 +21,7 @@ from quantspec_jax.models.attention import Tokens
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.decoder import block_params, run_block, unembed
 from quantspec_jax.models.parameters import Params
+from quantspec_jax.models.projection import Projection
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 from quantspec_jax.weights.calibrate.programs import program
 
@@ -67,7 +68,7 @@ def _run(
 ) -> Stream:
     """A block whose keys after RoPE and values are shifted."""
 
-    def attend(_: None, heads: Heads) -> tuple[jax.Array, None]:
+    def attend(_: None, heads: Projection) -> tuple[jax.Array, None]:
         q, k, v = heads.finished()
         if shift is not None:
             k, v = k + shift.keys, v + shift.values

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pallas_kernels.rope_append.heads import Heads, rotate, unrotated
+from pallas_kernels.rope_append.heads import rotate, unrotated
 from quantspec_jax.checks import require
 from quantspec_jax.evaluate.gradients import loss_gradients
 from quantspec_jax.evaluate.teacher_forced import Stream, embedded
@@ -32,6 +32,7 @@ from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.decoder import block_params, run_block
 from quantspec_jax.models.linear import precision
 from quantspec_jax.models.parameters import Params, leaves
+from quantspec_jax.models.projection import Projection
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 from quantspec_jax.notices import notice
 from quantspec_jax.weights.calibrate.programs import program
@@ -222,7 +223,7 @@ def activations(model: Model, chunks: np.ndarray) -> Iterator[tuple[jax.Array, j
 def _plain_block(
     block: Params, norm: jax.Array, stream: Stream, *, config: ModelConfig
 ) -> tuple[Stream, tuple[jax.Array, jax.Array]]:
-    def attend(_: None, heads: Heads) -> tuple[jax.Array, Any]:
+    def attend(_: None, heads: Projection) -> tuple[jax.Array, Any]:
         q, k, v = heads.finished()
         own, exact = Tokens(k, v), precision(q.dtype)
         out = sequence_attention(q, own, own, sm_scale=config.head_dim**-0.5, exact=exact)

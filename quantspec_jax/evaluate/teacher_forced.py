@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import PackedWeight
-from pallas_kernels.rope_append.heads import Heads
 from quantspec_jax.cache.codecs import CODECS
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.cache.sequence import attend_coded
@@ -37,6 +36,7 @@ from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.decoder import block_params, embed, run_block, unembed
 from quantspec_jax.models.linear import unpacked
 from quantspec_jax.models.parameters import LINEAR_LAYERS, Params
+from quantspec_jax.models.projection import Projection
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
 ROWS = 128  # positions whose logits exist at a time
@@ -261,7 +261,9 @@ def _block(
     reads; None: all."""
     config, cache = reader.model, reader.cache
 
-    def attend(past: Tokens | None, heads: Heads) -> tuple[jax.Array, tuple[jax.Array, Tokens]]:
+    def attend(
+        past: Tokens | None, heads: Projection
+    ) -> tuple[jax.Array, tuple[jax.Array, Tokens]]:
         q, k, v = heads.finished()
         own = Tokens(k, v)
         held = own if past is None else past

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.kv_attention.api import Attended, Pages, Read, kv_attention
 from pallas_kernels.kv_attention.read import ByPage
-from pallas_kernels.rope_append.api import Heads, rope_append
 from pallas_kernels.shapes import Each, Ids, Logits, shaped
 from quantspec_jax.axes import Axes
 from quantspec_jax.cache import KVCache, LayerCache
 from quantspec_jax.generate.state import Program, PromptProgram
 from quantspec_jax.models.decoder import forward, unembed
 from quantspec_jax.models.parameters import Params
+from quantspec_jax.models.projection import Projection
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
 Rope = tuple[jax.Array, jax.Array]
@@ -132,9 +132,9 @@ def observed_pass(
     # A pass writes to the buffer alone, so what else the first layer reads is so for the others.
     later = itertools.chain([False], itertools.repeat(True))
 
-    def attend(state: Layer, heads: Heads) -> tuple[jax.Array, After]:
+    def attend(state: Layer, heads: Projection) -> tuple[jax.Array, After]:
         (layer, listed), ahead = state, next(later)
-        q, layer = rope_append(heads, layer, slot, rope_from, ahead=ahead, backend=program.backend)
+        q, layer = heads.appended(layer, slot, rope_from, ahead=ahead)
         found = attention(q, layer, cache, start, listed, read, program, masses, axes, ahead)
         by_page = None
         if found.page_log_sums is not None:

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.rope_append.heads import Heads
 from pallas_kernels.shapes import Each, Ids, shaped
 from quantspec_jax.cache import KVCache, LayerCache, from_prompt
 from quantspec_jax.generate.logprobs import nothing, score
@@ -22,6 +21,7 @@ from quantspec_jax.generate.state import STATISTICS, DecodeState, PromptProgram
 from quantspec_jax.models.attention import part_of_prompt_attention, prompt_attention, uses_cudnn
 from quantspec_jax.models.decoder import block_params, embed, run_block, unembed
 from quantspec_jax.models.parameters import Params
+from quantspec_jax.models.projection import Projection
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
 # run(stage, *arrays, **static): how `prefill` calls its stages.
@@ -102,7 +102,7 @@ def layer(
     config, cache, axes = program.model, program.cache, program.axes
     sm_scale = config.head_dim**-0.5
 
-    def attend(_: None, heads: Heads) -> tuple[jax.Array, tuple[LayerCache, jax.Array | None]]:
+    def attend(_: None, heads: Projection) -> tuple[jax.Array, tuple[LayerCache, jax.Array | None]]:
         q, k, v = heads.finished()
         if axes.cp > 1:
             both = axes.all_rows(jnp.stack([k, v], 2))

@@ -29,7 +29,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import LayerCache
-from pallas_kernels.rope_append.heads import Heads
 from pallas_kernels.rope_append.xla import narrowed
 from quantspec_jax.axes import ONE, Axes
 from quantspec_jax.cache import KVCache
@@ -41,6 +40,7 @@ from quantspec_jax.generate.split import split
 from quantspec_jax.generate.state import DecodeState, PromptProgram
 from quantspec_jax.models.decoder import embed, run_block, unembed
 from quantspec_jax.models.parameters import Params
+from quantspec_jax.models.projection import Projection
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
 
@@ -76,7 +76,7 @@ def tile_layer(
     g = cache.group_size
     positions = (start + jnp.arange(g))[None]
 
-    def attend(layer: LayerCache, heads: Heads) -> tuple[jax.Array, LayerCache]:
+    def attend(layer: LayerCache, heads: Projection) -> tuple[jax.Array, LayerCache]:
         q, k, v = heads.finished()
         valid = (positions < length)[..., None, None]
         keys, values = (jnp.where(valid, part, jnp.zeros_like(part)) for part in (k, v))

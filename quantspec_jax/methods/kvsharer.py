@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.rope_append.heads import Heads
 from quantspec_jax.methods.method import Layer, Method
 from quantspec_jax.models.attention import causal_attention
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.decoder import forward
 from quantspec_jax.models.linear import computed
 from quantspec_jax.models.parameters import Params
+from quantspec_jax.models.projection import Projection
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
 
 TEXTS, LENGTH = 16, 64
@@ -69,7 +69,7 @@ def run(
     dtype = params["embedding"].dtype
     kept = [jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)]
 
-    def attend(layer: int, heads: Heads) -> tuple[jax.Array, int]:
+    def attend(layer: int, heads: Projection) -> tuple[jax.Array, int]:
         q, *own = heads.finished()
         kept[:] = [x.at[layer].set(new) for x, new in zip(kept, own, strict=True)]
         keys, values = (x[sources[layer]] for x in kept)

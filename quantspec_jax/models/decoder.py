@@ -6,15 +6,15 @@ is split once, where a model is made, and everything after that is functions of 
     tokens ─ embed ─┬─ norm ─ q k v ─ attend(layer i) ─ o ─ + ─ norm ─ SwiGLU ─ + ─┐
                     └────────────────────── L times ───────────────────────────────┘─ norm
 
-`attend` is the caller's, RoPE included: prefill, decoding over a cache, evaluation and calibration
-differ in it alone. Calibration, which makes a layer's weights when it has seen its inputs, takes a
-block in two parts, up to the inputs of o and up to those of down. Layers are unrolled, so that each
-weight is an argument of its own and is read where it lies.
+`attend` is the caller's, from the products of q, k and v on: prefill, decoding over a cache,
+evaluation and calibration differ in it alone. Calibration, which makes a layer's weights when it
+has seen its inputs, takes a block in two parts, up to the inputs of o and up to those of down.
+Layers are unrolled, so that each weight is an argument of its own and is read where it lies.
 
 Of a pass of few rows a GPU runs a block in few launches (`models.linear`); the functions are the
 same ones:
 
-    norm, q k v │ RoPE, append │ attention │ its merge │ o, + │ norm, gate up, SiLU │ down, +
+    norm, q k v, RoPE, buffer │ attention │ its merge │ o, + │ norm, gate up, SiLU │ down, +
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from pallas_kernels.add_rms_norm.xla import rms_norm
 from pallas_kernels.bf16_matmul import api as bf16
 from pallas_kernels.bf16_matmul.xla import matmul
 from pallas_kernels.layout import PackedWeight
-from pallas_kernels.rope_append.heads import Heads
 from quantspec_jax.axes import ONE, Axes
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.linear import (
@@ -43,9 +42,10 @@ from quantspec_jax.models.linear import (
     products,
 )
 from quantspec_jax.models.parameters import Params
+from quantspec_jax.models.projection import Projection
 
-# attend(state of layer i, what the products made of it) → (output [B,S,H,D], new state)
-Attend = Callable[[Any, Heads], tuple[jax.Array, Any]]
+# attend(state of layer i, its q, k and v) → (output [B,S,H,D], new state)
+Attend = Callable[[Any, Projection], tuple[jax.Array, Any]]
 
 
 def forward(
@@ -166,12 +166,10 @@ def attention_part(
 ) -> tuple[jax.Array, Any]:
     """A block's normed stream [B, S, E] → the inputs [B, S, H·D] of its o, and the new state."""
     b, s = h.shape[:2]
-    weights = [block[name] for name in ("q", "k", "v")]
-    q, k, v = (y.reshape(b, s, -1, config.head_dim) for y in products(h, weights, backend, h.dtype))
-    bias_q, bias_k, bias_v = (each.get("bias") for each in weights)
+    layers = block["q"], block["k"], block["v"]
     norms = (block["q_norm"], block["k_norm"]) if config.qk_norm else (None, None)
-    due = Heads(q, k, v, (bias_q, bias_k, bias_v), norms, rope, config.rms_norm_eps, h.dtype)
-    out, state = attend(state, due)
+    projection = Projection(h, layers, norms, rope, config.head_dim, config.rms_norm_eps, backend)
+    out, state = attend(state, projection)
     return out.astype(h.dtype).reshape(b, s, -1), state
 
 

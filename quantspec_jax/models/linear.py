@@ -92,7 +92,7 @@ def add_norm(
     """
     peers = axes.peers_over("tp")
     if axes.tp == 1 or peers is not None:
-        found = _one_launch(x, [weights], backend, x.dtype, residual=stream, peers=peers)
+        found = one_launch(x, [weights], backend, x.dtype, residual=stream, peers=peers)
         if found is not None:
             return found[0], Normed(found[0], norm, eps)
     if axes.tp == 1:
@@ -119,7 +119,7 @@ def _part(x: jax.Array, weights: Params, backend: str, axes: Axes) -> jax.Array:
 
 def gated(x: Activations, gate: Params, up: Params, backend: str) -> jax.Array:
     """silu(x · gate) (x · up): [..., Kin] → [..., N] (arXiv 2002.05202, SwiGLU)."""
-    found = _one_launch(x, [gate, up], backend, x.dtype, gated=True)
+    found = one_launch(x, [gate, up], backend, x.dtype, gated=True)
     if found is not None:
         return found[0]
     left, right = linears(x, [gate, up], backend)
@@ -150,7 +150,7 @@ def products(
 ) -> list[jax.Array]:
     """x times each layer's kernel, in `out_dtype`; of packed ones float32 where something is to be
     added. All packed ones that read x in the same order are one call."""
-    found = _one_launch(x, layers, backend, out_dtype)
+    found = one_launch(x, layers, backend, out_dtype)
     if found is not None:
         return found
     x = computed(x, backend)
@@ -173,7 +173,7 @@ def products(
     return results  # type: ignore[return-value]
 
 
-def _one_launch(
+def one_launch(
     x: Activations,
     layers: Sequence[Params],
     backend: str,
@@ -181,10 +181,12 @@ def _one_launch(
     **around: Any,
 ) -> list[jax.Array] | None:
     """Products of all layers, with what stands around them (`Around`), by one kernel; None where
-    none takes that. Biases are left to the caller: where something follows, there may be none."""
+    none takes that. Biases are left to the caller, or to `append`: where something else follows,
+    there may be none."""
     if any(name in weights for weights in layers for name in ("residual", "order")):
         return None
-    biased = any("bias" in weights for weights in layers)
+    appended = "append" in around  # with the biases
+    biased = not appended and any("bias" in weights for weights in layers)
     if biased and around:
         return None
     kernels = [weights["kernel"] for weights in layers]

@@ -25,7 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from kernel_cases import (
+    APPENDS,
     HEADS,
+    append_call,
     attention_call,
     heads_call,
     random_around,
@@ -46,6 +48,7 @@ from pallas_kernels.kv_attention import configs, mosaic_gpu
 from pallas_kernels.kv_attention.read import ByPage, PageLogSums, Read
 from pallas_kernels.layout import tile
 from pallas_kernels.page_choice import mosaic_gpu as choice
+from pallas_kernels.products.around import Around
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
 from pallas_kernels.rope_append import mosaic_gpu as rope
 
@@ -195,6 +198,24 @@ def products(device: devices.Device) -> Iterator[tuple[str, Any, Any]]:
                 yield f"bf16_matmul {parts} {config}", run, (x, dense, around)
 
 
+def products_that_finish_heads(device: devices.Device) -> Iterator[tuple[str, Any, Any]]:
+    for case in APPENDS:
+        x, outputs, append = append_call(case, True, (5, 97), True, inputs=576)
+        around = Around(x[0, 0], 1e-6, append=append)
+        tiled = [tile(random_weight(576, n, 64, False)) for n in outputs]
+        for config in matmul_configs.diverse(matmul.shape_of(x, tiled, around))[:3]:
+            run = functools.partial(
+                matmul.int4_matmuls, config=config, bulk=device.generation.bulk_copies
+            )
+            yield f"int4_matmul {case} {config}", run, (x, tiled, around)
+        dense = [jnp.zeros((576, n), jnp.bfloat16) for n in outputs]
+        for config in bf16_configs.diverse(bf16.shape_of(x, dense, around))[:3]:
+            run = functools.partial(
+                bf16.bf16_matmuls, config=config, multiprocessors=device.multiprocessors
+            )
+            yield f"bf16_matmul {case} {config}", run, (x, dense, around)
+
+
 def others() -> Iterator[tuple[str, Any, Any]]:
     for head_dim, group_size in ((128, 128), (64, 32)):
         x = jnp.zeros((1, 2, 2 * group_size, head_dim), jnp.bfloat16)
@@ -242,6 +263,7 @@ def main() -> None:
         *attention(device),
         *attention_to_pages(device),
         *products(device),
+        *products_that_finish_heads(device),
         *others(),
         ("in_place", slices_in_place, (jnp.zeros((4, 64)),)),
     ):

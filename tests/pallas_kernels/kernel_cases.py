@@ -14,6 +14,7 @@ import numpy as np
 from pallas_kernels.kv_attention.read import Attended, Pages, Read
 from pallas_kernels.kv_attention.xla import dequantize_keys, dequantize_values
 from pallas_kernels.layout import LayerCache, Planes, QuantizedWeight, pack
+from pallas_kernels.products.append import Append
 from pallas_kernels.products.around import Around
 from pallas_kernels.quantize_pack import xla as quantize
 from pallas_kernels.rope_append.heads import Heads
@@ -242,6 +243,43 @@ def heads_call(
     return heads, LayerCache(some, some, *buffers), jnp.array(start[:batch], jnp.int32)
 
 
+APPENDS = {  # q, k and v that are finished with their products: batch, tokens, H, K, D, biases
+    "one": (1, 1, 2, 1, 128, True),
+    "several": (1, 5, 6, 2, 64, True),
+    "batch": (2, 3, 3, 3, 64, False),
+    "wide": (1, 2, 2, 1, 256, False),
+}
+
+
+def append_call(
+    case: str, planes: bool, start: Sequence[int], ahead: bool, more: int = 0, inputs: int = 128
+) -> tuple[jax.Array, list[int], Append]:
+    """Activations [B, S, Kin], the outputs of q, k and v, and what finishes them. The tables have
+    `more` rows, NaN, before a pass's own."""
+    batch, tokens, h, k, d, bias = APPENDS[case]
+    keys = iter(jax.random.split(jax.random.key(7), 8))
+
+    def numbers(*shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
+        return jax.random.normal(next(keys), shape).astype(dtype)
+
+    outputs = [n * d for n in (h, k, k)]
+    angles = numbers(batch, tokens, 1, d // 2, dtype=jnp.float32)
+    angles = jnp.pad(jnp.concatenate([angles, angles], -1), ((0, 0), (more, 0), (0, 0), (0, 0)))
+    own = jnp.arange(more + tokens)[None, :, None, None] >= more
+    some = Planes(*(jnp.zeros(1) for _ in range(4))) if planes else None
+    positions = jnp.array(start[:batch], jnp.int32)
+    biases = tuple(map(numbers, outputs)) if bias else (None,) * 3
+    append = Append(
+        (biases[0], None, biases[2]) if case == "several" else biases,
+        (jnp.where(own, jnp.cos(angles), jnp.nan), jnp.where(own, jnp.sin(angles), jnp.nan)),
+        LayerCache(some, some, *(numbers(batch, k, 64, d) for _ in range(2))),
+        positions,
+        positions - more,
+        ahead,
+    )
+    return numbers(batch, tokens, inputs), outputs, append
+
+
 @functools.partial(jax.jit, static_argnums=range(6))
 def random_around(
     parts: str, rows: int, inputs: int, outputs: int, eps: float = 1e-3, seed: int = 9
@@ -263,13 +301,6 @@ def random_around(
 def dense_products(x, weights: Sequence[Any], around: Around) -> list[np.ndarray]:
     """Products with dense [Kin, N] weights and what stands around them, written from the formulas
     in float64; what is rounded to bfloat16 on the way is rounded here too."""
-
-    def wide(array: Any) -> np.ndarray:
-        return np.asarray(array, np.float64)
-
-    def rounded(array: np.ndarray) -> np.ndarray:
-        return wide(array.astype(jnp.bfloat16))
-
     h = wide(x)
     if around.norm is not None:
         size = np.sqrt((h**2).mean(-1, keepdims=True) + around.eps)
@@ -280,4 +311,51 @@ def dense_products(x, weights: Sequence[Any], around: Around) -> list[np.ndarray
         found = [gate / (1 + np.exp(-gate)) * up]
     if around.residual is not None:
         found = [wide(around.residual) + rounded(found[0])]
+    if around.append is not None:
+        found = appended(found, around.append)
     return found
+
+
+def append_errors(
+    found: Sequence[jax.Array], expected: Sequence[np.ndarray], append: Append
+) -> list[float]:
+    """Relative, of queries and of what has become of the buffers: other rows than those of the pass
+    have to be as before."""
+    before = [np.float64(0), *map(wide, append.buffers)]
+    return [
+        relative_error(wide(y) - old, exact - old)
+        for y, exact, old in zip(found, expected, before, strict=True)
+    ]
+
+
+def wide(array: Any) -> np.ndarray:
+    return np.asarray(array, np.float64)
+
+
+def rounded(array: np.ndarray) -> np.ndarray:
+    return wide(array.astype(jnp.bfloat16))
+
+
+def appended(products: Sequence[np.ndarray], append: Append) -> list[np.ndarray]:
+    """Queries, and the buffers: a token and a head at a time."""
+    d, slots = append.channels, append.cache.key_buffer.shape[2]
+    half = slots if append.cache.keys is None else slots // 2
+    starts, firsts = np.asarray(append.start), np.asarray(append.first)
+    cos, sin = map(wide, append.rope)
+    found = []
+    for product, bias in zip(products, append.biases, strict=True):
+        y = rounded(product + (0 if bias is None else wide(bias)))
+        found.append(y.reshape(*y.shape[:-1], -1, d))
+    queries, buffers = np.zeros_like(found[0]), [wide(x).copy() for x in append.buffers]
+    for b, s in np.ndindex(found[0].shape[:2]):
+        row, slot = starts[b] - firsts[b] + s, starts[b] % slots + s
+        kept = slot // half == starts[b] % slots // half
+        for which, heads in enumerate(found):
+            for h, x in enumerate(heads[b, s]):
+                turned = np.concatenate([-x[d // 2 :], x[: d // 2]])
+                x = x if which == 2 else x * cos[b, row, 0] + turned * sin[b, row, 0]
+                if which == 0:
+                    queries[b, s, h] = x
+                elif kept:
+                    buffers[which - 1][b, h, slot] = x
+    return [queries, *buffers]

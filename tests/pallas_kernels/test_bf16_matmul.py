@@ -165,7 +165,9 @@ def operands_of(shape):
     """Shapes alone, of a call."""
     sizes = [(n, shape.inputs) if shape.transposed else (shape.inputs, n) for n in shape.outputs]
     weights = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes]
-    return jax.ShapeDtypeStruct((shape.rows, shape.inputs), jnp.bfloat16), weights, shape
+    x = jax.ShapeDtypeStruct((shape.rows, shape.inputs), jnp.bfloat16)
+    norm = jnp.zeros(shape.inputs, jnp.bfloat16) if shape.form.norm else None
+    return x, weights, Around(norm), shape.transposed
 
 
 SHAPES = [  # inputs, outputs, [N, Kin]

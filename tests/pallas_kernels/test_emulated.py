@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 from kernel_cases import (
     HEADS,
+    append_call,
+    append_errors,
     attention_call,
+    dense_products,
     heads_call,
     random_weight,
     relative_error,
@@ -34,7 +37,7 @@ from pallas_kernels.kv_attention import mosaic_gpu as attention
 from pallas_kernels.kv_attention import xla as attention_reference
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import tile
-from pallas_kernels.products.around import Around
+from pallas_kernels.products.around import Around, apart
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
 from pallas_kernels.quantize_pack import xla as quantize_reference
 from pallas_kernels.rope_append import api as rope_reference
@@ -195,6 +198,51 @@ def test_rope_append_finds_a_passs_rows_in_tables_of_more(case):
         expected, found = run(heads, layer, start), run(within, layer, start, start - before)
         for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+# In the middle of a half of the ring, at the ends of both, and of the whole.
+@pytest.mark.parametrize(
+    ("kind", "case", "config", "planes", "start", "ahead", "more"),
+    [
+        ("int4", "one", (1, 2, 4), True, (5,), True, 0),
+        ("int4", "one", (1, 1, 3, 2), True, (31,), False, 2),  # strips that do not divide a half
+        ("int4", "several", (1, 2, 1), True, (31,), True, 2),
+        ("int4", "several", (1, 2, 1), False, (62,), False, 0),
+        ("int4", "batch", (2, 1, 2), True, (62, 31), True, 1),
+        ("int4", "wide", (1, 1, 2), False, (31,), True, 0),
+        ("bf16", "one", (1, 2), True, (31,), True, 1),
+        ("bf16", "several", (1, 2, 1, 2), True, (62,), False, 2),
+        ("bf16", "several", (1, 2), False, (31,), True, 0),
+        ("bf16", "batch", (1, 1, 2), True, (31, 97), True, 2),
+        ("bf16", "wide", (1, 1, 1, 1, 1, 2), True, (5,), False, 0),
+    ],
+)
+def test_products_that_finish_heads(kind, case, config, planes, start, ahead, more):
+    """Bias, RoPE and the write into the buffer: what `rope_append` makes of the products."""
+    x, outputs, append = append_call(case, planes, start, ahead, more)
+    norm_weight = jax.random.normal(jax.random.key(3), x.shape[-1:]).astype(jnp.bfloat16)
+    around = Around(norm_weight, 1e-5, append=append)
+    if kind == "int4":
+        packed = [random_weight(x.shape[-1], n, 64, False, n) for n in outputs]
+        dense = list(map(int4_reference.dequantize, packed))
+        found = matmul.int4_matmuls(
+            x, list(map(tile, packed)), around, config=matmul.Config(*config)
+        )
+    else:
+        keys = jax.random.split(jax.random.key(2), 3)
+        dense = [
+            jax.random.normal(key, (x.shape[-1], n), jnp.bfloat16)
+            for key, n in zip(keys, outputs, strict=True)
+        ]
+        options = {"config": bf16.Config(*config), "multiprocessors": 2}
+        found = bf16.bf16_matmuls(x, dense, around, **options)
+
+    def multiply(h: jax.Array) -> list[jax.Array]:
+        return [jnp.dot(h.astype(jnp.float32), w.astype(jnp.float32)) for w in dense]
+
+    exact = dense_products(x, dense, around)
+    for way in (found, apart(x, around, multiply)):
+        assert max(append_errors(way, exact, append)) <= 4e-3
 
 
 @pytest.mark.parametrize("which", ["quantize_keys", "quantize_values"])

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_cases import (
+    APPENDS,
     HEADS,
+    append_call,
+    append_errors,
     attention_call,
     dense_products,
     heads_call,
@@ -38,6 +41,7 @@ from pallas_kernels.kv_attention import configs, mosaic_gpu
 from pallas_kernels.kv_attention.read import ByPage, PageLogSums, Pages, Read
 from pallas_kernels.layout import tile
 from pallas_kernels.page_choice.api import most_voted, page_votes
+from pallas_kernels.products.around import Around
 from pallas_kernels.quantize_pack import api as quantize
 from pallas_kernels.rope_append import api as rope
 
@@ -406,6 +410,33 @@ def test_what_stands_around_int4_matmul(rows, inputs, outputs, group, symmetric,
     dense = [matmul_reference.dequantize(w)[:inputs] for w in weights]
     run = jax.jit(functools.partial(matmul.int4_matmuls, backend="mosaic_gpu"))
     check_products(run, (x, [tile(w) for w in weights], around), dense, around, 4e-4)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("case", APPENDS)
+@pytest.mark.parametrize("kind", ["int4", "bf16"])
+def test_products_that_finish_heads(kind, case, ahead):
+    """In every configuration."""
+    x, outputs, append = append_call(case, True, (31, 62), ahead, 2, 1024)
+    norm_weight = jax.random.normal(jax.random.key(3), x.shape[-1:]).astype(jnp.bfloat16)
+    around = Around(norm_weight, 1e-5, append=append)
+    if kind == "int4":
+        packed = [random_weight(1024, n, 64, False, n) for n in outputs]
+        weights, dense = list(map(tile, packed)), list(map(matmul_reference.dequantize, packed))
+        shape, kernel = matmul_kernel.shape_of(x, weights, around), matmul_kernel.int4_matmuls
+        runs = [functools.partial(kernel, config=c) for c in matmul_configs.diverse(shape)]
+    else:
+        _, weights, dense = bf16_operands(1, 1024, outputs, False)
+        shape, kernel = bf16_kernel.shape_of(x, weights, around), bf16_kernel.bf16_matmuls
+        runs = [
+            functools.partial(kernel, config=c, multiprocessors=4)
+            for c in bf16_configs.diverse(shape)
+        ]
+    for run in runs:
+        found, again = (jax.jit(run)(x, weights, around) for _ in range(2))
+        for y, z in zip(found, again, strict=True):
+            np.testing.assert_array_equal(np.asarray(y), np.asarray(z))
+        assert max(append_errors(found, dense_products(x, dense, around), append)) <= 4e-3
 
 
 @pytest.mark.parametrize("which", ["quantize_keys", "quantize_values"])

@@ -9,7 +9,15 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from kernel_cases import HEADS, attention_call, heads_call, random_pages, random_weight
+from kernel_cases import (
+    APPENDS,
+    HEADS,
+    append_call,
+    attention_call,
+    heads_call,
+    random_pages,
+    random_weight,
+)
 
 from pallas_kernels import dispatch
 from pallas_kernels.add_rms_norm import mosaic_gpu as norm
@@ -20,7 +28,7 @@ from pallas_kernels.int4_matmul import mosaic_gpu as matmul
 from pallas_kernels.kv_attention import api, configs, mosaic_gpu
 from pallas_kernels.kv_attention.read import Pages, Read
 from pallas_kernels.layout import tile
-from pallas_kernels.products.around import Form
+from pallas_kernels.products.around import Around, Form, check
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
 from pallas_kernels.rope_append import mosaic_gpu as rope
 
@@ -152,6 +160,27 @@ def test_int4_matmul(rows, outputs, cluster, group, symmetric):
     assert "reduce" not in text
 
 
+@pytest.mark.parametrize("kind", ["int4", "bf16"])
+@pytest.mark.parametrize("case", APPENDS)
+def test_products_that_finish_heads(case, kind):
+    """One launch, that writes the buffers where they lie."""
+    x, outputs, append = append_call(case, True, (5, 97), True, inputs=576)
+    around = Around(x[0, 0], 1e-5, append=append)
+    if kind == "int4":
+        weights = [shapes_of(lambda n=n: tile(random_weight(576, n, 64, False))) for n in outputs]
+        assert matmul.unsupported(x, weights, around) is None
+        config = matmul_configs.candidates(matmul.shape_of(x, weights, around))[0]
+        run = functools.partial(matmul.int4_matmuls, config=config)
+    else:
+        weights = [jnp.zeros((576, n), jnp.bfloat16) for n in outputs]
+        assert bf16.unsupported(x, weights, around) is None
+        config = bf16_configs.candidates(bf16.shape_of(x, weights, around))[0]
+        run = functools.partial(bf16.bf16_matmuls, config=config, multiprocessors=132)
+    text = lower(run, x, weights, around)
+    assert text.count("custom_call") == text.count("custom_call @mosaic_gpu") == 1
+    assert text.count("stablehlo.output_operand_alias<") == 2
+
+
 @pytest.mark.parametrize(("head_dim", "group_size"), [(64, 32), (128, 128), (256, 64)])
 @pytest.mark.parametrize("kernel", [quantize.quantize_keys, quantize.quantize_values])
 def test_quantize(kernel, head_dim, group_size):
@@ -173,6 +202,28 @@ def test_what_the_kernels_cannot_do_is_named():
     weight = random_weight(64, 24, 32, False)
     assert "24 outputs" in (matmul.unsupported(jnp.zeros((1, 64), jnp.bfloat16), [weight]) or "")
     assert "17 rows" in (matmul.unsupported(jnp.zeros((17, 64), jnp.bfloat16), [weight]) or "")
+
+
+def test_heads_that_products_cannot_finish_are_named():
+    _, outputs, append = append_call("one", True, (5,), True)
+    buffer = append.cache.key_buffer
+    narrow = dataclasses.replace(append.cache, key_buffer=buffer[..., :88])
+    wide = dataclasses.replace(append.cache, key_buffer=buffer.astype(jnp.float32))
+    x = jnp.zeros((1, 1, 64), jnp.bfloat16)
+    packed = [tile(random_weight(64, n, 64, False)) for n in outputs]
+    dense = [jnp.zeros((64, n), jnp.bfloat16) for n in outputs]
+    for module, weights, multiple in ((matmul, packed, 32), (bf16, dense, 16)):
+        for cache, reason in (
+            (narrow, f"head_dim is 88; it takes multiples of {multiple}"),
+            (wide, "bfloat16"),
+        ):
+            around = Around(append=dataclasses.replace(append, cache=cache))
+            found = module.unsupported(x, weights, around) or ""
+            assert reason in found
+    with pytest.raises(ValueError, match="three weights, of q, k and v; given: 2"):
+        check(Around(append=append), outputs[:2])
+    with pytest.raises(ValueError, match="append takes neither gated"):
+        check(Around(append=append, gated=True), outputs)
 
 
 def test_a_named_backend_never_becomes_another_one():

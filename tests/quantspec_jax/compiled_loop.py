@@ -67,10 +67,10 @@ def compiled(
 
 
 def read_ahead(text: str, layers: int) -> dict[str, list[int]]:
-    """Of RoPE and of attention: how many operands they may read while the launches before them end
-    (their `ahead`), and how many of these are late, written after the attention of the layer
-    before: such a read would be a race."""
-    found = {"rope": [0, 0], "attention": [0, 0]}
+    """Of products that finish heads and of attention: how many operands they may read while the
+    launches before them end (their `ahead`), and how many of these are late, written after the
+    attention of the layer before: such a read would be a race."""
+    found = {"heads": [0, 0], "attention": [0, 0]}
     for operations in Module(text).computations.values():
         made = {re.match(r" +(?:ROOT )?%?([\w.\-]+) = ", x.line)[1]: x for x in operations}
         order = {name: i for i, name in enumerate(made)}
@@ -82,14 +82,15 @@ def read_ahead(text: str, layers: int) -> dict[str, list[int]]:
 
         attended, before = 0, -1
         for name, x in made.items():
-            which = re.search(r"/(rope_append|kv_attention_(?:int4|int8|full))/", x.line)
-            if x.kind != "custom-call" or not which:
+            if x.kind != "custom-call":
                 continue
-            kind = "rope" if which[1] == "rope_append" else "attention"
             operands = _operands(x.line)
-            early = operands[:2] + operands[5:]  # all but queries and the buffer
-            if kind == "rope":  # all but q, k, v, and the buffer
-                early = operands[:4] + operands[7:-2]
+            if re.search(r"/kv_attention_(int4|int8|full)/", x.line):
+                kind, early = "attention", operands[:2] + operands[5:]  # not queries and the buffer
+            elif "_matmul/" in x.line and "output_to_operand_aliasing" in x.line:
+                kind, early = "heads", operands[1:-2]  # not the stream and the buffer
+            else:
+                continue
             if attended % layers:
                 found[kind][0] += len(early)
                 found[kind][1] += sum(written(x) > before for x in early)

@@ -499,7 +499,7 @@ def kernels_on_each_device() -> None:
         names, operands, text = lowered_for_cuda(draft_policy)
         assert names == more | {
             *("add_rms_norm", "bf16_matmuls", "int4_matmuls", "kv_attention"),
-            *("quantize_keys", "quantize_values", "rope_append"),
+            *("quantize_keys", "quantize_values"),
         }
         shapes, tp, cp = CUDA_SHAPES, 2, 2
         h, k, d = shapes.num_heads, shapes.num_kv_heads, shapes.head_dim
@@ -531,7 +531,7 @@ def meetings_in_kernels() -> None:
     names, operands, text = lowered_for_cuda(ALL, reached=True)
     assert names == {
         *("all_gather", "all_reduce", "bf16_matmuls", "int4_matmuls", "kv_attention", "merge"),
-        *("quantize_keys", "quantize_values", "rope_append"),  # norms are left to the products
+        *("quantize_keys", "quantize_values"),  # norms and RoPE are left to the products
     }
     assert "stablehlo.all_reduce" not in text
     shapes, table = CUDA_SHAPES, "1x1x1x6xui32"

@@ -54,11 +54,10 @@ def test_top_pages_adds_four_launches_to_a_round(launches):
         assert 2 <= added <= 4
 
 
-def test_a_layer_is_seven_launches_of_each_pass(launches):
-    """Whichever pages a draft reads: q, k and v; RoPE; attention and its merge; o; gate and up;
-    down."""
+def test_a_layer_is_six_launches_of_each_pass(launches):
+    """Whichever pages a draft reads: q, k and v; attention and its merge; o; gate and up; down."""
     for policy in ("all", "window", "top-pages"):
-        assert launches[policy, 3, 4] - launches[policy, 2, 4] == 7 * 5
+        assert launches[policy, 3, 4] - launches[policy, 2, 4] == 6 * 5
 
 
 def test_what_a_draft_step_pays_outside_of_its_layers(launches):
@@ -67,13 +66,13 @@ def test_what_a_draft_step_pays_outside_of_its_layers(launches):
     for policy in ("all", "top-pages"):
         for layers in (2, 3):
             step = launches[policy, layers, 4] - launches[policy, layers, 3]
-            assert step - 7 * layers <= 4
+            assert step - 6 * layers <= 4
 
 
 def test_what_a_round_pays_outside_of_its_layers(launches):
     """Of 82 that there were."""
     for policy, most in (("all", 31), ("window", 34), ("top-pages", 35)):
-        assert launches[policy, 2, 4] - 2 * 7 * 5 <= most
+        assert launches[policy, 2, 4] - 2 * 6 * 5 <= most
 
 
 def test_what_draws_add_to_a_round(every):
@@ -86,15 +85,15 @@ def test_what_draws_add_to_a_round(every):
 def test_what_copies_add(every, launches):
     """A round that copies is a verification; each of both kinds looks for what comes next."""
     one, other = (every["all", layers, 4, "greedy", 7] for layers in (2, 3))
-    assert other - one == 7 * 5 + 7
-    assert one - launches["all", 2, 4] - 2 * 7 <= 28
+    assert other - one == 6 * 5 + 6
+    assert one - launches["all", 2, 4] - 2 * 6 <= 28
 
 
 def test_what_layers_read_ahead_is_there(counted):
     """From the second layer of a pass on: lengths, angles and biases; planes, where no list says
     which are read."""
     for case, row in counted.items():
-        (angles, late), (planes, later) = row["ahead"]["rope"], row["ahead"]["attention"]
+        (angles, late), (planes, later) = row["ahead"]["heads"], row["ahead"]["attention"]
         assert angles > 0
         assert late == 0
         if case[0] == "all":

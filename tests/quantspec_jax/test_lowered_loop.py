@@ -97,12 +97,13 @@ def test_each_kernel_is_in_the_program_once_however_many_layers_call_it(bits, po
         lowered(dataclasses.replace(MODEL, num_layers=layers), 4, "int8", draft, policy)
         for layers in (1, 3)
     )
-    # One launch for norm, q, k, v, one for o and the sum, for norm, gate and up, for down and the
-    # sum; the target's, and both lm_heads with the last norm. The second planes of 8 bits have no
-    # minima: they are launches of their own, and so is what stands around them.
+    # One launch for norm, q, k, v, RoPE and buffer, one for o and the sum, for norm, gate and up,
+    # for down and the sum; the target's, and both lm_heads with the last norm. The second planes of
+    # 8 bits have no minima: they are launches of their own, and so is what stands around them.
     products = ["bf16_matmuls"] * 6 + ["int4_matmuls"] * (4 if bits == 4 else 8)
     sums, norms = ([], []) if bits == 4 else (["add_rms_norm"], ["rms_norm"])
-    attention, rope = ["kv_attention"] * 2, ["rope_append"] * 2
+    # So are RoPE and buffer, of the draft.
+    attention, rope = ["kv_attention"] * 2, [] if bits == 4 else ["rope_append"]
     quantize = ["quantize_keys", "quantize_values"]
     choice = ["most_voted", "page_votes"] if policy.votes else []
     for text in (one, three):
@@ -152,5 +153,12 @@ def test_products_that_are_not_known_to_be_faster_are_left_to_xla():
 @pytest.mark.usefixtures("measured")
 def test_plain_decoding_has_no_kernel_of_a_draft():
     text = lowered(MODEL, 0, "full", DraftConfig())
+    assert names(text) == ["bf16_matmuls"] * 5 + ["kv_attention"]
+    assert len(kernels(text)) == 7
+
+
+@pytest.mark.usefixtures("measured")
+def test_norms_of_queries_and_keys_have_a_launch_of_their_own():
+    """They take whole heads, which a block of a product does not have."""
+    text = lowered(dataclasses.replace(MODEL, qk_norm=True), 0, "full", DraftConfig())
     assert names(text) == ["bf16_matmuls"] * 5 + ["kv_attention", "rope_append"]
-    assert len(kernels(text)) == 8
