@@ -4,30 +4,46 @@ beside the compiled programs.
 A trial decodes some rounds from the state at hand and takes everything back. That is possible
 because planes do not change before a flush: the trial begins where F2 does, ends before it is full,
 and what it wrote, in the buffer and in the small arrays, is put back.
+
+A program that drafts takes a CPU a minute or more to compile, only to say, as a rule, that drafts
+do not pay there, where XLA unpacks 4-bit weights at every step. So where no kernels run, passes of
+one layer are asked first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
+from pallas_kernels.kv_attention.read import Read
 from quantspec_jax import compilation_cache
+from quantspec_jax.cache import KVCache
 from quantspec_jax.cost import bytes_read
 from quantspec_jax.files import read_json, write_json
+from quantspec_jax.generate.cache_pass import hidden_pass
+from quantspec_jax.generate.policies import ALL
 from quantspec_jax.generate.state import DecodeState, Program
 from quantspec_jax.loading import Model
+from quantspec_jax.models.decoder import unembed
+from quantspec_jax.models.linear import computed
+from quantspec_jax.models.parameters import Params
 
 TRIAL_GAMMA = 4
 LEAST_SECONDS = 0.15  # of a timed run, if so many rounds may be tried
 MOST_ROUNDS = 16
 REPEATS = 3  # the fastest counts
+GUESS_SECONDS = 1.0
 ENDLESS = 1 << 30  # tokens
 VERSION = 3  # of how it is measured
 # What a round changes beside the cache's arrays.
@@ -75,6 +91,64 @@ def by_bytes(model: Model, program: Program, batch: int) -> float:
         share=program.policy.share,
     )
     return costs.draft / costs.verify
+
+
+@functools.partial(jax.jit, static_argnames=("program", "read"))
+def _layers(
+    params: Params, cache: KVCache, tokens: jax.Array, *, program: Program, read: Read
+) -> jax.Array:
+    hidden = hidden_pass(params, program, cache, tokens[:, None], cache.length, read)[0]
+    return computed(hidden, program.backend)
+
+
+@functools.partial(jax.jit, static_argnames="backend")
+def _head(params: Params, hidden: jax.Array, *, backend: str) -> jax.Array:
+    return unembed(params, hidden, backend)
+
+
+def guessed(
+    model: Model, state: DecodeState, program: Program, ready: Callable[..., Any]
+) -> float | None:
+    """What a draft step takes over a plain one, from a pass of the first layer and the lm_heads: c
+    without what a verification takes beyond a plain step, so that what cannot pay by it does not.
+    None where it would say little: where kernels run, devices meet, or drafts choose pages.
+
+    Args:
+      ready: a jitted function's executable for given arguments.
+    """
+    alone = dispatch.device() is None and program.mesh is None
+    if not alone or program.policy != ALL or program.cache.codec.recodes:
+        return None
+    one = dataclasses.replace(program.model, num_layers=1)
+    plain = dataclasses.replace(without_copies(program, 0), model=one)
+    cache = dataclasses.replace(state.cache, layers=state.cache.layers[:1])
+
+    passes = []  # of the draft, then of the target: a layer, and the head
+    for params, read in (
+        (model.draft_params, program.draft_read),
+        (model.params_for(program.cache), program.read),
+    ):
+        params = {**params, "layers": {"0": params["layers"]["0"]}}
+        hidden = jnp.zeros((*state.pending.shape, 1, one.hidden_size), model.dtype)
+        for function, args, static in (
+            (_layers, (params, cache, state.pending), {"program": plain, "read": read}),
+            (_head, (params, hidden), {"backend": program.backend}),
+        ):
+            passes.append(functools.partial(ready(function, *args, **static), *args))
+
+    def seconds(run: Callable[[], jax.Array]) -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(run())
+        return time.perf_counter() - begin
+
+    # In turn, so that whatever else the machine does meets all of them.
+    fastest, until = [math.inf] * len(passes), time.perf_counter() + GUESS_SECONDS
+    while time.perf_counter() < until or math.inf in fastest:
+        fastest = [min(best, seconds(run)) for best, run in zip(fastest, passes, strict=True)]
+    draft, plain_step = (
+        program.model.num_layers * layer + head for layer, head in (fastest[:2], fastest[2:])
+    )
+    return draft / plain_step
 
 
 def known(key: str) -> float | None:

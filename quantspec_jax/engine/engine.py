@@ -28,7 +28,7 @@ from quantspec_jax.cache import cache_bytes, create
 from quantspec_jax.cache.tiles import get_tile, put_tiles
 from quantspec_jax.checks import require
 from quantspec_jax.engine import draft_cost
-from quantspec_jax.engine.adaptive import AdaptiveGamma
+from quantspec_jax.engine.adaptive import AdaptiveGamma, paying
 from quantspec_jax.engine.bucket import bucket
 from quantspec_jax.engine.prefixes import HostTile, Prefixes, names
 from quantspec_jax.engine.prepare import KINDS, known_warpers, pad, program_for
@@ -722,16 +722,26 @@ class Engine:
         if cost is None:
             key = draft_cost.key_of(self.model, program, self.slots)
             cost = agreed(draft_cost.known(key))
-            if cost is None and self.config.max_new_tokens < TRIAL_PAYS:
-                cost = draft_cost.by_bytes(self.model, program, self.slots)
             if cost is None:
                 started, compiled = time.perf_counter(), self.clock.compile
-                self._state, cost = draft_cost.measured(self._state, program, self._decode)
+                cost = self._cost_of_drafts(program, key)
                 spent = time.perf_counter() - started
                 self.clock.trial += spent - (self.clock.compile - compiled)
-                cost = agreed(cost) or cost
-                draft_cost.keep(key, cost)
         self.adaptive = AdaptiveGamma(cost, self.program.cache.group_size, self.program.gamma)
+
+    def _cost_of_drafts(self, program: Program, key: str) -> float:
+        """A guess where drafts cannot pay, or few tokens are asked for; else measured. What may
+        serve other calls is kept."""
+        assert self._state is not None
+        guess = draft_cost.guessed(self.model, self._state, program, self._runner.ready)
+        self.clock.compile = self._runner.compile_seconds
+        if guess is None or paying(guess, self.program.cache.group_size):
+            if self.config.max_new_tokens < TRIAL_PAYS:
+                return guess or draft_cost.by_bytes(self.model, program, self.slots)
+            self._state, guess = draft_cost.measured(self._state, program, self._decode)
+            guess = agreed(guess) or guess
+        draft_cost.keep(key, guess)
+        return guess
 
     def _look(self, most: int = 1) -> None:
         """Bring what the host reads of the state to it: counters, and at most `most` new tokens of

@@ -16,6 +16,7 @@ from quantspec_jax.axes import Axes
 from quantspec_jax.cache import KVCache, LayerCache
 from quantspec_jax.generate.state import Program, PromptProgram
 from quantspec_jax.models.decoder import forward, unembed
+from quantspec_jax.models.linear import Activations
 from quantspec_jax.models.parameters import Params
 from quantspec_jax.models.projection import Projection
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
@@ -124,6 +125,26 @@ def observed_pass(
     masses: bool = False,
 ) -> tuple[jax.Array, KVCache, list[ByPage] | None]:
     """`cache_pass`, which with `masses` gives each layer's attention by page."""
+    call = (params, program, cache, tokens, start, read, pages, rope, rope_from)
+    hidden, cache, seen = hidden_pass(*call, masses=masses)
+    axes = program.axes.reached(params.get("peers"))
+    return unembed(params, hidden, program.backend, axes), cache, seen
+
+
+def hidden_pass(
+    params: Params,
+    program: Program,
+    cache: KVCache,
+    tokens: jax.Array,
+    start: jax.Array,
+    read: Read,
+    pages: Sequence[Pages] | None = None,
+    rope: Rope | None = None,
+    rope_from: jax.Array | None = None,
+    *,
+    masses: bool = False,
+) -> tuple[Activations, KVCache, list[ByPage] | None]:
+    """`observed_pass` up to the hidden states [B, S, E] that logits are made of."""
 
     # Of tokens that are not coded each device has some: the others write to their next free slot,
     # which they do not read before it has been written again.
@@ -154,7 +175,6 @@ def observed_pass(
         backend=program.backend,
         axes=axes,
     )
-    logits = unembed(params, hidden, program.backend, axes)
     layers = tuple(layer for layer, _ in made)
     seen = [by_page for _, by_page in made if by_page is not None] if masses else None
-    return logits, dataclasses.replace(cache, layers=layers), seen
+    return hidden, dataclasses.replace(cache, layers=layers), seen

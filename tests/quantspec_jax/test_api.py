@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import types
@@ -17,6 +18,7 @@ from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.engine import draft_cost, programs
 from quantspec_jax.engine.bucket import bucket
 from quantspec_jax.engine.engine import Engine
+from quantspec_jax.generate.policies import TopPages
 from quantspec_jax.models.module import init_params
 from quantspec_jax.text.detokenize import decode
 from quantspec_jax.weights.sizes import draft_bytes
@@ -85,6 +87,7 @@ def test_the_cost_of_a_draft_step_is_measured_once_and_changes_no_token(
 ):
     """Its trial takes everything back: the text is what it is with the same cost given; and it is
     kept for other processes."""
+    monkeypatch.setattr(draft_cost, "guessed", lambda *_: None)  # as where kernels run
     config = {**AUTO, "max_new_tokens": 80, "temperature": temperature}
     prompt = [[5, 6, 7] * 20, [9, 8] * 35]
     first = qs.generate(model, prompt, qs.GenerateConfig(**config))
@@ -104,6 +107,46 @@ def test_the_cost_of_a_draft_step_is_measured_once_and_changes_no_token(
     draft_cost._known.clear()
     monkeypatch.setattr(draft_cost, "measured", lambda state, *_: (state, cost))
     assert qs.generate(model, prompt, qs.GenerateConfig(**config)).tokens == first.tokens
+
+
+def test_where_drafts_cannot_pay_no_program_of_theirs_is_made(model, costs, monkeypatch):
+    """Passes of one layer say so; it is kept, as what is measured is."""
+    monkeypatch.setattr(draft_cost, "guessed", lambda *_: 1.5)
+    monkeypatch.setattr(draft_cost, "measured", lambda *_: pytest.fail("a trial"))
+    config = qs.GenerateConfig(**AUTO | {"max_new_tokens": 80}, lookup=0)
+    out = qs.generate(model, [[5, 6, 7] * 20], config)
+    assert (out.stats[0]["draft_cost"], out.stats[0]["proposed"]) == (1.5, 0)
+    assert len([*costs.iterdir()]) == 1
+    monkeypatch.setattr(draft_cost, "guessed", lambda *_: pytest.fail("again"))
+    draft_cost._known.clear()
+    assert qs.generate(model, [[5, 6, 7] * 20], config).tokens == out.tokens
+
+
+def test_of_few_tokens_the_cost_is_guessed(model, costs, monkeypatch):
+    """By passes of one layer, else by bytes; neither is kept."""
+    monkeypatch.setattr(draft_cost, "measured", lambda *_: pytest.fail("a trial"))
+    config = qs.GenerateConfig(**AUTO | {"max_new_tokens": 20})
+    for guess in (0.6, None):
+        monkeypatch.setattr(draft_cost, "guessed", lambda *_, guess=guess: guess)
+        (stats,) = qs.generate(model, [[5, 6, 7] * 20], config).stats
+        assert (stats["draft_cost"] == 0.6) == (guess == 0.6)
+    assert not costs.exists()
+
+
+def test_a_guess_at_the_cost_of_a_draft_step(model, monkeypatch):
+    engine = Engine(model, qs.GenerateConfig(**AUTO), 60)
+    engine.add([[5, 6, 7] * 20])
+    program, state = engine.program, engine._state
+    before = jax.tree.map(np.asarray, state.cache)
+
+    def guess(program):
+        return draft_cost.guessed(model, state, program, engine._runner.ready)
+
+    assert 0.01 < guess(program) < 100
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, state.cache))
+    assert guess(dataclasses.replace(program, policy=TopPages(0.5))) is None
+    monkeypatch.setattr(draft_cost.dispatch, "device", lambda: "a GPU")
+    assert guess(program) is None
 
 
 def test_what_a_call_costs_is_no_part_of_a_draft_step(model):
