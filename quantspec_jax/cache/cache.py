@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -21,16 +22,22 @@ from quantspec_jax.models.config import ModelConfig
 def create(model: ModelConfig, config: CacheConfig, batch: int) -> KVCache:
     """An empty cache for `batch` sequences."""
     shape = (batch, model.num_kv_heads, config.group_size, model.head_dim)
-    nothing = jnp.zeros(shape, config.dtype)
     empty = jnp.zeros(batch, jnp.int32)
     # Two arrays of zeros, not one twice: the caller may donate the cache.
     return KVCache(
-        tuple(from_prompt(nothing, nothing, empty, config) for _ in range(model.num_layers)),
+        tuple(_empty_layer(shape, config) for _ in range(model.num_layers)),
         empty,
         jnp.zeros_like(empty),
         config.group_size,
         config.codec,
     )
+
+
+# Op by op, a hundred programs would be compiled.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _empty_layer(shape: tuple[int, ...], config: CacheConfig) -> LayerCache:
+    nothing = jnp.zeros(shape, config.dtype)
+    return from_prompt(nothing, nothing, jnp.zeros(shape[0], jnp.int32), config)
 
 
 @shaped
