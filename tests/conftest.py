@@ -30,8 +30,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests compile for longer than they compute, those of a real model too.
 UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # The emitters that XLA has by default run MLIR's passes for each fusion: without them, and in one
-# part, a program takes it a third of the time.
-QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+# part, a program takes it a third of the time. Metadata about aliases are for LLVM's passes.
+QUICK = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_llvm_enable_alias_scope_metadata=false --xla_llvm_enable_noalias_metadata=false "
+    "--xla_llvm_enable_invariant_load_metadata=false"
+)
 
 
 def _compile_quickly_in_all_processes() -> None:
