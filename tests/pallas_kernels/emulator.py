@@ -213,12 +213,12 @@ def gather(where: Lanes, count: int) -> np.ndarray:
 def scatter(where: Lanes, rows: np.ndarray) -> None:
     (memory, at), count = bank(where), rows.shape[1]
     assert (at + count <= memory.size).all(), "a write outside of memory"
+    places = at[:, None] + np.arange(count)
     if where.kind == "i32":
-        HERE.block.written[at[:, None] + np.arange(count)] = HERE.warp + 1
+        HERE.block.written[places] = HERE.warp + 1
         products = itertools.chain(*[*HERE.block.multiplied.values()])
         first, last = at.min(), at.max() + count
         assert all(last <= b or e <= first for b, e in products), "a write to what is multiplied"
-    places = at[:, None] + np.arange(count)
     with WRITING:
         if memory is HERE.block.memory:
             writers = HERE.block.writers
@@ -230,21 +230,22 @@ def scatter(where: Lanes, rows: np.ndarray) -> None:
 
 
 def load(where, words=1, kind="i32"):
-    _reads(where)
-    _in_time(where)
     memory, at = bank(where)
+    _reads(where, at)
+    _in_time(where)
     assert not (at % (4 * words)).any(), "a misaligned read"
-    assert (at + 4 * words <= memory.size).all(), "a read outside of memory"
-    rows = np.zeros((words, 32), np.uint32)  # of lanes that are not active
-    rows[:, HERE.mask] = memory.view(np.uint32)[at // 4 + np.arange(words)[:, None]]
+    assert at.max() + 4 * words <= memory.size, "a read outside of memory"
+    rows = memory.view(np.uint32)[at // 4 + np.arange(words)[:, None]]
+    if len(at) < 32:
+        some, rows = rows, np.zeros((words, 32), np.uint32)  # of lanes that are not active
+        rows[:, HERE.mask] = some
     out = [Lanes(row, "i32") for row in rows]
     return out if kind == "i32" else [x.as_float() for x in out]
 
 
-def _reads(where: Lanes) -> None:
+def _reads(where: Lanes, at: np.ndarray) -> None:
     """A read of shared memory may be under way until the warp's next fence."""
     if where.kind == "i32":
-        at = where.array[HERE.mask].astype(np.int64)
         HERE.block.reads[HERE.warp].append((at.min(), at.max()))
 
 
@@ -307,13 +308,25 @@ OF_RIGHT = np.broadcast_arrays(2 * Q[:, None] + 8 * WORD[:2] + HALF, G[:, None])
 OF_SUM = np.broadcast_arrays(G + 8 * (WORD[:, 0] // 2), 2 * Q + WORD[:, 0] % 2)
 
 
+def _places(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Of each number of a matrix, which of those it is that the lanes hold."""
+    places = np.zeros((rows.max() + 1, columns.max() + 1), np.int64)
+    places[rows, columns] = np.arange(rows.size).reshape(rows.shape)
+    return places
+
+
+LEFT, RIGHT, SUM = (_places(*each) for each in (OF_LEFT, OF_RIGHT, OF_SUM))
+
+
+def _matrix(words: Sequence[Lanes], number: Any, places: np.ndarray) -> np.ndarray:
+    numbers = np.concatenate([x.array for x in words]).view(number)
+    return numbers[places].astype(np.float64)
+
+
 def mma(kind, a, b, c, add: Callable[..., np.ndarray] = lambda c, a, b: c + a @ b):
     number = np.float16 if kind == "f16" else ml_dtypes.bfloat16
-    left, right, out = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
-    left[*OF_LEFT] = np.stack([pieces(x, number) for x in a])
-    right[*OF_RIGHT] = np.stack([pieces(x, number) for x in b])
-    out[*OF_SUM] = np.stack([x.array for x in c])
-    return [Lanes(x, "f32") for x in add(out, left, right)[*OF_SUM]]
+    left, right = _matrix(a, number, LEFT), _matrix(b, number, RIGHT)
+    return [Lanes(x, "f32") for x in add(_matrix(c, np.float32, SUM), left, right)[*OF_SUM]]
 
 
 def wgmma(kind, a, b, blocks, c=None):
@@ -361,7 +374,7 @@ def transpose_8x8(x):
 
 
 def load_matrices_transposed(where):
-    _reads(where)
+    _reads(where, bank(where)[1])
     rows = gather(where, 16).view(np.uint16).reshape(4, 8, 8)
     return [word(np.ascontiguousarray(m.T).reshape(32, 2)) for m in rows]
 
