@@ -20,6 +20,7 @@ from quantspec_jax.generate import lookup
 from quantspec_jax.generate.lookup import LEAST, LONGEST, look
 from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.policies import ALL, TopPages
+from quantspec_jax.generate.sampling import GREEDY
 
 LENGTHS = [67, 50, 96]
 NEW = 90
@@ -69,7 +70,7 @@ def test_what_followed_the_longest_and_latest_run_is_copied(length):
 
 
 def program(*args, **options):
-    return tiny.program(*args, layers=1, **options)
+    return tiny.program(*args, layers=1, warpers=GREEDY, **options)
 
 
 @functools.cache

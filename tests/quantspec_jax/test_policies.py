@@ -34,6 +34,7 @@ from quantspec_jax.generate.policies import (
 )
 from quantspec_jax.generate.policies.policy import budget, most_pages
 from quantspec_jax.generate.policies.prompt import by_page, last_queries_mass
+from quantspec_jax.generate.sampling import GREEDY
 from quantspec_jax.models.presets import PRESETS
 
 LENGTHS = [67, 50, 130]  # 3, 2 and 7 pages coded
@@ -71,7 +72,8 @@ def layers_of(chosen):
 def begun(chosen, layers=None, gamma=3):
     """(program, state after the prompts)."""
     config, params, _ = cut(layers or layers_of(chosen))
-    p = dataclasses.replace(program(gamma, width=4, policy=chosen), model=config)
+    p = program(gamma, width=4, policy=chosen, warpers=GREEDY)
+    p = dataclasses.replace(p, model=config)
     return p, start(p, prompts(LENGTHS), LENGTHS, NEW, params=params)
 
 
