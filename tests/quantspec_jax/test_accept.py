@@ -24,6 +24,7 @@ N = 24
 GAMMA = 4
 START = 3  # the prompt is this one, pending token
 DRAWS = 25_000
+FEW = 5_000  # to notice what is broken
 POSITIONS = 3  # whose joint distribution is compared
 CONFIGS = {
     "temperature": GenerateConfig(temperature=0.7),
@@ -111,10 +112,13 @@ compiled_rounds = jax.jit(rounds, static_argnums=2, compiler_options=OPTIMIZED)
 
 
 def simulate(
-    config: GenerateConfig, limit: int = GAMMA, rounds: Callable = compiled_rounds
+    config: GenerateConfig,
+    limit: int = GAMMA,
+    rounds: Callable = compiled_rounds,
+    draws: int = DRAWS,
 ) -> Simulation:
-    keys = jax.random.split(jax.random.key(11), DRAWS)
-    tokens, acceptance = rounds(keys, sampling_arrays(config, DRAWS), limit)
+    keys = jax.random.split(jax.random.key(11), draws)
+    tokens, acceptance = rounds(keys, sampling_arrays(config, draws), limit)
     return Simulation(np.asarray(tokens)[:, 1:], float(acceptance))
 
 
@@ -202,7 +206,7 @@ def test_a_broken_rule_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) ->
     part, broken = BROKEN[name]
     monkeypatch.setattr(couplings, part, broken)
     config = CONFIGS["temperature"]
-    assert p_value(simulate(config, rounds=broken_rounds).tokens, exact(config)) < 1e-6
+    assert p_value(simulate(config, rounds=broken_rounds, draws=FEW).tokens, exact(config)) < 1e-6
 
 
 def test_forgetting_the_tokens_of_the_round_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +215,7 @@ def test_forgetting_the_tokens_of_the_round_is_noticed(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(rule, "_seen_by_row", seen_before_the_round)
     config = CONFIGS["penalty"]
-    assert p_value(simulate(config, rounds=broken_rounds).tokens, exact(config)) < 1e-6
+    assert p_value(simulate(config, rounds=broken_rounds, draws=FEW).tokens, exact(config)) < 1e-6
 
 
 jitted_accept = jax.jit(accept)
