@@ -54,6 +54,7 @@ class Shapes:
     matmul     name → input channels, outputs of each weight of the pass
     group      input channels that share a scale of a weight
     tied       whether the lm_head is the embedding [N, Kin]
+    qk_norm    whether queries and keys are normed: then RoPE is no part of the products' launch
     """
 
     heads: int
@@ -62,6 +63,12 @@ class Shapes:
     attention: tuple[tuple[str, int, int, int], ...]
     matmul: dict[str, tuple[int, tuple[int, ...]]]
     tied: bool = False
+    qk_norm: bool = False
+
+    @property
+    def appended(self) -> int | None:
+        """head_dim, where q, k and v are finished in the launch of their products."""
+        return None if self.qk_norm else self.head_dim
 
 
 ATTENTION = (
@@ -106,6 +113,7 @@ def shapes_of(name: str, model: ModelConfig, context: int, group: int) -> Shapes
             f"{name} lm_head": (e, (model.vocab_size,)),
         },
         model.tie_embeddings,
+        model.qk_norm,
     )
 
 
@@ -465,14 +473,18 @@ def random_weight(key: jax.Array, inputs: int, outputs: int, group: int) -> Quan
     )
 
 
-def _around(name: str, inputs: int, outputs: Sequence[int], rows: int, head_dim: int) -> Around:
+def _around(
+    name: str, inputs: int, outputs: Sequence[int], rows: int, head_dim: int | None
+) -> Around:
     """What stands around a product of this name in a layer."""
     shapes = (inputs,), (1, rows, outputs[0])
     norm, residual = (_normal(jax.random.key(3), x) for x in shapes)
     if name.endswith((" o", " down")):
         return Around(residual=residual)
-    append = _append(outputs, rows, head_dim) if name.endswith("q, k, v") else None
-    return Around(norm=norm, eps=1e-6, gated=name.endswith("gate, up"), append=append)
+    around = Around(norm=norm, eps=1e-6, gated=name.endswith("gate, up"))
+    if head_dim is None or not name.endswith("q, k, v"):
+        return around
+    return dataclasses.replace(around, append=_append(outputs, rows, head_dim))
 
 
 def _append(outputs: Sequence[int], rows: int, head_dim: int) -> Append:
@@ -514,7 +526,7 @@ def _matmul(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace
 
         run = functools.partial(matmul.int4_matmuls, backend="mosaic_gpu")
         for rows in args.rows:
-            sizes = (num_bytes, rows, shapes.head_dim)
+            sizes = (num_bytes, rows, shapes.appended)
             products = _Products(
                 f"int4 matmul, {name}", configs.KERNEL, weights, *sizes, run, dense
             )
@@ -557,7 +569,7 @@ def _bf16(shapes: Shapes, ceilings: dict[str, float], args: argparse.Namespace) 
 
         run = functools.partial(bf16.bf16_matmuls, transposed=tied, backend="mosaic_gpu")
         for rows in args.rows:
-            sizes = (num_bytes, rows, shapes.head_dim)
+            sizes = (num_bytes, rows, shapes.appended)
             products = _Products(
                 f"bf16 matmul, {name}", configs.KERNEL, weights, *sizes, run, dense
             )
@@ -576,7 +588,7 @@ class _Products:
     weights: Sequence[Any]
     num_bytes: float
     rows: int
-    head_dim: int
+    head_dim: int | None  # `Shapes.appended`
     run: Callable[..., list[jax.Array]]
     dense: Callable[..., list[jax.Array]]
 

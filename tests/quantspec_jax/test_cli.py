@@ -390,7 +390,16 @@ class TestGenerate:
         assert [output["gamma"] for output in result["outputs"]] == ["auto"] * 2
 
     def test_text_is_streamed_and_statistics_are_one_line(self, run, run_json, one_layer_llama_dir):
-        argv = ["generate", "--model", one_layer_llama_dir, *prompt(), "--max-new-tokens", 24]
+        argv = [
+            "generate",
+            "--model",
+            one_layer_llama_dir,
+            *prompt(),
+            "--max-new-tokens",
+            24,
+            "--gamma",
+            4,
+        ]
         expected = run_json(*argv)["text"]
         status, out, err = run(*argv)
         assert (status, out) == (0, expected + "\n")
