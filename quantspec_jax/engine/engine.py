@@ -730,18 +730,23 @@ class Engine:
         self.adaptive = AdaptiveGamma(cost, self.program.cache.group_size, self.program.gamma)
 
     def _cost_of_drafts(self, program: Program, key: str) -> float:
-        """A guess where drafts cannot pay, or few tokens are asked for; else measured. What may
-        serve other calls is kept."""
+        """A guess where drafts cannot pay, or few tokens are asked for; else measured. Both are
+        kept, so that the next call has the same."""
         assert self._state is not None
-        guess = draft_cost.guessed(self.model, self._state, program, self._runner.ready)
-        self.clock.compile = self._runner.compile_seconds
-        if guess is None or paying(guess, self.program.cache.group_size):
-            if self.config.max_new_tokens < TRIAL_PAYS:
-                return guess or draft_cost.by_bytes(self.model, program, self.slots)
-            self._state, guess = draft_cost.measured(self._state, program, self._decode)
-            guess = agreed(guess) or guess
-        draft_cost.keep(key, guess)
-        return guess
+        guess = draft_cost.known(f"{key}-guess")
+        if guess is None:
+            guess = draft_cost.guessed(self.model, self._state, program, self._runner.ready)
+            self.clock.compile = self._runner.compile_seconds
+            if guess is not None:
+                draft_cost.keep(f"{key}-guess", guess)
+        if guess is not None and not paying(guess, self.program.cache.group_size):
+            return guess
+        if self.config.max_new_tokens < TRIAL_PAYS:
+            return guess or draft_cost.by_bytes(self.model, program, self.slots)
+        self._state, cost = draft_cost.measured(self._state, program, self._decode)
+        cost = agreed(cost) or cost
+        draft_cost.keep(key, cost)
+        return cost
 
     def _look(self, most: int = 1) -> None:
         """Bring what the host reads of the state to it: counters, and at most `most` new tokens of

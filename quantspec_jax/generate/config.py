@@ -44,7 +44,8 @@ class GenerateConfig:
       (`generate.lookup`; `prompt_lookup_num_tokens` of transformers); 0: none. None: 7 with gamma
       "auto", else 0.
     draft_cost: what a draft step costs over a plain one, for "auto"; None: it is measured, once for
-      a model, device and context bucket (`engine.draft_cost`).
+      a model, device and context bucket, or where drafts cannot pay guessed
+      (`engine.draft_cost`).
     coupling: how sampled proposals are accepted (`generate.couplings`).
     draft_policy, draft_share: which pages of the cache a draft reads, and how large a share of its
       coded tokens (`generate.policies`); None: the policy's own. "auto": what promises most at the
