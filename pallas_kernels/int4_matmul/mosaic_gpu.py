@@ -81,9 +81,9 @@ from pallas_kernels.collectives.meeting import Meeting
 from pallas_kernels.layout import STRIP, PackedWeight, QuantizedWeight, TiledWeight
 from pallas_kernels.products import inputs as staging
 from pallas_kernels.products.around import NOTHING, PLAIN, Around, Form, rows_of
-from pallas_kernels.products.given import Finish, Given, Product
+from pallas_kernels.products.given import Finish, Given
 from pallas_kernels.products.inputs import Inputs, Staged
-from pallas_kernels.products.sums import Sums
+from pallas_kernels.products.sums import Product, Sums
 from pallas_kernels.ptx import V, f32, i32
 
 MAX_ROWS = 16

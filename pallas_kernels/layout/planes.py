@@ -91,3 +91,9 @@ class LayerCache:
     values: Planes | None
     key_buffer: jax.Array
     value_buffer: jax.Array
+
+    @property
+    def half(self) -> int:
+        """Slots of a half of the ring, in which a pass's rows stay: all, where nothing is coded."""
+        slots = self.key_buffer.shape[2]
+        return slots if self.keys is None else slots // 2

@@ -81,13 +81,12 @@ class Append:
 
     @property
     def form(self) -> AppendForm:
-        slots = self.cache.key_buffer.shape[2]
         return AppendForm(
             self.channels,
             self.start.size,
             self.rope[0].shape[1],
-            slots,
-            slots if self.cache.keys is None else slots // 2,
+            self.cache.key_buffer.shape[2],
+            self.cache.half,
             any(bias is not None for bias in self.biases),
             self.ahead,
         )

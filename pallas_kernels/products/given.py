@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
 from pallas_kernels import ptx
 from pallas_kernels.products.around import Form
-from pallas_kernels.products.head_results import HeadResults, HeadTarget, Tokens
-from pallas_kernels.products.sums import Results, RowResults, Sums
+from pallas_kernels.products.head_results import HeadResults, Tokens
+from pallas_kernels.products.sums import Product, Results, RowResults, Sums
 from pallas_kernels.ptx import V, i32
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """One of a launch's: its weight, where its results go, how many outputs it has, its place among
-    the products; its bias, where it is added in the launch."""
-
-    weight: V
-    result: V
-    outputs: V
-    number: V
-    bias: V | None = None
 
 
 class Given:
@@ -92,16 +79,6 @@ class Finish:
         given, append = self.given, self.given.form.append
         if append:
             tokens = self.early or self._tokens()
-            query, value = product.number.equals(0), product.number.equals(2)
-            target = HeadTarget(product.result, product.bias, product.outputs, query, value)
-            return HeadResults(self.sums, append, target, given.tables, tokens, first, end)
-        return RowResults(
-            self.sums,
-            given.form,
-            product.result,
-            product.outputs,
-            first,
-            end,
-            given.residual,
-            self.out_bytes,
-        )
+            return HeadResults(self.sums, append, product, given.tables, tokens, first, end)
+        residual, size = given.residual, self.out_bytes
+        return RowResults(self.sums, given.form, product, first, end, residual, size)

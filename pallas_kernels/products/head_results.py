@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from pallas_kernels import ptx
 from pallas_kernels.products.append import AppendForm
-from pallas_kernels.products.sums import Results, Sums, rounded
+from pallas_kernels.products.sums import Product, Results, Sums, rounded
 from pallas_kernels.ptx import V, i32
+from pallas_kernels.rope_append.steps import rotated, slot_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Tokens:
     """Those of a thread's quads."""
 
     def __init__(self, sums: Sums, form: AppendForm, starts: V, firsts: V, mine: Sequence[V]):
-        """mine: the quads. A pass's rows stay in the half of the ring that it begins in."""
+        """mine: the quads."""
         tokens = sums.rows // form.batch
 
         def position(array: V, sequence: V) -> V:
@@ -39,23 +40,9 @@ class Tokens:
             row = ptx.minimum(index, sums.quads - 1) // (sums.outputs // 4)
             sequence, token = (i32(0), row) if alone else (row // tokens, row % tokens)
             start, first = alone or [position(x, sequence) for x in (starts, firsts)]
-            begin = start % form.slots
-            slot = begin + token
-            kept = slot < (begin // form.half + 1) * form.half
+            slot, kept = slot_of(start, token, form.slots, form.half)
             table_row = sequence * form.table_rows + token + (start - first)
             self.of_quads.append(_Token(row, sequence, slot, kept, table_row))
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadTarget:
-    """Of one of q, k and v: where it goes, its biases, how many outputs it has, and whether it is q
-    or v."""
-
-    result: V
-    bias: V | None
-    outputs: V
-    is_query: V
-    is_value: V
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +64,15 @@ class HeadResults(Results):
         self,
         sums: Sums,
         form: AppendForm,
-        target: HeadTarget,
+        product: Product,
         tables: Sequence[V],
         tokens: Tokens,
         first: V,
         end: V,
     ):
         super().__init__(sums)
-        self.append, self.target = form, target
+        self.append, self.product = form, product
+        self.is_query, self.is_value = product.number.equals(0), product.number.equals(2)
         self.tables, self.tokens, self.first, self.end = tables, tokens, first, end
 
     def ahead(self, mine: Sequence[tuple[V, V]]) -> list[_Due]:
@@ -94,7 +82,7 @@ class HeadResults(Results):
         ]
 
     def _due(self, index: V, token: _Token) -> _Due:
-        form, target = self.append, self.target
+        form, product = self.append, self.product
         channels, half = form.channels, form.channels // 2
         pair = self.first + index % (self.sums.outputs // 4) * 4
         inside = pair < self.end
@@ -102,17 +90,17 @@ class HeadResults(Results):
         head, channel = pair // half, pair % half
         output = head * channels + channel
         biases: list[list[V]] = []
-        if target.bias is not None:
-            at = target.bias + (output * 2).to_i64()
+        if product.bias is not None:
+            at = product.bias + (output * 2).to_i64()
             biases = [ptx.unpack_bf16s(ptx.load(at + x, 2)) for x in (0, channels)]
         at = ((token.table_row * channels + channel) * 4).to_i64()
         cosines, sines = (ptx.load(table + at, 4, "f32") for table in self.tables)
-        query = token.row.to_i64() * target.outputs.to_i64() + output.to_i64()
-        kv_heads = target.outputs // channels
+        query = token.row.to_i64() * product.outputs.to_i64() + output.to_i64()
+        kv_heads = product.outputs // channels
         row = (token.sequence * kv_heads + head).to_i64() * form.slots + token.slot.to_i64()
-        place = ptx.select(target.is_query, query, row * channels + channel.to_i64())
-        here = ptx.select(target.is_query, inside, ptx.both(inside, token.kept))
-        return _Due(biases, cosines, sines, target.result + place * 2, here)
+        place = ptx.select(self.is_query, query, row * channels + channel.to_i64())
+        here = ptx.select(self.is_query, inside, ptx.both(inside, token.kept))
+        return _Due(biases, cosines, sines, product.result + place * 2, here)
 
     def write(self, index: V, parts: list[list[V]], added: _Due) -> None:
         del index
@@ -122,14 +110,9 @@ class HeadResults(Results):
                 for part, bias in zip(parts, added.biases, strict=True)
             ]
         first, second = (rounded(part) for part in parts)
-        angles = list(zip(first, second, added.cosines, added.sines, strict=True))
-        turned = [
-            [a * c - b * s for a, b, c, s in angles],
-            [b * c + a * s for a, b, c, s in angles],
-        ]
-        is_value = self.target.is_value
+        turned = rotated(first, second, added.cosines, added.sines)
         words = [
-            ptx.pack_bf16s([ptx.select(is_value, x, y) for x, y in zip(*both, strict=True)])
+            ptx.pack_bf16s([ptx.select(self.is_value, x, y) for x, y in zip(*both, strict=True)])
             for both in zip((first, second), turned, strict=True)
         ]
 

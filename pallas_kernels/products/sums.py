@@ -126,6 +126,18 @@ def _added(at: V, step: int, count: int) -> list[V]:
     return out
 
 
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One of a launch's: its weight, where its results go, how many outputs it has, its place among
+    the products; its bias, where it is added in the launch."""
+
+    weight: V
+    result: V
+    outputs: V
+    number: V
+    bias: V | None = None
+
+
 class Results:
     """Where the quads of a block, or a cluster, go, and what is done to them before."""
 
@@ -188,15 +200,14 @@ class RowResults(Results):
         self,
         sums: Sums,
         form: Form,
-        result: V,
-        outputs: V,
+        product: Product,
         first: V,
         end: V,
         residual: V | None,
         out_bytes: int,
     ):
         super().__init__(sums)
-        self.form, self.result, self.outputs = form, result, outputs
+        self.form, self.result, self.outputs = form, product.result, product.outputs
         self.first, self.end = first, end
         self.residual, self.out_bytes = residual, out_bytes
 

@@ -1,10 +1,9 @@
 """Bias, norm, RoPE and the write into the buffer from Ampere on (Pallas Mosaic GPU).
 
 XLA makes three to five kernels of it, which each cost a launch and nothing else; here it is one,
-and none where the launch of the products does it (`products.append`): that has no whole heads, of
-which norms are, and takes few rows. A
-warp takes one vector of a token, H queries, K keys, K values, a lane two channels of its first half
-and the two that they rotate with:
+and none where the launch of the products does it (`products.append`), which takes few rows and has
+no whole heads to norm. A warp takes one vector of a token, H queries, K keys, K values, a lane two
+channels of its first half and the two that they rotate with:
 
     lane l    channels 2 l, 2 l + 1, 2 (l + 32) …     bias → bf16 → norm → bf16
               D/2 + the same                          rotate → bf16 → query, or slot of the buffer
@@ -26,6 +25,7 @@ from pallas_kernels import ptx
 from pallas_kernels.layout import LayerCache
 from pallas_kernels.ptx import V, f32
 from pallas_kernels.rope_append.heads import Heads
+from pallas_kernels.rope_append.steps import rotated, slot_of
 
 WARPS = 4  # a block
 Numbers = list[V]  # of a lane: first half, then what each rotates with
@@ -95,11 +95,9 @@ class _Warp:
         return cosines[: len(cosines) // 2], sines[: len(sines) // 2]
 
     def rotated(self, numbers: Numbers, angles: tuple[Numbers, Numbers]) -> Numbers:
-        half, (cosines, sines) = len(numbers) // 2, angles
-        first, second = numbers[:half], numbers[half:]
-        turned = [a * c - b * s for a, b, c, s in zip(first, second, cosines, sines, strict=True)]
-        turned += [b * c + a * s for a, b, c, s in zip(first, second, cosines, sines, strict=True)]
-        return turned
+        half = len(numbers) // 2
+        first, second = rotated(numbers[:half], numbers[half:], *angles)
+        return first + second
 
 
 def _rounded(numbers: Numbers) -> Numbers:
@@ -107,8 +105,7 @@ def _rounded(numbers: Numbers) -> Numbers:
 
 
 def _body(heads: Heads, slots: int, half: int, ahead: bool) -> Callable[[Sequence[V], V], None]:
-    """`heads`: shapes and types alone. A pass's rows stay in the half of the ring that it begins
-    in."""
+    """`heads`: shapes and types alone."""
     _, tokens, num_heads, channels = heads.q.shape
     kv_heads = heads.k.shape[2]
     vectors, rows = num_heads + 2 * kv_heads, heads.rope[0].shape[1]
@@ -161,12 +158,11 @@ def _body(heads: Heads, slots: int, half: int, ahead: bool) -> Callable[[Sequenc
             warp.write(queries + at, finished(0, vector))
 
         def buffered(which: int, buffer: V, head: V) -> None:
-            begin = start % slots
-            slot = begin + s
+            slot, kept = slot_of(start, s, slots, half)
             row = (b * kv_heads + head).to_i64() * slots + slot.to_i64()
             write = functools.partial(warp.write, buffer + row * (2 * channels))
             numbers = finished(which, head)
-            ptx.when(slot < (begin // half + 1) * half, lambda: write(numbers))
+            ptx.when(kept, lambda: write(numbers))
 
         key, value = vector - num_heads, vector - (num_heads + kv_heads)
         ptx.when(vector < num_heads, query)
@@ -189,7 +185,6 @@ def rope_append(
     """See `pallas_kernels.rope_append.api.rope_append`; bf16 activations and buffer."""
     b, tokens, num_heads = heads.q.shape[:3]
     slots = cache.key_buffer.shape[2]
-    half = slots if cache.keys is None else slots // 2
     vectors = num_heads + 2 * heads.k.shape[2]
     optional = [x.astype(jnp.bfloat16) for x in (*heads.biases, *heads.norms) if x is not None]
     tables = [jnp.broadcast_to(x, (b, *x.shape[1:])) for x in heads.rope]
@@ -203,7 +198,7 @@ def rope_append(
         *optional,
     ]
     queries, key_buffer, value_buffer = ptx.kernel(
-        _body(heads, slots, half, ahead),
+        _body(heads, slots, cache.half, ahead),
         [jax.ShapeDtypeStruct(heads.q.shape, jnp.bfloat16)],
         name="rope_append",
         blocks=b * tokens * -(-vectors // WARPS),

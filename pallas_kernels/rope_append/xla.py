@@ -33,8 +33,7 @@ def append(layer: LayerCache, keys: CacheKV, values: CacheKV, start: Each) -> La
     counts crosses a flush boundary) and are dropped: their slots still hold F1.
     """
     slots = layer.key_buffer.shape[2]
-    half = slots if layer.keys is None else slots // 2
-    slot = start % slots
+    half, slot = layer.half, start % slots
     write = _write_one if keys.shape[0] == 1 else _write_batch
     return dataclasses.replace(
         layer,

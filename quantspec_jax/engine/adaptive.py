@@ -57,9 +57,9 @@ def price(cost: float, gamma: int) -> float:
     return (1 + verification + step * gamma) * BEYOND.get(gamma, 1.0)
 
 
-def paying(cost: float, group_size: int, most: int = MOST_DRAFTED) -> tuple[int, ...]:
-    """Those γ > 0 that pay if all is accepted: to try another would only compile its program."""
-    most = min(most, group_size - 1)
+def paying(cost: float, most: int) -> tuple[int, ...]:
+    """γ from 1 to `most` that pay if all is accepted: to try another would only compile its
+    program."""
     return tuple(g for g in LADDER if 0 < g <= most and 1 + g > price(cost, g))
 
 
@@ -75,7 +75,7 @@ class AdaptiveGamma:
     def __init__(self, cost: float, group_size: int, most: int = MOST_DRAFTED):
         self.cost = cost
         most = min(most, group_size - 1)
-        self.gammas = (0, *paying(cost, group_size, most))
+        self.gammas = (0, *paying(cost, most))
         self._accepted, self._tried = PRIOR[0] * PRIOR[1], PRIOR[1]
         self._by_place = np.zeros((2, most))  # rounds that reached a place, and that accepted it
         self._counted = 1 - np.arange(1, most + 1) / group_size  # share of rounds that reach it

@@ -739,7 +739,7 @@ class Engine:
             self.clock.compile = self._runner.compile_seconds
             if guess is not None:
                 draft_cost.keep(f"{key}-guess", guess)
-        if guess is not None and not paying(guess, self.program.cache.group_size):
+        if guess is not None and not paying(guess, self.program.gamma):
             return guess
         if self.config.max_new_tokens < TRIAL_PAYS:
             return guess or draft_cost.by_bytes(self.model, program, self.slots)
