@@ -4,7 +4,8 @@ the same shapes in the same process, and a request that comes while they do.
     python benchmarks/engine.py --preset llama-3.1-8b --context 32768 --output benchmarks/NAME.json
 
 As there the weights are random, the cache of each slot holds random tokens up to the context, and a
-proposal is accepted with probability --alpha. `the engine, 2 rounds a step` is how the server asks.
+proposal is accepted with probability --alpha. `the engine, as the server asks` takes as many rounds
+a step as that does.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from quantspec_jax.bench import decode
 from quantspec_jax.bench.simulated import Simulated
 from quantspec_jax.engine.engine import Engine, _Slot
 from quantspec_jax.engine.prepare import known_warpers
-from quantspec_jax.engine.scheduler import ROUNDS
+from quantspec_jax.engine.scheduler import rounds_between_looks
 from quantspec_jax.generate.logprobs import MOST, nothing
 from quantspec_jax.generate.sampling import GREEDY
 from quantspec_jax.models.module import init_params
@@ -95,18 +96,29 @@ def fill(engine: Engine, args: argparse.Namespace) -> None:
     engine._look()
 
 
-def stepped(engine: Engine, rounds: int, words: str) -> dict[str, Any]:
-    """So many rounds a step."""
-    for _ in range(2):
-        engine.advance(rounds)
-    before = int(engine._seen["count"].sum())
-    decoding, started = engine.clock.decode, time.perf_counter()
-    for _ in range(max(STEPS // rounds, 1)):
-        engine.advance(rounds)
+def stepped(engine: Engine, rounds: int | None, words: str) -> dict[str, Any]:
+    """So many rounds a step; None: as the server."""
+
+    asked = 0
+
+    def advance() -> None:
+        nonlocal asked
+        asked = rounds or rounds_between_looks(engine.seconds_a_round, asked)
+        engine.advance(asked)
+
+    def counted() -> tuple[int, int]:
+        return int(engine._seen["count"].sum()), int(engine._seen["rounds"].max())
+
+    for _ in range(5):
+        advance()
+    before, decoding, started = counted(), engine.clock.decode, time.perf_counter()
+    while counted()[1] - before[1] < STEPS:
+        advance()
     seconds = time.perf_counter() - started
-    made, number = int(engine._seen["count"].sum()) - before, max(STEPS // rounds, 1) * rounds
+    made, number = (now - then for now, then in zip(counted(), before, strict=True))
     return {
         "what": f"the engine, {words}",
+        "rounds_a_step": asked,
         "milliseconds_a_round": 1e3 * seconds / number,
         "tokens_a_round": made / number / engine.slots,
         "tokens_per_second": made / seconds,
@@ -121,11 +133,12 @@ def first_token(engine: Engine, tokens: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, engine.model.config.vocab_size, tokens).tolist()
     wish = dataclasses.replace(engine.config, max_new_tokens=8, logprobs=None)
-    started, steps, longest = time.perf_counter(), 0, 0.0
+    started, steps, longest, asked = time.perf_counter(), 0, 0.0, 0
     (slot,) = engine.add([prompt], wish)
     while not engine.read(slot).tokens:
         begun = time.perf_counter()
-        engine.advance(ROUNDS)
+        asked = rounds_between_looks(engine.seconds_a_round, asked)
+        engine.advance(asked)
         longest, steps = max(longest, time.perf_counter() - begun), steps + 1
     return {
         "what": f"a request of {tokens} tokens beside {engine.slots - 1} that decode",
@@ -164,7 +177,7 @@ def main() -> None:
         preparing = compiler.submit(prepare, model, engine, args)
         add(of_bench(model, args, preparing.result))
     fill(engine, args)
-    for rounds, words in ((16, "16 rounds a step"), (ROUNDS, f"{ROUNDS} rounds a step")):
+    for rounds, words in ((2, "2 rounds a step"), (None, "as the server asks")):
         row = stepped(engine, rounds, words)
         share = row["tokens_per_second"] / rows[0]["tokens_per_second"]
         by_rounds = rows[0]["milliseconds_a_round"] / row["milliseconds_a_round"]

@@ -59,7 +59,8 @@ class _Run:
 
     def chunks(self, heard: bool) -> Iterator[list[str]]:
         """Decode; yield the new text of each sequence after the prefill and after each chunk of
-        rounds, or pieces of it if somebody waits for the text."""
+        rounds, or pieces of it if somebody, or a stop string, waits for the text."""
+        heard = heard or bool(self.config.stop)
         self.engine.add(self.prompts, self.config, self._key, progress=self._progress)
         yield self._look()
         while self.engine.running:

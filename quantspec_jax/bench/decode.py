@@ -98,7 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft-lm-head-bits", type=int, default=16, help="4 or 16")
     add_mesh(parser)
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
-    parser.add_argument("--rounds", type=int, default=20, help="rounds a measurement")
+    most = GenerateConfig.rounds_per_chunk
+    what = "rounds a measurement, a call; by default as many as a call of generate has at most"
+    parser.add_argument("--rounds", type=int, default=most, help=what)
     parser.add_argument("--repeat", type=int, default=5, help="measurements; the median counts")
     parser.add_argument("--output", metavar="FILE", help="write the run as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw tokens/s against context")

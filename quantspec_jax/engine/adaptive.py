@@ -15,7 +15,9 @@ reached: rejections come in clusters, so a dozen rounds say little of a place, a
 a place that is no longer drafted is soon forgotten. Plain decoding learns nothing, so a few rounds
 draft again now and then, after a wait that doubles each time they were in vain; not where drafts
 would not pay if all were accepted (a draft step of SmolLM2 on two cores takes 1.6 plain steps).
-A chunk costs the host some milliseconds before it begins, so none is cut short to learn sooner.
+A chunk costs the host some milliseconds before it begins, so the first with another γ are
+`LEARNING_ROUNDS` long, those after them as long as they may be, and none is cut short to learn
+sooner.
 
 All of this depends on counts of accepted tokens and on c, never on a clock: given c, a key gives
 one text.
@@ -44,6 +46,7 @@ VERIFICATION = 0.08
 # What a round takes over what that makes of it: of γ = 7 1.08 with Qwen2.5-Coder-1.5B and 0.99 with
 # SmolLM2, of γ = 15 1.11 with SmolLM2.
 BEYOND = {7: 1.08, MOST_DRAFTED: 1.16}
+LEARNING_ROUNDS = 32  # of the first chunk with a γ
 PROBE_ROUNDS, OLD_TRIES = 4, 4.0
 FIRST_WAIT, LONGEST_WAIT = 64, 512  # rounds of plain decoding before drafting is tried again
 
@@ -84,6 +87,7 @@ class AdaptiveGamma:
         self._left = self._done = 0
         self._unread = np.zeros((2, COUNTED), int)
         self.gamma = TRIAL_GAMMA if TRIAL_GAMMA in self.gammas else self._best(self.gammas)
+        self._chosen: int | None = None  # for the last chunk
 
     @property
     def acceptance(self) -> float:
@@ -146,11 +150,16 @@ class AdaptiveGamma:
             fading = min(1.0, OLD_TRIES / self._tried)
             self._accepted, self._tried = fading * self._accepted, fading * self._tried
             self._by_place *= fading
-            self.gamma = self._best(self.gammas[1:])
+            self.gamma = self._chosen = self._best(self.gammas[1:])
             return min(rounds, PROBE_ROUNDS)
-        best = self._best(self.gammas)
+        before, best = self._chosen, self._best(self.gammas)
         guessed = best > 0 and self._tried == PRIOR[1]  # nothing was observed
         if self._yield(best) > (GUESS if guessed else GAIN) * self._yield(self.gamma):
             self._wait = FIRST_WAIT if best else self._wait
             self.gamma = best
-        return rounds
+        self._chosen = self.gamma
+        if self.gamma != before:
+            return min(rounds, LEARNING_ROUNDS)
+        # Plain decoding is left in time to try again.
+        waits = self.gamma == 0 and len(self.gammas) > 1
+        return min(rounds, max(self._wait - self._waited, 1)) if waits else rounds

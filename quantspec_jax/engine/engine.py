@@ -56,7 +56,10 @@ from quantspec_jax.sharding import mesh_of, place_state
 
 TRIAL_PAYS = 64  # new tokens; fewer are decoded sooner than the cost of a draft step is known
 ROUNDS_BESIDE_PROMPTS = 4  # between two tiles of a prompt
-HEARD_ROUNDS = 4  # between two looks where somebody waits for text that a CPU makes
+# Between two looks where somebody waits for text; on a CPU, which takes long for them, where nobody
+# does, too. A call costs the host of an H200 4 to 11 milliseconds, as much as one or two rounds.
+HEARD_ROUNDS = 32
+HEARD_ROUNDS_OF_CPU, ROUNDS_OF_CPU = 4, 32
 TILES_PUT = 4  # into a slot at once
 TILES_PUT_BESIDE = 16  # where others decode: a guess at what takes no longer than to read one
 INSERT = jax.jit(insert, donate_argnames="state")
@@ -158,6 +161,7 @@ class Engine:
         self.prefixes = prefixes
         self.clock = Clock()
         self.adaptive: AdaptiveGamma | None = None
+        self.seconds_a_round: float | None = None  # of the last call, with what it costs to make
         self.cache_bytes: dict[str, int] = {}
         self._prompt_program = self.program.prompt
         self._runner = Runner(model, self.program, slots)
@@ -241,8 +245,8 @@ class Engine:
         decodes; the host waits for them.
 
         Args:
-          heard: somebody waits for the text: where rounds take long the host looks after a few. The
-            text is the same.
+          heard: somebody waits for the text: the host looks after fewer rounds. The text is the
+            same.
 
         Raises:
           ValueError: no sequence was ever added; or the model's logits were not finite, which ends
@@ -261,8 +265,9 @@ class Engine:
         if self._prompts:
             self._read_tile()
         if self._decoding():
-            waiting = ROUNDS_BESIDE_PROMPTS if self._prompts else self.config.rounds_per_chunk
-            self._rounds(rounds or waiting, speculate, heard)
+            rounds = rounds or self.config.rounds_per_chunk
+            rounds = min(rounds, ROUNDS_BESIDE_PROMPTS) if self._prompts else rounds
+            self._rounds(rounds, speculate, heard)
 
     def read(self, slot: int, start: int = 0) -> Progress:
         """What the slot's sequence has made, its tokens from number `start` on."""
@@ -332,6 +337,11 @@ class Engine:
         return bool(self._prompts) or self._decoding()
 
     @property
+    def reading(self) -> bool:
+        """Whether a prompt is read in tiles, or waits for that."""
+        return bool(self._prompts)
+
+    @property
     def free_slots(self) -> int:
         """How many slots have no sequence."""
         return sum(slot is None for slot in self._slots)
@@ -378,10 +388,11 @@ class Engine:
             ),
             logprobs=any(slot.logprobs is not None for slot in used),
         )
-        # Where several rounds read the same pages a call would choose them anew.
-        one_choice = program.policy.every not in (None, 1)
-        in_pieces = heard and not one_choice and jax.default_backend() == "cpu"
-        most = HEARD_ROUNDS if in_pieces else None
+        most = self._most_rounds(heard)
+        # Where several rounds read the same pages a call would choose them anew: whether somebody
+        # waits may not matter.
+        if program.policy.every not in (None, 1):
+            rounds, most = min(rounds, HEARD_ROUNDS), None
         adaptive = self.config.mode == "quantspec" and self.config.gamma == "auto" and speculate
         if not speculate:
             program = draft_cost.without_copies(program, 0)
@@ -399,11 +410,18 @@ class Engine:
         self._state, seconds = self._decode(self._state, rounds, program)
         self.clock.decode += seconds
         self._look(rounds * (max(program.gamma, program.lookup) + 1))
+        change = {name: self._seen[name] - before[name] for name in COUNTERS}
+        rounds = int(change["rounds"].max())
+        self.seconds_a_round = seconds / max(rounds, 1)
         if adaptive and self.adaptive is not None:
-            change = {name: self._seen[name] - before[name] for name in COUNTERS}
-            rounds = int(change["rounds"].max())
             proposed, accepted = (change[x].sum(0) for x in COUNTERS[1:3])
             self.adaptive.observe(rounds, proposed, accepted, last=not self._decoding())
+
+    def _most_rounds(self, heard: bool) -> int | None:
+        """Of a call; None: as many as there are."""
+        if jax.default_backend() == "cpu":
+            return HEARD_ROUNDS_OF_CPU if heard else ROUNDS_OF_CPU
+        return HEARD_ROUNDS if heard else None
 
     # Prompts in tiles. What lies in a slot stays there when its sequence is over: a prompt that
     # begins alike keeps it in place, and the slot stands still behind it until it is read.

@@ -24,7 +24,10 @@ from quantspec_jax.engine.engine import Engine, TokenLogprob
 from quantspec_jax.engine.reply import Reply
 from quantspec_jax.generate.config import GenerateConfig
 
-ROUNDS = 2  # between two looks: so long a cancelled request keeps its slot at most
+# Between two looks: so long a cancelled request keeps its slot, one that comes waits for its turn,
+# and text for its reader. Fewer rounds would cost more, for a call takes the host milliseconds.
+SECONDS = 0.15
+FEWEST_ROUNDS, MOST_ROUNDS = 2, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +106,15 @@ class ClosedError(Exception):
     """The engine does not go on."""
 
 
+def rounds_between_looks(seconds_a_round: float | None, before: int) -> int:
+    """What fits into `SECONDS`, by the last call, and twice as many as `before` at most (0 for a
+    request's first), so that its text begins soon."""
+    if seconds_a_round is None or not before:
+        return FEWEST_ROUNDS
+    fitting = int(SECONDS / max(seconds_a_round, 1e-9))
+    return max(FEWEST_ROUNDS, min(2 * before, fitting, MOST_ROUNDS))
+
+
 @dataclasses.dataclass
 class Totals:
     """Since the start."""
@@ -134,6 +146,7 @@ class Scheduler:
         self._closed = False
         self._waiting: collections.deque[Job] = collections.deque()
         self._running: dict[int, Job] = {}
+        self._rounds = 0  # of the last step; 0 until the newest request decodes
         self._changed = threading.Condition()
 
     @property
@@ -186,7 +199,11 @@ class Scheduler:
         self._admit()
         if not self._running:
             return False
-        self.engine.advance(ROUNDS, any(job.speculate for job in self._running.values()))
+        speculate = any(job.speculate for job in self._running.values())
+        self._rounds = rounds_between_looks(self.engine.seconds_a_round, self._rounds)
+        self.engine.advance(self._rounds, speculate)
+        if self.engine.reading:
+            self._rounds = 0
         for slot, job in list(self._running.items()):
             reply = job.reply
             assert reply is not None

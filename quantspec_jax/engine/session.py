@@ -144,7 +144,7 @@ class Session:
 
     def _pieces(self, reply: Reply, slot: int, heard: bool) -> Iterator[str]:
         while reply.finish_reason is None:
-            self._engine.step(heard=heard)
+            self._engine.step(heard=heard or bool(self.config.stop))
             yield reply.look(self._engine, slot)
 
     def save(self, path: str | Path, format: str = "planes") -> None:

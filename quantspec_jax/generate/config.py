@@ -59,8 +59,9 @@ class GenerateConfig:
     pass_width: rows an autoregressive pass is padded to.
     max_length: tokens the cache is allocated for; None: what the prompts and `max_new_tokens` need,
       rounded up to a bucket.
-    rounds_per_chunk: rounds decoded on the device between two looks of the host (streaming, stop
-      strings, interruption), at most: where text is streamed from a CPU, it looks after 4.
+    rounds_per_chunk: rounds decoded on the device between two looks of the host (interruption), at
+      most. It looks after 32 where text is streamed or stop strings are looked for, and on a CPU,
+      which takes long for them, in any case, there after 4 where text is streamed.
     logprobs: how many alternatives, 0 to 20, are reported at each new token beside its own
       log-probability, by the target's raw distribution (`generate.logprobs`); None: none, not even
       its own.
@@ -91,7 +92,7 @@ class GenerateConfig:
     group_size: int = 128
     max_length: int | None = None
     backend: Backend = "auto"
-    rounds_per_chunk: int = 32
+    rounds_per_chunk: int = 128
     draft_cost: float | None = None
     logprobs: int | None = None
     prefill: Prefill = "whole"
