@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from pallas_kernels import devices
@@ -13,6 +14,9 @@ from pallas_kernels import devices
 Config = TypeVar("Config")
 
 FOLDER = pathlib.Path(__file__).parent / "configs"
+Name = tuple[str, str]  # a kernel's, and the key of a shape
+_TRIED: dict[Name, Mapping[str, Any]] = {}
+_ASKED: list[dict[Name, Any]] = []
 
 
 def path(device: str) -> pathlib.Path:
@@ -26,13 +30,30 @@ def _load(device: str) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def find(device: str, kernel: str, key: str) -> dict[str, int] | None:
+def find(device: str, kernel: str, key: str) -> Mapping[str, Any] | None:
     """The configuration measured best, or None."""
-    return _load(device).get(kernel, {}).get(key)
+    return _TRIED.get((kernel, key)) or _load(device).get(kernel, {}).get(key)
 
 
-def nearest(device: str, kernel: str, key: str) -> list[dict[str, Any]]:
-    """What was measured best on the device, and on an H200, as far as there is."""
+@contextlib.contextmanager
+def trying(configs: Mapping[Name, Mapping[str, Any]]) -> Iterator[dict[Name, Any]]:
+    """Inside, these count as measured best, on any device. Yields the shapes that configurations
+    are chosen for inside."""
+    before, asked = dict(_TRIED), dict[Name, Any]()
+    _TRIED.update(configs)
+    _ASKED.append(asked)
+    try:
+        yield asked
+    finally:
+        _ASKED.remove(asked)
+        _TRIED.clear()
+        _TRIED.update(before)
+
+
+def nearest(device: str, kernel: str, key: str, shape: Any) -> list[Mapping[str, Any]]:
+    """What was measured best for a shape on the device, and on an H200, as far as there is."""
+    for asked in _ASKED:
+        asked[kernel, key] = shape
     found = [find(name, kernel, key) for name in dict.fromkeys((device, devices.DEFAULT.name))]
     return [config for config in found if config is not None]
 

@@ -154,7 +154,7 @@ def choose(shape: Shape) -> Config:
     """The configuration measured on the device, else the one measured on an H200, where the device
     and the shape's form leave room for it; else the rule's."""
     device = dispatch.target()
-    for found in tuned.nearest(device.name, KERNEL, key(shape)):
+    for found in tuned.nearest(device.name, KERNEL, key(shape), shape):
         config = Config(**found)
         if possible(Plan(shape, config, device.multiprocessors)):
             return config

@@ -130,7 +130,7 @@ def choose(shape: Shape) -> Config:
     20 to 28% longer for gate and up of Llama-3.1-8B than with bulk copies, the measured one 3 to
     6%.)"""
     device = dispatch.target()
-    for found in tuned.nearest(device.name, KERNEL, key(shape)):
+    for found in tuned.nearest(device.name, KERNEL, key(shape), shape):
         config = Config(**found)
         if possible(shape, config) and (config.cluster == 1 or device.generation.clusters):
             return config

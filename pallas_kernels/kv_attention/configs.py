@@ -87,7 +87,9 @@ def choose(shape: Shape) -> Config | None:
     does; None where none does."""
     device, here = dispatch.target(), key(shape)
     keys = dict.fromkeys((here, here.removesuffix(" short")))  # long ones' serve short ones, too
-    for found in (found for each in keys for found in tuned.nearest(device.name, KERNEL, each)):
+    for found in (
+        found for each in keys for found in tuned.nearest(device.name, KERNEL, each, shape)
+    ):
         config = Config(**found)
         if Plan(shape, config, 1).shared_bytes + OWN_BYTES <= device.usable_bytes:
             return config

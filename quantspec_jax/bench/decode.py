@@ -29,7 +29,7 @@ from pallas_kernels.layout import PackedWeight
 from pallas_kernels.timing import traced
 from quantspec_jax.api import backend_in_use
 from quantspec_jax.axes import Axes
-from quantspec_jax.bench import record
+from quantspec_jax.bench import record, tuning
 from quantspec_jax.bench.launches import launches_a_round
 from quantspec_jax.bench.profile import breakdown
 from quantspec_jax.bench.simulated import Simulated
@@ -47,6 +47,7 @@ from quantspec_jax.engine.programs import DECODE
 from quantspec_jax.generate.config import BACKENDS, GenerateConfig
 from quantspec_jax.generate.couplings import REJECTION
 from quantspec_jax.generate.lookup import unseen
+from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.policies import POLICIES, Policy, policy
 from quantspec_jax.generate.requests import requests
 from quantspec_jax.generate.sampling import GREEDY
@@ -96,6 +97,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft-group", type=int, default=128)
     parser.add_argument("--draft-symmetric", action="store_true")
     parser.add_argument("--draft-lm-head-bits", type=int, default=16, help="4 or 16")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="try kernels' configurations in each step first, keep the best in the device's file",
+    )
     add_mesh(parser)
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     most = GenerateConfig.rounds_per_chunk
@@ -345,18 +351,57 @@ class Compiled:
         return self.call(*self.weights, state, jnp.int32(rounds), *peers)
 
 
+def weights_of(case: Case, setting: Setting) -> tuple[Params, Params]:
+    """The target's, or what is measured in their place; and the draft's."""
+    target = setting.draft if case.drafts else setting.params
+    return target, setting.draft if case.gamma else {}
+
+
+def tune(case: Case, setting: Setting, context: int) -> tuning.Found:
+    """The configurations of a case's kernels that some of its layers take least with."""
+    params, few = setting.params, min(tuning.LAYERS, setting.model.num_layers)
+    layers = {str(i): params["layers"][str(i)] for i in range(few)}
+    model = dataclasses.replace(setting.model, num_layers=few)
+    loaded = Model(model, {**params, "layers": layers}, draft=setting.loaded.draft)
+    args = argparse.Namespace(**{**vars(setting.args), "rounds": 1 << 10, "repeat": 0})
+    setting = Setting(loaded, args)
+    program, weights = setting.program(case, context), weights_of(case, setting)
+    coded = program.cache.codec.quantized_length(jnp.int32(context), GROUP_SIZE)
+    kept: list[DecodeState] = []
+
+    def timed(compiled: Any) -> tuning.Seconds:
+        def seconds(rounds: int) -> float:
+            # As many tokens again each time, so that all meet the same lengths.
+            state = kept.pop() if kept else random_state(program, args.batch, context, *SIZES)
+            lengths = [jnp.full_like(state.cache.length, x) for x in (context, coded)]
+            cache = dataclasses.replace(state.cache, length=lengths[0], quantized_length=lengths[1])
+            state = jax.block_until_ready(dataclasses.replace(state, cache=cache))
+            begin = time.perf_counter()
+            state = compiled(*weights, state, jnp.int32(rounds))
+            kept.append(jax.block_until_ready(state))
+            return time.perf_counter() - begin
+
+        return seconds
+
+    def lower() -> Any:
+        def decode(params: Params, draft: Params, state: DecodeState, rounds: Any) -> DecodeState:
+            return generate_tokens(params, draft, state, rounds, program=program)
+
+        # A new function: of the old one JAX would know what it had chosen.
+        new = jax.jit(decode, donate_argnames="state")
+        return new.lower(*weights, state_forms(program, args.batch, context), jnp.int32(0))
+
+    return tuning.tune(tuning.Step(lower, timed))
+
+
 def compile_case(case: Case, setting: Setting, context: int) -> Compiled:
     """Compile one case; may run in a thread of its own."""
     args = setting.args
     program = setting.program(case, context)
     shapes = state_forms(program, args.batch, context)
     setting.require_memory(case, context, {"cache": tree_bytes(shapes)})
-    weights = (
-        setting.draft if case.drafts else setting.params,
-        setting.draft if case.gamma else {},
-    )
     begin = time.perf_counter()
-    call = (*weights, shapes, jnp.int32(0), *addresses(program.mesh))
+    call = (*weights_of(case, setting), shapes, jnp.int32(0), *addresses(program.mesh))
     compiled = DECODE.lower(*call, program=program).compile()
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
@@ -375,7 +420,7 @@ def compile_case(case: Case, setting: Setting, context: int) -> Compiled:
         },
         "compile_seconds": seconds,
     }
-    return Compiled(case, context, program, compiled, weights, text, row)
+    return Compiled(case, context, program, compiled, weights_of(case, setting), text, row)
 
 
 def measure(compiled: Compiled, setting: Setting) -> dict[str, Any]:
@@ -514,6 +559,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     mesh = mesh_of_options(args)
     if mesh is not None:
         check_mesh(model, mesh)
+        require(not args.tune, "--tune", args.tune, "one device, without --mesh")
         model = heads_over(model, mesh)
     check_parts(args, axes_of(mesh))
     tp = axes_of(mesh).tp
@@ -541,6 +587,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "read_ceiling_gb_per_second": ceiling / 1e9,
         "predictions": predictions,
     }
+    for case in cases(args.mode, args.gamma) if args.tune else ():
+        if not case.gamma:
+            tuning.keep(tune(case, setting, longest))
     for context in args.context:
         here = measure_context(setting, context, ceiling)
         rows += here

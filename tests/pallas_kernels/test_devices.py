@@ -26,6 +26,7 @@ from pallas_kernels.kv_attention.api import kv_attention
 from pallas_kernels.kv_attention.read import Read
 from pallas_kernels.layout import tile
 from pallas_kernels.ptx.launch import begins_early
+from quantspec_jax.bench import tuning
 
 OLDER = {"8.0": "NVIDIA A100-SXM4-80GB", "8.6": "NVIDIA GeForce RTX 3090", "7.5": "Tesla T4"}
 NEWER = {"9.0": "NVIDIA H100", "10.0": "NVIDIA B200", "12.0": "NVIDIA GeForce RTX 5090"}
@@ -214,8 +215,43 @@ def test_a_product_takes_what_was_measured_on_an_h200(monkeypatch, capability):
     shape = matmul.Shape(1, 32, 128, (11008, 11008), False)
     measured = tuned.find("NVIDIA H200", matmul_configs.KERNEL, matmul_configs.key(shape))
     monkeypatch.setattr(dispatch, "target", lambda: devices.of(pretended(capability)))
-    assert vars(matmul_configs.choose(shape)) == measured
-    assert measured != vars(matmul_configs.candidates(shape)[0]), "the rule's is another one"
+    assert matmul_configs.choose(shape) == matmul.Config(**measured)
+    assert matmul_configs.choose(shape) != matmul_configs.candidates(shape)[0], "the rule's"
+
+
+def test_what_a_step_takes_least_with_is_found_one_kernel_after_the_other():
+    """Of a step of two products, each of which takes the longer the further its configuration is
+    from another one; some cannot be compiled. Nothing is taken from the step when all is done."""
+    wanted = {(1, 3): matmul.Config(2, 3, 4, 2), (2, 1): matmul.Config(4, 2, 2)}
+    shapes = [matmul.Shape(1, 32, 128, (4096 * n,), False) for n in (3, 1)]
+    before = [matmul_configs.choose(shape) for shape in shapes]
+
+    def far(config: matmul.Config, other: matmul.Config) -> int:
+        return sum(
+            abs(a - b) for a, b in zip(vars(config).values(), vars(other).values(), strict=True)
+        )
+
+    class Lowered:
+        def __init__(self):
+            self.chosen = [matmul_configs.choose(shape) for shape in shapes]
+
+        def compile(self):
+            if any(config.warpgroups == 3 for config in self.chosen):
+                raise RuntimeError("too many registers")
+            return self
+
+    def timed(step: Lowered):
+        steps = 50 + sum(map(far, step.chosen, wanted.values()))
+        return lambda rounds: 1e-3 + 1e-4 * rounds * steps
+
+    found = tuning.tune(tuning.Step(Lowered, timed))
+    assert [matmul_configs.choose(shape) for shape in shapes] == before
+    assert {name[0] for name in found} == {matmul_configs.KERNEL}
+    configs = dict(zip(map(matmul_configs.key, shapes), before, strict=True))
+    configs |= {key: matmul.Config(**config) for (_, key), config in found.items()}
+    for first, last, best in zip(before, configs.values(), wanted.values(), strict=True):
+        assert far(last, best) < far(first, best) or first == last
+        assert far(last, best) <= 2
 
 
 def lowered(fn, *args) -> str:
