@@ -59,6 +59,19 @@ that half of the activations are read (+0.6: leaving sums to each other takes lo
 four (+7: it seems that they do not all fit on the chip at once); more sums, for shorter chains of
 products (±0).
 
+Tried without gain, in the draft step of Llama-3.1-8B where launches begin early: twice the warps,
+side by side with a half of the strips each (gate and up ±0.1 µs of 16.5, o, down and q, k, v 0.1 to
+3 longer); each launch, while it ends, asking L2 for the first 8 MB of what the next one reads (+1%;
+20 MB: +8%). The step's launches, in µs after the end of the one before, medians over blocks:
+
+                  begins    waited    inputs staged    multiplied (last block)    written
+    q, k, v       −8.4      0.0       0.8              3.6 (4.6)                  4.9
+    attention     −1.3      1.5                        9.2 (10.5)                 10.9
+    merge         0.0       0.8                        1.5 (2.6)                  2.8
+    o             −1.5      0.5       1.3              4.6 (6.1)                  6.3
+    gate, up      −5.6      0.5       2.3              13.8 (16.2)                16.5
+    down          −3.3      0.5       1.3              7.7 (8.1)                  8.4
+
 Tried without gain: all products between two attentions (o, gate and up, down, the next q, k and v)
 in one launch of a block a multiprocessor, whose warps order weights across them while the blocks
 wait for each other. Three such waits take 2.5 µs together, no longer than launches do; but with
