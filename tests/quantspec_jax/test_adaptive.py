@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -123,6 +125,37 @@ def test_no_chunk_is_cut_short_but_those_that_try_again():
         lengths.append((gamma > 0, number))
     assert lengths[0] == (True, 32)
     assert {number for _, number in lengths} <= {32, PROBE_ROUNDS}
+
+
+def test_a_gamma_that_stays_is_chosen_for_longer():
+    """The first chunk with a γ is short, to learn; those after it are as long as they may be. Plain
+    decoding is left in time to try again."""
+
+    def lengths(cost: float, accepted: int, chunks: int) -> list[tuple[int, int]]:
+        chooser, found = AdaptiveGamma(cost, G), []
+        for _ in range(chunks):
+            gamma, number = chooser.next_chunk(128)
+            proposed, right = np.zeros((2, COUNTED), int)
+            proposed[:gamma] = number
+            right[: min(gamma, accepted)] = number
+            chooser.observe(number, proposed, right)
+            found.append((gamma, number))
+        return found
+
+    # All four places are accepted: a larger γ promises more, and is chosen once.
+    many = lengths(0.2, MOST_DRAFTED, 4)
+    assert many[0] == (4, 32)
+    other = many[1][0]
+    assert other > 4
+    assert many[1:] == [(other, 32), (other, 128), (other, 128)]
+    # None is: plain, and tries that come after 64 rounds of it, then 128, then 256.
+    none = lengths(0.45, 0, 12)
+    assert none[0] == (4, 32)
+    tries = [i for i, (gamma, _) in enumerate(none) if i and gamma]
+    assert [none[i][1] for i in tries] == [PROBE_ROUNDS] * len(tries)
+    assert len(tries) >= 2
+    plain = [sum(n for _, n in none[a + 1 : b]) for a, b in itertools.pairwise([0, *tries])]
+    assert plain == [64, 128, 256, 512][: len(plain)]
 
 
 def test_it_begins_with_the_program_of_the_trial():

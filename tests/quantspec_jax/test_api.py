@@ -242,6 +242,31 @@ def test_whoever_waits_for_text_sees_it_soon(model, options):
     assert len(heard) == 1 + -(-rounds // (4 if in_pieces else 32))
 
 
+@pytest.mark.parametrize("options", [{"gamma": "auto", "draft_cost": 0.3}, {"gamma": 3}])
+def test_where_nobody_waits_calls_are_as_long_as_chunks(model, monkeypatch, options):
+    """As on a GPU. The text is that of short calls; a stop string waits for it, too."""
+    calls: list[int] = []
+    monkeypatch.setattr(Engine, "_most_rounds", lambda self, heard: 3 if heard else None)
+    decode = Engine._decode
+
+    def counted(self, state, rounds, program):
+        calls.append(rounds)
+        return decode(self, state, rounds, program)
+
+    monkeypatch.setattr(Engine, "_decode", counted)
+    config = qs.GenerateConfig(**FAST | options, temperature=0.8, rounds_per_chunk=9)
+    whole = qs.generate(model, "The cache", config)
+    assert set(calls) == {9}
+    calls.clear()
+    pieces = list(qs.stream(model, "The cache", config))
+    assert "".join(pieces) == whole.text[0]
+    assert set(calls) == {3}
+    calls.clear()
+    never = dataclasses.replace(config, stop=("\0",))
+    assert qs.generate(model, "The cache", never).text == whole.text
+    assert set(calls) == {3}
+
+
 def test_a_stop_string_cuts_text_and_tokens(model):
     free = qs.generate(model, [[5, 6, 7] * 20], qs.GenerateConfig(**FAST))
     stop = free.text[0][10:13]

@@ -29,6 +29,7 @@ from quantspec_jax.engine.engine import Engine
 from quantspec_jax.engine.prefixes import Prefixes, names
 from quantspec_jax.engine.programs import PROGRAMS
 from quantspec_jax.engine.reply import Reply
+from quantspec_jax.engine.scheduler import rounds_between_looks
 from quantspec_jax.models.module import init_params
 from quantspec_jax.server import listen
 from quantspec_jax.server.app import make_app
@@ -455,6 +456,15 @@ def test_models_tokenize_and_metrics(client, model, url):
     assert values["quantspec_slots"] == "4.0"
     also = {f"quantspec_{name}" for name in METRICS}
     assert also <= values.keys()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "before", "rounds"),
+    [(None, 0, 2), (0.01, 0, 2), (0.01, 2, 4), (0.01, 8, 15), (1e-5, 32, 32), (1.0, 16, 2)],
+)
+def test_a_step_is_as_many_rounds_as_fit_into_a_moment(seconds, before, rounds):
+    """A request's text begins soon; a call of two rounds would cost as much as it decodes in."""
+    assert rounds_between_looks(seconds, before) == rounds
 
 
 def test_many_at_once_get_each_what_they_get_alone_and_slots_of_those_who_leave_are_free(
