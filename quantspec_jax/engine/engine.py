@@ -60,6 +60,7 @@ ROUNDS_BESIDE_PROMPTS = 4  # between two tiles of a prompt
 # does, too. A call costs the host of an H200 4 to 11 milliseconds, as much as one or two rounds.
 HEARD_ROUNDS = 32
 HEARD_ROUNDS_OF_CPU, ROUNDS_OF_CPU = 4, 32
+LOOKED_AT = 512  # new tokens, at least: one program for most calls
 TILES_PUT = 4  # into a slot at once
 TILES_PUT_BESIDE = 16  # where others decode: a guess at what takes no longer than to read one
 INSERT = jax.jit(insert, donate_argnames="state")
@@ -772,7 +773,7 @@ class Engine:
         assert self._state is not None
         reading = {prompt.slot for prompt in self._prompts}
         known = np.array([len(slot.tokens) if slot else 0 for slot in self._slots], np.int32)
-        width = min(bucket(most), self.capacity)
+        width = min(bucket(max(most, LOOKED_AT)), self.capacity)
         start = np.minimum(known, self.capacity - width)
         # The cache's arrays, hundreds of them, are no part of it.
         call = (dataclasses.replace(self._state, **NOT_LOOKED_AT), start)
