@@ -46,7 +46,6 @@ import quantspec_jax as qs
 from quantspec_jax.bench import record
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.engine.reply import Reply
-from quantspec_jax.engine.scheduler import ROUNDS
 
 MORE = {"ignore_eos": True}
 Note = Callable[[dict[str, Any]], None]  # writes a row that is not finished
@@ -259,7 +258,7 @@ def served(model: qs.Model, args: argparse.Namespace) -> Iterator[tuple[Any, str
 def leaving(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, Any]:
     """Every fifth client hangs up after its second piece of text."""
     every = wishes(model, args)
-    rounds, cancelled, freed = 0, {}, {}
+    rounds, most_rounds, cancelled, freed = 0, 0, {}, {}
     closed, noticed = {}, {}
 
     async def one(client: openai.AsyncOpenAI, i: int) -> str | None:
@@ -291,9 +290,9 @@ def leaving(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, 
         advance = engine.advance
 
         def counted(most: int, speculate: bool = True) -> None:
-            nonlocal rounds
+            nonlocal rounds, most_rounds
             advance(most, speculate)
-            rounds += most
+            rounds, most_rounds = rounds + most, max(most, most_rounds)
 
         def noted(*jobs: Any) -> None:
             for job in jobs:
@@ -316,7 +315,7 @@ def leaving(model: qs.Model, args: argparse.Namespace, note: Note) -> dict[str, 
         "what": f"of {len(every)} clients every fifth leaves midway",
         "left": sum(text is None for text in found),
         "cancelled_in_their_slots": len(freed),
-        "rounds_a_step": ROUNDS,
+        "rounds_a_step": most_rounds,
         "rounds_until_free_most": max((n for n, _ in freed.values()), default=None),
         "seconds_until_free_most": max(noticed.values(), default=None),
         "answered": sum(bool(text) for text in found),

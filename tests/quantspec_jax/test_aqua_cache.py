@@ -91,7 +91,8 @@ def test_of_a_prompt_what_the_next_position_reads_is_coded(model):
             read = slice(METHOD.sinks, 2 * G)
             np.testing.assert_allclose(held[read], coded[read], atol=2e-4)
             for kept in (slice(0, METHOD.sinks), slice(2 * G, None)):
-                np.testing.assert_allclose(held[kept], exact[kept], atol=1e-5)
+                # Sums in another order: how far they are apart depends on the processor.
+                np.testing.assert_allclose(held[kept], exact[kept], atol=5e-6 * abs(exact).max())
             assert jnp.abs(coded - exact)[read].max() > 1e-2
 
 
