@@ -59,6 +59,7 @@ ROUNDS_BESIDE_PROMPTS = 4  # between two tiles of a prompt
 # Between two looks where somebody waits for text; on a CPU, which takes long for them, where nobody
 # does, too. A call costs the host of an H200 4 to 11 milliseconds, as much as one or two rounds.
 HEARD_ROUNDS = 32
+UNHEARD_SECONDS = 2.0  # between two looks for an interruption
 HEARD_ROUNDS_OF_CPU, ROUNDS_OF_CPU = 4, 32
 LOOKED_AT = 512  # new tokens, at least: one program for most calls
 TILES_PUT = 4  # into a slot at once
@@ -419,10 +420,15 @@ class Engine:
             self.adaptive.observe(rounds, proposed, accepted, last=not self._decoding())
 
     def _most_rounds(self, heard: bool) -> int | None:
-        """Of a call; None: as many as there are."""
+        """Of a call; None: as many as there are. By the clock, too, in a process that decodes alone:
+        others have to ask for as many."""
         if jax.default_backend() == "cpu":
             return HEARD_ROUNDS_OF_CPU if heard else ROUNDS_OF_CPU
-        return HEARD_ROUNDS if heard else None
+        if heard:
+            return HEARD_ROUNDS
+        if self.seconds_a_round is None or jax.process_count() > 1:
+            return None
+        return max(HEARD_ROUNDS, int(UNHEARD_SECONDS / max(self.seconds_a_round, 1e-9)))
 
     # Prompts in tiles. What lies in a slot stays there when its sequence is over: a prompt that
     # begins alike keeps it in place, and the slot stands still behind it until it is read.

@@ -267,6 +267,23 @@ def test_where_nobody_waits_calls_are_as_long_as_chunks(model, monkeypatch, opti
     assert set(calls) == {3}
 
 
+@pytest.mark.parametrize(
+    ("backend", "heard", "seconds", "most"),
+    [
+        ("cpu", True, None, 4),
+        ("cpu", False, 0.01, 32),
+        ("gpu", True, 0.01, 32),
+        ("gpu", False, None, None),
+        ("gpu", False, 0.01, 200),
+        ("gpu", False, 0.5, 32),  # an interruption is noticed soon where rounds take long
+    ],
+)
+def test_how_many_rounds_a_call_has_at_most(monkeypatch, backend, heard, seconds, most):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    engine = types.SimpleNamespace(seconds_a_round=seconds)
+    assert Engine._most_rounds(engine, heard) == most
+
+
 def test_a_stop_string_cuts_text_and_tokens(model):
     free = qs.generate(model, [[5, 6, 7] * 20], qs.GenerateConfig(**FAST))
     stop = free.text[0][10:13]
