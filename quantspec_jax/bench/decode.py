@@ -363,7 +363,8 @@ def tune(case: Case, setting: Setting, context: int) -> tuning.Found:
     layers = {str(i): params["layers"][str(i)] for i in range(few)}
     model = dataclasses.replace(setting.model, num_layers=few)
     loaded = Model(model, {**params, "layers": layers}, draft=setting.loaded.draft)
-    args = argparse.Namespace(**{**vars(setting.args), "rounds": 1 << 10, "repeat": 0})
+    room = {"rounds": tuning.MOST_ROUNDS + 2, "repeat": 0}
+    args = argparse.Namespace(**{**vars(setting.args), **room})
     setting = Setting(loaded, args)
     program, weights = setting.program(case, context), weights_of(case, setting)
     coded = program.cache.codec.quantized_length(jnp.int32(context), GROUP_SIZE)

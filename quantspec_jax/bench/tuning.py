@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from pallas_kernels import dispatch, tuned
 
 LAYERS = 6
-SECONDS = 0.08  # of a timed call
+SECONDS, MOST_ROUNDS = 0.08, 1000  # of a timed call
 REPEATS = 7
 GAIN = 0.996  # of a step: what saves less is noise
 MOST_NEAR = 10
@@ -65,8 +65,8 @@ def keep(found: Found) -> None:
 
 
 def _timed(step: Step, tries: Sequence[Found]) -> tuple[list[Seconds], dict[tuple[str, str], Any]]:
-    """The step with each of these, compiled side by side; and the shapes that it has. One that
-    cannot be compiled takes for ever."""
+    """The step with each of these, compiled side by side; and the shapes that it has. With what
+    cannot be compiled it takes for ever."""
     lowered, shapes = [], {}
     for found in tries:
         with tuned.trying(found) as asked:
@@ -75,7 +75,11 @@ def _timed(step: Step, tries: Sequence[Found]) -> tuple[list[Seconds], dict[tupl
             shapes[kernel, _configs(kernel).key(shape)] = shape
     with ThreadPoolExecutor() as pool:
         made = [pool.submit(x.compile) for x in lowered]
-    return [step.timed(x.result()) if x.exception() is None else _for_ever for x in made], shapes
+    timed: list[Seconds] = []
+    for found, each in zip(tries, made, strict=True):
+        never = bool(found) and each.exception() is not None
+        timed.append(_for_ever if never else step.timed(each.result()))
+    return timed, shapes
 
 
 def _numbers(config: Any) -> Config:
@@ -90,11 +94,13 @@ def _fastest(every: Sequence[Seconds]) -> tuple[int, float]:
     """The number of the one that takes least, and its share of what the first one takes."""
     first = every[0]
     first(2)
-    rounds = 2 + max(1, round(SECONDS / max(first(3) / 3, 1e-6)))
+    one = max(first(12) - first(2), 1e-6) / 10
+    rounds = 2 + min(MOST_ROUNDS, max(1, round(SECONDS / one)))
     times: list[list[float]] = [[] for _ in every]
     for _ in range(REPEATS):
         for seconds, each in zip(times, every, strict=True):
-            seconds.append(each(rounds) - min(each(2), 1e9))
+            long, short = each(rounds), each(2)  # a call takes milliseconds beside its rounds
+            seconds.append(long if short == long else long - short)
     medians = [statistics.median(x) for x in times]
     least = min(medians)
     return medians.index(least), least / medians[0]

@@ -420,8 +420,8 @@ class Engine:
             self.adaptive.observe(rounds, proposed, accepted, last=not self._decoding())
 
     def _most_rounds(self, heard: bool) -> int | None:
-        """Of a call; None: as many as there are. By the clock, too, in a process that decodes alone:
-        others have to ask for as many."""
+        """Of a call; None: as many as there are. Several processes have to ask for as many each: of
+        these none looks at its clock."""
         if jax.default_backend() == "cpu":
             return HEARD_ROUNDS_OF_CPU if heard else ROUNDS_OF_CPU
         if heard:
