@@ -28,7 +28,7 @@ from quantspec_jax.bench import decode
 from quantspec_jax.bench.simulated import Simulated
 from quantspec_jax.engine.engine import Engine, _Slot
 from quantspec_jax.engine.prepare import known_warpers
-from quantspec_jax.engine.scheduler import rounds_between_looks
+from quantspec_jax.engine.scheduler import Pace
 from quantspec_jax.generate.logprobs import MOST, nothing
 from quantspec_jax.generate.sampling import GREEDY
 from quantspec_jax.models.module import init_params
@@ -98,13 +98,13 @@ def fill(engine: Engine, args: argparse.Namespace) -> None:
 
 def stepped(engine: Engine, rounds: int | None, words: str) -> dict[str, Any]:
     """So many rounds a step; None: as the server."""
-
-    asked = 0
+    pace = Pace(engine)
 
     def advance() -> None:
-        nonlocal asked
-        asked = rounds or rounds_between_looks(engine.seconds_a_round, asked)
-        engine.advance(asked)
+        if rounds is None:
+            pace.advance()
+        else:
+            engine.advance(rounds)
 
     def counted() -> tuple[int, int]:
         return int(engine._seen["count"].sum()), int(engine._seen["rounds"].max())
@@ -118,7 +118,7 @@ def stepped(engine: Engine, rounds: int | None, words: str) -> dict[str, Any]:
     made, number = (now - then for now, then in zip(counted(), before, strict=True))
     return {
         "what": f"the engine, {words}",
-        "rounds_a_step": asked,
+        "rounds_a_step": rounds or pace.rounds,
         "milliseconds_a_round": 1e3 * seconds / number,
         "tokens_a_round": made / number / engine.slots,
         "tokens_per_second": made / seconds,
@@ -133,12 +133,11 @@ def first_token(engine: Engine, tokens: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, engine.model.config.vocab_size, tokens).tolist()
     wish = dataclasses.replace(engine.config, max_new_tokens=8, logprobs=None)
-    started, steps, longest, asked = time.perf_counter(), 0, 0.0, 0
+    pace, started, steps, longest = Pace(engine), time.perf_counter(), 0, 0.0
     (slot,) = engine.add([prompt], wish)
     while not engine.read(slot).tokens:
         begun = time.perf_counter()
-        asked = rounds_between_looks(engine.seconds_a_round, asked)
-        engine.advance(asked)
+        pace.advance()
         longest, steps = max(longest, time.perf_counter() - begun), steps + 1
     return {
         "what": f"a request of {tokens} tokens beside {engine.slots - 1} that decode",

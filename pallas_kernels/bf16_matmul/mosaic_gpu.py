@@ -32,9 +32,9 @@ the next tile are on their way while the last one's sums are added up.
 
 Where tiles are no multiple of the multiprocessors, some have one more: of 224 for gate and up of
 Llama-3.1-8B, which take 59 µs in a verification, 92 of 132, and the last half is read at 3.2 TB/s.
-Tiles of 56 outputs, 2 each, took 25 µs longer, for their rows are no whole lines of 128 bytes. To
-let the next launch begin with a block's last tile, not behind its products, took a step 1.5% longer
-(plain decoding and verification).
+Tiles of 56 outputs, 2 each, took 25 µs longer; their rows are no whole lines of 128 bytes, which
+was not traced further. To let the next launch begin with a block's last tile, not behind its
+products, took a step 1.5% longer (plain decoding and verification).
 """
 
 from __future__ import annotations

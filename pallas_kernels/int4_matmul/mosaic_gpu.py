@@ -62,7 +62,8 @@ products (±0).
 Tried without gain, in the draft step of Llama-3.1-8B where launches begin early: twice the warps,
 side by side with a half of the strips each (gate and up ±0.1 µs of 16.5, o, down and q, k, v 0.1 to
 3 longer); each launch, while it ends, asking L2 for the first 8 MB of what the next one reads (+2%;
-20 MB: +8%). The step's launches, in µs after the end of the one before, medians over blocks:
+20 MB: +8%). The step's launches by a clock read in each block (`%globaltimer`), in µs after the end
+of the one before, medians over blocks:
 
                   begins    waited    inputs staged    multiplied (last block)    written
     q, k, v       −8.4      0.0       0.8              3.6 (4.6)                  4.9

@@ -45,10 +45,11 @@ def tune(step: Step) -> Found:
     are known."""
     (seconds,), shapes = _timed(step, [{}])
     best: Found = {}
-    for tries_of in (_different, _near):
+    for near in (False, True):
         for name, shape in shapes.items():
             now = best.get(name) or _numbers(_configs(name[0]).choose(shape))
-            tries = [x for x in map(_numbers, tries_of(name[0], shape, now)) if x != now]
+            others = _near(name[0], shape, now) if near else _configs(name[0]).diverse(shape)
+            tries = [x for x in map(_numbers, others) if x != now]
             runs, _ = _timed(step, [{**best, name: config} for config in tries])
             number, share = _fastest([seconds, *runs])
             print(f"{' '.join(name)}: {len(tries)} tried, {share:.3f}", file=sys.stderr, flush=True)
@@ -113,11 +114,6 @@ def _configs(kernel: str) -> ModuleType:
     from pallas_kernels.kv_attention import configs as attention
 
     return {module.KERNEL: module for module in (bf16, int4, attention)}[kernel]
-
-
-def _different(kernel: str, shape: Any, now: Config) -> list[Any]:
-    del now
-    return _configs(kernel).diverse(shape)
 
 
 def _near(kernel: str, shape: Any, now: Config) -> list[Any]:

@@ -87,7 +87,7 @@ class AdaptiveGamma:
         self._left = self._done = 0
         self._unread = np.zeros((2, COUNTED), int)
         self.gamma = TRIAL_GAMMA if TRIAL_GAMMA in self.gammas else self._best(self.gammas)
-        self._chosen: int | None = None  # for the last chunk
+        self._chosen: int | None = None  # for the last chunk that was no try
 
     @property
     def acceptance(self) -> float:
@@ -150,7 +150,7 @@ class AdaptiveGamma:
             fading = min(1.0, OLD_TRIES / self._tried)
             self._accepted, self._tried = fading * self._accepted, fading * self._tried
             self._by_place *= fading
-            self.gamma = self._chosen = self._best(self.gammas[1:])
+            self.gamma = self._best(self.gammas[1:])
             return min(rounds, PROBE_ROUNDS)
         before, best = self._chosen, self._best(self.gammas)
         guessed = best > 0 and self._tried == PRIOR[1]  # nothing was observed

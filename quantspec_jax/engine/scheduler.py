@@ -115,6 +115,21 @@ def rounds_between_looks(seconds_a_round: float | None, before: int) -> int:
     return max(FEWEST_ROUNDS, min(2 * before, fitting, MOST_ROUNDS))
 
 
+class Pace:
+    """Steps of an engine as the server takes them."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.rounds = 0  # of the last step; 0 until the newest request decodes
+
+    def advance(self, speculate: bool = True) -> None:
+        """A step (`Engine.advance`)."""
+        self.rounds = rounds_between_looks(self.engine.seconds_a_round, self.rounds)
+        self.engine.advance(self.rounds, speculate)
+        if self.engine.reading:
+            self.rounds = 0
+
+
 @dataclasses.dataclass
 class Totals:
     """Since the start."""
@@ -146,7 +161,7 @@ class Scheduler:
         self._closed = False
         self._waiting: collections.deque[Job] = collections.deque()
         self._running: dict[int, Job] = {}
-        self._rounds = 0  # of the last step; 0 until the newest request decodes
+        self._pace = Pace(engine)
         self._changed = threading.Condition()
 
     @property
@@ -199,11 +214,7 @@ class Scheduler:
         self._admit()
         if not self._running:
             return False
-        speculate = any(job.speculate for job in self._running.values())
-        self._rounds = rounds_between_looks(self.engine.seconds_a_round, self._rounds)
-        self.engine.advance(self._rounds, speculate)
-        if self.engine.reading:
-            self._rounds = 0
+        self._pace.advance(any(job.speculate for job in self._running.values()))
         for slot, job in list(self._running.items()):
             reply = job.reply
             assert reply is not None

@@ -60,8 +60,9 @@ class GenerateConfig:
     max_length: tokens the cache is allocated for; None: what the prompts and `max_new_tokens` need,
       rounded up to a bucket.
     rounds_per_chunk: rounds decoded on the device between two looks of the host (interruption), at
-      most. It looks after 32 where text is streamed or stop strings are looked for, and on a CPU,
-      which takes long for them, in any case, there after 4 where text is streamed.
+      most. It looks after 32 where text is streamed, stop strings are looked for, or several rounds
+      read the same pages, and after 2 seconds where 32 do not take as long; on a CPU after 32, and
+      after 4 where text is streamed or stop strings are looked for.
     logprobs: how many alternatives, 0 to 20, are reported at each new token beside its own
       log-probability, by the target's raw distribution (`generate.logprobs`); None: none, not even
       its own.

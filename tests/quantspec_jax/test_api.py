@@ -267,19 +267,34 @@ def test_where_nobody_waits_calls_are_as_long_as_chunks(model, monkeypatch, opti
     assert set(calls) == {3}
 
 
+def test_calls_of_more_rounds_make_no_program(model):
+    """What the host looks at after a call has one form, however many rounds it had."""
+    config = qs.GenerateConfig(**FAST | {"max_new_tokens": 400}, ignore_eos=True)
+    engine = Engine(model, config, 20)
+    engine.add([[5, 6, 7] * 6])
+    engine.advance(2)
+    made = programs.PROGRAMS.made
+    for rounds in (8, 32):  # up to 40 and 160 tokens
+        engine.advance(rounds)
+    assert engine.running
+    assert programs.PROGRAMS.made == made
+
+
 @pytest.mark.parametrize(
-    ("backend", "heard", "seconds", "most"),
+    ("backend", "processes", "heard", "seconds", "most"),
     [
-        ("cpu", True, None, 4),
-        ("cpu", False, 0.01, 32),
-        ("gpu", True, 0.01, 32),
-        ("gpu", False, None, None),
-        ("gpu", False, 0.01, 200),
-        ("gpu", False, 0.5, 32),  # an interruption is noticed soon where rounds take long
+        ("cpu", 1, True, None, 4),
+        ("cpu", 1, False, 0.01, 32),
+        ("gpu", 1, True, 0.01, 32),
+        ("gpu", 1, False, None, None),
+        ("gpu", 1, False, 0.01, 200),
+        ("gpu", 1, False, 0.5, 32),  # an interruption is noticed soon where rounds take long
+        ("gpu", 2, False, 0.5, None),  # all ask for as many, whatever their clocks say
     ],
 )
-def test_how_many_rounds_a_call_has_at_most(monkeypatch, backend, heard, seconds, most):
+def test_how_many_rounds_a_call_has_at_most(monkeypatch, backend, processes, heard, seconds, most):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
     engine = types.SimpleNamespace(seconds_a_round=seconds)
     assert Engine._most_rounds(engine, heard) == most
 
