@@ -42,7 +42,7 @@ def bench_args(args: argparse.Namespace) -> argparse.Namespace:
     decode.add_arguments(parser)
     given = ["--preset", args.preset, "--context", args.context, "--batch", args.slots]
     given += ["--mode", "quantspec", "--gamma", args.gamma, "--simulate-acceptance", args.alpha]
-    given += ["--dtype", args.dtype, "--repeat", 3]
+    given += ["--dtype", args.dtype, "--rounds", STEPS, "--repeat", 1]  # as long as the engine
     return parser.parse_args([str(each) for each in given])
 
 

@@ -154,7 +154,7 @@ class Block:
         ahead: Sequence[tuple[int, int]] | None = None,
     ):
         self.index, self.memory = index, memory
-        self.writers = writers  # of each byte of the memory: the warp, from 1 on, that wrote it
+        self.writers = writers  # of each two bytes of memory: the warp, from 1 on, that wrote them
         self.ahead = ahead  # from where to where it may read before it waits for other launches
         self.peers: list[Block] = [self]  # the blocks of its cluster
         self.cluster_barrier = threading.Barrier(1)
@@ -202,31 +202,42 @@ def bank(where: Lanes) -> tuple[np.ndarray, np.ndarray]:
     return HERE.block.memory if number[0] == 0 else OTHERS[number[0] - 1], at
 
 
+def _in_units(array: np.ndarray, at: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` bytes of each of these places as words, or halves of them, and their indices."""
+    unit = 4 if not (count % 4 or (at % 4).any()) else 2
+    places = at[:, None] // unit + np.arange(count // unit)
+    return array.view(f"u{unit}"), places
+
+
 def gather(where: Lanes, count: int) -> np.ndarray:
     """[32, count] bytes; lanes that are not active read zeros."""
     (memory, at), out = bank(where), np.zeros((32, count), np.uint8)
     assert (at + count <= memory.size).all(), "a read outside of memory"
-    out[HERE.mask] = memory[at[:, None] + np.arange(count)]
+    units, places = _in_units(memory, at, count)
+    out[HERE.mask] = units[places].view(np.uint8)
     return out
 
 
 def scatter(where: Lanes, rows: np.ndarray) -> None:
     (memory, at), count = bank(where), rows.shape[1]
     assert (at + count <= memory.size).all(), "a write outside of memory"
-    places = at[:, None] + np.arange(count)
+    units, places = _in_units(memory, at, count)
+    rows = rows[HERE.mask].view(units.dtype)
     if where.kind == "i32":
-        HERE.block.written[places] = HERE.warp + 1
+        HERE.block.written.view(units.dtype)[places] = HERE.warp + 1
         products = itertools.chain(*[*HERE.block.multiplied.values()])
         first, last = at.min(), at.max() + count
         assert all(last <= b or e <= first for b, e in products), "a write to what is multiplied"
+        units[places] = rows
+        return
     with WRITING:
         if memory is HERE.block.memory:
-            writers = HERE.block.writers
-            before = writers[places]
-            own = (before == 0) | (before == HERE.number) | (memory[places] == rows[HERE.mask])
+            writers = HERE.block.writers.view(units.dtype)
+            before, change = (x.view(np.uint16) for x in (writers[places], units[places] ^ rows))
+            own = (before == 0) | (before == HERE.number) | (change == 0)
             assert own.all(), "two warps write different things to the same place"
-            writers[places] = HERE.number
-        memory[places] = rows[HERE.mask]
+            writers[places] = HERE.number * (256**units.itemsize // 0xFFFF)
+        units[places] = rows
 
 
 def load(where, words=1, kind="i32"):
@@ -665,7 +676,7 @@ def kernel(
         memory = np.full(size, 0xFF, np.uint8)  # every float of an unwritten result is NaN
         for at, x in zip(starts, arrays, strict=False):
             memory[at : at + x.nbytes] = np.frombuffer(x.tobytes(), np.uint8)
-        writers = np.zeros(size, np.uint16)
+        writers = np.zeros(size // 2, np.uint16)
         before = memory[: starts[len(arrays) - updated]].copy()
         early = ahead
         if ahead is not None:
