@@ -46,7 +46,16 @@ def _layouts(shape: Shape) -> Iterator[tuple[int, bool, bool]]:
 
 
 def candidates(shape: Shape) -> Iterator[Config]:
-    """Configurations that the kernel can run on the shape, best guess first."""
+    """Configurations that the kernel can run on the shape, best guess first; last those with fewer
+    stages than there is room for."""
+    yield from _deepest(shape)
+    for config in _deepest(shape):
+        for stages in range(config.stages - 1, 1, -1):
+            yield dataclasses.replace(config, stages=stages)
+
+
+def _deepest(shape: Shape) -> Iterator[Config]:
+    """With as many stages as there is room for."""
     for column_blocks, shared, exchange in _layouts(shape):
         # 12 warps leave 168 registers a thread; two blocks of rows or a wide head need more.
         few = column_blocks > 1 or shape.head_dim > 128

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 import warnings
@@ -252,6 +253,28 @@ def test_what_a_step_takes_least_with_is_found_one_kernel_after_the_other():
     for first, last, best in zip(before, configs.values(), wanted.values(), strict=True):
         assert far(last, best) < far(first, best) or first == last
         assert far(last, best) <= 2
+
+
+def test_a_step_may_take_less_with_fewer_tiles_of_attention_ahead(monkeypatch):
+    """Than there is room for."""
+    monkeypatch.setattr(dispatch, "target", lambda: devices.DEFAULT)
+    shape = mosaic_gpu.Shape(1, 32, 1, 1, 128, 128, 32, 256, "int4", False, 0.1)
+    deepest = next(configs.candidates(shape))
+    assert deepest.stages > 2
+
+    class Lowered:
+        def __init__(self):
+            self.chosen = configs.choose(shape)
+
+        def compile(self):
+            return self
+
+    def timed(step: Lowered):
+        other = dataclasses.replace(step.chosen, stages=deepest.stages) != deepest
+        return lambda rounds: 1e-4 * rounds * (50 + 9 * other + step.chosen.stages)
+
+    found = tuning.tune(tuning.Step(Lowered, timed))
+    assert found == {(configs.KERNEL, configs.key(shape)): vars(deepest) | {"stages": 2}}
 
 
 def lowered(fn, *args) -> str:
