@@ -205,6 +205,7 @@ def bank(where: Lanes) -> tuple[np.ndarray, np.ndarray]:
 def _in_units(array: np.ndarray, at: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """`count` bytes of each of these places as words, or halves of them, and their indices."""
     unit = 4 if not (count % 4 or (at % 4).any()) else 2
+    assert not (at % unit).any(), "a misaligned access"
     places = at[:, None] // unit + np.arange(count // unit)
     return array.view(f"u{unit}"), places
 

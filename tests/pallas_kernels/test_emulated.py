@@ -279,6 +279,27 @@ def test_only_what_is_declared_is_read_before_the_wait(operand):
             run(x, x + 7)
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("same", [False, True])
+def test_warps_that_write_different_things_to_one_place_are_found(half, same):
+    """In words, or in halves of them."""
+
+    def body(addresses, shared):
+        del shared
+        thread = ptx.special("tid.x")
+        at = addresses[1] + ((thread & 31) * 4).to_i64()
+        value = ptx.i32(7) if same else thread >> 5
+        ptx.store_half(at, value) if half else ptx.store(at, [value])
+
+    out = [jax.ShapeDtypeStruct((32,), jnp.int32)]
+    run = ptx.kernel(body, out, name="races", blocks=1, warpgroups=1)
+    if same:
+        assert set(np.asarray(run(jnp.zeros(1))[0]) & 0xFFFF) == {7}
+    else:
+        with pytest.raises(AssertionError, match="two warps write different things"):
+            run(jnp.zeros(1))
+
+
 def over_devices(monkeypatch, devices: int, run: Callable[[int, jax.Array], Any]) -> list[Any]:
     """run(rank, addresses of peers) of each device, which is a thread."""
     memory = [np.zeros(4 * mailboxes.words(devices), np.uint8) for _ in range(devices)]
