@@ -32,11 +32,12 @@ the next tile are on their way while the last one's sums are added up.
 
 Where tiles are no multiple of the multiprocessors, some have one more: of 224 for gate and up of
 Llama-3.1-8B, which take 59 µs in a verification, 92 of 132, and the last half is read at 3.2 TB/s.
-Yet it takes as long (−0.1 to +2.0 µs) where the 92 are split evenly among all blocks, which leave
-their sums to each other in memory; gate and up of Llama-2-7B take 3 µs less then, 0.5% of a layer
-at 131,072 tokens, those of Qwen2.5-1.5B 8 more. Tiles of 56 outputs, 2 each, took 25 µs longer;
-their rows are no whole lines of 128 bytes, which was not traced further. To let the next launch
-begin with a block's last tile, not behind its products, took a step 1.5% longer (plain decoding and
+Yet it takes as long (−0.1 to +2.0 µs, four configurations) where the 92 are split evenly among all
+blocks, which leave their sums to each other in memory. Split so, gate and up of Llama-2-7B take 3
+µs less in plain decoding, 0.5% of a layer after 131,072 tokens, and 1 to 2 more in a verification,
+and those of Qwen2.5-1.5B 7 to 8 more. Tiles of 56 outputs, 2 each, took 25 µs longer; their rows
+are no whole lines of 128 bytes, which was not traced further. To let the next launch begin with a
+block's last tile, not behind its products, took a step 1.5% longer (plain decoding and
 verification).
 """
 

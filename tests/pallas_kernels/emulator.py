@@ -210,6 +210,11 @@ def _in_units(array: np.ndarray, at: np.ndarray, count: int) -> tuple[np.ndarray
     return array.view(f"u{unit}"), places
 
 
+def _filled(number: int, kind: Any, units: np.ndarray) -> np.ndarray:
+    """A unit that holds a number of a smaller kind as often as it can."""
+    return np.full(units.itemsize // np.dtype(kind).itemsize, number, kind).view(units.dtype)
+
+
 def gather(where: Lanes, count: int) -> np.ndarray:
     """[32, count] bytes; lanes that are not active read zeros."""
     (memory, at), out = bank(where), np.zeros((32, count), np.uint8)
@@ -225,7 +230,7 @@ def scatter(where: Lanes, rows: np.ndarray) -> None:
     units, places = _in_units(memory, at, count)
     rows = rows[HERE.mask].view(units.dtype)
     if where.kind == "i32":
-        HERE.block.written.view(units.dtype)[places] = HERE.warp + 1
+        HERE.block.written.view(units.dtype)[places] = _filled(HERE.warp + 1, np.uint8, units)
         products = itertools.chain(*[*HERE.block.multiplied.values()])
         first, last = at.min(), at.max() + count
         assert all(last <= b or e <= first for b, e in products), "a write to what is multiplied"
@@ -237,7 +242,7 @@ def scatter(where: Lanes, rows: np.ndarray) -> None:
             before, change = (x.view(np.uint16) for x in (writers[places], units[places] ^ rows))
             own = (before == 0) | (before == HERE.number) | (change == 0)
             assert own.all(), "two warps write different things to the same place"
-            writers[places] = HERE.number * (256**units.itemsize // 0xFFFF)
+            writers[places] = _filled(HERE.number, np.uint16, units)
         units[places] = rows
 
 

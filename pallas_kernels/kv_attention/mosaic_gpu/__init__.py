@@ -85,14 +85,14 @@ and lengths are as the layer before read them, so that from the second layer of 
 tiles are ordered before that wait (`ahead`), and else after the first query rows, which would come
 behind 18 MB of tiles: a round of Qwen2.5-1.5B at 30,000 tokens took 5.14 ms before, and 5.02. Since
 the merge finds its part of the results before it waits, and RoPE asks for its angles before, it is
-4.85. More tiles ordered ahead can be worse: drafts of 8 heads × 4 at 32,768 tokens take 0.9 µs a
-layer less with two stages than with three.
+4.85. More tiles ordered ahead can be worse: of six layers of Llama-3.1-8B's draft step at 32,768
+tokens each takes 0.9 µs less with two stages than with three.
 
-Tried without gain, in such steps: a merge of one warpgroup, whose registers fit beside attention's,
-so that it and what comes after begin before attention's end (0 to 2 µs a layer longer); before the
-first orders, lengths asked for before all else, a barrier by each of some threads, one copy of the
-code (−1.3 to +0.3 µs); drafts of 8 heads × 4 and 2 heads × 6 in teams of four warps, or by 12 and
-16 warps (0.5 to 7 µs longer).
+Tried without gain, in six layers of a step: a merge of one warpgroup, whose registers fit beside
+attention's, so that it and what comes after begin before attention's end (0 to 2 µs a layer
+longer); before the first orders, lengths asked for before all else, a barrier by each of some
+threads, one copy of the code (−1.3 to +0.3 µs); drafts of 8 heads × 4 and 2 heads × 6 in teams of
+four warps, or by 12 and 16 warps (0.5 to 7 µs longer).
 
 Errors, ‖found − exact‖ / ‖exact‖ before rounding: 2 to 3e-4 over 131,072 random tokens, up to 9e-4
 over a few hundred; 1.0e-3 in the worst layer of SmolLM2 after 4,000 (benchmarks/kernel_error.py).
