@@ -204,7 +204,12 @@ class BulkCopies:
         barrier_wait(barrier, parity)
 
     def leave(self) -> None:
-        """The warp has read a stage, which may then be filled anew."""
+        """The warp has read a stage, which may then be filled anew.
+
+        PTX orders reads and a later copy of the other proxy by a fence alone, though what was read
+        is in registers by then. Without it, on an H200, a verification of Qwen2.5-7B at 131,072
+        tokens took 0.7% less, and other steps 0.5% less to 0.6% more, which is noise.
+        """
         fence_proxies()
         sync_warp()
 
