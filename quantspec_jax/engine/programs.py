@@ -27,10 +27,10 @@ from quantspec_jax.weights.sizes import draft_bytes
 
 MOST_PROGRAMS = 32  # on a CPU, one takes up to 75 MB and some 500 memory maps
 MOST_CODE_BYTES = 2 << 30  # of all of them, where the backend says how many
-# Its loops are the host's to repeat. In CUDA graphs (XLA's command buffers, with WHILE and
-# CONDITIONAL) a further step of a call takes 20 µs less with JAX 0.12, but 128 draft steps of
-# Qwen2.5-1.5B in a call 0.728 ms each (0.730 so), and a profile sees one round alone; with JAX 0.11
-# a round takes 23% longer. (H200)
+# Its loops are the host's to repeat. Tried on an H200: loops in CUDA graphs (XLA's command buffers,
+# with WHILE and CONDITIONAL). With JAX 0.12 a further step of a call takes 20 to 30 µs less, but a
+# profile misses most of the rounds, and of 128 draft steps of Qwen2.5-1.5B in a call each took
+# 0.728 ms (without, on another card, 0.730). With JAX 0.11 a round of it takes 23% longer.
 DECODE = jax.jit(generate_tokens, static_argnames="program", donate_argnames="state")
 
 

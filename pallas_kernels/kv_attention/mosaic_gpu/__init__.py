@@ -92,11 +92,12 @@ Tried without gain, in six layers of a step: a merge of one warpgroup, whose reg
 attention's, so that it and what comes after begin before attention's end (0 to 2 µs a layer
 longer); before the first orders, lengths asked for before all else, a barrier by each of some
 threads, one copy of the code (−1.3 to +0.3 µs); drafts of 8 heads × 4 and 2 heads × 6 in teams of
-four warps, or by 12 and 16 warps (0.5 to 7 µs longer); 64 tokens between two checks of the
-reference (±0.1); with 8 heads × 4, three stages of which none, one or two are ordered before the
-wait (0.4 to 2 µs longer); a stage ordered anew by whoever leaves it, not before the next unit (0 to
-1.3 µs longer). Nor is there much to gain in the arithmetic: a draft's attention that only waits for
-its tiles and leaves them takes 1.4 µs a layer less of 8 heads × 4, and 0.6 of 2 heads × 6.
+four warps, or by 12 and 16 warps (0.5 to 7 µs longer); 64 tokens of a draft between two checks of
+the reference (±0.1); of three stages, 8 heads × 4, one alone ordered before the wait (0.4 µs
+longer); a stage ordered anew by whoever leaves it, not before the next unit (0 to 2.4 µs longer).
+
+The arithmetic of tiles is a small part of a draft's attention: a step in which it only waits for
+its tiles and leaves them takes 1.4 µs a layer less with 8 heads × 4, and 0.6 with 2 heads × 6.
 
 Errors, ‖found − exact‖ / ‖exact‖ before rounding: 2 to 3e-4 over 131,072 random tokens, up to 9e-4
 over a few hundred; 1.0e-3 in the worst layer of SmolLM2 after 4,000 (benchmarks/kernel_error.py).
