@@ -18,10 +18,12 @@ from pallas_kernels import devices, tuned
 
 BACKENDS = ("auto", "mosaic_gpu", "xla")
 # Those that stand for XLA's wherever they can; bf16_matmul does where it was measured to be faster.
+# logit_filter says nothing where it cannot.
 KERNELS = (
     "add_rms_norm",
     "int4_matmul",
     "kv_attention",
+    "logit_filter",
     "page_choice",
     "quantize_pack",
     "rope_append",

@@ -58,6 +58,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 def _of_model(model: ModelConfig, draft: DraftConfig, dtype: np.dtype) -> dict[str, str | None]:
     from pallas_kernels.add_rms_norm import mosaic_gpu as norm
+    from pallas_kernels.logit_filter import mosaic_gpu as logit_filter
     from pallas_kernels.page_choice import mosaic_gpu as choice
     from pallas_kernels.quantize_pack import mosaic_gpu as quantize
     from pallas_kernels.rope_append import mosaic_gpu as rope
@@ -71,6 +72,7 @@ def _of_model(model: ModelConfig, draft: DraftConfig, dtype: np.dtype) -> dict[s
         "add_rms_norm": norm.unsupported(_shape(1, model.hidden_size, dtype=dtype)),
         "int4_matmul": _product(model, draft, dtype),
         "kv_attention": _attention(q, layer),
+        "logit_filter": logit_filter.unsupported(_shape(1, VERIFIED, model.vocab_size)),
         "page_choice": choice.choice_unsupported(votes),
         "quantize_pack": quantize.unsupported(kv, GROUP_SIZE),
         "rope_append": rope.unsupported(heads, layer),

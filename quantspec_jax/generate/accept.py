@@ -11,10 +11,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.logit_filter.rows import largest
 from pallas_kernels.shapes import Each, Logits, shaped
 from quantspec_jax.generate.couplings import Verdict
 from quantspec_jax.generate.draft import Proposals
-from quantspec_jax.generate.sampling import also_seen, either, largest, penalize, warp
+from quantspec_jax.generate.sampling import also_seen, either, penalize, warp
 from quantspec_jax.generate.state import DecodeState, Program
 
 
@@ -45,7 +46,8 @@ def accept(
     rest = (tokens, proposed, state.requests.keys, state.cache.length + 1)
 
     def drawn() -> Verdict:
-        p = warp(logits, _seen_by_row(state.seen, tokens), sampling, program.warpers)
+        seen = _seen_by_row(state.seen, tokens)
+        p = warp(logits, seen, sampling, program.warpers, program.backend)
         return program.coupling.verdict(p, q, *rest)
 
     def greedy() -> Verdict:

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_attention.read import Pages
+from pallas_kernels.logit_filter.rows import largest
 from quantspec_jax.cache import flush, flush_due, rollback, schedule
 from quantspec_jax.checks import require
 from quantspec_jax.generate import recoded
@@ -35,7 +36,7 @@ from quantspec_jax.generate.draft import copied_proposals, draft, no_proposals
 from quantspec_jax.generate.logprobs import score
 from quantspec_jax.generate.lookup import look
 from quantspec_jax.generate.policies import Sizes
-from quantspec_jax.generate.sampling import GREEDY, largest
+from quantspec_jax.generate.sampling import GREEDY
 from quantspec_jax.generate.split import split
 from quantspec_jax.generate.state import COPIED, STATISTICS, DecodeState, Program, counted
 from quantspec_jax.generate.verify import verify

@@ -208,7 +208,8 @@ def first_state(
     b = len(lengths)
     rows = jnp.arange(b)
     broken = not_finite(logits)
-    token, _ = choose(logits, seen, requests.sampling, requests.keys, lengths, Role.TARGET)
+    call = (logits, seen, requests.sampling, requests.keys, lengths, Role.TARGET)
+    token, _ = choose(*call, backend=program.backend)
     scores = None
     if logprobs is not None:
         first = score(logits[:, None], token[:, None], logprobs)

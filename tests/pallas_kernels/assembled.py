@@ -47,6 +47,7 @@ from pallas_kernels.int4_matmul import mosaic_gpu as matmul
 from pallas_kernels.kv_attention import configs, mosaic_gpu
 from pallas_kernels.kv_attention.read import ByPage, PageLogSums, Read
 from pallas_kernels.layout import tile
+from pallas_kernels.logit_filter import mosaic_gpu as logit_filter
 from pallas_kernels.page_choice import mosaic_gpu as choice
 from pallas_kernels.products.around import Around
 from pallas_kernels.quantize_pack import mosaic_gpu as quantize
@@ -230,6 +231,11 @@ def others() -> Iterator[tuple[str, Any, Any]]:
     yield "page_votes of 80 layers", choice.page_votes, (seen, jnp.array([2]))
     run = functools.partial(choice.most_voted, places=258, ends=(1, 1))
     yield "most_voted", run, (jnp.zeros((1, 80, 2, 1032)), jnp.array([1000]), jnp.array([250]))
+    wants = (jnp.zeros(1), jnp.zeros(1, jnp.int32), jnp.zeros(1), jnp.zeros(1))
+    for vocabulary in (151936, 32003):
+        scores = jnp.zeros((1, 5, vocabulary))
+        if logit_filter.unsupported(scores) is None:
+            yield f"logit_filter {vocabulary}", logit_filter.kept, (scores, *wants)
     for count in (2, 8):
         table = jnp.asarray(mailboxes.addresses(0, range(count)))
         parts, stream = jnp.zeros((5, 4096)), jnp.zeros((5, 4096), jnp.bfloat16)

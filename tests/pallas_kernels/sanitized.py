@@ -25,6 +25,7 @@ from pallas_kernels.int4_matmul.api import int4_matmuls
 from pallas_kernels.kv_attention.api import kv_attention
 from pallas_kernels.kv_attention.read import ByPage, PageLogSums, Read
 from pallas_kernels.layout import tile
+from pallas_kernels.logit_filter.api import kept
 from pallas_kernels.page_choice.api import most_voted, page_votes
 from pallas_kernels.quantize_pack.api import quantize_keys, quantize_values
 from pallas_kernels.rope_append.api import rope_append
@@ -86,6 +87,9 @@ def calls():
             jnp.array([80, 3]),
         ),
     )
+    scores = jnp.round(3 * jax.random.normal(jax.random.key(6), (2, 3, 5003)))
+    heat, top_p, min_p = (jnp.array(x) for x in ([0.7, 0.0], [0.9, 1.0], [0.0, 0.1]))
+    yield kept, (scores, heat, jnp.array([40, 0]), top_p, min_p)
     for case in HEADS:
         yield rope_append, heads_call(case, True, (31, 62))
 

@@ -30,7 +30,8 @@ def test_every_kernel_assembles(capability):
     )
     assert ran.returncode == 0, ran.stdout[-1000:] + ran.stderr[-3000:]
     found = [line.split()[1] for line in ran.stdout.splitlines() if line.startswith("assembled")]
-    assert {*found} == {
+    clustered = {"logit_filter"} if devices.generation((major, minor)).clusters else set()
+    assert {*found} == clustered | {
         "add_rms_norm", "bf16_matmul", "int4_matmul", "kv_attention", "most_voted",
         "page_votes", "quantize_keys", "quantize_values", "rms_norm", "rope_append", "in_place",
     }  # fmt: skip

@@ -40,6 +40,7 @@ from pallas_kernels.kv_attention import api as attention
 from pallas_kernels.kv_attention import configs, mosaic_gpu
 from pallas_kernels.kv_attention.read import ByPage, PageLogSums, Pages, Read
 from pallas_kernels.layout import tile
+from pallas_kernels.logit_filter.api import kept
 from pallas_kernels.page_choice.api import most_voted, page_votes
 from pallas_kernels.products.around import Around
 from pallas_kernels.quantize_pack import api as quantize
@@ -501,6 +502,39 @@ def test_add_rms_norm(rows, channels, y_dtype):
     assert relative_error(found[1], expected[1].astype(jnp.float32)) <= 1e-3
     alone = jax.jit(functools.partial(norm.rms_norm, eps=1e-5, backend="mosaic_gpu"))
     np.testing.assert_array_equal(alone(found[0], weight), found[1])
+
+
+@pytest.mark.parametrize(
+    ("n", "tokens", "kind"),
+    [(151936, 5, "peaked"), (128256, 1, "ties"), (262144, 1, "flat"), (49152, 16, "ties")],
+)
+def test_what_is_left_of_a_row_of_logits(n, tokens, kind):
+    """As XLA's way finds it, but for tokens at the very end of the budget; the same bits again."""
+    scores = {"peaked": 4.0, "ties": 3.0, "flat": 0.2}[kind] * jax.random.normal(
+        jax.random.key(n), (6, tokens, n)
+    )
+    scores = jnp.round(scores) if kind == "ties" else scores
+    wants = (
+        jnp.array([0.7, 1.0, 0.8, 0.0, 1.0, 1.2]),
+        jnp.array([0, 50, 0, 0, n // 2, 0]),
+        jnp.array([0.9, 1.0, 0.95, 1.0, 0.5, 1e-9]),
+        jnp.array([0.0, 0.0, 0.1, 0.0, 0.0, 0.0]),
+    )
+    if not dispatch.target().generation.clusters:
+        pytest.skip("it takes clusters")
+    run, reference = (
+        jax.jit(functools.partial(kept, wanted=(True, True), backend=backend))
+        for backend in ("mosaic_gpu", "xla")
+    )
+    found, again, expected = run(scores, *wants), run(scores, *wants), reference(scores, *wants)
+    for a, b in zip(found, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(found.most, expected.most)
+    np.testing.assert_allclose(found.mass, expected.mass, rtol=2e-5)
+    ours, theirs = found.of(scores), expected.of(scores)
+    number = np.maximum(np.asarray(theirs.sum(-1)), 1)
+    assert (np.asarray((ours != theirs).sum(-1)) <= 1 + 1e-4 * number).all()
+    np.testing.assert_array_equal(ours[3].sum(-1), 1)  # temperature 0
 
 
 @pytest.mark.parametrize(
