@@ -63,6 +63,7 @@ def new_engine(model: qs.Model, args: argparse.Namespace) -> Engine:
     """Whose proposals are accepted as those of `bench decode`."""
     config = qs.GenerateConfig(
         gamma=args.gamma,
+        draft_policy="all",  # as the server's drafts, and those of `bench decode`
         prefill="tiles",
         max_length=args.context + 2048,
         max_new_tokens=1024,

@@ -182,8 +182,10 @@ def _headline(run: Run, rows: list[dict[str, Any]]) -> Headline:
     named = row.get("policy") not in (None, "auto", "all")
     copies = bool(row.get("lookup")) and row["gamma"] != "auto"  # which copies nothing by itself
     gamma = f"γ {row['gamma']}" if copies else ""
+    head = "draft lm_head 4-bit" if "lm_head 4-bit" in run.record.get("draft", "") else ""
     share = row.get("share")
     policy = row["policy"] + (f" {share:g}" if share else "") if named else ""
+    sampling = _sampling(row.get("temperature"))
     if run.simulated is not None:
         acceptance = f"{run.simulated:g}, *simulated*"
     elif row["acceptance_rate"] is not None:
@@ -193,7 +195,7 @@ def _headline(run: Run, rows: list[dict[str, Any]]) -> Headline:
     return Headline(
         model=row.get("model") or run.record.get("model") or run.record["preset"],
         context=row["context"],
-        sampling=", ".join(filter(None, (_sampling(row.get("temperature")), policy, gamma))),
+        sampling=", ".join(filter(None, (sampling, policy, gamma, head))),
         plain=row["tokens_per_second"] / row["speed_up"],
         ours=row["tokens_per_second"],
         acceptance=acceptance,

@@ -438,6 +438,15 @@ class TestHeadlines:
         lines = render.headline_text([run, other]).splitlines()
         assert [line.split(" | ")[-1] for line in lines[-2:]] == ["d |", "another |"]
 
+    def test_a_draft_whose_lm_head_is_no_default_is_named(self, render):
+        rows = [text_row(8, None, 40.0, 1.0), text_row(8, "auto", 80.0, 2.0)]
+        for draft, words in (
+            ("4-bit gptq, all", ""),
+            ("4-bit, lm_head 4-bit", ", draft lm_head 4-bit"),
+        ):
+            (row,) = render.headlines([run_of(render, rows, "text-a", draft=draft)])
+            assert row.sampling == f"greedy{words}"
+
     def test_a_run_that_this_version_would_not_repeat_is_no_headline(self, render):
         rows = [text_row(8, None, 40.0, 1.0), text_row(8, 2, 60.0, 1.5)]
         run = run_of(render, rows, "text-a", outdated="Outdated: plain decoding is faster since.")

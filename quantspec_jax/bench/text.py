@@ -380,14 +380,15 @@ def profile_of(
     milliseconds_a_round: float,
 ) -> dict[str, Any]:
     """Launches and milliseconds by kind of kernel, a round: of the program that `generate` runs, in
-    the state after its first chunk of rounds. None each where there are no kernels, on a CPU."""
+    the state after its first rounds. None each where there are no kernels, on a CPU."""
     if device().platform == "cpu":
         return {"launches": None, "profile": None}
     engine = Engine(model, config, len(prompt.ids))
     (slot,) = engine.add([prompt.ids], config, key)
-    engine.step()
+    # In pieces of a chunk, which may be all of the text: its γ is the one that was chosen for it.
+    engine.step(heard=True)
     before = engine.read(slot).counters.rounds
-    kernels = traced(lambda: engine.step(TRACED_ROUNDS))
+    kernels = traced(lambda: engine.step(TRACED_ROUNDS, heard=True))
     rounds = engine.read(slot).counters.rounds - before
     if rounds == 0:  # the text was at its end
         return {"launches": None, "profile": None}

@@ -76,10 +76,10 @@ def test_what_a_round_pays_outside_of_its_layers(launches):
 
 
 def test_what_draws_add_to_a_round(every):
-    """In its five choices; of 552 that there were, whatever was filtered."""
+    """In its five choices, whatever is filtered; of 552 that there were."""
     greedy = every["all", 2, 4, "greedy", 0]
-    for chosen, most in (("draws", 45), ("top-p", 210)):
-        assert every["all", 2, 4, chosen, 0] - greedy <= most
+    for chosen in ("draws", "top-p"):
+        assert every["all", 2, 4, chosen, 0] - greedy <= 30
 
 
 def test_what_copies_add(every, launches):
