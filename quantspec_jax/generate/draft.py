@@ -52,8 +52,16 @@ def draft(
         position = jnp.minimum(jax.lax.dynamic_index_in_dim(positions, i, 1, False), last)
         call = (params, program, cache, token[:, None], position, program.draft_read, pages)
         logits, cache = cache_pass(*call, rope, start)
-        call = (logits[:, 0], seen, sampling, keys, position + 1, coupling.draft_role)
-        token, probabilities = choose(*call, program.warpers, program.backend)
+        token, probabilities = choose(
+            logits[:, 0],
+            seen,
+            sampling,
+            keys,
+            position + 1,
+            coupling.draft_role,
+            program.warpers,
+            program.backend,
+        )
         found = Proposals(
             jnp.where(jnp.arange(program.gamma)[None] == i, token[:, None], found.tokens),
             jax.lax.dynamic_update_index_in_dim(found.probabilities, probabilities, i, 1),
