@@ -11,8 +11,8 @@ shared memory, as integers in the order of the scores:
 
 So one search finds where the budget ends, whatever is weighed: tokens (top-k), their masses
 (top-p), and, of those that equal the least, tokens by their places. It is over as soon as one token
-has the digits that are known: most often after five of eight rounds. All sums are added in one
-order, so that a row gives the same bits whichever rows are beside it.
+alone has the digits that are known. All sums are added in one order, so that a row gives the same
+bits whichever rows are beside it.
 """
 
 from __future__ import annotations

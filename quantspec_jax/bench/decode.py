@@ -42,13 +42,13 @@ from quantspec_jax.commands.options import mesh as mesh_of_options
 from quantspec_jax.cost import Costs, bytes_read, cache_read_bytes, weight_bytes
 from quantspec_jax.dtypes import float_type
 from quantspec_jax.engine.adaptive import MOST_DRAFTED, PRIOR
-from quantspec_jax.engine.prepare import known_warpers
+from quantspec_jax.engine.prepare import draft_policy, known_warpers
 from quantspec_jax.engine.programs import DECODE
 from quantspec_jax.generate.config import BACKENDS, GenerateConfig
 from quantspec_jax.generate.couplings import REJECTION
 from quantspec_jax.generate.lookup import unseen
 from quantspec_jax.generate.loop import generate_tokens
-from quantspec_jax.generate.policies import POLICIES, Policy, policy
+from quantspec_jax.generate.policies import POLICIES, Policy
 from quantspec_jax.generate.requests import requests
 from quantspec_jax.generate.sampling import GREEDY
 from quantspec_jax.generate.state import STATISTICS, DecodeState, Program, axes_of
@@ -91,7 +91,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ALPHA",
         help="of each place of a round where those before were accepted; the last of all beyond",
     )
-    parser.add_argument("--draft-policy", choices=tuple(POLICIES), default="all")
+    parser.add_argument(
+        "--draft-policy",
+        choices=(*POLICIES, "auto"),
+        default="all",
+        help="which pages of the cache drafts read; auto: those that generate chooses there (all)",
+    )
     parser.add_argument("--draft-share", type=float, metavar="F", help="the policy's own")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--draft-group", type=int, default=128)
@@ -267,10 +272,9 @@ class Setting:
         """Bytes of a number in full precision."""
         return self.loaded.dtype.itemsize
 
-    @property
-    def policy(self) -> Policy:
-        """Which pages drafts read."""
-        return policy(self.args.draft_policy, self.args.draft_share)
+    def policy(self, context: int, drafted: int = MOST_DRAFTED) -> Policy:
+        """Which pages drafts read there, in rounds that draft so many tokens."""
+        return draft_policy(self.loaded, reads(self.args), context, drafted)
 
     @property
     def alpha(self) -> float | None:
@@ -291,7 +295,7 @@ class Setting:
             self.model,
             CacheConfig(length, GROUP_SIZE, case.view, case.width, self.loaded.dtype),
             case.gamma,
-            policy=self.policy,
+            policy=self.policy(context, case.gamma),
             coupling=Simulated(tuple(alphas)) if case.gamma and alphas else REJECTION,
             warpers=known_warpers(GREEDY),
             backend=args.backend,
@@ -306,7 +310,7 @@ class Setting:
             context,
             batch=self.args.batch,
             itemsize=self.itemsize,
-            share=self.policy.share,
+            share=self.policy(context).share,
             axes=self.axes,
         )
 
@@ -319,7 +323,7 @@ class Setting:
             return weight_bytes(weights) + self.args.batch * cache // self.axes.size
 
         target = one_pass(self.draft if case.drafts else self.params, case.view)
-        draft = one_pass(self.draft, "int4", self.policy.share)
+        draft = one_pass(self.draft, "int4", self.policy(context, case.gamma).share)
         return target + (drafted * draft if case.gamma else 0)
 
     def require_memory(self, case: Case, context: int, more: dict[str, int]) -> None:
@@ -349,6 +353,11 @@ class Compiled:
         """So many rounds; `state` is donated."""
         peers = addresses(self.program.mesh)
         return self.call(*self.weights, state, jnp.int32(rounds), *peers)
+
+
+def reads(args: argparse.Namespace) -> GenerateConfig:
+    """What `generate` would be called with, of what drafts read; ValueError where it is refused."""
+    return GenerateConfig(draft_policy=args.draft_policy, draft_share=args.draft_share)
 
 
 def weights_of(case: Case, setting: Setting) -> tuple[Params, Params]:
@@ -410,6 +419,7 @@ def compile_case(case: Case, setting: Setting, context: int) -> Compiled:
     setting.require_memory(case, context, {"cache": tree_bytes(shapes), "temporaries": temporaries})
     text = compiled.as_text() if jax.default_backend() != "cpu" else None
     row = {
+        "draft_read_share": program.policy.share if case.gamma else None,
         "temporary_bytes": temporaries,
         "argument_bytes": memory.argument_size_in_bytes if memory else None,
         "cache_bytes": cache_bytes(shapes.cache, program.cache.max_length)["total"],
@@ -541,7 +551,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure every mode at every context."""
     for alpha in args.simulate_acceptance or ():
         require(0 <= alpha <= 1, "--simulate-acceptance", alpha, "0 to 1")
-    policy(args.draft_policy, args.draft_share)
+    reads(args)
     require(args.batch >= 1, "--batch", args.batch, "an integer ≥ 1")
     numbers = [g for g in args.gamma if g != "auto"]
     require(min(numbers, default=1) >= 1, "--gamma", args.gamma, "integers ≥ 1, or auto")
@@ -581,8 +591,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         "backend": backend,
         "simulated_acceptance": setting.alpha,
-        "draft_policy": setting.policy.name,
-        "draft_share": setting.policy.share,
+        "draft_policy": args.draft_policy,
+        "draft_share": None if args.draft_policy == "auto" else setting.policy(longest).share,
         "mesh": args.mesh,
         "devices": [device.device_kind for device in ([] if mesh is None else mesh.devices.flat)],
         "read_ceiling_gb_per_second": ceiling / 1e9,

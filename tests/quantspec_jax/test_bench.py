@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import sys
@@ -13,14 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quantspec_jax import memory
+from quantspec_jax import cost, memory
 from quantspec_jax.bench import decode as bench
 from quantspec_jax.bench import record
 from quantspec_jax.bench.kernels import shapes_of
 from quantspec_jax.bench.launches import launches_a_round
 from quantspec_jax.bench.simulated import Simulated
 from quantspec_jax.cli import main, make_parser
-from quantspec_jax.cost import Costs, bytes_read
+from quantspec_jax.cost import Costs, Reading, best_reading, bytes_read
+from quantspec_jax.engine import prepare
+from quantspec_jax.loading import Model
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.module import init_params
 from quantspec_jax.models.parameters import parameter_shapes
@@ -73,6 +76,28 @@ def test_simulated_acceptance_is_a_run_of_successes(alphas):
         assert float((verdict.accepted > i).mean()) == pytest.approx(share, abs=0.015)
     assert int(verdict.accepted.max()) <= gamma
     assert (verdict.token == 7).all()
+
+
+def test_what_drafts_read_is_what_generate_would_choose(tiny_preset, monkeypatch, capsys):
+    """By the context and by how many are drafted; named, it is what was asked for."""
+    few = (Reading(), Reading("top-pages", 0.25, 0.9))
+    chosen = functools.partial(best_reading, readings=few)
+    monkeypatch.setattr(prepare, "best_reading", chosen)
+    monkeypatch.setattr(cost, "LAYER_BYTES", 0.0)
+    model = Model(TINY, init_params(TINY, jax.random.key(0), jnp.float32), draft=DraftConfig())
+
+    def shares(*options):
+        line = ["bench", "decode", "--preset", "tiny", "--context", "640", *options]
+        setting = bench.Setting(model, make_parser().parse_args(line))
+        calls = ((640, 4), (4096, 4), (4096, 0))
+        return [setting.policy(context, drafted).share for context, drafted in calls]
+
+    assert shares("--draft-policy", "auto") == [1, 0.25, 1]
+    assert shares("--draft-policy", "top-pages", "--draft-share", "0.5") == [0.5, 0.5, 1]
+    assert shares() == [1, 1, 1]
+    both = ["--draft-policy", "auto", "--draft-share", "0.5"]
+    assert main(["bench", "decode", "--preset", "tiny", "--context", "640", *both]) == 2
+    assert "draft_share is 0.5" in capsys.readouterr().err
 
 
 def test_a_run_reports_every_mode_beside_the_baseline(tiny_preset, capsys, tmp_path):
