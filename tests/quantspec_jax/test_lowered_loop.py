@@ -77,7 +77,7 @@ def kernels(text: str) -> list[str]:
 def names(text: str) -> list[str]:
     """The kernels' functions, calls of one form sharing one."""
     found = re.findall(
-        r"func.func private @(add_rms_norm|all_gather|all_reduce|bf16_matmuls|int4_matmuls"
+        r"func.func private @(add_rms_norm|all_gather|all_reduce|bf16_matmuls|int4_matmuls|kept"
         r"|kv_attention|merge|most_voted|page_votes|quantize_\w+?|rms_norm|rope_append)(?:_\d+)?\(",
         text,
     )
@@ -106,10 +106,11 @@ def test_each_kernel_is_in_the_program_once_however_many_layers_call_it(bits, po
     sums, norms = ([], []) if bits == 4 else (["add_rms_norm"], ["rms_norm"])
     # So are RoPE and buffer, of the draft.
     attention, rope = ["kv_attention"] * 2, [] if bits == 4 else ["rope_append"]
+    filters = ["kept"] * 2  # what sampling leaves of a draft's row, and of a verification's
     quantize = ["quantize_keys", "quantize_values"]
     choice = ["most_voted", "page_votes"] if policy.votes else []
     for text in (one, three):
-        found = [*sums, *products, *attention, *choice, *quantize, *norms, *rope]
+        found = [*sums, *products, *filters, *attention, *choice, *quantize, *norms, *rope]
         assert names(text) == found
         # Attention is two kernels, the pass over the cache and the merge of its parts.
         assert len(kernels(text)) == len(names(text)) + 2
@@ -155,12 +156,12 @@ def test_products_that_are_not_known_to_be_faster_are_left_to_xla():
 @pytest.mark.usefixtures("measured")
 def test_plain_decoding_has_no_kernel_of_a_draft():
     text = lowered(MODEL, 0, "full", DraftConfig())
-    assert names(text) == ["bf16_matmuls"] * 5 + ["kv_attention"]
-    assert len(kernels(text)) == 7
+    assert names(text) == ["bf16_matmuls"] * 5 + ["kept", "kv_attention"]
+    assert len(kernels(text)) == 8
 
 
 @pytest.mark.usefixtures("measured")
 def test_norms_of_queries_and_keys_have_a_launch_of_their_own():
     """They take whole heads, which a block of a product does not have."""
     text = lowered(dataclasses.replace(MODEL, qk_norm=True), 0, "full", DraftConfig())
-    assert names(text) == ["bf16_matmuls"] * 5 + ["kv_attention", "rope_append"]
+    assert names(text) == ["bf16_matmuls"] * 5 + ["kept", "kv_attention", "rope_append"]
