@@ -32,6 +32,7 @@ def test_every_kernel_assembles(capability):
     found = [line.split()[1] for line in ran.stdout.splitlines() if line.startswith("assembled")]
     clustered = {"logit_filter"} if devices.generation((major, minor)).clusters else set()
     assert {*found} == clustered | {
-        "add_rms_norm", "bf16_matmul", "int4_matmul", "kv_attention", "most_voted",
-        "page_votes", "quantize_keys", "quantize_values", "rms_norm", "rope_append", "in_place",
+        "add_rms_norm", "all_gather", "all_reduce", "bf16_matmul", "int4_matmul", "kv_attention",
+        "merge", "most_voted", "page_votes", "quantize_keys", "quantize_values", "rms_norm",
+        "rope_append", "in_place",
     }  # fmt: skip
