@@ -12,6 +12,7 @@ and y are read once; squares are added in the warp, then across warps through sh
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,8 +49,7 @@ def _wide(where: V, itemsize: int) -> list[V]:
 
 def _block_sum(x: V, shared: V, thread: V, warps: int) -> V:
     """The sum over the block's threads, added in one order, for each of them."""
-    for distance in (16, 8, 4, 2, 1):
-        x = x + ptx.shuffle_xor(x, distance)
+    x = ptx.over_lanes(x, operator.add)
     ptx.when((thread & 31).equals(0), lambda: ptx.store(shared + (thread >> 5) * 4, [x]))
     ptx.sync_threads(i32(1), 32 * warps)
     parts = [part for i in range(0, warps, 4) for part in ptx.load(shared + 4 * i, 4, "f32")]

@@ -20,7 +20,7 @@ def kept(
     backend: str = "auto",
 ) -> Kept:
     """The tokens that top-k, then top-p (Holtzman et al., arXiv 1904.09751, section 3.1), then
-    min-p (Nguyen et al., arXiv 2407.01082, section 3) leave of each row; in one launch.
+    min-p (Nguyen et al., arXiv 2407.01082, section 3) leave of each row; one launch of the kernel.
 
     A token's weight is exp((score − the row's largest) / temperature). Top-k keeps the k largest
     scores and what equals the last of them. Top-p removes the least likely tokens, 1 − top_p of the
@@ -45,8 +45,8 @@ def kept(
 
 
 def _mosaic_gpu(scores: jax.Array, backend: str) -> bool:
-    """Whether the Pallas kernel takes the call: wherever it can, without a word where it cannot,
-    for then this is a small part of what a round takes. CUDA code is imported only where it can."""
+    """Whether the Pallas kernel takes the call: wherever it can, without a word where it cannot.
+    CUDA code is imported only where it can."""
     if backend == "xla" or dispatch.device() is None:
         return dispatch.use_mosaic_gpu(backend, "logit_filter", None)
     from pallas_kernels.logit_filter import mosaic_gpu

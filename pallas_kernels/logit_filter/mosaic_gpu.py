@@ -5,7 +5,7 @@ each: some forty for a token. Here a row is a cluster's, whose blocks keep an eq
 shared memory, as integers in the order of the scores:
 
     block     | 0        | 1        | ...        keys of part of the row
-    round     for each value of a digit, four bits of the keys: mass and number of what has it
+    turn      for each value of a digit, four bits of the keys: mass and number of what has it
                  a thread's, in shared memory of its own → the block's → all blocks'
               the digit up to which what is below fits into the budget, and on with what has it
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from pallas_kernels.ptx import V, f32, i32
 BLOCKS = 8  # of a cluster
 WARPGROUPS = 2
 WARPS, THREADS = 4 * WARPGROUPS, 128 * WARPGROUPS
-MOST_BITS = 4  # of a digit; three, and eleven rounds, where shared memory has no room for more
+MOST_BITS = 4  # of a digit; three, and eleven turns, where shared memory has no room for more
 AT_ONCE = 5  # reads in flight
 LEAST_KEY = -0x7F800001  # of −∞
 NO_PLACE = -1 << 31  # below all keys
@@ -118,17 +119,6 @@ def _score(key: V) -> V:
     return ptx.select(key < 0, key ^ 0x7FFFFFFF, key).as_float()
 
 
-def _over_lanes(x: V, merge: Callable[[V, V], V], lanes: int = 32) -> V:
-    distance = lanes // 2
-    while distance:
-        x, distance = merge(x, ptx.shuffle_xor(x, distance)), distance // 2
-    return x
-
-
-def _add(a: V, b: V) -> V:
-    return a + b
-
-
 class _Place(NamedTuple):
     """Where a search ends: keys from `key` up to `last` have the digits that were found, one of
     the row's or all that equal it, their `number`; and what weighs what is `below`."""
@@ -200,7 +190,7 @@ class _Row:
 
     def of_all(self, x: V, merge: Callable[[V, V], V], inbox: int) -> V:
         """Numbers of all threads of the cluster, merged."""
-        own, box = _over_lanes(x, merge), self.inboxes + inbox * self.memory.inbox
+        own, box = ptx.over_lanes(x, merge), self.inboxes + inbox * self.memory.inbox
         ptx.when(self.lane.equals(0), lambda: ptx.store(self.sums + self.warp * 4, [own]))
         ptx.sync_threads(i32(1), THREADS)
         parts = [y for i in range(0, WARPS, 4) for y in ptx.load(self.sums + 4 * i, 4, "f32")]
@@ -229,31 +219,26 @@ class _Row:
           inbox: the first of two.
           among: of a key and its place what is searched for, and whether it counts; None: the key.
         """
-        rounds, digits = -(-bits // self.memory.bits), self.memory.digits
+        turns, digits = -(-bits // self.memory.bits), self.memory.digits
         begin, most = end
 
         def one(i: V, carry: list[V]) -> list[V]:
             key, _, below, _, done = carry
             box = self.inboxes + ((i & 1) + inbox) * self.memory.inbox
-            shift = (i32(rounds - 1) - i) * self.memory.bits
+            shift = (i32(turns - 1) - i) * self.memory.bits
 
             def narrowed() -> list[V]:
                 self._fill_bins(weigh, key, shift, among)
                 mass, number = self._of_digits(box)
-                before, total = f32(0.0), mass
-                distance = 1
-                while distance < digits:  # of digits before this one
-                    other = ptx.shuffle_xor(total, distance)
-                    before = before + ptx.select((self.lane & distance) > 0, other, 0.0)
-                    total, distance = total + other, 2 * distance
+                before, _ = ptx.over_lanes_before(mass, self.lane, digits)
                 step = self.digit << shift
                 there = ptx.both((step >> shift).equals(self.digit), key + step <= most)
                 fits = ptx.both(there, below + before <= budget)
-                fitting = _over_lanes(ptx.select(fits, f32(1.0), 0.0), _add, digits)
+                fitting = self._over_digits(ptx.select(fits, f32(1.0), 0.0))
                 place = ptx.at_least(_whole(fitting) - 1, 0)  # 0 fits, whatever rounding says
 
                 def of_chosen(x: V) -> V:
-                    return _over_lanes(ptx.select(self.digit.equals(place), x, 0.0), _add, digits)
+                    return self._over_digits(ptx.select(self.digit.equals(place), x, 0.0))
 
                 left = of_chosen(number)
                 over, first = ptx.select(left <= 1.0, i32(1), 0), key + (place << shift)
@@ -263,7 +248,7 @@ class _Row:
             return ptx.choose(done.equals(0), narrowed, lambda: carry, carry)
 
         start = [begin, most, f32(0.0), f32(2.0), i32(0)]
-        return _Place(*ptx.loop(i32(0), i32(rounds), start, one)[:4])
+        return _Place(*ptx.loop(i32(0), i32(turns), start, one)[:4])
 
     def _fill_bins(
         self,
@@ -303,7 +288,7 @@ class _Row:
             digit = self.warp * own + i
             row = self.bins + digit * self.memory.of_digit + self.lane * BIN
             pairs = [ptx.load(row + j * (32 * BIN), 2, "f32") for j in range(WARPS)]
-            pair = [_over_lanes(functools.reduce(_add, x), _add) for x in zip(*pairs, strict=True)]
+            pair = [ptx.over_lanes(_total(x), operator.add) for x in zip(*pairs, strict=True)]
             ptx.when(
                 self.lane.equals(0),
                 functools.partial(ptx.store, self.sums + digit * BIN, pair),
@@ -321,8 +306,17 @@ class _Row:
         ptx.sync_cluster()
         at = box + self.digit * BIN
         pairs = [ptx.load(at + i * sums, 2, "f32") for i in range(BLOCKS)]
-        mass, number = (functools.reduce(_add, x) for x in zip(*pairs, strict=True))
+        mass, number = map(_total, zip(*pairs, strict=True))
         return mass, number
+
+    def _over_digits(self, x: V) -> V:
+        """The sum over a lane for each digit."""
+        bits = self.memory.bits
+        return ptx.over_lanes(x, operator.add, [1 << bits - 1 - i for i in range(bits)])
+
+
+def _total(numbers: Sequence[V]) -> V:
+    return functools.reduce(operator.add, numbers)
 
 
 def _whole(x: V) -> V:
@@ -364,7 +358,7 @@ def _body(memory: _Memory, tokens: int) -> Callable[[Sequence[V], V], None]:
                 return [carry[0] + ptx.select(holds(key, place), weight(key), 0.0)]
 
             (mass,) = row.each([f32(0.0)], one)
-            return row.of_all(mass, _add, inbox)
+            return row.of_all(mass, operator.add, inbox)
 
         def by_number() -> list[V]:
             budget = _as_float(i32(BLOCKS * row.part) - top_k)

@@ -148,12 +148,6 @@ def _votes(seen: Sequence[ByPage], last: jax.Array) -> jax.Array:
 # The choice --------------------------------------------------------------------------------------
 
 
-def _warp_sum(x: V) -> V:
-    for distance in (16, 8, 4, 2, 1):
-        x = x + ptx.shuffle_xor_bits(x, distance)
-    return x
-
-
 def _choice_body(
     form: tuple[int, ...], places: int, ends: tuple[int, int], warpgroups: int
 ) -> Callable[[Sequence[V], V], None]:
@@ -192,7 +186,7 @@ def _choice_body(
             number = i32(0)
             for key in keys:
                 number = number + ptx.select(key >= candidate, i32(1), 0)
-            found = of_warps(shared + (i & 1) * (4 * warps), _warp_sum(number))
+            found = of_warps(shared + (i & 1) * (4 * warps), ptx.over_lanes(number, operator.add))
             enough = functools.reduce(operator.add, found) >= count
             return [ptx.select(enough, candidate, carry[0])]
 
@@ -201,11 +195,7 @@ def _choice_body(
         mine = i32(0)
         for more, same in zip(above, equal, strict=True):
             mine = mine + ptx.select(more, i32(1), 0) + ptx.select(same, i32(1 << 16), 0)
-        before, total = i32(0), mine
-        for distance in (1, 2, 4, 8, 16):  # of lanes before this one
-            other = ptx.shuffle_xor_bits(total, distance)
-            before = before + ptx.select((lane & distance) > 0, other, i32(0))
-            total = total + other
+        before, total = ptx.over_lanes_before(mine, lane)
         found = of_warps(shared + 4 * warps, total)
         for i, number in enumerate(found):
             before = before + ptx.select(warp > i, number, i32(0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pallas_kernels.ptx.values import V, asm, i32, select
 
@@ -25,6 +25,29 @@ def shuffle_xor_bits(x: V, distance: int) -> V:
 def shuffle_xor(x: V, distance: int) -> V:
     """The float of lane ^ distance."""
     return shuffle_xor_bits(x.bits(), distance).as_float()
+
+
+def _shuffled(x: V, distance: int) -> V:
+    return (shuffle_xor if x.is_float else shuffle_xor_bits)(x, distance)
+
+
+def over_lanes(x: V, merge: Callable[[V, V], V], distances: Sequence[int] = (16, 8, 4, 2, 1)) -> V:
+    """Numbers of the lanes that are so far apart, merged, for each of these; of all lanes unless
+    it is said."""
+    for distance in distances:
+        x = merge(x, _shuffled(x, distance))
+    return x
+
+
+def over_lanes_before(x: V, lane: V, lanes: int = 32) -> tuple[V, V]:
+    """Sums over the lanes before this one, and over all: of each `lanes` neighbours, a power of
+    two."""
+    before, total, distance = x.like(0), x, 1
+    while distance < lanes:
+        other = _shuffled(total, distance)
+        before = before + select((lane & distance) > 0, other, x.like(0))
+        total, distance = total + other, 2 * distance
+    return before, total
 
 
 def elected() -> V:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 
 import jax
@@ -83,8 +84,7 @@ class _Warp:
         inside = [here for _, here in self.words for _ in range(2)] * 2
         for number, here in zip(numbers, inside, strict=True):
             square = square + ptx.select(here, number * number, 0.0)
-        for distance in (16, 8, 4, 2, 1):
-            square = square + ptx.shuffle_xor(square, distance)
+        square = ptx.over_lanes(square, operator.add)
         factor = ptx.reciprocal_sqrt(square * (1.0 / self.channels) + eps)
         return _rounded([x * factor * w for x, w in zip(numbers, weights, strict=True)])
 

@@ -41,6 +41,10 @@ class Lanes:
         array = np.ascontiguousarray(array, KINDS[kind])
         self.array = array if array.shape == (32,) else np.full(32, array)  # is never written to
 
+    @property
+    def is_float(self) -> bool:
+        return self.kind == "f32"
+
     def like(self, other: Any) -> Lanes:
         if isinstance(other, Lanes):
             return other

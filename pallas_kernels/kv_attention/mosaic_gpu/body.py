@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 
 from pallas_kernels import ptx
@@ -329,9 +330,7 @@ def write_partial(
     together = 2 - plan.channel_blocks % 2  # blocks of 16 channels in a store
 
     def sum_lanes(x: V) -> V:
-        for distance in (4, 8, 16):
-            x = x + ptx.shuffle_xor(x, distance)
-        return x
+        return ptx.over_lanes(x, operator.add, (4, 8, 16))
 
     # Of each block: Σ p, and Σ p m̂ of each group of channels.
     sums = [[[sum_lanes(x) for x in v] for v in (state.total[n], *state.offset[n])] for n in blocks]
