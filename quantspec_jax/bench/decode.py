@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-policy",
         choices=(*POLICIES, "auto"),
         default="all",
-        help="which pages of the cache drafts read; auto: those that generate chooses there (all)",
+        help="which pages of the cache drafts read; auto: generate's choice at that length (all)",
     )
     parser.add_argument("--draft-share", type=float, metavar="F", help="the policy's own")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

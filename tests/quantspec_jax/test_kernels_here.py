@@ -39,13 +39,13 @@ def on(monkeypatch):
 def test_all_kernels_run_for_a_common_model(on, capability, copies, kib):
     on(capability, "0.11.0")
     found = kernels_here(LLAMA)
-    everywhere = [name for name in dispatch.KERNELS if name != "logit_filter"]
-    needs_clusters = found["kernels"].pop("logit_filter")
-    assert (needs_clusters is None) == (capability != "8.0")
-    assert found["kernels"] == dict.fromkeys(everywhere)
-    device, kernels, *_ = lines(found)
+    clusters = "it takes clusters, compute capability 9.0 or later"
+    without = {"logit_filter": clusters} if capability == "8.0" else {}
+    assert found["kernels"] == dict.fromkeys(dispatch.KERNELS) | without
+    device, kernels, *left = lines(found)
+    assert left == [f"in XLA: {name}; {reason}" for name, reason in without.items()]
     assert f"compute capability {capability}), 7 multiprocessors, {kib} KiB" in device
-    assert all(name in kernels for name in everywhere)
+    assert all((name in kernels) != (name in without) for name in dispatch.KERNELS)
     assert f"copies {copies}, configurations by rule" in kernels
 
 
