@@ -621,7 +621,8 @@ GGUF_FILES = {
     ],
 )
 def test_a_template_has_bounded_time_and_size(template, words, monkeypatch):
-    monkeypatch.setattr(templates, "SECONDS", 2.0)
+    # What grows is ended by its memory, however slow the machine.
+    monkeypatch.setattr(templates, "SECONDS", 2.0 if words == "seconds" else 60.0)
     tokenizer = gguf_tokenizer(GGUF_FILES | {"tokenizer.chat_template": template})
     with pytest.raises(ValueError, match=f"the chat template fails with .*{words}") as caught:
         chat_text("ab", tokenizer)

@@ -499,9 +499,11 @@ def kernels_on_each_device() -> None:
         names, operands, text = lowered_for_cuda(draft_policy)
         assert names == more | {
             *("add_rms_norm", "bf16_matmuls", "int4_matmuls", "kv_attention"),
-            *("quantize_keys", "quantize_values"),
+            *("quantize_keys", "quantize_values", "kept"),
         }
         shapes, tp, cp = CUDA_SHAPES, 2, 2
+        filtered = [of[0] for name, of in operands.items() if name.startswith("kept")]
+        assert sorted(filtered) == [f"1x{s}x{shapes.vocab_size}xf32" for s in (1, 5)]  # whole rows
         h, k, d = shapes.num_heads, shapes.num_kv_heads, shapes.head_dim
         attention = [operands[name] for name in operands if name.startswith("kv_attention")]
         assert sorted(x[0] for x in attention) == [f"1x{s}x{h // tp}x{d}xbf16" for s in (1, 5)]
@@ -531,7 +533,7 @@ def meetings_in_kernels() -> None:
     names, operands, text = lowered_for_cuda(ALL, reached=True)
     assert names == {
         *("all_gather", "all_reduce", "bf16_matmuls", "int4_matmuls", "kv_attention", "merge"),
-        *("quantize_keys", "quantize_values"),  # norms and RoPE are left to the products
+        *("quantize_keys", "quantize_values", "kept"),  # norms and RoPE are left to the products
     }
     assert "stablehlo.all_reduce" not in text
     shapes, table = CUDA_SHAPES, "1x1x1x6xui32"
