@@ -113,9 +113,11 @@ def _without_device() -> str:
 
 @functools.cache
 def shared(kernel: Callable[..., Any], static: tuple[str, ...]) -> Callable[..., Any]:
-    """The kernel as a jitted function; `static` names its arguments that are no arrays.
+    """A kernel, or XLA's way of it, as a jitted function; `static` names its arguments that are no
+    arrays.
 
-    All calls of one form in a program are then one function of it. Called directly, the kernel
-    would be traced, lowered and written into the program again for each layer.
+    All calls of one form in a program are then one function of it. Called directly, it would be
+    traced, lowered and written into the program again for each layer: of SmolLM2's thirty on two
+    cores, seconds before its first token.
     """
     return jax.jit(kernel, static_argnames=static)

@@ -27,7 +27,7 @@ def add_rms_norm(
 
         kernel = dispatch.shared(mosaic_gpu.add_rms_norm, ("eps",))
         return kernel(x, y, weight, eps=eps)
-    return xla.add_rms_norm(x, y, weight, eps)
+    return dispatch.shared(xla.add_rms_norm, ("eps",))(x, y, weight, eps=eps)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, backend: str = "auto") -> jax.Array:
@@ -36,7 +36,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, backend: str = "aut
         from pallas_kernels.add_rms_norm import mosaic_gpu
 
         return dispatch.shared(mosaic_gpu.rms_norm, ("eps",))(x, weight, eps=eps)
-    return xla.rms_norm(x, weight, eps)
+    return dispatch.shared(xla.rms_norm, ("eps",))(x, weight, eps=eps)
 
 
 def _mosaic_gpu(x: jax.Array, backend: str) -> bool:

@@ -89,7 +89,8 @@ def _launch(
         dtype = jnp.dtype(out_dtype)
         return kernel(x, weights, around, config=config, out_dtype=dtype, bulk=bulk)
     plain = [untile(w) if isinstance(w, TiledWeight) else w for w in weights]
-    return [xla.int4_matmul(x, weight).astype(out_dtype) for weight in plain]
+    product = dispatch.shared(xla.int4_matmul, ())
+    return [product(x, weight).astype(out_dtype) for weight in plain]
 
 
 def _mosaic_gpu(x: jax.Array, weights: Sequence[PackedWeight], backend: str) -> bool:

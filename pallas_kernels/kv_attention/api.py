@@ -95,7 +95,9 @@ def kv_attention(
             wgmma=device.generation.wgmma,
             ahead=ahead and ptx.begins_early(),
         )
-    found = xla.kv_attention(*operands, **options)
+    found = dispatch.shared(xla.kv_attention, ("read", "sm_scale", "strict", "page_log_sums"))(
+        *operands, **options
+    )
     return found._replace(out=found.out.astype(out_dtype))
 
 

@@ -41,7 +41,7 @@ def kept(
         from pallas_kernels.logit_filter import mosaic_gpu
 
         return dispatch.shared(mosaic_gpu.kept, ())(*call)
-    return xla.kept(*call, wanted)
+    return dispatch.shared(xla.kept, ("wanted",))(*call, wanted=wanted)
 
 
 def _mosaic_gpu(scores: jax.Array, backend: str) -> bool:

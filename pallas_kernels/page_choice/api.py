@@ -27,7 +27,7 @@ def page_votes(seen: Sequence[ByPage], last: jax.Array, *, backend: str = "auto"
         from pallas_kernels.page_choice import mosaic_gpu
 
         return dispatch.shared(mosaic_gpu.page_votes, ())(list(seen), last)
-    return xla.page_votes(seen, last)
+    return dispatch.shared(xla.page_votes, ())(list(seen), last)
 
 
 def most_voted(
@@ -57,7 +57,7 @@ def most_voted(
 
         kernel = dispatch.shared(mosaic_gpu.most_voted, ("places", "ends"))
         return kernel(votes, coded, count, **static)
-    return xla.most_voted(votes, coded, count, **static)
+    return dispatch.shared(xla.most_voted, ("places", "ends"))(votes, coded, count, **static)
 
 
 def _mosaic_gpu(backend: str, unsupported: Callable[[Any], str | None]) -> bool:

@@ -18,7 +18,7 @@ def quantize_keys(keys: CacheKV, group_size: int, *, backend: str = "auto") -> P
 
         kernel = dispatch.shared(mosaic_gpu.quantize_keys, ("group_size",))
         return kernel(keys, group_size=group_size)
-    return xla.quantize_keys(keys, group_size)
+    return dispatch.shared(xla.quantize_keys, ("group_size",))(keys, group_size=group_size)
 
 
 @shaped
@@ -29,7 +29,7 @@ def quantize_values(values: CacheKV, group_size: int, *, backend: str = "auto") 
 
         kernel = dispatch.shared(mosaic_gpu.quantize_values, ("group_size",))
         return kernel(values, group_size=group_size)
-    return xla.quantize_values(values, group_size)
+    return dispatch.shared(xla.quantize_values, ("group_size",))(values, group_size=group_size)
 
 
 def _mosaic_gpu(x: jax.Array, group_size: int, backend: str) -> bool:

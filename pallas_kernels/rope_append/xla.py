@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
 from pallas_kernels.layout import LayerCache
 from pallas_kernels.rope_append.heads import Heads
 from pallas_kernels.shapes import CacheKV, Each, shaped
@@ -17,12 +18,20 @@ def rope_append(
     heads: Heads, cache: LayerCache, start: jax.Array, first: jax.Array | None = None
 ) -> tuple[jax.Array, LayerCache]:
     """See `pallas_kernels.rope_append.api.rope_append`."""
+    # The buffers are written outside of what layers share: XLA's CPU backend would take more steps.
+    q, k, v = dispatch.shared(_finished, ())(heads, start, first)
+    return q, append(cache, k.swapaxes(1, 2), v.swapaxes(1, 2), start)
+
+
+def _finished(
+    heads: Heads, start: jax.Array, first: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`Heads.finished`, with those rows of its tables that are the pass's."""
     if first is not None:
         rows = (start - first)[:, None] + jnp.arange(heads.q.shape[1])[None]
         cos, sin = (jnp.take_along_axis(x, rows[..., None, None], 1) for x in heads.rope)
         heads = dataclasses.replace(heads, rope=(cos, sin))
-    q, k, v = heads.finished()
-    return q, append(cache, k.swapaxes(1, 2), v.swapaxes(1, 2), start)
+    return heads.finished()
 
 
 @shaped

@@ -8,13 +8,14 @@ says they do. Slow, so for small shapes; results poisoned where nothing was writ
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import itertools
 import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -182,8 +183,20 @@ class Block:
             return self.named[key]
 
 
-WRITING = threading.Lock()
+# The warp that runs holds it until it waits for others. NumPy lets go of Python's own lock in every
+# access to memory, so without this one warps would take turns there, a hundred thousand times.
+TURN = threading.Lock()
 HERE = threading.local()  # block, warp, its number from 1 on of all, mask of the active lanes
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """It is the others' turn."""
+    TURN.release()
+    try:
+        yield
+    finally:
+        TURN.acquire()
 
 
 def active() -> np.ndarray:
@@ -240,14 +253,13 @@ def scatter(where: Lanes, rows: np.ndarray) -> None:
         assert all(last <= b or e <= first for b, e in products), "a write to what is multiplied"
         units[places] = rows
         return
-    with WRITING:
-        if memory is HERE.block.memory:
-            writers = HERE.block.writers.view(units.dtype)
-            before, change = (x.view(np.uint16) for x in (writers[places], units[places] ^ rows))
-            own = (before == 0) | (before == HERE.number) | (change == 0)
-            assert own.all(), "two warps write different things to the same place"
-            writers[places] = _filled(HERE.number, np.uint16, units)
-        units[places] = rows
+    if memory is HERE.block.memory:
+        writers = HERE.block.writers.view(units.dtype)
+        before, change = (x.view(np.uint16) for x in (writers[places], units[places] ^ rows))
+        own = (before == 0) | (before == HERE.number) | (change == 0)
+        assert own.all(), "two warps write different things to the same place"
+        writers[places] = _filled(HERE.number, np.uint16, units)
+    units[places] = rows
 
 
 def load(where, words=1, kind="i32"):
@@ -478,7 +490,7 @@ def _update(where, arrivals: int, num_bytes: int) -> None:
 
 def barrier_wait(barrier, parity):
     want = one(parity)
-    with HERE.block.changed:
+    with waiting(), HERE.block.changed:
         found = _barrier(barrier)
         done = HERE.block.changed.wait_for(lambda: found.parity != want, PATIENCE_SECONDS)
     assert done, "a barrier that nobody completes"
@@ -522,7 +534,14 @@ def arrive_after_copies(barrier):
 
 
 def sync_threads(barrier, threads):
-    HERE.block.named_barrier(one(barrier), threads).wait(PATIENCE_SECONDS)
+    meeting = HERE.block.named_barrier(one(barrier), threads)
+    with waiting():
+        meeting.wait(PATIENCE_SECONDS)
+
+
+def sync_cluster():
+    with waiting():
+        HERE.block.cluster_barrier.wait(PATIENCE_SECONDS)
 
 
 PEER = 1 << 24  # shared memory of a cluster's blocks, as far apart in the cluster's addresses
@@ -556,7 +575,8 @@ def receive(where, mark, count):
         words = [word for i in range(0, 8 * count, 16) for word in load(where + i, 4)]
         if all((word.array == mark.array)[HERE.mask].all() for word in words[1::2]):
             return [word.as_float() for word in words[::2]]
-        time.sleep(1e-4)
+        with waiting():
+            time.sleep(1e-4)
     raise AssertionError("a part that nobody sends")
 
 
@@ -570,7 +590,8 @@ def any_thread(condition, barrier, threads):
     turn = turns[block, number] = turns.get((block, number), 0) + 1
     votes = block.votes.setdefault((number, turn), [])
     votes.append(bool(condition.array[HERE.mask].any()))
-    block.named_barrier(number, threads).wait(PATIENCE_SECONDS)
+    with waiting():
+        block.named_barrier(number, threads).wait(PATIENCE_SECONDS)
     return Lanes(any(votes), "i1")
 
 
@@ -639,7 +660,7 @@ REPLACEMENTS: dict[str, Any] = {
     "arrive_after_copies": arrive_after_copies,
     "peer_address": peer_address,
     "store_peer": store_peer,
-    "sync_cluster": lambda: HERE.block.cluster_barrier.wait(PATIENCE_SECONDS),
+    "sync_cluster": sync_cluster,
     "loop": loop,
     "when": lambda condition, body: masked(condition.array, body),
     "choose": choose,
@@ -657,7 +678,7 @@ def run_cluster(body: Any, cluster: list[Block], warps: int, addresses: Sequence
         HERE.number = 1 + block.index * warps + warp
         HERE.waited, HERE.products = block.ahead is None, {}
         try:
-            with np.errstate(all="ignore"):
+            with TURN, np.errstate(all="ignore"):
                 body([Lanes(np.uint64(a), "i64") for a in addresses], ptx.i32(0))
         except BaseException as error:
             failures.append(error)

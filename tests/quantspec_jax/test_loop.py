@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -385,6 +386,22 @@ def test_nothing_is_compiled_for_other_values():
         sizes.append(_decode._cache_size())
     assert len(set(sizes)) == 1
     assert sizes[0] - known <= 1  # a test before this one may have had it
+
+
+def test_what_xla_does_for_a_layer_is_in_the_program_once_however_many_there_are():
+    """As kernels are: to trace and lower it again for each layer takes longer than all the rest."""
+
+    def functions(layers: int) -> Counter[str]:
+        p = program(4, layers=layers)
+        state = jax.eval_shape(lambda: start(p, prompts(LENGTHS), LENGTHS, NEW))
+        _, params, own = tiny.tiny_model(layers=layers)
+        text = _decode.trace(params, own, state, jnp.int32(9), program=p).lower().as_text()
+        return Counter(re.findall(r"func\.func private @(\w+?)(?:_\d+)?\(", text))
+
+    one, three = functions(1), functions(3)
+    assert one["kv_attention"] == one["_finished"] == 2  # the draft's and the verification's
+    for name in ("kv_attention", "_finished", "int4_matmul", "add_rms_norm", "quantize_keys"):
+        assert 0 < one[name] == three[name]
 
 
 def test_generate_tokens_can_be_called_inside_another_jit():
