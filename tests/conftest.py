@@ -55,6 +55,9 @@ def _is_known(flags: str) -> bool:
 
 
 _compile_quickly_in_all_processes()
+# To write down ten lines of Python for each operation is a seventh of what lowering takes.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "1"  # of the processes that tests start
+jax.config.update("jax_traceback_in_locations_limit", 1)
 
 TEXTS = (
     "The cache is stored once, in two planes of four bits each.",
