@@ -108,7 +108,7 @@ def stepped(engine: Engine, rounds: int | None, words: str) -> dict[str, Any]:
             engine.advance(rounds)
 
     def counted() -> tuple[int, int]:
-        return int(engine._seen["count"].sum()), int(engine._seen["rounds"].max())
+        return int(engine._seen.count.sum()), int(engine._seen.rounds.max())
 
     for _ in range(5):
         advance()

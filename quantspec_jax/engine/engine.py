@@ -173,7 +173,7 @@ class Engine:
         self._ended = np.zeros(slots, bool)  # by the host, since the last step
         self._lie: list[list[bytes]] = [[] for _ in range(slots)]  # names of a slot's whole tiles
         self._standing: dict[int, int] = {}  # where slots are to stand still in the next rounds
-        self._seen: dict[str, np.ndarray] = {}
+        self._seen: DecodeState | None = None  # on the host, what `SEEN` brings of it
         self._ahead: Ahead | None = None
 
     # Slots.
@@ -277,14 +277,15 @@ class Engine:
         if own is None or any(prompt.slot == slot for prompt in self._prompts):
             kept = own.kept if own else 0
             return Progress([], bool(self._ended[slot]), NO_ROUNDS, [], [], kept)
+        assert seen is not None
         return Progress(
             own.tokens[start:],
-            bool(seen["finished"][slot]) or bool(self._ended[slot]),
-            Counters(int(seen["rounds"][slot]), *(seen[x][slot] for x in COUNTERS[1:])),
+            bool(seen.finished[slot]) or bool(self._ended[slot]),
+            Counters(int(seen.rounds[slot]), *(getattr(seen, x)[slot] for x in COUNTERS[1:])),
             own.drafted[start:],
             own.scores[start:],
             own.kept,
-            bool(seen["broken"][slot]),
+            bool(seen.broken[slot]),
         )
 
     def finish(self, slot: int) -> None:
@@ -352,12 +353,9 @@ class Engine:
 
     def _decoding(self) -> bool:
         """Whether a sequence is beyond its prompt and has not finished."""
-        reading = {prompt.slot for prompt in self._prompts}
-        return bool(self._seen) and any(
-            slot is not None
-            and i not in reading
-            and not self._ended[i]
-            and not self._seen["finished"][i]
+        reading, seen = {prompt.slot for prompt in self._prompts}, self._seen
+        return seen is not None and any(
+            slot is not None and i not in reading and not self._ended[i] and not seen.finished[i]
             for i, slot in enumerate(self._slots)
         )
 
@@ -412,7 +410,7 @@ class Engine:
         self._state, seconds = self._decode(self._state, rounds, program)
         self.clock.decode += seconds
         self._look(rounds * (max(program.gamma, program.lookup) + 1))
-        change = {name: self._seen[name] - before[name] for name in COUNTERS}
+        change = {name: getattr(self._seen, name) - getattr(before, name) for name in COUNTERS}
         rounds = int(change["rounds"].max())
         self.seconds_a_round = seconds / max(rounds, 1)
         if adaptive and self.adaptive is not None:
@@ -778,30 +776,30 @@ class Engine:
         each sequence."""
         assert self._state is not None
         reading = {prompt.slot for prompt in self._prompts}
-        known = np.array([len(slot.tokens) if slot else 0 for slot in self._slots], np.int32)
         width = min(bucket(max(most, LOOKED_AT)), self.capacity)
-        start = np.minimum(known, self.capacity - width)
         # The cache's arrays, hundreds of them, are no part of it.
-        call = (dataclasses.replace(self._state, **NOT_LOOKED_AT), start)
-        seen = self._runner.ready(SEEN, *call, width=width)(*call)
-        seen = jax.device_get(everywhere(seen, mesh_of(self.model.params)))
-        self._seen, (tokens, drafted, logprobs) = seen
+        state = dataclasses.replace(self._state, **NOT_LOOKED_AT)
+        found = self._runner.ready(SEEN, state, width=width)(state)
+        self._seen = seen = jax.device_get(everywhere(found, mesh_of(self.model.params)))
+        begin = np.maximum(seen.count - width, 0).tolist()
         for i, slot in enumerate(self._slots):
             if slot is None or i in reading:
                 continue
-            new = slice(known[i] - start[i], int(self._seen["count"][i]) - start[i])
-            slot.tokens += tokens[i, new].tolist()
-            slot.drafted += drafted[i, new].tolist()
+            new = slice(len(slot.tokens) - begin[i], int(seen.count[i]) - begin[i])
+            slot.tokens += seen.tokens[i, new].tolist()
+            slot.drafted += seen.drafted[i, new].tolist()
             if slot.logprobs is not None:
-                each = Logprobs(*(x[i, new] for x in logprobs))
+                each = Logprobs(*(x[i, new] for x in seen.logprobs))
                 slot.scores += _scores(each, slot.logprobs)
 
     def _check_finite(self, slots: list[int]) -> None:
         """ValueError where the model made no number of what a slot holds."""
-        broken = [slot for slot in slots if self._seen["broken"][slot]]
+        seen = self._seen
+        assert seen is not None
+        broken = [slot for slot in slots if seen.broken[slot]]
         if broken:
             which = ", ".join(
-                f"{slot} (after {int(self._seen['count'][slot])} new tokens)" for slot in broken
+                f"{slot} (after {int(seen.count[slot])} new tokens)" for slot in broken
             )
             raise ValueError(
                 "model: its logits are not finite (NaN or infinity), so there is no next token; "
@@ -813,18 +811,18 @@ def _with_layers(state: DecodeState, layers: tuple[Any, ...]) -> DecodeState:
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, layers=layers))
 
 
-def _seen(state: DecodeState, start: jax.Array, width: int) -> tuple[dict[str, jax.Array], Any]:
-    """What the host reads after each chunk of rounds, in one program: small arrays by name; and of
-    new tokens, of whether they were drafted and of their log-probabilities [B, M, ...], `width`
-    entries from start [B] on."""
-    index = start[:, None] + jnp.arange(width)[None]
+def _seen(state: DecodeState, width: int) -> DecodeState:
+    """What the host reads after each chunk of rounds, in one program: counters; and of new tokens,
+    of whether they were drafted and of their log-probabilities [B, M, ...] the newest `width`
+    entries, or the first ones where there are fewer."""
+    index = jnp.maximum(state.count - width, 0)[:, None] + jnp.arange(width)[None]
 
     def cut(x: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), 1)
 
-    names = ("count", "finished", "broken", *COUNTERS)
-    rows = (state.tokens, state.drafted, state.logprobs)
-    return {name: getattr(state, name) for name in names}, jax.tree.map(cut, rows)
+    names = ("tokens", "drafted", "logprobs")
+    rows = {name: jax.tree.map(cut, getattr(state, name)) for name in names}
+    return dataclasses.replace(state, **rows)
 
 
 SEEN = jax.jit(_seen, static_argnames="width")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import quantspec_jax as qs
+from quantspec_jax.engine import engine as module
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.generate.state import insert
 from quantspec_jax.models.module import init_params
@@ -105,6 +106,33 @@ def test_each_request_has_its_own_wishes(model):
         engine.step()
     assert engine.read(0).tokens == alone[0][: alone[0].index(end) + 1]
     assert engine.read(1).tokens == alone[1]
+
+
+def test_the_host_looks_at_new_tokens_alone(model, monkeypatch):
+    """Of a text of thousands: what a few rounds can have made, and no token twice."""
+    config = qs.GenerateConfig(**SHORT, logprobs=2)
+    whole = qs.generate(model, PROMPTS[:2], config)
+    monkeypatch.setattr(module, "LOOKED_AT", 1)
+    monkeypatch.setattr(module, "bucket", lambda most: most)  # a program for each number
+    looked = []
+    original = module._seen
+
+    def seen(state, width):
+        looked.append(width)
+        return original(state, width)
+
+    monkeypatch.setattr(module, "SEEN", jax.jit(seen, static_argnames="width"))
+    engine = Engine(model, config, max(map(len, PROMPTS)), slots=2)
+    engine.add([PROMPTS[0]], config)
+    engine.step(3)
+    engine.add([PROMPTS[1]], config)
+    step_to_the_end(engine)
+    rows = [engine.read(slot) for slot in range(2)]
+    assert [row.tokens for row in rows] == whole.tokens
+    for row, scores in zip(rows, whole.logprobs, strict=True):
+        found, expected = ([x.own for x in each] for each in (row.logprobs, scores))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert max(looked) < SHORT["max_new_tokens"] / 2
 
 
 def test_insertion_writes_its_rows_alone(model):
