@@ -49,14 +49,14 @@ def group_by_group(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
     scale, offset = _scale_and_offset(weight)
 
     def add_group(g: jax.Array, y: jax.Array) -> jax.Array:
-        rows, packed, factor, rest = (
+        rows, packed, scales, offsets = (
             jax.lax.dynamic_index_in_dim(each, g, keepdims=False)
             for each in (x, weight.packed, scale, offset)
         )
         low, high = unsigned_halves(packed)
         product = jnp.matmul(rows[:, :half], low.astype(jnp.float32), precision=HIGHEST)
         product += jnp.matmul(rows[:, half:], high.astype(jnp.float32), precision=HIGHEST)
-        return y + product * factor[None] + rows.sum(-1, keepdims=True) * rest[None]
+        return y + product * scales[None] + rows.sum(-1, keepdims=True) * offsets[None]
 
     return jax.lax.fori_loop(0, groups, add_group, jnp.zeros((x.shape[1], n), jnp.float32))
 
