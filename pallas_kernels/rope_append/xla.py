@@ -18,7 +18,7 @@ def rope_append(
     heads: Heads, cache: LayerCache, start: jax.Array, first: jax.Array | None = None
 ) -> tuple[jax.Array, LayerCache]:
     """See `pallas_kernels.rope_append.api.rope_append`."""
-    # The buffers are written outside of what layers share: XLA's CPU backend would take more steps.
+    # The buffers are written outside of what layers share: there XLA's CPU backend fuses less.
     q, k, v = dispatch.shared(_finished, ())(heads, start, first)
     return q, append(cache, k.swapaxes(1, 2), v.swapaxes(1, 2), start)
 

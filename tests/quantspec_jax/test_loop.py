@@ -389,7 +389,7 @@ def test_nothing_is_compiled_for_other_values():
 
 
 def test_what_xla_does_for_a_layer_is_in_the_program_once_however_many_there_are():
-    """As kernels are: to trace and lower it again for each layer takes longer than all the rest."""
+    """As kernels are: nothing is traced and written again for each layer."""
 
     def functions(layers: int) -> Counter[str]:
         p = program(4, layers=layers)
