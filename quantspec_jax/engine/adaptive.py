@@ -15,9 +15,9 @@ reached: rejections come in clusters, so a dozen rounds say little of a place, a
 a place that is no longer drafted is soon forgotten. Plain decoding learns nothing, so a few rounds
 draft again now and then, after a wait that doubles each time they were in vain; not where drafts
 would not pay if all were accepted (a draft step of SmolLM2 on two cores takes 1.6 plain steps).
-A chunk costs the host some milliseconds before it begins, so the first with another γ are
-`LEARNING_ROUNDS` long, those after them as long as they may be, and none is cut short to learn
-sooner.
+A call of rounds costs the host some milliseconds before it begins. So a chunk is as long as it may
+be, and the first with another γ ends after `LEARNING_ROUNDS` of it only where the share of its
+proposals that was accepted lets another γ promise `EARLY_GAIN` (`Look`): the loop itself sees that.
 
 All of this depends on counts of accepted tokens and on c, never on a clock: given c, a key gives
 one text.
@@ -25,12 +25,14 @@ one text.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from quantspec_jax.engine.draft_cost import TRIAL_GAMMA
-from quantspec_jax.generate.state import COUNTED
+from quantspec_jax.generate.state import COUNTED, NEVER, SHARES, Look
 
 MOST_DRAFTED = 15  # passes of 16 rows: two blocks of the kernels' products
 LADDER = (0, 1, 2, 4, 7, MOST_DRAFTED)  # few programs; between them little is to be gained
@@ -46,7 +48,8 @@ VERIFICATION = 0.08
 # What a round takes over what that makes of it: of γ = 7 1.08 with Qwen2.5-Coder-1.5B and 0.99 with
 # SmolLM2, of γ = 15 1.11 with SmolLM2.
 BEYOND = {7: 1.08, MOST_DRAFTED: 1.16}
-LEARNING_ROUNDS = 32  # of the first chunk with a γ
+LEARNING_ROUNDS = 32  # of the first chunk with a γ, before its acceptance is judged
+EARLY_GAIN = 1.05  # that another one has to promise then: it costs a call
 PROBE_ROUNDS, OLD_TRIES = 4, 4.0
 FIRST_WAIT, LONGEST_WAIT = 64, 512  # rounds of plain decoding before drafting is tried again
 
@@ -66,6 +69,28 @@ def paying(cost: float, most: int) -> tuple[int, ...]:
     return tuple(g for g in LADDER if 0 < g <= most and 1 + g > price(cost, g))
 
 
+@functools.cache
+def stays_best(cost: float, gamma: int, gammas: tuple[int, ...], group_size: int) -> Look:
+    """The shares of accepted proposals at which none of the others promises `EARLY_GAIN` over γ, if
+    each place is accepted alike."""
+    counted = 1 - np.arange(1, max(gammas) + 1) / group_size
+
+    def accepted(acceptance: float, g: int) -> float:
+        return float(np.sum(acceptance ** np.arange(1, g + 1) * counted[:g]))
+
+    def promised(acceptance: float, g: int) -> float:
+        return (1 + accepted(acceptance, g)) / price(cost, g)
+
+    shares = [
+        accepted(a, gamma) / float(counted[:gamma].sum())
+        for a in np.linspace(0, 1, 201)
+        if max(promised(a, g) for g in gammas) <= EARLY_GAIN * promised(a, gamma)
+    ]
+    if not shares:
+        return Look(LEARNING_ROUNDS, SHARES + 1, 0)
+    return Look(LEARNING_ROUNDS, math.floor(min(shares) * SHARES), math.ceil(max(shares) * SHARES))
+
+
 class AdaptiveGamma:
     """Chooses γ between chunks of rounds.
 
@@ -76,7 +101,7 @@ class AdaptiveGamma:
     """
 
     def __init__(self, cost: float, group_size: int, most: int = MOST_DRAFTED):
-        self.cost = cost
+        self.cost, self._group_size = cost, group_size
         most = min(most, group_size - 1)
         self.gammas = (0, *paying(cost, most))
         self._accepted, self._tried = PRIOR[0] * PRIOR[1], PRIOR[1]
@@ -85,6 +110,7 @@ class AdaptiveGamma:
         self._wait, self._waited = FIRST_WAIT, 0
         # Rounds that are left of the chunk; how many are done, and what they did.
         self._left = self._done = 0
+        self._look = NEVER  # of the chunk
         self._unread = np.zeros((2, COUNTED), int)
         self.gamma = TRIAL_GAMMA if TRIAL_GAMMA in self.gammas else self._best(self.gammas)
         self._chosen: int | None = None  # for the last chunk that was no try
@@ -116,7 +142,7 @@ class AdaptiveGamma:
         were the `last` rounds of all sequences."""
         self._done += rounds
         self._unread += np.stack([proposed, accepted])
-        if last:
+        if last or self._look.ends(self._done, *map(int, self._unread.sum(1))):
             self._left = 0
         if not self._left:
             self._read(self._done, *self._unread)
@@ -133,17 +159,24 @@ class AdaptiveGamma:
         self._by_place += np.stack([reached[:places], accepted[:places]])
         self._waited = 0 if self.gamma else self._waited + rounds
 
-    def next_chunk(self, rounds: int, most: int | None = None) -> tuple[int, int]:
-        """(γ, rounds) of the next chunk, `rounds` at most; or of the rest of one that is done in
-        pieces of `most` rounds: it is chosen, and read, as if it were not."""
+    def next_chunk(
+        self, rounds: int, most: int | None = None, looks: bool = True
+    ) -> tuple[int, int, Look]:
+        """(γ, rounds, when fewer are enough) of the next chunk, `rounds` at most; or of the rest of
+        one that is done in pieces: of `most` rounds, or because the loop does not look. It is
+        chosen, and read, as if it were not."""
         if not self._left:
             self._left = self._choose(rounds)
         number = self._left if most is None else min(self._left, most)
+        looks &= not self._done  # later pieces would count from their own first round on
+        if not looks and self._done < self._look.rounds:
+            number = min(number, self._look.rounds - self._done)
         self._left -= number
-        return self.gamma, number
+        return self.gamma, number, self._look if looks else NEVER
 
     def _choose(self, rounds: int) -> int:
         """Choose γ; for how many rounds."""
+        self._look = NEVER
         if self.gamma == 0 and self._waited >= self._wait and len(self.gammas) > 1:
             self._wait = min(2 * self._wait, LONGEST_WAIT)
             # What was seen long ago weighs little beside what the probe will see.
@@ -158,8 +191,8 @@ class AdaptiveGamma:
             self._wait = FIRST_WAIT if best else self._wait
             self.gamma = best
         self._chosen = self.gamma
-        if self.gamma != before:
-            return min(rounds, LEARNING_ROUNDS)
+        if self.gamma and self.gamma != before:
+            self._look = stays_best(self.cost, self.gamma, self.gammas, self._group_size)
         # Plain decoding is left in time to try again.
         waits = self.gamma == 0 and len(self.gammas) > 1
         return min(rounds, max(self._wait - self._waited, 1)) if waits else rounds

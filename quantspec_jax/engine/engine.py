@@ -40,7 +40,7 @@ from quantspec_jax.generate.lookup import unseen
 from quantspec_jax.generate.prefill import COMPILED, begin, end, layer, prefill
 from quantspec_jax.generate.requests import Requests, requests
 from quantspec_jax.generate.sampling import GREEDY, Warpers
-from quantspec_jax.generate.state import STATISTICS, DecodeState, Program, insert
+from quantspec_jax.generate.state import NEVER, STATISTICS, DecodeState, Look, Program, insert
 from quantspec_jax.generate.tiles import (
     TILE_STAGES,
     memory_of_unseen,
@@ -57,11 +57,13 @@ from quantspec_jax.sharding import mesh_of, place_state
 TRIAL_PAYS = 64  # new tokens; fewer are decoded sooner than the cost of a draft step is known
 ROUNDS_BESIDE_PROMPTS = 4  # between two tiles of a prompt
 # Between two looks where somebody waits for text; on a CPU, which takes long for them, where nobody
-# does, too. A call costs the host of an H200 4 to 11 milliseconds, as much as one or two rounds.
+# does, too. A call costs the host of an H200 2 to 17 milliseconds beside its rounds.
 HEARD_ROUNDS = 32
+CHUNK = 128  # of an adaptive γ; and of a first call, for nobody knows how long they take
+HEARD_SECONDS = 0.3  # where these rounds do not take as long
 UNHEARD_SECONDS = 2.0  # between two looks for an interruption
 HEARD_ROUNDS_OF_CPU, ROUNDS_OF_CPU = 4, 32
-LOOKED_AT = 512  # new tokens, at least: one program for most calls
+LOOKED_AT = 1024  # new tokens, or all: one program for most calls
 TILES_PUT = 4  # into a slot at once
 TILES_PUT_BESIDE = 16  # where others decode: a guess at what takes no longer than to read one
 INSERT = jax.jit(insert, donate_argnames="state")
@@ -268,7 +270,8 @@ class Engine:
             self._read_tile()
         if self._decoding():
             rounds = rounds or self.config.rounds_per_chunk
-            rounds = min(rounds, ROUNDS_BESIDE_PROMPTS) if self._prompts else rounds
+            if self._prompts:
+                rounds = min(rounds or ROUNDS_BESIDE_PROMPTS, ROUNDS_BESIDE_PROMPTS)
             self._rounds(rounds, speculate, heard)
 
     def read(self, slot: int, start: int = 0) -> Progress:
@@ -326,7 +329,8 @@ class Engine:
         if self.prefixes is not None:
             self._prepare_put()
         forms = jax.tree.map(form, state)
-        self._ahead = Ahead(functools.partial(self._runner.prepare, self.model, forms), base)
+        prepare = functools.partial(self._runner.prepare, self.model, forms, self._limit(0))
+        self._ahead = Ahead(prepare, base)
         self._ahead.make(list(every))
 
     def close(self) -> None:
@@ -370,8 +374,8 @@ class Engine:
         words = f"there are {number} prompts; free slots{where}: fewer, {len(free)} free"
         raise ValueError(words)
 
-    def _rounds(self, rounds: int, speculate: bool, heard: bool) -> None:
-        """A chunk of rounds, or if it is heard a piece of one."""
+    def _rounds(self, rounds: int | None, speculate: bool, heard: bool) -> None:
+        """A chunk of rounds, or if it is heard a piece of one; None: as long as they may be."""
         assert self._state is not None
         if self._ended.any():
             ended = self._state.finished | jnp.asarray(self._ended)
@@ -392,22 +396,23 @@ class Engine:
         # Where several rounds read the same pages a call would choose them anew: whether somebody
         # waits may not matter.
         if program.policy.every not in (None, 1):
-            rounds, most = min(rounds, HEARD_ROUNDS), None
-        adaptive = self.config.mode == "quantspec" and self.config.gamma == "auto" and speculate
+            rounds, most = min(rounds or HEARD_ROUNDS, HEARD_ROUNDS), None
+        adaptive, look = self._adapts and speculate, NEVER
+        rounds = rounds or (CHUNK if adaptive or most is None else most)
         if not speculate:
             program = draft_cost.without_copies(program, 0)
         if adaptive:
             if self.adaptive is None:
                 self._begin_adaptive(program)
             assert self.adaptive is not None
-            gamma, rounds = self.adaptive.next_chunk(rounds, most)
+            gamma, rounds, look = self.adaptive.next_chunk(rounds, most, self._may_end_early)
             program = draft_cost.with_gamma(program, gamma)
         elif most is not None:
             rounds = min(rounds, most)
         if self._ahead is not None:
             program = self._ahead.ready(program)
         before = self._seen
-        self._state, seconds = self._decode(self._state, rounds, program)
+        self._state, seconds = self._decode(self._state, rounds, program, look)
         self.clock.decode += seconds
         self._look(rounds * (max(program.gamma, program.lookup) + 1))
         change = {name: getattr(self._seen, name) - getattr(before, name) for name in COUNTERS}
@@ -422,11 +427,10 @@ class Engine:
         these none looks at its clock."""
         if jax.default_backend() == "cpu":
             return HEARD_ROUNDS_OF_CPU if heard else ROUNDS_OF_CPU
-        if heard:
-            return HEARD_ROUNDS
         if self.seconds_a_round is None or jax.process_count() > 1:
-            return None
-        return max(HEARD_ROUNDS, int(UNHEARD_SECONDS / max(self.seconds_a_round, 1e-9)))
+            return HEARD_ROUNDS if heard else None
+        seconds = HEARD_SECONDS if heard else UNHEARD_SECONDS
+        return max(HEARD_ROUNDS, int(seconds / max(self.seconds_a_round, 1e-9)))
 
     # Prompts in tiles. What lies in a slot stays there when its sequence is over: a prompt that
     # begins alike keeps it in place, and the slot stands still behind it until it is read.
@@ -731,10 +735,24 @@ class Engine:
         )
         return place_state(state, mesh)
 
+    @property
+    def _adapts(self) -> bool:
+        """Whether γ does."""
+        return self.config.mode == "quantspec" and self.config.gamma == "auto"
+
+    @property
+    def _may_end_early(self) -> bool:
+        """Whether calls may end early. (Parts of a batch would end apart.)"""
+        return self._adapts and self.program.axes.dp == 1
+
+    def _limit(self, rounds: int, look: Look = NEVER) -> tuple[int, ...]:
+        """When a call ends."""
+        return (rounds, *look) if self._may_end_early else (rounds,)
+
     def _decode(
-        self, state: DecodeState, rounds: int, program: Program
+        self, state: DecodeState, rounds: int, program: Program, look: Look = NEVER
     ) -> tuple[DecodeState, float]:
-        out = self._runner.decode(self.model, state, rounds, program)
+        out = self._runner.decode(self.model, state, self._limit(rounds, look), program)
         self.clock.compile = self._runner.compile_seconds
         return out
 
@@ -776,7 +794,7 @@ class Engine:
         each sequence."""
         assert self._state is not None
         reading = {prompt.slot for prompt in self._prompts}
-        width = min(bucket(max(most, LOOKED_AT)), self.capacity)
+        width = self.capacity if most > LOOKED_AT else min(LOOKED_AT, self.capacity)
         # The cache's arrays, hundreds of them, are no part of it.
         state = dataclasses.replace(self._state, **NOT_LOOKED_AT)
         found = self._runner.ready(SEEN, state, width=width)(state)

@@ -124,7 +124,7 @@ class Runner:
         self._checked: weakref.WeakSet[Any] = weakref.WeakSet()
         self._known: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
         # Of a number in the same place of memory as before, a GPU's graphs need no update.
-        self._numbers: dict[int, jax.Array] = {}
+        self._limits: dict[tuple[int, ...], jax.Array] = {}
         self._check()
 
     def made(self, part: str) -> None:
@@ -157,25 +157,36 @@ class Runner:
         PROGRAMS.used(executable)
         return executable
 
-    def prepare(self, model: Model, state: Any, program: Program) -> None:
-        """Make the executable of `decode`, for a state of these forms; in any thread."""
-        drafts = model.draft_params if program.gamma else {}
-        params = model.params_for(program.cache)
-        call = (params, drafts, state, jnp.int32(0), *addresses(program.mesh))
-        PROGRAMS.compiled(DECODE, *call, program=program)
+    def prepare(self, model: Model, state: Any, limit: tuple[int, ...], program: Program) -> None:
+        """Make the executable of `decode`, for a state and a limit of these forms; in any
+        thread."""
+        PROGRAMS.compiled(DECODE, *self._call(model, state, limit, program), program=program)
 
-    def decode(self, model: Model, state: Any, rounds: int, program: Program) -> tuple[Any, float]:
-        """`generate_tokens`, and the seconds it ran; `state` is donated."""
-        drafts = model.draft_params if program.gamma else {}
+    def decode(
+        self, model: Model, state: Any, limit: tuple[int, ...], program: Program
+    ) -> tuple[Any, float]:
+        """`generate_tokens`, and the seconds it ran; `state` is donated.
+
+        Args:
+          limit: its rounds, and a `Look` where the program looks.
+        """
         self.made("draft")
-        if rounds not in self._numbers:
-            self._numbers[rounds] = jnp.int32(rounds)
-        params, number = model.params_for(program.cache), self._numbers[rounds]
-        args = (params, drafts, state, number, *addresses(program.mesh))
-        executable = self.known(program, DECODE, *args, program=program)
+        args = self._call(model, state, limit, program)
+        executable = self.known((program, len(limit)), DECODE, *args, program=program)
         started = time.perf_counter()
         state = jax.block_until_ready(executable(*args))
         return state, time.perf_counter() - started
+
+    def _call(
+        self, model: Model, state: Any, limit: tuple[int, ...], program: Program
+    ) -> tuple[Any, ...]:
+        """Arguments of `generate_tokens`."""
+        if limit not in self._limits:
+            number = limit if len(limit) > 1 else limit[0]
+            self._limits[limit] = jnp.asarray(number, jnp.int32)
+        params = model.params_for(program.cache)
+        drafts = model.draft_params if program.gamma else {}
+        return params, drafts, state, self._limits[limit], *addresses(program.mesh)
 
 
 class Ahead:

@@ -60,9 +60,10 @@ class GenerateConfig:
     max_length: tokens the cache is allocated for; None: what the prompts and `max_new_tokens` need,
       rounded up to a bucket.
     rounds_per_chunk: rounds decoded on the device between two looks of the host (interruption), at
-      most. It looks after 32 where text is streamed, stop strings are looked for, or several rounds
-      read the same pages, and after 2 seconds where 32 do not take as long; on a CPU after 32, and
-      after 4 where text is streamed or stop strings are looked for.
+      most; None: 128 with gamma "auto", which is chosen for so many, else as many as take 2
+      seconds. Where 32 do not take as long, the host looks after 2 seconds, or after 0.3 where text
+      is streamed or stop strings are looked for; after 32 where several rounds read the same pages;
+      on a CPU after 32, and after 4 where text is streamed or stop strings are looked for.
     logprobs: how many alternatives, 0 to 20, are reported at each new token beside its own
       log-probability, by the target's raw distribution (`generate.logprobs`); None: none, not even
       its own.
@@ -93,7 +94,7 @@ class GenerateConfig:
     group_size: int = 128
     max_length: int | None = None
     backend: Backend = "auto"
-    rounds_per_chunk: int = 128
+    rounds_per_chunk: int | None = None
     draft_cost: float | None = None
     logprobs: int | None = None
     prefill: Prefill = "whole"
@@ -104,8 +105,10 @@ class GenerateConfig:
             value = getattr(self, name)
             require(is_int(value) and value >= 1, name, value, "an integer ≥ 1")
 
-        for name in ("max_new_tokens", "pass_width", "rounds_per_chunk"):
-            positive(name)
+        positive("max_new_tokens")
+        positive("pass_width")
+        if self.rounds_per_chunk is not None:
+            positive("rounds_per_chunk")
         require(
             self.gamma == "auto" or (is_int(self.gamma) and 1 <= self.gamma < self.group_size),
             "gamma",

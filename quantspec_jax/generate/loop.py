@@ -38,7 +38,15 @@ from quantspec_jax.generate.lookup import look
 from quantspec_jax.generate.policies import Sizes
 from quantspec_jax.generate.sampling import GREEDY
 from quantspec_jax.generate.split import split
-from quantspec_jax.generate.state import COPIED, STATISTICS, DecodeState, Program, counted
+from quantspec_jax.generate.state import (
+    COPIED,
+    COUNTED,
+    STATISTICS,
+    DecodeState,
+    Look,
+    Program,
+    counted,
+)
 from quantspec_jax.generate.verify import verify
 from quantspec_jax.models.parameters import Params
 
@@ -64,7 +72,7 @@ def generate_tokens(
         (`Model.params_for`).
       state: from `prefill` or an earlier call. Donate it: the cache is updated in place. Rounds
         copy where it has a `lookup`, of `program.lookup` tokens.
-      max_rounds: int32, may be traced.
+      max_rounds: int32 [], may be traced; or [4]: also a `Look`, when fewer rounds are enough.
       peers: `peers.addresses` of the program's mesh: in a layer, devices meet in kernels then.
 
     Raises:
@@ -73,14 +81,23 @@ def generate_tokens(
 
     if peers is not None:
         params, draft_params = params | {"peers": peers}, draft_params | {"peers": peers}
-    before = state.rounds
+    before, statistics = state.rounds, state.statistics
+    early = None
+    if jnp.ndim(max_rounds):
+        max_rounds, *rest = jnp.asarray(max_rounds)
+        early = Look(*rest)
     lookup = state.lookup if program.lookup else None
     if lookup is not None:
         number = lookup.tokens.shape[1]
         require(number == program.lookup, "tokens of state.lookup", number, str(program.lookup))
 
     def unfinished(state: DecodeState) -> jax.Array:
-        return goes_on(state, before, max_rounds)
+        going = goes_on(state, before, max_rounds)
+        if early is None:
+            return going
+        new = state.statistics - statistics
+        proposed, accepted = (jnp.sum(new[:, i : i + COUNTED]) for i in (0, COUNTED))
+        return going & ~early.ends(jnp.max(state.rounds - before), proposed, accepted)
 
     def no_flush_due(state: DecodeState) -> jax.Array:
         return unfinished(state) & ~jnp.any(flush_due(state.cache))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +128,28 @@ class Program:
         """What the prefill depends on."""
         policy = self.policy if self.policy.observes else ALL
         return PromptProgram(self.model, self.cache.arrays, policy, self.backend, self.mesh)
+
+
+SHARES = 1024  # what shares of proposals are counted in
+
+
+class Look(NamedTuple):
+    """When a call of the loop ends before its last round: after `rounds` of them, where fewer than
+    `least` or more than `most` of each `SHARES` proposals that counted were accepted. Integers, or
+    int32 arrays []."""
+
+    rounds: Any
+    least: Any
+    most: Any
+
+    def ends(self, rounds: Any, proposed: Any, accepted: Any) -> Any:
+        """Whether it does: bool."""
+        share = SHARES * accepted
+        outside = (share < self.least * proposed) | (share > self.most * proposed)
+        return (rounds == self.rounds) & outside
+
+
+NEVER = Look(-1, 0, SHARES)
 
 
 @partial(

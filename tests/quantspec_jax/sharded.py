@@ -32,6 +32,7 @@ from quantspec_jax.cache import KVCache, create
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.cache.tiles import get_tile, put_tiles
 from quantspec_jax.cost import Reading
+from quantspec_jax.engine import adaptive
 from quantspec_jax.engine import prepare as preparing
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.engine.prepare import prepare
@@ -42,7 +43,7 @@ from quantspec_jax.generate.config import GenerateConfig
 from quantspec_jax.generate.policies import ALL, Policy, TopPages
 from quantspec_jax.generate.prefill import prefill
 from quantspec_jax.generate.requests import requests
-from quantspec_jax.generate.state import DecodeState, Program, PromptProgram
+from quantspec_jax.generate.state import SHARES, DecodeState, Look, Program, PromptProgram
 from quantspec_jax.generate.tiles import TILE_STAGES, tile_begin, tile_end, tile_layer
 from quantspec_jax.loading import Model, full_logits
 from quantspec_jax.models.attention import _pairs_of_parts
@@ -376,6 +377,25 @@ def rounds_that_copy_over_devices() -> None:
     assert all(each["proposed"] > each["lookup_proposed"] for each in made.stats)
 
 
+def calls_end_early_over_devices() -> None:
+    """Where all devices count the same; parts of a batch are asked by the host."""
+    config = dataclasses.replace(SAMPLED, gamma="auto", draft_cost=0.3)
+    three = Look(3, SHARES + 1, 0)
+    for sizes in ({"tp": 2, "cp": 2}, {"dp": 2}):
+        engine = Engine(sharding.place_model(decoder(), mesh(**sizes)), config, 78, 2)
+        engine.add(PROMPTS)
+        with (
+            mock.patch.object(Engine, "_most_rounds", return_value=None),
+            mock.patch.object(adaptive, "stays_best", return_value=three),
+        ):
+            engine.step()
+        assert len(engine._limit(0)) == (1 if "dp" in sizes else 4)
+        assert engine.read(0).counters.rounds == 3
+        while engine.running:
+            engine.step()
+        assert [engine.read(slot).tokens for slot in range(2)] == alone()
+
+
 def a_prompt_is_read_in_parts() -> None:
     """Each of four devices computes a quarter of a block, attention included, and meets the others
     once, for the keys and values of all."""
@@ -609,7 +629,7 @@ CHECKS = (
     *(parameters, packed_weights, tiled_weights, decode_state, refused, logits),
     *(heads_over_more_devices_than_there_are, tiles_and_heads_over_devices, prompts_in_tiles),
     *(no_device_has_more_than_its_share, states_lie_where_rounds_want_them),
-    rounds_that_copy_over_devices,
+    *(rounds_that_copy_over_devices, calls_end_early_over_devices),
     *(a_prompt_is_read_in_parts, refused_over_a_mesh),
     *(plain_caches_over_devices, measured_over_devices, kernels_on_each_device),
     *(meetings_in_kernels, addresses_of_peers),

@@ -15,7 +15,7 @@ from quantspec_jax.engine.adaptive import (
     VERIFICATION,
     AdaptiveGamma,
 )
-from quantspec_jax.generate.state import COUNTED
+from quantspec_jax.generate.state import COUNTED, NEVER
 
 G = 128
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.85, 0.93, 0.98)
@@ -30,24 +30,41 @@ def price(cost: float, gamma: int, verification: float = VERIFICATION) -> float:
     return (1 + share + (cost - share / 4) * gamma) * BEYOND.get(rows, 1.0)
 
 
-def simulate(cost: float, alpha, rounds: int, seed: int = 0) -> tuple[float, float, np.ndarray]:
-    """Tokens and cost of so many rounds in chunks of 16, and γ of each; `alpha(round)`."""
+def run(chunk, a_round, looks: bool = True) -> tuple[int, np.ndarray]:
+    """What the loop does of a chunk (γ, rounds, look): rounds, and [2, COUNTED] proposals that
+    counted and accepted ones. `a_round(i)`: so many of each of round i."""
+    _, number, look = chunk
+    counts, rounds = np.zeros((2, COUNTED), int), 0
+    while rounds < number and not (looks and look.ends(rounds, *counts.sum(1))):
+        proposed, accepted = a_round(rounds)
+        counts[0, :proposed] += 1
+        counts[1, :accepted] += 1
+        rounds += 1
+    return rounds, counts
+
+
+def simulate(
+    cost: float, alpha, rounds: int, seed: int = 0, size: int = 16
+) -> tuple[float, float, np.ndarray]:
+    """Tokens and cost of so many rounds in chunks of `size`, and γ of each; `alpha(round)`."""
     rng = np.random.default_rng(seed)
     chooser = AdaptiveGamma(cost, G)
     tokens, spent, gammas, position = 0, 0.0, [], 0
     while len(gammas) < rounds:
-        gamma, number = chooser.next_chunk(16)
-        proposed, accepted = np.zeros((2, COUNTED), int)
-        for _ in range(number):
+        chunk = chooser.next_chunk(size)
+        gamma = chunk[0]
+
+        def a_round(_: int, gamma: int = gamma) -> tuple[int, int]:
+            nonlocal tokens, spent, position
             count = min(gamma, G - 1 - position % G)
-            hits = rng.random(count) < alpha(len(gammas))
-            run = int(np.cumprod(hits).sum())
-            proposed[:count] += 1
-            accepted[:run] += 1
-            tokens, spent = tokens + run + 1, spent + price(cost, gamma)
-            position += run + 1
+            right = int(np.cumprod(rng.random(count) < alpha(len(gammas))).sum())
+            tokens, spent = tokens + right + 1, spent + price(cost, gamma)
+            position += right + 1
             gammas.append(gamma)
-        chooser.observe(number, proposed, accepted)
+            return count, right
+
+        number, counts = run(chunk, a_round)
+        chooser.observe(number, *counts)
     return tokens, spent, np.array(gammas)
 
 
@@ -90,35 +107,39 @@ def test_it_depends_on_counts_alone():
     np.testing.assert_array_equal(*runs)
 
 
-def test_a_chunk_in_pieces_is_chosen_and_read_as_a_whole_one():
+@pytest.mark.parametrize("size", [32, 128])
+def test_a_chunk_in_pieces_is_chosen_and_read_as_a_whole_one(size):
     """Whoever waits for text on a CPU sees it after each piece, and it is the same text. Sequences
     end within a chunk, and within a piece."""
     found = []
-    for most in (None, 4, 5):
-        chooser, gammas = AdaptiveGamma(0.45, G), []
-        for sequence, length in enumerate((100, 57, 500)):
+    for most, looks in ((None, True), (None, False), (4, True), (5, False), (40, True)):
+        chooser, gammas, ended = AdaptiveGamma(0.45, G), [], 0
+        for sequence, length in enumerate((100, 57, 500, 300)):
             rounds = 0
             while rounds < length:
-                gamma, number = chooser.next_chunk(32, most)
-                number = min(number, length - rounds)
-                proposed, accepted = np.zeros((2, COUNTED), int)
-                for i in range(rounds, rounds + number):
-                    hits = np.random.default_rng((sequence, i)).random(gamma) < 0.97 - i / 500
-                    proposed[:gamma] += 1
-                    accepted[: int(np.cumprod(hits).sum())] += 1
-                rounds += number
-                chooser.observe(number, proposed, accepted, last=rounds == length)
-                gammas += [gamma] * number
+                gamma, number, look = chooser.next_chunk(size, most, looks)
+                assert looks or look == NEVER
+
+                def a_round(i: int) -> tuple[int, int]:
+                    hits = np.random.default_rng((sequence, rounds + i)).random(gamma)  # noqa: B023
+                    return gamma, int(np.cumprod(hits < 0.97 - (rounds + i) / 500).sum())  # noqa: B023
+
+                done, counts = run((gamma, min(number, length - rounds), look), a_round)
+                ended += done < min(number, length - rounds)
+                rounds += done
+                chooser.observe(done, *counts, last=rounds == length)
+                gammas += [gamma] * done
+        assert (ended > 0) == (looks and most != 4 and size > 32)
         found.append((gammas, chooser.acceptance))
-    assert len(set(found[0][0])) > 3
-    assert found[0] == found[1] == found[2]
+    assert len(set(found[0][0])) > (3 if size == 32 else 2)
+    assert all(other == found[0] for other in found)
 
 
 def test_no_chunk_is_cut_short_but_those_that_try_again():
     """A call takes milliseconds before it decodes: short ones cost more than they teach."""
     chooser, lengths = AdaptiveGamma(0.45, G), []
     for _ in range(20):
-        gamma, number = chooser.next_chunk(32)
+        gamma, number, _ = chooser.next_chunk(32)
         accepted = np.zeros(COUNTED, int)
         accepted[:gamma] = number // 2
         chooser.observe(number, np.where(np.arange(COUNTED) < gamma, number, 0), accepted)
@@ -128,17 +149,16 @@ def test_no_chunk_is_cut_short_but_those_that_try_again():
 
 
 def test_a_gamma_that_stays_is_chosen_for_longer():
-    """The first chunk with a γ is short, to learn; those after it are as long as they may be. Plain
-    decoding is left in time to try again."""
+    """The first chunk with a γ ends early where it does not promise most; all others are as long as
+    they may be. Plain decoding is left in time to try again."""
 
     def lengths(cost: float, accepted: int, chunks: int) -> list[tuple[int, int]]:
         chooser, found = AdaptiveGamma(cost, G), []
         for _ in range(chunks):
-            gamma, number = chooser.next_chunk(128)
-            proposed, right = np.zeros((2, COUNTED), int)
-            proposed[:gamma] = number
-            right[: min(gamma, accepted)] = number
-            chooser.observe(number, proposed, right)
+            chunk = chooser.next_chunk(128)
+            gamma = chunk[0]
+            number, counts = run(chunk, lambda _, g=gamma: (g, min(g, accepted)))
+            chooser.observe(number, *counts)
             found.append((gamma, number))
         return found
 
@@ -147,7 +167,9 @@ def test_a_gamma_that_stays_is_chosen_for_longer():
     assert many[0] == (4, 32)
     other = many[1][0]
     assert other > 4
-    assert many[1:] == [(other, 32), (other, 128), (other, 128)]
+    assert many[1:] == [(other, 128)] * 3
+    # Drafts cost so much that no other one does.
+    assert lengths(0.57, MOST_DRAFTED, 3) == [(4, 128)] * 3
     # None is: plain, and tries that come after 64 rounds of it, then 128, then 256.
     none = lengths(0.45, 0, 12)
     assert none[0] == (4, 32)
@@ -198,13 +220,13 @@ def test_places_that_are_accepted_less_than_the_first_promise_are_not_drafted_fo
     chooser = AdaptiveGamma(cost, G)
     tokens, spent, rounds = 0, 0.0, 0
     while rounds < 4000:
-        gamma, number = chooser.next_chunk(32)
+        gamma, number, _ = chooser.next_chunk(32)
         proposed, accepted = np.zeros((2, COUNTED), int)
         for _ in range(number):
-            run = int(np.cumprod(rng.random(gamma) < falling[:gamma]).sum())
+            right = int(np.cumprod(rng.random(gamma) < falling[:gamma]).sum())
             proposed[:gamma] += 1
-            accepted[:run] += 1
-            tokens, spent = tokens + run + 1, spent + price(cost, gamma)
+            accepted[:right] += 1
+            tokens, spent = tokens + right + 1, spent + price(cost, gamma)
         chooser.observe(number, proposed, accepted)
         rounds += number
     reached = np.cumprod(falling)
@@ -224,12 +246,12 @@ def test_a_dozen_rounds_that_went_badly_do_not_decide_about_later_places():
     rng = np.random.default_rng(0)
     gammas: list[int] = []
     while len(gammas) < 150:
-        gamma, number = chooser.next_chunk(32)
+        gamma, number, _ = chooser.next_chunk(32)
         proposed, accepted = np.zeros((2, COUNTED), int)
         for _ in range(number):
-            run = int(np.cumprod(rng.random(gamma) < later[:gamma]).sum())
+            right = int(np.cumprod(rng.random(gamma) < later[:gamma]).sum())
             proposed[:gamma] += 1
-            accepted[:run] += 1
+            accepted[:right] += 1
         chooser.observe(number, proposed, accepted)
         gammas += [gamma] * number
     assert np.mean(np.array(gammas[50:]) >= 4) > 0.8

@@ -19,6 +19,7 @@ from quantspec_jax.engine import draft_cost, programs
 from quantspec_jax.engine.bucket import bucket
 from quantspec_jax.engine.engine import Engine
 from quantspec_jax.generate.policies import TopPages
+from quantspec_jax.generate.state import SHARES, Look
 from quantspec_jax.models.module import init_params
 from quantspec_jax.text.detokenize import decode
 from quantspec_jax.weights.sizes import draft_bytes
@@ -249,9 +250,9 @@ def test_where_nobody_waits_calls_are_as_long_as_chunks(model, monkeypatch, opti
     monkeypatch.setattr(Engine, "_most_rounds", lambda self, heard: 3 if heard else None)
     decode = Engine._decode
 
-    def counted(self, state, rounds, program):
+    def counted(self, state, rounds, *rest):
         calls.append(rounds)
-        return decode(self, state, rounds, program)
+        return decode(self, state, rounds, *rest)
 
     monkeypatch.setattr(Engine, "_decode", counted)
     config = qs.GenerateConfig(**FAST | options, temperature=0.8, rounds_per_chunk=9)
@@ -265,6 +266,62 @@ def test_where_nobody_waits_calls_are_as_long_as_chunks(model, monkeypatch, opti
     never = dataclasses.replace(config, stop=("\0",))
     assert qs.generate(model, "The cache", never).text == whole.text
     assert set(calls) == {3}
+
+
+@pytest.mark.parametrize(
+    ("options", "most", "asked"),
+    [
+        ({"gamma": "auto", "draft_cost": 0.3}, 20, 6),
+        ({"gamma": 3}, 20, 20),
+        ({"gamma": 3}, None, 6),  # a first call
+        ({"gamma": 3}, 4, 4),
+        ({"gamma": 3, "rounds_per_chunk": 7}, 20, 7),
+        ({"mode": "autoregressive"}, 20, 20),
+    ],
+)
+def test_calls_are_as_long_as_they_may_be(model, monkeypatch, options, most, asked):
+    """But where γ is chosen anew, and where nobody knows how long that takes."""
+    monkeypatch.setattr(Engine, "_most_rounds", lambda self, heard: most)
+    monkeypatch.setattr("quantspec_jax.engine.engine.CHUNK", 6)
+    calls: list[int] = []
+    decode = Engine._decode
+
+    def counted(self, state, rounds, *rest):
+        calls.append(rounds)
+        return decode(self, state, rounds, *rest)
+
+    monkeypatch.setattr(Engine, "_decode", counted)
+    qs.generate(model, "The cache", qs.GenerateConfig(**FAST | options, ignore_eos=True))
+    assert set(calls) == {asked}
+
+
+@pytest.mark.parametrize("well", [True, False])
+def test_a_text_whose_drafts_pay_is_one_call(model, monkeypatch, well):
+    """Of a GPU: where γ adapts, what the first rounds accept ends it or does not. The text is that
+    of looks by the host."""
+    asked, kept = 64, []
+    config = qs.GenerateConfig(
+        **FAST | {"gamma": "auto", "draft_cost": 0.3, "max_new_tokens": asked}, ignore_eos=True
+    )
+    by_host = qs.generate(model, "The cache", config)
+    monkeypatch.setattr(Engine, "_most_rounds", lambda self, heard: None)
+    monkeypatch.setattr("quantspec_jax.engine.adaptive.LEARNING_ROUNDS", 5)
+    bounds = (0, SHARES) if well else (SHARES + 1, 0)
+    monkeypatch.setattr("quantspec_jax.engine.adaptive.stays_best", lambda *args: Look(5, *bounds))
+    decode = Engine._decode
+
+    def counted(self, state, rounds, program, look):
+        before = int(state.rounds.max())
+        out = decode(self, state, rounds, program, look)
+        kept.append(int(out[0].rounds.max()) - before)
+        return out
+
+    monkeypatch.setattr(Engine, "_decode", counted)
+    out = qs.generate(model, "The cache", config)
+    assert out.tokens == by_host.tokens
+    assert (len(kept) == 1) == well
+    assert (kept[0] == 5) == (not well)
+    assert sum(kept) == out.stats[0]["rounds"]
 
 
 def test_calls_of_more_rounds_make_no_program(model):
@@ -286,6 +343,9 @@ def test_calls_of_more_rounds_make_no_program(model):
         ("cpu", 1, True, None, 4),
         ("cpu", 1, False, 0.01, 32),
         ("gpu", 1, True, 0.01, 32),
+        ("gpu", 1, True, 0.004, 75),
+        ("gpu", 1, True, None, 32),
+        ("gpu", 2, True, 0.004, 32),
         ("gpu", 1, False, None, None),
         ("gpu", 1, False, 0.01, 200),
         ("gpu", 1, False, 0.5, 32),  # an interruption is noticed soon where rounds take long

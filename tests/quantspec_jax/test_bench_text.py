@@ -281,9 +281,9 @@ def test_the_program_that_generate_runs_is_traced(
     def trace(run):
         decode = bench.Engine._decode
 
-        def counted(self, state, rounds, program):
+        def counted(self, state, rounds, *rest):
             traced.append(rounds)
-            return decode(self, state, rounds, program)
+            return decode(self, state, rounds, *rest)
 
         with monkeypatch.context() as patch:
             patch.setattr(bench.Engine, "_decode", counted)

@@ -109,11 +109,12 @@ def test_each_request_has_its_own_wishes(model):
 
 
 def test_the_host_looks_at_new_tokens_alone(model, monkeypatch):
-    """Of a text of thousands: what a few rounds can have made, and no token twice."""
+    """Of a text of thousands: what a few rounds can have made, and no token twice. After many
+    rounds, at all."""
     config = qs.GenerateConfig(**SHORT, logprobs=2)
     whole = qs.generate(model, PROMPTS[:2], config)
-    monkeypatch.setattr(module, "LOOKED_AT", 1)
-    monkeypatch.setattr(module, "bucket", lambda most: most)  # a program for each number
+    most = 3 * (SHORT["gamma"] + 1)  # of three rounds
+    monkeypatch.setattr(module, "LOOKED_AT", most)
     looked = []
     original = module._seen
 
@@ -126,13 +127,20 @@ def test_the_host_looks_at_new_tokens_alone(model, monkeypatch):
     engine.add([PROMPTS[0]], config)
     engine.step(3)
     engine.add([PROMPTS[1]], config)
-    step_to_the_end(engine)
+    while engine.running:
+        engine.step(3)
     rows = [engine.read(slot) for slot in range(2)]
     assert [row.tokens for row in rows] == whole.tokens
     for row, scores in zip(rows, whole.logprobs, strict=True):
         found, expected = ([x.own for x in each] for each in (row.logprobs, scores))
         np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert max(looked) < SHORT["max_new_tokens"] / 2
+    assert set(looked) == {most}
+    engine.remove(0)
+    engine.add([PROMPTS[0]], config)
+    engine.step(4)
+    assert looked[-1] == engine.capacity
+    step_to_the_end(engine)
+    assert engine.read(0).tokens == whole.tokens[0]
 
 
 def test_insertion_writes_its_rows_alone(model):

@@ -36,6 +36,7 @@ from quantspec_jax.generate.loop import generate_tokens
 from quantspec_jax.generate.policies import ALL, Policy, TopPages
 from quantspec_jax.generate.requests import sampling_arrays
 from quantspec_jax.generate.sampling import GREEDY
+from quantspec_jax.generate.state import NEVER, SHARES
 from quantspec_jax.weights.entries import merge, quantize_params
 from quantspec_jax.weights.formats import DraftConfig
 
@@ -156,6 +157,38 @@ def test_chunks_of_rounds_give_what_one_call_gives():
     assert new_tokens(state) == new_tokens(whole)
     for name in ("rounds", "proposed", "accepted"):
         np.testing.assert_array_equal(getattr(state, name), getattr(whole, name))
+
+
+def test_a_call_ends_early_where_the_accepted_share_says_so():
+    """After the rounds of a `Look`, if the share lies outside its bounds; later it does not look.
+    Counts of earlier calls do not matter."""
+    p = program(4)
+    begun = decode(p, start(p, prompts(LENGTHS), LENGTHS, 250), max_rounds=3)
+    six = decode(p, begun, max_rounds=6)
+    proposed, accepted = (
+        int((total(getattr(six, x)) - total(getattr(begun, x))).sum())
+        for x in ("proposed", "accepted")
+    )
+    share = SHARES * accepted // proposed
+    assert 0 < share < SHARES
+
+    def rounds(*look: int) -> int:
+        state = decode(p, begun, max_rounds=(9, *look))
+        return int((state.rounds - begun.rounds).max())
+
+    assert rounds(*NEVER) == 9
+    assert rounds(6, share, share + 1) == 9
+    assert rounds(6, share + 1, SHARES) == 6
+    assert rounds(6, 0, share - 1) == 6
+    assert rounds(20, SHARES + 1, 0) == 9
+    early = decode(p, begun, max_rounds=(9, 6, share + 1, SHARES))
+    for name in ("tokens", "count", "rounds", "statistics"):
+        np.testing.assert_array_equal(getattr(early, name), getattr(six, name))
+    # And where rounds copy, too.
+    copying = program(4, lookup=3)
+    state = start(copying, prompts(LENGTHS), LENGTHS, 250)
+    early = decode(copying, state, max_rounds=(9, 6, SHARES + 1, 0))
+    assert int(early.rounds.max()) == 6
 
 
 def test_a_sequence_stops_at_its_eos_and_the_others_go_on():
@@ -332,7 +365,7 @@ def hlo_of_the_loop(
         params,
         draft_params if gamma else {},
         state,
-        jnp.int32(5),
+        jnp.zeros(4, jnp.int32) if gamma else jnp.int32(5),  # as where γ adapts
         program=p,
     ).compile()
     return compiled.as_text(), compiled.memory_analysis(), state

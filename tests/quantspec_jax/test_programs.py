@@ -74,7 +74,7 @@ def test_an_engine_keeps_none_that_was_forgotten(monkeypatch) -> None:
     jnp.int32(1)
     before = on_the_device()
     for number in (1, 2, 3, 4, 3, 5, 3):
-        runner.decode(model, np.zeros(3, np.float32), 1, Step(number))  # type: ignore[arg-type]
+        runner.decode(model, np.zeros(3, np.float32), (1,), Step(number))  # type: ignore[arg-type]
     assert kept.statistics() == {"kept": 2, "most": 2, "made": 5, "bytes": 0}
     assert on_the_device() - before == 2
 

@@ -100,7 +100,7 @@ def decode(program: Program, state: DecodeState, max_rounds=10_000, params=None,
         target if params is None else params,
         draft_params if draft is None else draft,
         state,
-        jnp.int32(max_rounds),
+        jnp.asarray(max_rounds, jnp.int32),
         program=program,
     )
 
