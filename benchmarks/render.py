@@ -271,6 +271,8 @@ def roofline(runs: Sequence[Run]) -> list[str]:
         "floor_milliseconds": "floor, ms",
         "milliseconds_a_round": "reached, ms",
         "percent_of_floor": "% of floor",
+        "milliseconds_a_call": "a call, ms",
+        "percent_of_floor_without_call": "% without it",
         "profile attention": "attention",
         "profile matmuls": "matmuls",
         "profile elementwise": "elementwise",
@@ -295,7 +297,9 @@ def roofline(runs: Sequence[Run]) -> list[str]:
         "**Roofline, simulated acceptance** · the floor of a round is the time that reading its "
         "bytes takes, weights and cache once a pass, at the read ceiling measured in the run; what "
         "was reached is split by kind of kernel, in ms from a trace (elementwise: norms and copies "
-        "into the cache, too)",
+        "into the cache, too). A call, of as many rounds as the run's command says, takes some "
+        "milliseconds beside them: what was reached has its part of these, and so have gaps where "
+        "no column says what a call takes",
         "",
         *markdown(["model", *names.values(), "device"], rows),
     ]

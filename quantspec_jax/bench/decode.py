@@ -42,6 +42,7 @@ from quantspec_jax.commands.options import mesh as mesh_of_options
 from quantspec_jax.cost import Costs, bytes_read, cache_read_bytes, weight_bytes
 from quantspec_jax.dtypes import float_type
 from quantspec_jax.engine.adaptive import MOST_DRAFTED, PRIOR
+from quantspec_jax.engine.engine import CHUNK
 from quantspec_jax.engine.prepare import draft_policy, known_warpers
 from quantspec_jax.engine.programs import DECODE
 from quantspec_jax.generate.config import BACKENDS, GenerateConfig
@@ -74,6 +75,7 @@ from quantspec_jax.weights.sizes import draft_bytes
 MODES = ("full", "int8", "int4", "draft", "verify", "quantspec")
 GROUP_SIZE = 128
 TRACED_ROUNDS = 5
+SHORTER = 8  # times: the calls beside those measured that say what a call itself takes
 SIZES = (128, 1 << 20)  # room for new tokens, and how many there may be: no end is in sight
 
 
@@ -109,9 +111,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_mesh(parser)
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
-    most = GenerateConfig.rounds_per_chunk
-    what = "rounds a measurement, a call; by default as many as a call of generate has at most"
-    parser.add_argument("--rounds", type=int, default=most, help=what)
+    what = "rounds a measurement, a call; by default as many as a chunk of generate's has"
+    parser.add_argument("--rounds", type=int, default=CHUNK, help=what)
     parser.add_argument("--repeat", type=int, default=5, help="measurements; the median counts")
     parser.add_argument("--output", metavar="FILE", help="write the run as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw tokens/s against context")
@@ -285,7 +286,7 @@ class Setting:
     def program(self, case: Case, context: int) -> Program:
         """The case's program, with room for all rounds."""
         args, alphas = self.args, self.args.simulate_acceptance
-        rounds = args.rounds * (args.repeat + 1) + TRACED_ROUNDS
+        rounds = sum(lengths(args)) * args.repeat + args.rounds + TRACED_ROUNDS
         length = context + 2 * GROUP_SIZE + rounds * (case.gamma + 1)
         cp, tiles = self.axes.cp, codec_of(case.view).num_tiles(1, GROUP_SIZE)
         if cp > 1:  # as many tiles a device; of positions that are not coded, a slot to spare
@@ -352,7 +353,18 @@ class Compiled:
     def run(self, state: DecodeState, rounds: int) -> DecodeState:
         """So many rounds; `state` is donated."""
         peers = addresses(self.program.mesh)
-        return self.call(*self.weights, state, jnp.int32(rounds), *peers)
+        return self.call(*self.weights, state, _number(rounds), *peers)
+
+
+# In the same place each time, as a `Runner` has it.
+_number = functools.cache(jnp.int32)
+
+
+def lengths(args: Any) -> tuple[int, ...]:
+    """Rounds of each measurement's calls: of the one that counts, and of a shorter one, where there
+    can be one."""
+    shorter = args.rounds // SHORTER
+    return (args.rounds, shorter) if shorter else (args.rounds,)
 
 
 def reads(args: argparse.Namespace) -> GenerateConfig:
@@ -439,28 +451,32 @@ def measure(compiled: Compiled, setting: Setting) -> dict[str, Any]:
     args, case = setting.args, compiled.case
     state = jax.block_until_ready(compiled.run(compiled.new_state(args.batch), args.rounds))
     before = _counters(state)
-    seconds = []
+    seconds: dict[int, list[float]] = {rounds: [] for rounds in lengths(args)}
     for _ in range(args.repeat):
-        begin = time.perf_counter()
-        state = jax.block_until_ready(compiled.run(state, args.rounds))
-        seconds.append((time.perf_counter() - begin) / args.rounds)
+        for rounds, found in seconds.items():
+            begin = time.perf_counter()
+            state = jax.block_until_ready(compiled.run(state, rounds))
+            found.append(time.perf_counter() - begin)
     broken = bool(np.any(jax.device_get(state.broken)))
     made, accepted, proposed = (b - a for a, b in zip(before, _counters(state), strict=True))
 
-    rounds = args.rounds * args.repeat
     drafted = case.gamma
-    milliseconds = statistics.median(seconds) * 1e3
-    tokens = made / rounds
+    calls = {rounds: 1e3 * statistics.median(found) for rounds, found in seconds.items()}
+    milliseconds = calls[args.rounds] / args.rounds
+    a_call, inside = call_and_round(calls)
+    tokens = made / (sum(calls) * args.repeat)
     launches = launches_a_round(compiled.text) if compiled.text else None
     profile = None
     if jax.default_backend() != "cpu":
         kernels = traced(lambda: compiled.run(state, TRACED_ROUNDS))
-        profile = breakdown(kernels, TRACED_ROUNDS, milliseconds)
+        profile = breakdown(kernels, TRACED_ROUNDS, inside or milliseconds)
     return {
         "context": compiled.context,
         "batch": args.batch,
         "mode": case.name,
         "milliseconds_a_round": milliseconds,
+        "milliseconds_a_call": a_call,
+        "milliseconds_without_call": inside,
         "tokens_a_round": tokens / args.batch,
         "drafted_a_round": drafted,
         "tokens_per_second": tokens / milliseconds * 1e3,
@@ -473,6 +489,16 @@ def measure(compiled: Compiled, setting: Setting) -> dict[str, Any]:
         "peak_bytes": peak_bytes(),
         **compiled.row,
     }
+
+
+def call_and_round(calls: dict[int, float]) -> tuple[float | None, float | None]:
+    """What a call takes beside its rounds, and what a round takes without a part of that, of the
+    times of calls of two lengths; None where there is one."""
+    if len(calls) < 2:
+        return None, None
+    (long, of_long), (short, of_short) = calls.items()
+    inside = (of_long - of_short) / (long - short)
+    return of_long - long * inside, inside
 
 
 def _counters(state: DecodeState) -> tuple[int, ...]:
@@ -491,7 +517,11 @@ def measured_costs(rows: list[dict[str, Any]]) -> Costs | None:
     """Milliseconds of each kind of pass at one context, where all three were measured."""
     found = []
     for kind in ("autoregressive full", "draft step", "verify step"):
-        times = [row["milliseconds_a_round"] for row in rows if row["mode"].startswith(kind)]
+        times = [
+            row.get("milliseconds_without_call") or row["milliseconds_a_round"]
+            for row in rows
+            if row["mode"].startswith(kind)
+        ]
         if not times:
             return None
         found.append(times[0])
@@ -661,6 +691,8 @@ def measure_context(setting: Setting, context: int, ceiling: float) -> list[dict
         least = row["fewest_bytes_a_round"] / ceiling * 1e3
         row |= {"floor_milliseconds": least}
         row |= {"percent_of_floor": 100 * least / row["milliseconds_a_round"]}
+        inside = row["milliseconds_without_call"]
+        row |= {"percent_of_floor_without_call": 100 * least / inside if inside else None}
         rows.append(row)
         print(_line(row), file=sys.stderr, flush=True)
     _add_speed_up(rows)
@@ -697,9 +729,11 @@ def _add_speed_up(rows: list[dict[str, Any]]) -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
+    inside = row["percent_of_floor_without_call"]
+    inside = f"; {inside:.0f}% without the call's own" if inside else ""
     return (
         f"{row['context']:>7} {row['mode']:<24} {row['milliseconds_a_round']:8.2f} ms a round, "
-        f"floor {row['floor_milliseconds']:.2f} ({row['percent_of_floor']:.0f}%), "
+        f"floor {row['floor_milliseconds']:.2f} ({row['percent_of_floor']:.0f}%{inside}), "
         f"{row['tokens_per_second']:.1f} tokens/s"
         f"{', ended: logits were not finite' if row['broken'] else ''}"
     )

@@ -122,6 +122,12 @@ def test_a_run_reports_every_mode_beside_the_baseline(tiny_preset, capsys, tmp_p
     assert quantspec["tokens_a_round"] == pytest.approx(1 + 2 * quantspec["acceptance"], abs=0.25)
     ratio = quantspec["tokens_per_second"] / full["tokens_per_second"]
     assert quantspec["speed_up"] == pytest.approx(ratio)
+    for row in result["rows"]:
+        a_round, inside = row["milliseconds_a_round"], row["milliseconds_without_call"]
+        assert a_round == pytest.approx(inside + row["milliseconds_a_call"] / 8)
+        assert row["percent_of_floor_without_call"] * inside == pytest.approx(
+            row["percent_of_floor"] * a_round
+        )
     (predicted,) = result["predictions"]
     assert predicted["acceptance"] == 0.8
     costs = bytes_read(TINY, DraftConfig(group_size=32), 640, itemsize=4)
@@ -170,6 +176,15 @@ def test_best_gamma_is_predicted_from_what_was_measured():
     assert found["acceptance"] == pytest.approx(0.9)
     assert found["gamma_by_milliseconds"] == Costs(10, 2, 5).best_gamma(0.9) > 1
     assert found["gamma_by_bytes"] == 1
+
+
+def test_a_calls_own_time_is_what_a_shorter_one_says():
+    args = types.SimpleNamespace(rounds=16)
+    assert bench.lengths(args) == (16, 2)
+    assert bench.call_and_round({16: 7.0 + 16 * 1.5, 2: 7.0 + 2 * 1.5}) == (7.0, 1.5)
+    args.rounds = 7
+    assert bench.lengths(args) == (7,)
+    assert bench.call_and_round({7: 20.0}) == (None, None)
 
 
 def launches_with(steps, chunks=()):
