@@ -120,4 +120,15 @@ def shared(kernel: Callable[..., Any], static: tuple[str, ...]) -> Callable[...,
     traced, lowered and written into the program again for each layer: of SmolLM2's thirty on two
     cores, seconds before its first token.
     """
-    return jax.jit(kernel, static_argnames=static)
+    function: Any = jax.jit(kernel, static_argnames=static)
+    _SHARED.append(function)
+    return function
+
+
+_SHARED: list[Any] = []
+
+
+def forget_traces() -> None:
+    """Those of `shared` functions, which JAX would keep for the life of the process."""
+    for function in _SHARED:
+        function.clear_cache()

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from pallas_kernels import dispatch
 from quantspec_jax.cache import create
 from quantspec_jax.engine.draft_cost import with_gamma
 from quantspec_jax.generate.loop import generate_tokens
@@ -69,6 +70,8 @@ class Programs:
         function.clear_cache()  # JAX would keep it for as long as the function is there
         with self._lock:
             self.made += 1
+            if self.made % self.most == 0:
+                dispatch.forget_traces()
             executable = self._keep(key, executable)
         return executable, time.perf_counter() - started
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import dispatch
 from quantspec_jax.engine import programs
 from quantspec_jax.engine.programs import Programs
 
@@ -77,6 +78,23 @@ def test_an_engine_keeps_none_that_was_forgotten(monkeypatch) -> None:
         runner.decode(model, np.zeros(3, np.float32), (1,), Step(number))  # type: ignore[arg-type]
     assert kept.statistics() == {"kept": 2, "most": 2, "made": 5, "bytes": 0}
     assert on_the_device() - before == 2
+
+
+def test_traces_that_programs_share_are_forgotten_now_and_then() -> None:
+    """Each time as many programs were made as are kept."""
+    kept, traced = Programs(most=2), []
+
+    def inner(x: jax.Array) -> jax.Array:
+        traced.append(x.shape)
+        return 2 * x
+
+    outer = jax.jit(lambda x, y: dispatch.shared(inner, ())(x).sum() + y)
+    x = jax.ShapeDtypeStruct((3,), np.float32)
+    times = []
+    for n in (1, 2, 3, 4):
+        kept.compiled(outer, x, jax.ShapeDtypeStruct((n,), np.float32))
+        times.append(len(traced))
+    assert times == [1, 1, 2, 2]
 
 
 def test_the_one_that_was_used_last_is_kept() -> None:
