@@ -305,7 +305,6 @@ def test_a_text_whose_drafts_pay_is_one_call(model, monkeypatch, well):
     )
     by_host = qs.generate(model, "The cache", config)
     monkeypatch.setattr(Engine, "_most_rounds", lambda self, heard: None)
-    monkeypatch.setattr("quantspec_jax.engine.adaptive.LEARNING_ROUNDS", 5)
     bounds = (0, SHARES) if well else (SHARES + 1, 0)
     monkeypatch.setattr("quantspec_jax.engine.adaptive.stays_best", lambda *args: Look(5, *bounds))
     decode = Engine._decode
