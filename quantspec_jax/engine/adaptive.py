@@ -163,11 +163,11 @@ class AdaptiveGamma:
         self, rounds: int, most: int | None = None, looks: bool = True
     ) -> tuple[int, int, Look]:
         """(γ, rounds, when fewer are enough) of the next chunk, `rounds` at most; or of the rest of
-        one that is done in pieces: of `most` rounds, or because the loop does not look. It is
-        chosen, and read, as if it were not."""
+        one that is done in pieces: of `rounds` or `most` rounds, or because the loop does not look.
+        It is chosen, and read, as if it were not."""
         if not self._left:
             self._left = self._choose(rounds)
-        number = self._left if most is None else min(self._left, most)
+        number = min(self._left, rounds, rounds if most is None else most)
         looks &= not self._done  # later pieces would count from their own first round on
         if not looks and self._done < self._look.rounds:
             number = min(number, self._look.rounds - self._done)

@@ -397,7 +397,7 @@ class Engine:
         # waits may not matter.
         if program.policy.every not in (None, 1):
             rounds, most = min(rounds or HEARD_ROUNDS, HEARD_ROUNDS), None
-        adaptive, look = self._adapts and speculate, NEVER
+        adaptive, look = self.config.adapts and speculate, NEVER
         rounds = rounds or (CHUNK if adaptive or most is None else most)
         if not speculate:
             program = draft_cost.without_copies(program, 0)
@@ -736,14 +736,9 @@ class Engine:
         return place_state(state, mesh)
 
     @property
-    def _adapts(self) -> bool:
-        """Whether γ does."""
-        return self.config.mode == "quantspec" and self.config.gamma == "auto"
-
-    @property
     def _may_end_early(self) -> bool:
         """Whether calls may end early. (Parts of a batch would end apart.)"""
-        return self._adapts and self.program.axes.dp == 1
+        return self.config.adapts and self.program.axes.dp == 1
 
     def _limit(self, rounds: int, look: Look = NEVER) -> tuple[int, ...]:
         """When a call ends."""

@@ -204,8 +204,12 @@ class GenerateConfig:
         """What `lookup` stands for."""
         if self.lookup is not None:
             return self.lookup
-        chosen = self.mode == "quantspec" and self.gamma == "auto"
-        return min(COPIES, self.group_size - 1) if chosen else 0
+        return min(COPIES, self.group_size - 1) if self.adapts else 0
+
+    @property
+    def adapts(self) -> bool:
+        """Whether γ is chosen anew as proposals are accepted."""
+        return self.mode == "quantspec" and self.gamma == "auto"
 
     @property
     def warpers(self) -> Warpers:

@@ -138,6 +138,16 @@ def test_a_chunk_in_pieces_is_chosen_and_read_as_a_whole_one(size):
     assert all(other == found[0] for other in found)
 
 
+def test_no_more_rounds_are_taken_of_a_chunk_than_are_asked_for():
+    """Of the one that an earlier call left, too."""
+    chooser, nothing = AdaptiveGamma(0.57, G), np.zeros((2, COUNTED), int)
+    numbers = []
+    for rounds, most in ((128, 32), (5, 32), (128, None)):
+        numbers.append(chooser.next_chunk(rounds, most)[1])
+        chooser.observe(numbers[-1], *nothing)
+    assert numbers == [32, 5, 128 - 32 - 5]
+
+
 def test_no_chunk_is_cut_short_but_those_that_try_again():
     """A call takes milliseconds before it decodes: short ones cost more than they teach."""
     chooser, lengths = AdaptiveGamma(0.45, G), []
