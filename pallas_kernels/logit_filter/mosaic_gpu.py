@@ -11,8 +11,9 @@ shared memory, as integers in the order of the scores:
 
 So one search finds where the budget ends, whatever is weighed: tokens (top-k), their masses
 (top-p), and, of those that equal the least, tokens by their places. It is over as soon as one token
-alone has the digits that are known. All sums are added in one order, so that a row gives the same
-bits whichever rows are beside it.
+alone has the digits that are known. By masses it begins with tokens so light that all like them fit
+into the budget: few digits differ above these. All sums are added in one order, so that a row gives
+the same bits whichever rows are beside it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ NO_PLACE = -1 << 31  # below all keys
 
 BIN = 8  # bytes: a mass and a number
 # A place that is read is not written until all have met again: searches have two, used in turn.
-INBOXES = 9
+INBOXES = 10
 MOST_SCALE = 3e38  # 1/temperature: 0 times it is 0
 
 
@@ -206,33 +207,37 @@ class _Row:
         weigh: Callable[[V], V],
         budget: V,
         end: tuple[V, V],
-        bits: int,
+        bits: V,
         inbox: int,
         among: Callable[[V, V], tuple[V, V]] | None = None,
+        below: V | None = None,
     ) -> _Place:
         """The largest key below which there is no more than the budget.
 
         Args:
           weigh: what a key weighs.
           end: (where keys begin, the largest that is allowed).
-          bits: that keys differ in.
+          bits: that keys differ in, one or more.
           inbox: the first of two.
+          below: what weighs what is below where keys begin.
           among: of a key and its place what is searched for, and whether it counts; None: the key.
         """
-        turns, digits = -(-bits // self.memory.bits), self.memory.digits
+        turns, digits = ptx.ceil_div(bits, self.memory.bits), self.memory.digits
         begin, most = end
 
         def one(i: V, carry: list[V]) -> list[V]:
             key, _, below, _, done = carry
             box = self.inboxes + ((i & 1) + inbox) * self.memory.inbox
-            shift = (i32(turns - 1) - i) * self.memory.bits
+            shift = (turns - 1 - i) * self.memory.bits
 
             def narrowed() -> list[V]:
                 self._fill_bins(weigh, key, shift, among)
                 mass, number = self._of_digits(box)
                 before, _ = ptx.over_lanes_before(mass, self.lane, digits)
                 step = self.digit << shift
-                there = ptx.both((step >> shift).equals(self.digit), key + step <= most)
+                # Not beyond the most, of numbers without a sign.
+                within = (step ^ NO_PLACE) <= ((most - key) ^ NO_PLACE)
+                there = ptx.both((step >> shift).equals(self.digit), within)
                 fits = ptx.both(there, below + before <= budget)
                 fitting = self._over_digits(ptx.select(fits, f32(1.0), 0.0))
                 place = ptx.at_least(_whole(fitting) - 1, 0)  # 0 fits, whatever rounding says
@@ -247,8 +252,8 @@ class _Row:
 
             return ptx.choose(done.equals(0), narrowed, lambda: carry, carry)
 
-        start = [begin, most, f32(0.0), f32(2.0), i32(0)]
-        return _Place(*ptx.loop(i32(0), i32(turns), start, one)[:4])
+        start = [begin, most, f32(0.0) if below is None else below, f32(2.0), i32(0)]
+        return _Place(*ptx.loop(i32(0), turns, start, one)[:4])
 
     def _fill_bins(
         self,
@@ -319,6 +324,12 @@ def _total(numbers: Sequence[V]) -> V:
     return functools.reduce(operator.add, numbers)
 
 
+def _bits(x: V) -> V:
+    """Of a number from 0 on, one at least."""
+    zeros = ptx.asm("clz.b32 $0, $1;", ["i32"], [x])[0]
+    return ptx.at_least(i32(32) - zeros, 1)
+
+
 def _whole(x: V) -> V:
     """A float that is a whole number, as an integer."""
     return ptx.asm("cvt.rzi.s32.f32 $0, $1;", ["i32"], [x])[0]
@@ -363,22 +374,22 @@ def _body(memory: _Memory, tokens: int) -> Callable[[Sequence[V], V], None]:
         def by_number() -> list[V]:
             budget = _as_float(i32(BLOCKS * row.part) - top_k)
             end = (i32(NO_PLACE), most_key)
-            found = row.search(lambda key: f32(1.0), budget, end, 32, 1)
+            found = row.search(lambda key: f32(1.0), budget, end, i32(32), 1)
             return [ptx.at_least(found.key, LEAST_KEY)]
 
         limited = ptx.both(top_k > 0, top_k < n)
         (first,) = ptx.choose(limited, by_number, lambda: [i32(LEAST_KEY)], [top_k])
 
         def by_mass() -> list[V]:
-            mass = mass_of(lambda key, place: key >= first, 3)
             share = ptx.select(sampled, f32(1.0) - top_p, 1.0)
+            # All tokens together weigh 1 or more: those of less than share / n fit into the budget.
+            least = ptx.log2(share * (0.5 / n)) / scale + most
+            begin = ptx.at_least(ptx.minimum(_key(least), most_key), first)
+            mass = mass_of(lambda key, place: key >= first, 3)
+            below = mass_of(lambda key, place: ptx.both(key >= first, begin > key), 9)
             budget = share * mass
-            end = (i32(NO_PLACE), most_key)
-
-            def weigh(key: V) -> V:
-                return ptx.select(key >= first, weight(key), 0.0)
-
-            found = row.search(weigh, budget, end, 32, 4)
+            end, bits = (begin, most_key), _bits(most_key - begin)
+            found = row.search(weight, budget, end, bits, 4, below=below)
             room = ptx.maximum(budget - found.below, f32(0.0))
             stay = ptx.maximum(found.number - _floor(room / weight(found.key)), f32(1.0))
             stay = ptx.select(sampled, stay, 1.0)
@@ -388,7 +399,7 @@ def _body(memory: _Memory, tokens: int) -> Callable[[Sequence[V], V], None]:
                     lambda key: f32(1.0),
                     stay - 1.0,
                     (i32(0), i32(n - 1)),
-                    max((n - 1).bit_length(), 1),
+                    i32(max((n - 1).bit_length(), 1)),
                     6,
                     lambda key, place: (place, key.equals(found.key)),
                 )

@@ -450,6 +450,9 @@ INSTRUCTIONS = {
     "min.NaN.f16x2": lambda a, b: word(np.minimum(pieces(a, np.float16), pieces(b, np.float16))),
     "div.rn.f32": lanes_of(np.divide, "f32"),
     "rcp.rn.f32": lanes_of(np.reciprocal, "f32"),
+    "clz.b32": lambda x: Lanes(
+        np.array([32 - int(n).bit_length() for n in x.array], np.uint32), "i32"
+    ),
     "cvt.rmi.f32.f32": lanes_of(np.floor, "f32"),
     "cvt.rzi.s32.f32": lambda x: Lanes(x.array.astype(np.int32).view(np.uint32), "i32"),
     "cvt.rn.f32.s32": lambda x: Lanes(x.signed().astype(np.float32), "f32"),
