@@ -389,31 +389,42 @@ def tune(case: Case, setting: Setting, context: int) -> tuning.Found:
     setting = Setting(loaded, args)
     program, weights = setting.program(case, context), weights_of(case, setting)
     coded = program.cache.codec.quantized_length(jnp.int32(context), GROUP_SIZE)
+    peers = addresses(program.mesh)
     kept: list[DecodeState] = []
 
     def timed(compiled: Any) -> tuning.Seconds:
         def seconds(rounds: int) -> float:
             # As many tokens again each time, so that all meet the same lengths.
             state = kept.pop() if kept else random_state(program, args.batch, context, *SIZES)
-            lengths = [jnp.full_like(state.cache.length, x) for x in (context, coded)]
-            cache = dataclasses.replace(state.cache, length=lengths[0], quantized_length=lengths[1])
-            state = jax.block_until_ready(dataclasses.replace(state, cache=cache))
+            state = jax.block_until_ready(_at(state, context, coded))
             begin = time.perf_counter()
-            state = compiled(*weights, state, jnp.int32(rounds))
+            state = compiled(*weights, state, _number(rounds), *peers)
             kept.append(jax.block_until_ready(state))
             return time.perf_counter() - begin
 
         return seconds
 
     def lower() -> Any:
-        def decode(params: Params, draft: Params, state: DecodeState, rounds: Any) -> DecodeState:
-            return generate_tokens(params, draft, state, rounds, program=program)
+        def decode(params: Params, draft: Params, state: DecodeState, *rest: Any) -> DecodeState:
+            return generate_tokens(params, draft, state, *rest, program=program)
 
         # A new function: of the old one JAX would know what it had chosen.
         new = jax.jit(decode, donate_argnames="state")
-        return new.lower(*weights, state_forms(program, args.batch, context), jnp.int32(0))
+        forms = state_forms(program, args.batch, context)
+        return new.lower(*weights, forms, _number(0), *peers)
 
     return tuning.tune(tuning.Step(lower, timed))
+
+
+def _at(state: DecodeState, length: int, coded: jax.Array) -> DecodeState:
+    """With caches of this length, of which so much is coded."""
+    cache = state.cache
+    lengths = [
+        jax.device_put(jnp.full_like(old, new), old.sharding)
+        for old, new in ((cache.length, length), (cache.quantized_length, coded))
+    ]
+    cache = dataclasses.replace(cache, length=lengths[0], quantized_length=lengths[1])
+    return dataclasses.replace(state, cache=cache)
 
 
 def compile_case(case: Case, setting: Setting, context: int) -> Compiled:
@@ -600,7 +611,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     mesh = mesh_of_options(args)
     if mesh is not None:
         check_mesh(model, mesh)
-        require(not args.tune, "--tune", args.tune, "one device, without --mesh")
+        # Processes would find different configurations the best, and wait for each other for ever.
+        one = jax.process_count() == 1
+        require(one or not args.tune, "--tune", args.tune, "one process, without --coordinator")
         model = heads_over(model, mesh)
     check_parts(args, axes_of(mesh))
     tp = axes_of(mesh).tp

@@ -27,6 +27,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.layout import QuantizedWeight, TiledWeight, tile
 from quantspec_jax import cli, peers, sharding
 from quantspec_jax.bench import decode as bench
+from quantspec_jax.bench import tuning
 from quantspec_jax.bench.decode import random_state
 from quantspec_jax.cache import KVCache, create
 from quantspec_jax.cache.config import CacheConfig
@@ -478,20 +479,33 @@ def plain_caches_over_devices() -> None:
 
 
 def measured_over_devices() -> None:
-    """`bench decode --mesh`: no device holds more than its share of weights, drafts and caches."""
+    """`bench decode --mesh`: no device holds more than its share of weights, drafts and caches, and
+    `--tune` has a step over all of them to measure."""
     sizes, tiny = {"tp": 2, "cp": 2}, dataclasses.replace(ONE_LAYER, max_context=4096)
     options = "--preset tiny --context 640 --mode full --rounds 3 --repeat 1 --dtype float32"
-    options += " --draft-group 32 --draft-lm-head-bits 4 --mesh tp=2,cp=2 --json"
+    options += " --draft-group 32 --draft-lm-head-bits 4 --mesh tp=2,cp=2 --tune --json"
+    timed: list[float] = []
+
+    def tune(step: tuning.Step) -> tuning.Found:
+        seconds = step.timed(step.lower().compile())
+        timed.extend(map(seconds, (1, 2)))  # the second has the state that the first one left
+        return {}
+
     with pytest.MonkeyPatch.context() as patch, io.StringIO() as out:
         patch.setitem(bench.PRESETS, "tiny", tiny)
         patch.setattr(bench, "read_ceiling", lambda: 1e11)
+        patch.setattr(tuning, "tune", tune)
         with contextlib.redirect_stdout(out):
-            assert (
-                cli.main(["bench", "decode", *options.split(), "--mesh", "tp=2,cp=2", "--json"])
-                == 0
-            )
+            assert cli.main(["bench", "decode", *options.split()]) == 0
         result = json.loads(out.getvalue())
+        patch.setattr(jax, "process_count", lambda: 2)  # they would choose different ones
+        with contextlib.redirect_stderr(out):
+            all_of_them = options.replace("tp=2,cp=2", "dp=2,tp=2,cp=2")
+            assert cli.main(["bench", "decode", *all_of_them.split()]) == 2
+        assert "--tune is True; allowed: one process" in out.getvalue()
     assert (result["mesh"], len(result["devices"])) == (sizes, 4)
+    assert len(timed) == 2
+    assert min(timed) > 0
     params = init_params_over(tiny, jax.random.key(0), jnp.dtype("float32"), mesh(**sizes))
     for path, spec in parameter_shapes(tiny).items():
         check_split(flatten(params)[path], spec.axes, sizes)
