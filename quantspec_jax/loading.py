@@ -22,7 +22,14 @@ from quantspec_jax.models.decoder import forward, unembed
 from quantspec_jax.models.parameters import Params, check_params
 from quantspec_jax.models.projection import Projection
 from quantspec_jax.models.rope import rope_frequencies, rope_tables
-from quantspec_jax.sharding import check_mesh, mesh_of, place_model, place_params
+from quantspec_jax.sharding import (
+    check_draft,
+    check_mesh,
+    default_draft,
+    mesh_of,
+    place_model,
+    place_params,
+)
 from quantspec_jax.stored_kv import StoredKV
 from quantspec_jax.weights.entries import draft_tree, quantize_params, with_first
 from quantspec_jax.weights.formats import DraftConfig
@@ -75,6 +82,7 @@ class Model:
     def draft_params(self) -> Params:
         """The draft's tree: packed 4-bit kernels, every other array shared with `params`."""
         entries, mesh = self.draft_entries, mesh_of(self.params)
+        check_draft(self.config, self.draft, mesh)
         if entries is None:  # of parts become parts
             entries = quantize_params(self.params, self.draft)
         entries = with_first(self.params, entries, self.draft)
@@ -158,8 +166,9 @@ def load(
         GGUF file, or hub id.
       dtype: `float32` or `bfloat16`; None: float32 on the CPU, bfloat16 elsewhere.
       draft: how to quantize the draft's weights. None: the draft stored with the checkpoint, else
-        `DraftConfig()`. `DraftConfig(bits=None)` drafts with the full weights. A path or hub id: a
-        4-bit checkpoint of the same model (GGUF, GPTQ, AWQ) whose codes become the draft's.
+        `DraftConfig()`, over a mesh in smaller groups where it splits those.
+        `DraftConfig(bits=None)` drafts with the full weights. A path or hub id: a 4-bit checkpoint
+        of the same model (GGUF, GPTQ, AWQ) whose codes become the draft's.
       rope: a RoPE scaling that stretches the model's context, in place of the checkpoint's own
         (`ModelConfig.scaled`); None: the checkpoint's. No draft's weights depend on it.
       mesh: of devices that hold the model together, with axes `tp`, `cp` and `dp`
@@ -180,14 +189,20 @@ def load(
         check_mesh(config, mesh)
     if isinstance(draft, str | Path):
         quantized = convert.open_draft(draft, config)
+        if mesh is not None:
+            check_draft(config, quantized.draft_config(), mesh)
         params = checkpoint.load(dtype, device=mesh)
         model = Model(config, params, checkpoint.tokenizer, *quantized.load(params))
     else:
         if draft is not None:
             _check_made_at_load(config, draft)
+        wanted = draft or checkpoint.draft_config
+        if mesh is not None:
+            wanted = wanted or default_draft(config, mesh)
+            check_draft(config, wanted, mesh)
         stored = checkpoint.load_draft(mesh) if draft is None else None
         params = checkpoint.load(dtype, device=mesh)
-        model = Model(config, params, checkpoint.tokenizer, *(stored or (draft,)))
+        model = Model(config, params, checkpoint.tokenizer, *(stored or (wanted,)))
     if (kv := checkpoint.load_kv()) is not None:
         model.kv = LearnedKV(*kv)
     return model if mesh is None else place_model(model, mesh)

@@ -16,7 +16,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.module import initial
 from quantspec_jax.models.parameters import Params, flatten, nest, parameter_shapes
 from quantspec_jax.weights.entries import quantize_params
+from quantspec_jax.weights.formats import DraftConfig, WeightFormat
+from quantspec_jax.weights.sizes import layer_formats
 
 if TYPE_CHECKING:
     from quantspec_jax.generate.state import DecodeState
@@ -49,6 +51,7 @@ RULES: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), "tp")
     | {"tiles": "cp", "positions": "cp", "rows": "cp", "batch": "dp"}
 )
+GROUPS = (128, 64, 32, 16, 8)  # of input channels, as drafts have them
 
 
 def one_device(device: jax.Device | Mesh | None = None) -> Mesh:
@@ -109,6 +112,40 @@ def check_mesh(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     config = heads_over(config, mesh)
     for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
         _require_divided(name, getattr(config, name), mesh, "tp")
+
+
+def check_draft(config: ModelConfig, draft: DraftConfig, mesh: Mesh | AbstractMesh) -> None:
+    """ValueError unless each device has whole groups of a draft's weights, before any is there."""
+    for layer, channels, stored in _split_layers(config, draft, mesh):
+        groups = ", ".join(str(g) for g in GROUPS if channels % g == 0) or "none"
+        what = f"what divides the {channels} input channels of {layer} that a device has: {groups}"
+        require(channels % stored.group_size == 0, "draft group_size", stored.group_size, what)
+
+
+def default_draft(config: ModelConfig, mesh: Mesh | AbstractMesh) -> DraftConfig:
+    """`DraftConfig()`; where a device has no whole groups of it, in the largest smaller ones."""
+    default = DraftConfig()
+    sizes = (g for g in GROUPS if g <= default.group_size)
+    drafts = (dataclasses.replace(default, group_size=g) for g in sizes)
+    return next((draft for draft in drafts if draft_fits(config, draft, mesh)), default)
+
+
+def draft_fits(config: ModelConfig, draft: DraftConfig, mesh: Mesh | AbstractMesh) -> bool:
+    """Whether `check_draft` takes it."""
+    layers = _split_layers(config, draft, mesh)
+    return all(channels % stored.group_size == 0 for _, channels, stored in layers)
+
+
+def _split_layers(
+    config: ModelConfig, draft: DraftConfig, mesh: Mesh | AbstractMesh
+) -> Iterator[tuple[str, int, WeightFormat]]:
+    """The draft's layers whose input channels are split: name, a device's channels, format."""
+    shapes = parameter_shapes(config)
+    for layer, stored in layer_formats(config, draft).items():
+        kernel = shapes[f"{layer}.kernel"]
+        parts = mesh.shape.get(RULES.get(kernel.axes[0]), 1)
+        if parts > 1 and stored.bits < 16:
+            yield layer, kernel.shape[0] // parts, stored
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
@@ -283,6 +320,7 @@ def place_state(state: DecodeState, mesh: Mesh) -> DecodeState:
 def place_model(model: Model, mesh: Mesh) -> Model:
     """The model on a mesh, its draft too, which shares the arrays it has of the target. A draft
     that is not there yet is made of the parts, on the devices that have them."""
+    check_draft(model.config, model.draft, mesh)
     config = heads_over(model.config, mesh)
     params = with_heads(model.config, model.params, config.num_kv_heads)
     moved = copy.copy(model)

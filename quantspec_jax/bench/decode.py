@@ -63,6 +63,7 @@ from quantspec_jax.peers import addresses
 from quantspec_jax.plotting import check_plot, save, short
 from quantspec_jax.sharding import (
     cache_shardings,
+    check_draft,
     check_mesh,
     heads_over,
     init_params_over,
@@ -611,6 +612,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     mesh = mesh_of_options(args)
     if mesh is not None:
         check_mesh(model, mesh)
+        check_draft(model, config, mesh)
         # Processes would find different configurations the best, and wait for each other for ever.
         one = jax.process_count() == 1
         require(one or not args.tune, "--tune", args.tune, "one process, without --coordinator")

@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.acceptance, args.measured, stored, sampled=args.sampled
     )
     model, axes = over_mesh(model, args.mesh or {})
+    candidates = with_whole_groups(candidates, model, args.mesh or {})
     meeting = meeting_microseconds(args)
     setting = Setting(model, args.context, device, args.batch, efficiency, axes, **meeting)
     readings: Sequence[Reading] = READINGS
@@ -132,6 +133,26 @@ def over_mesh(model: ModelConfig, sizes: dict[str, int]) -> tuple[ModelConfig, A
     mesh = abstract_mesh(sizes)
     check_mesh(model, mesh)
     return heads_over(model, mesh), Axes.over(sizes)
+
+
+def with_whole_groups(
+    candidates: list[Candidate], model: ModelConfig, sizes: dict[str, int]
+) -> list[Candidate]:
+    """The candidates but for those of which a mesh would split groups, as far as that is known.
+
+    Raises:
+      ValueError: there is none.
+    """
+    from quantspec_jax.sharding import abstract_mesh, check_draft, draft_fits
+
+    mesh = abstract_mesh(sizes)
+    # What names layers may name another model's.
+    known = [each.config for each in candidates if each.config and not each.config.formats]
+    split = [config for config in known if not draft_fits(model, config, mesh)]
+    found = [each for each in candidates if each.config not in split]
+    if not found:
+        check_draft(model, split[0], mesh)
+    return found
 
 
 def meeting_microseconds(args: argparse.Namespace) -> dict[str, float]:

@@ -22,6 +22,7 @@ import pytest
 import test_lowered_loop as lowered_loop
 from jax.sharding import Mesh
 
+import convert
 import quantspec_jax as qs
 from pallas_kernels import dispatch
 from pallas_kernels.layout import QuantizedWeight, TiledWeight, tile
@@ -183,6 +184,10 @@ def refused() -> None:
     cache = create(CONFIG, CacheConfig(5 * 16, 16), 3)
     small = dataclasses.replace(CONFIG, vocab_size=98)
     odd = init_params(small, jax.random.key(0))
+    wide = dataclasses.replace(CONFIG, intermediate_size=192)
+    uneven = Model(
+        wide, init_params(wide, jax.random.key(0)), draft=DraftConfig(group_size=128, layers="mlp")
+    )
     cases: list[tuple[str, Any]] = [
         ("num_kv_heads is 4", lambda: sharding.place_params(CONFIG, params, mesh(tp=8))),
         ("embedding (vocab) is 98", lambda: sharding.place_params(small, odd, mesh(tp=4))),
@@ -191,8 +196,13 @@ def refused() -> None:
         ("layers.0.keys.upper (kv_heads) is 4", lambda: sharding.place_cache(cache, mesh(tp=8))),
         ("mesh axes is ('x',)", lambda: sharding.place_params(CONFIG, params, mesh(x=2))),
         (
-            "layers.0.down.kernel.packed (mlp) is 2",
+            "draft group_size is 64; allowed: what divides the 32 input channels of layers.0.o that"
+            " a device has: 32, 16, 8",
             lambda: sharding.place_model(model(DraftConfig(group_size=64)), mesh(tp=4)),
+        ),
+        (  # two groups, but the first one's last channels are the second device's
+            "draft group_size is 128; allowed: what divides the 96 input channels of layers.0.down",
+            lambda: sharding.place_model(uneven, mesh(tp=2)),
         ),
         (
             "mesh axis_types is",
@@ -202,6 +212,48 @@ def refused() -> None:
     for words, call in cases:
         with pytest.raises(ValueError, match="^" + re.escape(words)):
             call()
+
+
+def drafts_in_whole_groups() -> None:
+    """Before anything is read: what would be split is refused, and what nobody asked for is made in
+    groups that are not."""
+
+    class Checkpoint:
+        config, tokenizer, draft_config = CONFIG, None, DraftConfig(group_size=64, method="gptq")
+
+        def load(self, *given: Any, **named: Any) -> Any:
+            raise AssertionError("the target is read")
+
+        load_draft = load
+
+        def nothing(self, *_: Any) -> None:
+            return None
+
+        load_kv = nothing
+
+    class WithoutDraft(Checkpoint):
+        draft_config, load_draft = None, Checkpoint.nothing
+
+        def load(self, *given: Any, **named: Any) -> Any:
+            return init_params(CONFIG, jax.random.key(0))
+
+    over, words = mesh(tp=4), r"^draft group_size is {}; .* that a device has: 32, 16, 8$"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "open_source", lambda *_: Checkpoint())
+        with pytest.raises(ValueError, match=words.format(64)):
+            qs.load("somewhere", mesh=over)
+        with pytest.raises(ValueError, match=words.format(128)):
+            qs.load("somewhere", draft=DraftConfig(group_size=128), mesh=over)
+        patch.setattr(convert, "open_source", lambda *_: WithoutDraft())
+        made = qs.load("somewhere", mesh=over)
+        assert made.draft == DraftConfig(group_size=32)
+        assert qs.load("somewhere", mesh=mesh(tp=2)).draft == DraftConfig()
+        assert qs.load("somewhere").draft == DraftConfig()
+    packed = made.draft_params["layers"]["0"]["down"]["kernel"].packed
+    assert packed.sharding.shard_shape(packed.shape)[0] == 1
+    on_devices = sharding.place_model(model(DraftConfig(bits=None)), over).params
+    with pytest.raises(ValueError, match=words.format(64)):
+        _ = Model(CONFIG, on_devices, draft=DraftConfig(group_size=64)).draft_params
 
 
 def logits() -> None:
@@ -641,6 +693,7 @@ def lowered_for_cuda(
 
 CHECKS = (
     *(parameters, packed_weights, tiled_weights, decode_state, refused, logits),
+    drafts_in_whole_groups,
     *(heads_over_more_devices_than_there_are, tiles_and_heads_over_devices, prompts_in_tiles),
     *(no_device_has_more_than_its_share, states_lie_where_rounds_want_them),
     *(rounds_that_copy_over_devices, calls_end_early_over_devices),

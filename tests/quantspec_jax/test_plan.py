@@ -20,7 +20,7 @@ from quantspec_jax.cache import create
 from quantspec_jax.cache.config import CacheConfig
 from quantspec_jax.commands.options import draft_config
 from quantspec_jax.commands.plan import candidates_and_source as candidates
-from quantspec_jax.commands.plan import meeting_microseconds, over_mesh
+from quantspec_jax.commands.plan import meeting_microseconds, over_mesh, with_whole_groups
 from quantspec_jax.cost import (
     ALL_PAGES,
     READINGS,
@@ -430,6 +430,23 @@ def test_wrong_options_are_named(argv, words, capsys):
     assert words in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(("tp", "groups"), [(2, {64, 128}), (4, {64}), (8, set())])
+def test_drafts_whose_groups_a_mesh_would_split_are_no_candidates(tp, groups):
+    """11,008 channels of Llama-2-7B's MLP are 86 groups of 128, and 172 of 64."""
+    model, _ = over_mesh(PRESETS["llama-2-7b"], {"tp": tp})
+    found = with_whole_groups(default_candidates(), model, {"tp": tp})
+    assert {each.config.group_size for each in found if each.config.bits} == groups
+    assert any(each.config.bits is None for each in found)
+    unknown = Candidate("somebody's", 0.9, bits=4.5)
+    assert with_whole_groups([unknown], model, {"tp": tp}) == [unknown]
+
+
+def test_a_stored_draft_that_a_mesh_would_split_is_refused():
+    stored = [Candidate("the checkpoint's", 0.9, DraftConfig(group_size=128))]
+    with pytest.raises(ValueError, match=r"^draft group_size is 128; .* a device has: 64, 32, 16"):
+        with_whole_groups(stored, PRESETS["llama-2-7b"], {"tp": 4})
 
 
 @pytest.mark.parametrize("sizes", [{"tp": 4}, {"cp": 4}, {"tp": 16, "cp": 2}])
