@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
         "--meeting-microseconds",
         type=float,
         metavar="US",
-        help="what each meeting of the mesh's devices takes (12; 0 with --speed over this mesh, "
+        help="what each meeting of the mesh's devices takes (7; 0 with --speed over this mesh, "
         "which counts them)",
     )
     device.add_argument("--memory", type=float, metavar="GiB", help="default: the device's")

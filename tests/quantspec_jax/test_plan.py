@@ -485,7 +485,7 @@ def test_devices_read_their_parts_and_meet():
     one, four = Setting(LLAMA, 32768, DEVICE), Setting(LLAMA, 32768, DEVICE, axes=Axes(tp=4))
     alone, together = (plan(setting, [candidate(0.9)]) for setting in (one, four))
     meeting = four.meeting_milliseconds
-    assert meeting == (2 * 4 + 2) * 0.012
+    assert meeting == (2 * 4 + 2) * 0.007
     assert one.meeting_milliseconds == 0
     for row, part in zip(alone.plain, together.plain, strict=True):
         quarter = row.milliseconds_a_token / 4
@@ -495,7 +495,7 @@ def test_devices_read_their_parts_and_meet():
     assert part.draft_milliseconds == pytest.approx(draft.draft_milliseconds / 4 + meeting)
     assert part.best.gamma <= draft.best.gamma
     split = Setting(LLAMA, 32768, DEVICE, axes=Axes(cp=2))
-    assert split.meeting_milliseconds == 4 * 0.012
+    assert split.meeting_milliseconds == 4 * 0.007
     poor = plan(split, [candidate(0.0)])
     assert poor.chosen is poor.plain[1], "a cache that is not coded is not split by `generate`"
 
