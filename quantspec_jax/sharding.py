@@ -117,7 +117,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
 def check_draft(config: ModelConfig, draft: DraftConfig, mesh: Mesh | AbstractMesh) -> None:
     """ValueError unless each device has whole groups of a draft's weights, before any is there."""
     for layer, channels, stored in _split_layers(config, draft, mesh):
-        groups = ", ".join(str(g) for g in GROUPS if channels % g == 0) or "none"
+        groups = ", ".join(str(g) for g in GROUPS if channels % g == 0) or "none, but bits None"
         what = f"what divides the {channels} input channels of {layer} that a device has: {groups}"
         require(channels % stored.group_size == 0, "draft group_size", stored.group_size, what)
 

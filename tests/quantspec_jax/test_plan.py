@@ -443,10 +443,14 @@ def test_drafts_whose_groups_a_mesh_would_split_are_no_candidates(tp, groups):
     assert with_whole_groups([unknown], model, {"tp": tp}) == [unknown]
 
 
-def test_a_stored_draft_that_a_mesh_would_split_is_refused():
+@pytest.mark.parametrize(
+    ("channels", "words"), [(11_008, "2752 .*: 64, 32, 16, 8"), (11_004, "2751 .*: none, but bits")]
+)
+def test_a_stored_draft_that_a_mesh_would_split_is_refused(channels, words):
+    model = dataclasses.replace(PRESETS["llama-2-7b"], intermediate_size=channels)
     stored = [Candidate("the checkpoint's", 0.9, DraftConfig(group_size=128))]
-    with pytest.raises(ValueError, match=r"^draft group_size is 128; .* a device has: 64, 32, 16"):
-        with_whole_groups(stored, PRESETS["llama-2-7b"], {"tp": 4})
+    with pytest.raises(ValueError, match=f"^draft group_size is 128; .* divides the {words}"):
+        with_whole_groups(stored, model, {"tp": 4})
 
 
 @pytest.mark.parametrize("sizes", [{"tp": 4}, {"cp": 4}, {"tp": 16, "cp": 2}])
