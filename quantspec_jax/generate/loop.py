@@ -96,7 +96,10 @@ def generate_tokens(
         if early is None:
             return going
         new = state.statistics - statistics
-        proposed, accepted = (jnp.sum(new[:, i : i + COUNTED]) for i in (0, COUNTED))
+        counts = new[:, : 2 * COUNTED].reshape(-1, 2, COUNTED)
+        while counts.shape[-1] > 1:  # a sum of all would be a launch of its own, in each condition
+            counts = counts[..., ::2] + counts[..., 1::2]
+        proposed, accepted = jnp.sum(counts, (0, 2))
         return going & ~early.ends(jnp.max(state.rounds - before), proposed, accepted)
 
     def no_flush_due(state: DecodeState) -> jax.Array:

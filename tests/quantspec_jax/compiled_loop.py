@@ -3,9 +3,10 @@ tests/pallas_kernels is on Python's path:
 
 python tests/quantspec_jax/compiled_loop.py
 
-A line for each draft policy, number of layers, γ, way to choose a token and number of copies:
-launches of a round of Qwen2.5-1.5B's shapes (where rounds copy, of one that does and one that does
-not), and what is `read_ahead`. It takes JAX's CUDA plugin (`pip install .[assemble]`).
+A line for each draft policy, number of layers, γ, way to choose a token, number of copies, and
+whether the call may end early: launches of a round of Qwen2.5-1.5B's shapes (where rounds copy, of
+one that does and one that does not), and what is `read_ahead`. It takes JAX's CUDA plugin (`pip
+install .[assemble]`).
 """
 
 from __future__ import annotations
@@ -35,20 +36,26 @@ from quantspec_jax.weights.formats import DraftConfig
 
 CONTEXT = 4096
 WARPERS = {"greedy": GREEDY, "draws": Warpers(True, False, False), "top-p": Warpers(True, False)}
+NAMES = ("policy", "layers", "gamma", "chosen", "copies", "early")
 CASES = (
     *(
-        (policy, layers, 4, "greedy", 0)
+        (policy, layers, 4, "greedy", 0, False)
         for policy in ("all", "window", "top-pages")
         for layers in (2, 3)
     ),
-    *((policy, layers, 3, "greedy", 0) for policy in ("all", "top-pages") for layers in (2, 3)),
-    *(("all", 2, 4, chosen, 0) for chosen in ("draws", "top-p")),
-    *(("all", layers, 4, "greedy", 7) for layers in (2, 3)),
+    *(
+        (policy, layers, 3, "greedy", 0, False)
+        for policy in ("all", "top-pages")
+        for layers in (2, 3)
+    ),
+    *(("all", 2, 4, chosen, 0, False) for chosen in ("draws", "top-p")),
+    *(("all", layers, 4, "greedy", 7, False) for layers in (2, 3)),
+    *(("all", 2, 4, "greedy", copies, True) for copies in (0, 7)),
 )
 
 
 def compiled(
-    name: str, layers: int, gamma: int, chosen: str, copies: int, device: jax.Device
+    name: str, layers: int, gamma: int, chosen: str, copies: int, early: bool, device: jax.Device
 ) -> str:
     """The optimized program of decoding."""
     model = dataclasses.replace(PRESETS["qwen2.5-1.5b"], num_layers=layers)
@@ -60,7 +67,7 @@ def compiled(
     sharding = jax.sharding.SingleDeviceSharding(device)
     call = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        (params, own, state, jax.ShapeDtypeStruct((), jnp.int32)),
+        (params, own, state, jax.ShapeDtypeStruct((4,) if early else (), jnp.int32)),
     )
     traced = DECODE.trace(*call, program=program)
     return traced.lower(lowering_platforms=("cuda",)).compile().as_text()
@@ -112,7 +119,7 @@ def main() -> None:
     )
     for case in CASES:
         text = compiled(*case, described.devices[0])
-        row = dict(zip(("policy", "layers", "gamma", "chosen", "copies"), case, strict=True))
+        row = dict(zip(NAMES, case, strict=True))
         counted = {"round": launches_a_round(text), "ahead": read_ahead(text, row["layers"])}
         print(json.dumps(row | counted), flush=True)
 

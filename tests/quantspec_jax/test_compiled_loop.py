@@ -16,8 +16,9 @@ pytestmark = pytest.mark.assemble
 
 
 @pytest.fixture(scope="module")
-def counted() -> dict[tuple[str, int, int, str, int], dict[str, Any]]:
-    """What is counted, by policy, number of layers, γ, how a token is chosen, and copies."""
+def counted() -> dict[tuple[str, int, int, str, int, bool], dict[str, Any]]:
+    """What is counted, by policy, number of layers, γ, how a token is chosen, copies, and whether
+    the call may end early."""
     assert importlib.util.find_spec("jax_plugins.xla_cuda12"), "pip install .[assemble]"
     script = Path(__file__).with_name("compiled_loop.py")
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
@@ -31,12 +32,12 @@ def counted() -> dict[tuple[str, int, int, str, int], dict[str, Any]]:
     ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-1000:] + ran.stderr[-3000:]
     rows = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    names = ("policy", "layers", "gamma", "chosen", "copies")
+    names = ("policy", "layers", "gamma", "chosen", "copies", "early")
     return {tuple(row[name] for name in names): row for row in rows}
 
 
 @pytest.fixture(scope="module")
-def every(counted) -> dict[tuple[str, int, int, str, int], float]:
+def every(counted) -> dict[tuple[str, int, int, str, int, bool], float]:
     """Launches of a round."""
     return {case: row["round"] for case, row in counted.items()}
 
@@ -44,7 +45,7 @@ def every(counted) -> dict[tuple[str, int, int, str, int], float]:
 @pytest.fixture(scope="module")
 def launches(every) -> dict[tuple[str, int, int], float]:
     """Those of greedy decoding without copies."""
-    return {case[:3]: number for case, number in every.items() if case[3:] == ("greedy", 0)}
+    return {case[:3]: number for case, number in every.items() if case[3:] == ("greedy", 0, False)}
 
 
 def test_top_pages_adds_four_launches_to_a_round(launches):
@@ -77,16 +78,23 @@ def test_what_a_round_pays_outside_of_its_layers(launches):
 
 def test_what_draws_add_to_a_round(every):
     """In its five choices, whatever is filtered; of 552 that there were."""
-    greedy = every["all", 2, 4, "greedy", 0]
+    greedy = every["all", 2, 4, "greedy", 0, False]
     for chosen in ("draws", "top-p"):
-        assert every["all", 2, 4, chosen, 0] - greedy <= 30
+        assert every["all", 2, 4, chosen, 0, False] - greedy <= 30
 
 
 def test_what_copies_add(every, launches):
     """A round that copies is a verification; each of both kinds looks for what comes next."""
-    one, other = (every["all", layers, 4, "greedy", 7] for layers in (2, 3))
+    one, other = (every["all", layers, 4, "greedy", 7, False] for layers in (2, 3))
     assert other - one == 6 * 5 + 6
     assert one - launches["all", 2, 4] - 2 * 6 <= 28
+
+
+def test_a_call_that_may_end_early_has_as_many(every):
+    """As γ auto's: shares of accepted proposals are a part of each loop's condition."""
+    for copies in (0, 7):
+        early, late = (every["all", 2, 4, "greedy", copies, early] for early in (True, False))
+        assert early == late
 
 
 def test_what_layers_read_ahead_is_there(counted):
