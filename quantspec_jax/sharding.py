@@ -39,8 +39,7 @@ from quantspec_jax.checks import require
 from quantspec_jax.models.config import ModelConfig
 from quantspec_jax.models.module import initial
 from quantspec_jax.models.parameters import Params, flatten, nest, parameter_shapes
-from quantspec_jax.weights.entries import quantize_params
-from quantspec_jax.weights.formats import DraftConfig, WeightFormat
+from quantspec_jax.weights.formats import DraftConfig
 from quantspec_jax.weights.sizes import layer_formats
 
 if TYPE_CHECKING:
@@ -116,10 +115,10 @@ def check_mesh(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
 
 def check_draft(config: ModelConfig, draft: DraftConfig, mesh: Mesh | AbstractMesh) -> None:
     """ValueError unless each device has whole groups of a draft's weights, before any is there."""
-    for layer, channels, stored in _split_layers(config, draft, mesh):
+    for layer, channels, size in _split_groups(config, draft, mesh):
         groups = ", ".join(str(g) for g in GROUPS if channels % g == 0) or "none, but bits None"
         what = f"what divides the {channels} input channels of {layer} that a device has: {groups}"
-        require(channels % stored.group_size == 0, "draft group_size", stored.group_size, what)
+        raise ValueError(f"draft group_size is {size}; allowed: {what}")
 
 
 def default_draft(config: ModelConfig, mesh: Mesh | AbstractMesh) -> DraftConfig:
@@ -132,20 +131,20 @@ def default_draft(config: ModelConfig, mesh: Mesh | AbstractMesh) -> DraftConfig
 
 def draft_fits(config: ModelConfig, draft: DraftConfig, mesh: Mesh | AbstractMesh) -> bool:
     """Whether `check_draft` takes it."""
-    layers = _split_layers(config, draft, mesh)
-    return all(channels % stored.group_size == 0 for _, channels, stored in layers)
+    return not any(_split_groups(config, draft, mesh))
 
 
-def _split_layers(
+def _split_groups(
     config: ModelConfig, draft: DraftConfig, mesh: Mesh | AbstractMesh
-) -> Iterator[tuple[str, int, WeightFormat]]:
-    """The draft's layers whose input channels are split: name, a device's channels, format."""
+) -> Iterator[tuple[str, int, int]]:
+    """The draft's layers whose groups would be split: name, a device's input channels, group."""
     shapes = parameter_shapes(config)
     for layer, stored in layer_formats(config, draft).items():
         kernel = shapes[f"{layer}.kernel"]
         parts = mesh.shape.get(RULES.get(kernel.axes[0]), 1)
-        if parts > 1 and stored.bits < 16:
-            yield layer, kernel.shape[0] // parts, stored
+        channels = kernel.shape[0] // parts
+        if parts > 1 and stored.bits < 16 and channels % stored.group_size:
+            yield layer, channels, stored.group_size
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
@@ -320,6 +319,7 @@ def place_state(state: DecodeState, mesh: Mesh) -> DecodeState:
 def place_model(model: Model, mesh: Mesh) -> Model:
     """The model on a mesh, its draft too, which shares the arrays it has of the target. A draft
     that is not there yet is made of the parts, on the devices that have them."""
+    check_mesh(model.config, mesh)
     check_draft(model.config, model.draft, mesh)
     config = heads_over(model.config, mesh)
     params = with_heads(model.config, model.params, config.num_kv_heads)
@@ -330,9 +330,6 @@ def place_model(model: Model, mesh: Mesh) -> Model:
         moved.draft_params = _placed_draft(model, moved, made, mesh)
     elif model.draft_entries is not None:
         moved.draft_entries = with_heads(model.config, model.draft_entries, config.num_kv_heads)
-    else:
-        shapes = jax.eval_shape(lambda: quantize_params(moved.params, model.draft))
-        param_shardings(config, shapes, mesh)  # refuses groups that the mesh does not divide
     return moved
 
 

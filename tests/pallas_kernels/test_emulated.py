@@ -370,6 +370,7 @@ def test_merged_parts_of_attention(monkeypatch, devices):
     [
         ("int4", 1, matmul.Config(1, 2, 1)),
         ("int4", 5, matmul.Config(1, 1, 2, cluster=2)),
+        ("int4", 1, matmul.Config(3, 1, 6, cluster=2)),
         ("bf16", 2, bf16.Config(1, 2)),
         ("bf16", 9, bf16.Config(1, 2, cluster=2)),
     ],

@@ -119,9 +119,9 @@ def main() -> None:
     )
     for case in CASES:
         text = compiled(*case, described.devices[0])
-        row = dict(zip(NAMES, case, strict=True))
-        counted = {"round": launches_a_round(text), "ahead": read_ahead(text, row["layers"])}
-        print(json.dumps(row | counted), flush=True)
+        named = dict(zip(NAMES, case, strict=True))
+        counted = {"round": launches_a_round(text), "ahead": read_ahead(text, named["layers"])}
+        print(json.dumps({"case": named} | counted), flush=True)
 
 
 if __name__ == "__main__":

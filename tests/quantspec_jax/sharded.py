@@ -200,6 +200,7 @@ def refused() -> None:
             " a device has: 32, 16, 8",
             lambda: sharding.place_model(model(DraftConfig(group_size=64)), mesh(tp=4)),
         ),
+        ("num_heads is 8", lambda: sharding.place_model(model(DraftConfig()), mesh(tp=3))),
         (  # two groups, but the first one's last channels are the second device's
             "draft group_size is 128; allowed: what divides the 96 input channels of layers.0.down",
             lambda: sharding.place_model(uneven, mesh(tp=2)),
